@@ -1,0 +1,1 @@
+"""linear_moe: Linear-MoE language models on Megatron-Core."""
