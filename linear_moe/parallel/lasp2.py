@@ -1,0 +1,102 @@
+"""LASP-2: the memory before each local chunk, from one all-gather of segments.
+
+    S_c = state_{c-1} + decay_{c-1} . (state_{c-2} + decay_{c-2} . (...))
+
+Every rank sends what its chunks do to any memory, receives everyone's, and folds the prefix it needs. The message does
+not depend on the sequence length; the backward pass is one reduce-scatter of the same size. In Megatron's zigzag layout
+a rank sends two segments per sequence (arXiv:2502.07563 has one, for contiguous ranks).
+
+Letters: see :mod:`linear_moe.parallel.layout`; H heads here, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from linear_moe.kernels.segment import Segment
+from linear_moe.parallel.collectives import all_gather
+from linear_moe.parallel.layout import SequenceLayout
+
+
+def initial_states(
+    segments: Sequence[Segment], layout: SequenceLayout, group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """The memory each local run starts from.
+
+    Args:
+        segments: one per matrix memory of the mixer, each over this rank's runs (``layout.runs``), from empty.
+        layout: the layout of the runs, ``cp_size > 1``.
+        group: the context-parallel group.
+
+    Returns:
+        For each segment ``[runs, H, K, V]``, ready as ``state`` of the mixer's scan.
+    """
+    chunks = [_chunk_segment(segment, layout) for segment in segments]
+    parts = [part for chunk in chunks for part in _parts(chunk)]
+    message = torch.cat([part.flatten(1) for part in parts], dim=1)
+    gathered_RBJ = all_gather(message, group).unflatten(1, (layout.batch, layout.chunks_per_rank))
+    natural_CB = layout.natural_order(gathered_RBJ)
+    pieces = iter(natural_CB.split([part[0].numel() for part in parts], dim=2))
+    states = []
+    for segment, chunk in zip(segments, chunks, strict=True):
+        unpacked = [next(pieces).unflatten(2, part.shape[1:]) for part in _parts(chunk)]
+        prefix_BJ = _fold(chunk, unpacked, layout)
+        states.append(_spread(prefix_BJ, segment, layout))
+    return tuple(states)
+
+
+def _parts(segment: Segment) -> list[Tensor]:
+    decay = segment.decay if segment.decay is not None else segment.log_decay
+    return [segment.state] if decay is None else [segment.state, decay.to(segment.state.dtype)]
+
+
+def _chunk_segment(segment: Segment, layout: SequenceLayout) -> Segment:
+    """One segment per (sequence, local chunk): that of its last document, which alone reaches the next chunk."""
+    if not layout.is_packed:
+        return segment
+    chunks = layout.batch * layout.chunks_per_rank
+    last = layout.last_document_BJ.flatten()
+    rows = torch.arange(chunks, device=last.device)
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unflatten(0, (chunks, -1))[rows, last]
+
+    state = pick(segment.state)
+    assert state is not None
+    starts_here = layout.document_start(layout.last_document_BJ) >= layout.starts_BJ
+    chunk = Segment(state, log_decay=pick(segment.log_decay), decay=pick(segment.decay))
+    return chunk.forgetting(starts_here.flatten())
+
+
+def _fold(like: Segment, parts_CB: list[Tensor], layout: SequenceLayout) -> Tensor:
+    """The memory before each local chunk, ``[B, J, H, K, V]``, folding in sequence order on every rank alike."""
+    state = torch.zeros_like(parts_CB[0][0])
+    before: dict[int, Tensor] = {}
+    for c in range(max(layout.local_chunks) + 1):
+        before[c] = state
+        decay = parts_CB[1][c] if len(parts_CB) > 1 else None
+        dense = like.decay is not None
+        chunk = Segment(parts_CB[0][c], log_decay=None if dense else decay, decay=decay if dense else None)
+        state = chunk.carry(state)
+    return torch.stack([before[c] for c in layout.local_chunks], dim=1)
+
+
+def _spread(prefix_BJ: Tensor, segment: Segment, layout: SequenceLayout) -> Tensor:
+    """Give the prefix to the run that continues a document from the chunk before, and nothing to the others."""
+    if not layout.is_packed:
+        return prefix_BJ.flatten(0, 1)
+    return first_runs(prefix_BJ, layout, segment.state.shape[0])
+
+
+def first_runs(x_BJ: Tensor, layout: SequenceLayout, num_runs: int) -> Tensor:
+    """``[B, J, ...]`` to ``[runs, ...]``: zero but for each chunk's first run, if its document began earlier."""
+    num_documents = num_runs // (layout.batch * layout.chunks_per_rank)
+    continues_BJ = layout.document_start(layout.first_document_BJ) < layout.starts_BJ
+    is_first_BJN = torch.nn.functional.one_hot(layout.first_document_BJ, num_documents).bool()
+    chosen_BJN = is_first_BJN & continues_BJ[..., None]
+    ones = (1,) * (x_BJ.ndim - 2)
+    return (x_BJ[:, :, None] * chosen_BJN.view(*chosen_BJN.shape, *ones)).flatten(0, 2)
