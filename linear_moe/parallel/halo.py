@@ -1,7 +1,7 @@
 """The few tokens before each local chunk, for short convolutions and token shifts.
 
-One small all-gather of every chunk's last tokens; the left neighbour of a chunk is looked up in sequence order, so zigzag
-needs no special case. Tokens of an earlier document are zero, as at the start of a sequence.
+One small all-gather of every chunk's last tokens; the left neighbour of a chunk is looked up in sequence order, so
+zigzag needs no special case. Tokens of an earlier document are zero, as at the start of a sequence.
 """
 
 from __future__ import annotations
