@@ -1,0 +1,59 @@
+"""The transformer config of a Linear-MoE model: Megatron's, plus which mixer every layer has and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from linear_moe import lsm
+from linear_moe.lsm import Mixer
+
+SOFTMAX = "softmax"
+"""The kind of a softmax attention layer, next to the registered mixers."""
+
+
+@dataclass(kw_only=True)
+class LinearMoEConfig(TransformerConfig):
+    """Megatron's config with the layer pattern resolved to one kind per layer."""
+
+    layer_kinds: list[str] = field(default_factory=list)
+    """One kind per layer: a registered mixer, or softmax."""
+    mixer_options: dict[str, dict[str, object]] = field(default_factory=dict)
+    """Options per mixer that differ from its defaults, by field name of its Config."""
+    lsm_recompute: bool = False
+    """Recompute everything between the projections of mixer layers in the backward pass."""
+    sequential_experts: bool = False
+    """Use Megatron's loop over experts instead of grouped GEMM (for comparisons)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert len(self.layer_kinds) == self.num_layers, (self.layer_kinds, self.num_layers)
+        # Both make Megatron give every layer its own checkpoint key: stacked keys cannot hold mixed layers
+        # (TransformerBlock.sharded_state_dict); the second has no other use here.
+        self.hetereogenous_dist_checkpoint = True
+        self.linear_attention_freq = [int(kind != SOFTMAX) for kind in self.layer_kinds]
+        for kind in set(self.layer_kinds) - {SOFTMAX}:
+            mixer_config(kind, self)
+
+
+def mixer_config(kind: str, config: LinearMoEConfig) -> Mixer.Config:
+    """The options of the mixer ``kind`` in this model; ``ValueError`` for an unknown or impossible one."""
+    config_class = lsm.get(kind).Config
+    options = config.mixer_options.get(kind, {})
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"mixer {kind} has no option {name!r}\n  why: it knows {', '.join(known)}\n  try: one of these"
+            )
+    assert config.kv_channels is not None
+    defaults: dict[str, object] = {
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "head_dim": config.kv_channels,
+        "qkv_bias": config.add_qkv_bias,
+        "norm_eps": config.layernorm_epsilon,
+    }
+    return config_class(**(defaults | options))  # type: ignore[arg-type]
