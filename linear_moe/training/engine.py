@@ -1,0 +1,208 @@
+"""The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
+
+``install`` makes four kinds: a wheel without its Makefile may start; a run resumes bit-exactly without Transformer
+Engine and Apex; the first loss of a run is logged once; FLOPs and metrics are ours. ``defaults_without_te`` is the other
+half: the flags that a run must set where Transformer Engine or a CUDA device is missing.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linear_moe.training import cpu
+
+SUPPORTED = (0, 19)
+"""Megatron-Core (major, minor) that the assignments below were written against."""
+
+OPTIONAL_MODULES = (
+    "transformer_engine",
+    "fused_weight_gradient_mlp_cuda",
+    "scaled_upper_triang_masked_softmax_cuda",
+)
+"""What decides over ``defaults_without_te``: Transformer Engine, and two CUDA extensions of Apex."""
+
+ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+_originals: dict[tuple[Any, str], Any] = {}
+
+
+def install(
+    *, flops: Callable | None = None, training_log: Callable[[Callable], Callable] | None = None
+) -> None:
+    """Make the assignments; calling it again only replaces `flops` and `training_log`.
+
+    Args:
+        flops: takes the place of ``megatron.training.training.num_floating_point_operations``, with its arguments.
+        training_log: takes the stock ``training_log`` and returns its replacement, with the same arguments.
+
+    Raises:
+        ValueError: another version of Megatron-Core, or a wheel without the compiled dataset helpers.
+    """
+    import megatron.core.datasets.utils as datasets
+    import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.training.training as training
+
+    check_version()
+    if not (Path(datasets.__file__).parent / "Makefile").exists():
+        _assign(datasets, "compile_helpers", lambda original: check_compiled_helpers)
+    if not distributed.HAVE_APEX_OR_TE:
+        optimizer = distributed.DistributedOptimizer
+        _assign(optimizer, "state_dict", _state_dict_of_a_fresh_optimizer)
+        _assign(optimizer, "load_state_dict", _load_state_dict_with_own_steps)
+        _assign(optimizer, "_set_main_param_and_optimizer_states", _set_states_but_the_step)
+    _assign(training, "training_log", _log_first_iteration_once)
+    if training_log is not None:
+        training.training_log = training_log(training.training_log)
+    if flops is not None:
+        _assign(training, "num_floating_point_operations", lambda original: flops)
+
+
+def _assign(owner: Any, name: str, replacement: Callable[[Any], Any]) -> None:
+    """``owner.name = replacement(the stock owner.name)``, however often it is called."""
+    stock = _originals.setdefault((owner, name), getattr(owner, name))
+    setattr(owner, name, replacement(stock))
+
+
+def check_version() -> None:
+    """Refuse a Megatron-Core that this file was not written against.
+
+    Raises:
+        ValueError: another (major, minor) than ``SUPPORTED``.
+    """
+    from megatron.core import package_info
+
+    found = (package_info.MAJOR, package_info.MINOR)
+    if found != SUPPORTED:
+        raise ValueError(
+            f"megatron-core {package_info.__shortversion__} is installed, but linear_moe corrects details of 0.19 (the "
+            "optimizer's resume, the loss log) that may differ there. "
+            "Type: pip install 'megatron-core[training]==0.19.2'"
+        )
+
+
+def check_compiled_helpers() -> None:
+    """Stands in for ``compile_helpers``, which runs make: the wheel holds the compiled module, and no Makefile.
+
+    Raises:
+        ValueError: the compiled module does not import.
+    """
+    try:
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+    except ImportError as error:
+        raise ValueError(
+            f"Megatron's compiled dataset helpers do not import ({error}), and without them no token file can be read. "
+            "Reinstall the wheel for this Python: pip install --force-reinstall --no-deps megatron-core==0.19.2"
+        ) from error
+
+
+# Resuming with DistributedOptimizer over torch.optim.Adam: Apex and Transformer Engine keep one `step` in the parameter
+# group, torch keeps one tensor per parameter, and three places of DistributedOptimizer overlook that.
+
+
+def _state_dict_of_a_fresh_optimizer(original: Callable) -> Callable:
+    """``state_dict`` reads `step` from states which do not exist before the first step, nor on a rank without a shard.
+
+    It is called even so, to load a checkpoint or to save one at iteration 0. So the states are made here.
+    """
+
+    @functools.wraps(original)
+    def state_dict(self: Any) -> dict[str, Any]:
+        inner = self.optimizer
+        if not isinstance(inner, ADAM) or inner.state:
+            return original(self)
+        for group in inner.param_groups:
+            for param in group["params"]:
+                zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[param] = {"step": torch.tensor(0.0), **zeros}
+        if inner.state:
+            return original(self)
+        states: dict[Any, Any] = inner.state
+        states["none"] = {"step": torch.tensor(0.0)}
+        try:
+            return original(self)
+        finally:
+            del states["none"]
+
+    return state_dict
+
+
+def _load_state_dict_with_own_steps(original: Callable) -> Callable:
+    """``load_state_dict`` gives all parameters one shared `step` tensor, to which torch then adds 1 per parameter."""
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        original(self, state_dict)
+        if isinstance(self.optimizer, ADAM):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    return load_state_dict
+
+
+def _set_states_but_the_step(original: Callable) -> Callable:
+    """``_set_main_param_and_optimizer_states`` copies every tensor of the state, `step` too.
+
+    One checkpoint format does not hold it (KeyError), the other holds this rank's old one; ``load_state_dict`` has set
+    it by then. One caller, besides, leaves autograd on, which refuses to copy into the main parameters.
+    """
+
+    @functools.wraps(original)
+    @torch.no_grad()
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        original(self, model_param, {**tensors, "step": None})  # it skips what is not a tensor
+
+    return set_states
+
+
+def _log_first_iteration_once(original: Callable) -> Callable:
+    """``training_log`` logs the first iteration of a run, resumed or not, without closing its interval.
+
+    With an interval of 1 the second line then shows the mean of two losses. Where the interval ends with the first
+    iteration anyway, the iteration is an ordinary one.
+    """
+
+    @functools.wraps(original)
+    def training_log(
+        loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        from megatron.training import get_args
+
+        if iteration % get_args().log_interval == 0:
+            kwargs["is_first_iteration"] = False
+        return original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+    return training_log
+
+
+def defaults_without_te() -> dict[str, Any]:
+    """Parser defaults (by argparse `dest`) for what this environment lacks; empty with Transformer Engine on CUDA."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    found = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL_MODULES}
+    defaults: dict[str, Any] = {}
+    if not found["transformer_engine"]:
+        defaults |= {
+            "transformer_impl": "local",
+            "attention_backend": AttnBackend.unfused,  # `local` demands `--spec local`
+            "apply_rope_fusion": False,
+            "no_persist_layer_norm": True,
+        }
+    if not found["fused_weight_gradient_mlp_cuda"]:
+        defaults["gradient_accumulation_fusion"] = False
+    if not found["scaled_upper_triang_masked_softmax_cuda"]:
+        defaults["masked_softmax_fusion"] = False
+    if cpu.needed():
+        defaults |= {
+            "distributed_backend": "gloo",
+            "async_save": False,  # saves in a process that the CPU platform does not reach
+            "num_workers": 0,  # nothing to overlap the reading with
+            "bias_gelu_fusion": False,  # torch.compile
+            "bias_swiglu_fusion": False,
+            "bias_dropout_fusion": False,
+        }
+    return defaults
