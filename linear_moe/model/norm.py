@@ -1,0 +1,70 @@
+"""Normalisation layers without Transformer Engine that work under sequence parallelism.
+
+    RMSNorm    y = x / sqrt(mean(x^2) + eps) * weight
+    LayerNorm  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+Statistics are float32 whatever the dtype of ``x`` (PyTorch does that), and y has the dtype of ``x``. Under sequence
+parallelism every tensor-parallel rank normalises other tokens, so a weight gradient is a partial sum per rank:
+``sequence_parallel`` on the parameter makes Megatron's ``finalize_model_grads`` add them up.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm over the last dimension, ``[..., hidden_size]``; built as Megatron builds norms.
+
+    ``weight`` ``[hidden_size]``, held as an offset from 1 when ``config.layernorm_zero_centered_gamma``.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = _parameter(config, hidden_size, 0.0 if self.zero_centered else 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``."""
+        weight = self.weight + 1.0 if self.zero_centered else self.weight
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm over the last dimension, ``[..., hidden_size]``; built as Megatron builds norms."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = _parameter(config, hidden_size, 0.0 if self.zero_centered else 1.0)
+        self.bias = _parameter(config, hidden_size, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``."""
+        weight = self.weight + 1.0 if self.zero_centered else self.weight
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> RMSNorm | LayerNorm:
+    """The norm that ``config.normalization`` names: ``RMSNorm`` or ``LayerNorm``."""
+    kinds = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+    if config.normalization not in kinds:
+        raise ValueError(
+            f"normalization {config.normalization!r} is not supported without Transformer Engine\n"
+            f"  why: the layers here are RMSNorm and LayerNorm\n"
+            f"  try: --normalization RMSNorm"
+        )
+    return kinds[config.normalization](config, hidden_size, eps)
+
+
+def _parameter(config: TransformerConfig, size: int, value: float) -> torch.nn.Parameter:
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    data = torch.full((size,), value, dtype=config.params_dtype, device=device)
+    parameter = torch.nn.Parameter(data)
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
