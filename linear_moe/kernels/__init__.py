@@ -1,1 +1,6 @@
-"""kernels"""
+"""Linear-recurrence kernels: pure functions of tensors, no Megatron and no mixers."""
+
+from linear_moe.kernels.ops import delta_rule, delta_rule_segment, diag_decay, diag_decay_segment, short_conv
+from linear_moe.kernels.segment import Segment
+
+__all__ = ["Segment", "delta_rule", "delta_rule_segment", "diag_decay", "diag_decay_segment", "short_conv"]

@@ -1,0 +1,120 @@
+"""Delta-rule memories, parallel over chunks: the WY form.
+
+Token t writes k_t w_t^T with w_t = beta_t (v_t - (a_t S_{t-1})^T k_t). Inside a chunk the w solve a unit lower
+triangular system, linear in the memory before the chunk:
+
+    w = u - y S_before,   (I + beta * tril(A_kk, -1)) [u | y] = beta * [v | k read]
+    o = (q read) S_before + A_qk w
+    S_after = (diag(total) - (k write)^T y) S_before + (k write)^T u
+
+so a chunk is one K x K matrix and one write, and the loop over chunks is one matmul a step.
+
+Letters: L chunks, B batch, T tokens, H heads, G query/key heads, C tokens in a chunk, K key dim, V value dim,
+N documents. Sources: arXiv:2406.06484 section 3, arXiv:2412.06464 section 3.3 (decay). No code was taken.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from linear_moe.kernels.chunked_diag import per_token
+from linear_moe.kernels.chunks import Chunks, carry_states, cut
+from linear_moe.kernels.decay import Decays, repeat_heads, scores
+from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.segment import Segment
+
+CHUNK_SIZE = 64
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`linear_moe.kernels.delta_rule`."""
+    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    core = partial(_delta_core, chunks, scale, num_documents)
+    tokens = (q, k, v, beta, per_token(log_decay, v))
+    return cast(tuple[Tensor, Tensor], recompute(core, chunks, tokens, (state,)))
+
+
+def delta_rule_segment(
+    k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Segment:
+    """See :func:`linear_moe.kernels.delta_rule_segment`."""
+    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    core = partial(_segment_core, chunks, num_documents)
+    _, state, decay = recompute(core, chunks, (k, v, beta, per_token(log_decay, v)), ())
+    assert state is not None
+    return Segment(state, decay=decay)
+
+
+def _delta_core(
+    chunks: Chunks,
+    scale: float,
+    num_documents: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    num_heads = v.shape[2]
+    q = q * scale
+    (a_qk, a_kk), around = scores([q, k], k, log_decay, num_heads)
+    q, k = repeat_heads(q, num_heads), repeat_heads(k, num_heads)
+    u, y = _solve(a_kk, k, v, beta, around)
+    decay, write = _chunk_action(k, u, y, around)
+    if state is None:
+        state = v.new_zeros(num_documents, *write.shape[2:])
+    before, final = carry_states(chunks, decay, write, state, dense=True)
+    read = q if around.read is None else q * around.read
+    return (read - a_qk @ y) @ before + a_qk @ u, final
+
+
+def _segment_core(
+    chunks: Chunks, num_documents: int, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
+) -> tuple[None, Tensor, Tensor]:
+    num_heads, num_keys, num_values = v.shape[2], k.shape[-1], v.shape[-1]
+    (a_kk,), around = scores([k], k, log_decay, num_heads)
+    k = repeat_heads(k, num_heads)
+    u, y = _solve(a_kk, k, v, beta, around)
+    decay, write = _chunk_action(k, u, y, around)
+    # Columns of a memory do not mix: beside the empty one, carry the identity, to which nothing is written.
+    write = torch.nn.functional.pad(write, (0, num_keys))
+    identity = torch.eye(num_keys, dtype=v.dtype, device=v.device).expand(num_documents, num_heads, -1, -1)
+    state = torch.nn.functional.pad(identity, (num_values, 0))
+    final = carry_states(chunks, decay, write, state, dense=True)[1]
+    return None, final[..., :num_values], final[..., num_values:]
+
+
+def _solve(a_kk: Tensor, k: Tensor, v: Tensor, beta: Tensor, around: Decays) -> tuple[Tensor, Tensor]:
+    """``u`` and ``y`` of the module docstring: ``[L, B, H, C, V]`` and ``[L, B, H, C, K]``."""
+    beta = beta.unsqueeze(-1)
+    read = k if around.read is None else k * around.read
+    solved = torch.linalg.solve_triangular(
+        beta * a_kk, beta * torch.cat([v, read], -1), upper=False, unitriangular=True
+    )
+    u, y = solved.split([v.shape[-1], k.shape[-1]], -1)
+    return u, y
+
+
+def _chunk_action(k: Tensor, u: Tensor, y: Tensor, around: Decays) -> tuple[Tensor, Tensor]:
+    """What a chunk does to a memory: ``[L, B, H, K, K]`` and ``[L, B, H, K, V]``."""
+    written = (k if around.write is None else k * around.write).mT
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    kept = eye if around.total is None else eye * around.total.unsqueeze(-1)
+    return kept - written @ y, written @ u

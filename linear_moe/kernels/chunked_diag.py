@@ -1,0 +1,159 @@
+"""Diagonal-decay memories, parallel over chunks: what a chunk reads from the memory before it, plus its own scores.
+
+    o = scale * (q read) S_before + (A * decay) v,    S_after = total * S_before + (k write)^T v
+
+Letters: L chunks, B batch, T tokens, H heads, G query/key heads, C tokens in a chunk, K key dim, V value dim,
+N documents. Source of the chunk form: arXiv:2312.06635 section 4.3. No code was taken.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from linear_moe.kernels.chunks import Chunks, carry_states, cut
+from linear_moe.kernels.decay import mix_values, repeat_heads, scores
+from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.segment import Segment
+
+CHUNK_SIZE = 64
+# Far below the exponent at which exp() is 0 in any dtype, and finite: -inf times the 0 that starts a document is NaN.
+LOG_FORGET = -1e9
+
+
+def diag_decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_decay_v: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`linear_moe.kernels.diag_decay`."""
+    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    core = partial(_diag_core, chunks, scale, _num_documents(v, cu_seqlens))
+    tokens = (q, k, v, per_token(log_decay, v), log_decay_v)
+    return cast(tuple[Tensor, Tensor], recompute(core, chunks, tokens, (bonus, state)))
+
+
+def diag_decay_segment(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_decay_v: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Segment:
+    """See :func:`linear_moe.kernels.diag_decay_segment`."""
+    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    core = partial(_segment_core, chunks, _num_documents(v, cu_seqlens))
+    _, state, total = recompute(core, chunks, (k, v, per_token(log_decay, v), log_decay_v), ())
+    assert state is not None
+    return Segment(state, log_decay=total)
+
+
+def per_token(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
+    """A constant per head, ``[H]``, as ``[B, T, H]``: packing pads it, and a padded slot must not decay."""
+    if log_decay is None or log_decay.ndim > 1:
+        return log_decay
+    return log_decay.expand(v.shape[:3])
+
+
+def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _diag_core(
+    chunks: Chunks,
+    scale: float,
+    num_documents: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    log_decay_v: Tensor | None,
+    bonus: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    num_heads = v.shape[2]
+    q = q * scale
+    (a,), around = scores([q], k, log_decay, num_heads, read_first=bonus is not None)
+    q, k = repeat_heads(q, num_heads), repeat_heads(k, num_heads)
+
+    read_v = write_v = total_v = None
+    if log_decay_v is None:
+        o = a @ v
+    else:
+        o, around_v = mix_values(a, v, log_decay_v)
+        read_v, write_v, total_v = around_v.read, around_v.write, around_v.total
+    if bonus is not None:
+        o = o + (q * bonus[:, None, :] * k).sum(-1, keepdim=True) * v
+
+    write = _scaled(k, around.write).mT @ _scaled(v, write_v)
+    if state is None:
+        state = v.new_zeros(num_documents, num_heads, k.shape[-1], v.shape[-1])
+    before, final = carry_states(chunks, _memory_decay(around.total, total_v, write), write, state)
+    return o + _scaled(_scaled(q, around.read) @ before, read_v), final
+
+
+def _segment_core(
+    chunks: Chunks,
+    num_documents: int,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    log_decay_v: Tensor | None,
+) -> tuple[None, Tensor, Tensor | None]:
+    if log_decay is not None and log_decay.ndim < k.ndim:
+        log_decay = log_decay.unsqueeze(-1)
+    k = repeat_heads(k, v.shape[2])
+    total_k = None if log_decay is None else log_decay.sum(-2)
+    total_v = None if log_decay_v is None else log_decay_v.sum(-2)
+    write = _scaled(k, _write_decay(log_decay)).mT @ _scaled(v, _write_decay(log_decay_v))
+    decay = _memory_decay(_exp(total_k), _exp(total_v), write)
+    state = v.new_zeros(num_documents, *write.shape[2:])
+    final = carry_states(chunks, decay, write, state)[1]
+
+    totals = [] if total_k is None else [_document_sum(chunks, total_k.unsqueeze(-1), num_documents)]
+    if total_v is not None:
+        totals.append(_document_sum(chunks, total_v.unsqueeze(-2), num_documents))
+    return None, final, sum(totals[1:], totals[0]) if totals else None
+
+
+def _document_sum(chunks: Chunks, x_LBHKV: Tensor, num_documents: int) -> Tensor:
+    """Sum over the chunks of each document. In order: an index_add would use atomics, and differ from run to run."""
+    write = x_LBHKV.clamp(min=LOG_FORGET)
+    ones = write.new_ones(write.shape[0], 1, 1, 1, 1)
+    return carry_states(chunks, ones, write, write.new_zeros(num_documents, *write.shape[2:]))[1]
+
+
+def _write_decay(log_decay: Tensor | None) -> Tensor | None:
+    """What the write of each token keeps until the end of its chunk."""
+    if log_decay is None:
+        return None
+    later = torch.cat([log_decay[..., 1:, :], torch.zeros_like(log_decay[..., :1, :])], -2)
+    return later.flip(-2).cumsum(-2).flip(-2).exp()
+
+
+def _memory_decay(total_k: Tensor | None, total_v: Tensor | None, write: Tensor) -> Tensor:
+    """``[L, B, H, K | 1]`` and ``[L, B, H, V]`` to one factor for each element of the memory."""
+    if total_k is None and total_v is None:
+        return write.new_ones(write.shape[0], 1, 1, 1, 1)
+    if total_v is None:
+        return cast(Tensor, total_k).unsqueeze(-1)
+    return _scaled(total_v.unsqueeze(-2), None if total_k is None else total_k.unsqueeze(-1))
+
+
+def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
+def _exp(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.exp()

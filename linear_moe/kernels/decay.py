@@ -1,0 +1,167 @@
+"""Decay inside a chunk: scores between its tokens, and what decays before and after each token.
+
+    scores   A_ij = sum_d q_id k_jd exp(a_{j+1,d} + ... + a_{i,d})       j <= i, a = log_decay
+
+Every exponent is a sum of log decays over a run of tokens, never a difference of two such sums: exponents are never
+positive, nothing overflows, strong decays lose no precision to cancellation, and -inf (forget everything) is exact.
+With one decay for each token, the [C, C] decays multiply plain scores. With a vector, a chunk is halved again and
+again: for a query in a right half and a key in the left half beside it, the run splits at the boundary into a part
+that scales the query and a part that scales the key, so each level is one matmul over all pairs of halves.
+Sources of the two chunk forms: arXiv:2405.21060 section 6 (scalar), arXiv:2312.06635 section 4.3 (vector, there with
+two levels). No code was taken.
+
+Letters: L chunks, B batch, H heads, G query/key heads, C tokens in a chunk, K key dim, V value dim; P pairs of
+halves and s tokens in a half, at one level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decays:
+    """Factors in (0, 1] around a chunk, ``[L, B, H, C, 1 | K]``, or ``None`` for 1."""
+
+    read: Tensor | None
+    """What a memory from before the chunk keeps until token i reads it."""
+    write: Tensor | None
+    """What the write of token j keeps until the end of the chunk."""
+    total: Tensor | None
+    """What a memory keeps over the whole chunk, ``[L, B, H, 1 | K]``."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The decays of every halving of a chunk: level s pairs halves of s tokens."""
+
+    levels: list[tuple[Tensor, Tensor]]
+    """``[..., P, s, K]`` each, s = 1, 2, 4, ...: from the boundary to a query, from a key to the boundary."""
+    whole: Decays
+
+    @classmethod
+    def of(cls, log_decay: Tensor, *, read_first: bool = False) -> Halves:
+        """``log_decay`` is ``[..., C, K]``; ``read_first``: a token is read before its own decay."""
+        total = log_decay
+        suffix = torch.zeros_like(log_decay).unsqueeze(-2)
+        prefix = suffix if read_first else log_decay.unsqueeze(-2)
+        levels = []
+        while total.shape[-2] > 1:
+            total_left, total_right = total[..., 0::2, :], total[..., 1::2, :]
+            prefix_right, suffix_left = prefix[..., 1::2, :, :], suffix[..., 0::2, :, :]
+            levels.append((prefix_right.exp(), suffix_left.exp()))
+            prefix_right = prefix_right + total_left.unsqueeze(-2)
+            suffix_left = suffix_left + total_right.unsqueeze(-2)
+            prefix = torch.cat([prefix[..., 0::2, :, :], prefix_right], -2)
+            suffix = torch.cat([suffix_left, suffix[..., 1::2, :, :]], -2)
+            total = total_left + total_right
+        prefix, suffix, total = prefix.squeeze(-3), suffix.squeeze(-3), total.squeeze(-2)
+        return cls(levels, Decays(prefix.exp(), suffix.exp(), total.exp()))
+
+
+def scores(
+    queries: Sequence[Tensor],
+    k: Tensor,
+    log_decay: Tensor | None,
+    num_heads: int,
+    *,
+    read_first: bool = False,
+) -> tuple[list[Tensor], Decays]:
+    """Decayed scores of several queries against the same keys, and the decays around the chunk.
+
+    Args:
+        queries: ``[L, B, G, C, K]`` each.
+        k: ``[L, B, G, C, K]``.
+        log_decay: ``None``, ``[L, B, H, C]`` or ``[L, B, H, C, K]``.
+        num_heads: H, a multiple of G.
+        read_first: a query reads before its own token decays and writes the memory, so i = j scores 0.
+
+    Returns:
+        ``[L, B, H, C, C]`` for each query, 0 above the diagonal, and the decays.
+    """
+    if log_decay is not None and log_decay.ndim == k.ndim:
+        return _vector_scores(queries, k, log_decay, num_heads, read_first)
+    plain = [repeat_heads(q @ k.mT, num_heads) for q in queries]
+    if log_decay is None:
+        return [a.tril(-1 if read_first else 0) for a in plain], Decays(None, None, None)
+    decay, around = _scalar_decays(log_decay, read_first)
+    return [a * decay for a in plain], around
+
+
+def _scalar_decays(log_decay: Tensor, read_first: bool) -> tuple[Tensor, Decays]:
+    """``[..., C]`` to ``[..., C, C]``, 0 above the diagonal, and the decays around the chunk."""
+    size = log_decay.shape[-1]
+    ones = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
+    runs = log_decay.unsqueeze(-1).expand(*log_decay.shape, size).masked_fill(~ones.tril(-1), 0.0).cumsum(-2)
+    decay = runs.masked_fill(~ones.tril(), float("-inf")).exp()
+    read = log_decay.cumsum(-1)
+    around = Decays(read.unsqueeze(-1).exp(), decay[..., -1, :].unsqueeze(-1), read[..., -1:].exp())
+    if read_first:
+        decay = torch.cat([torch.zeros_like(decay[..., :1, :]), decay[..., :-1, :]], -2)
+        read = torch.cat([torch.zeros_like(read[..., :1]), read[..., :-1]], -1)
+        around = Decays(read.unsqueeze(-1).exp(), around.write, around.total)
+    return decay, around
+
+
+def _vector_scores(
+    queries: Sequence[Tensor], k: Tensor, log_decay: Tensor, num_heads: int, read_first: bool
+) -> tuple[list[Tensor], Decays]:
+    queries = [repeat_heads(q, num_heads) for q in queries]
+    k = repeat_heads(k, num_heads)
+    halves = Halves.of(log_decay, read_first=read_first)
+    if read_first:
+        blocks = [torch.zeros_like(k[..., :1]).unsqueeze(-1) for _ in queries]
+    else:
+        blocks = [(q * k).sum(-1)[..., None, None] for q in queries]
+    for level, (read, write) in enumerate(halves.levels):
+        keys = (_pairs(k, level)[..., 0, :, :] * write).mT
+        across = [(_pairs(q, level)[..., 1, :, :] * read) @ keys for q in queries]
+        blocks = [_merge(block, a) for block, a in zip(blocks, across)]
+    return [block.squeeze(-3) for block in blocks], halves.whole
+
+
+def mix_values(a: Tensor, v: Tensor, log_decay_v: Tensor) -> tuple[Tensor, Decays]:
+    """``o_i = sum_j A_ij exp(log_decay_v over j+1 .. i) * v_j``: a decay of its own for each column of the memory.
+
+    Args:
+        a: ``[L, B, H, C, C]``, 0 above the diagonal.
+        v: ``[L, B, H, C, V]``.
+        log_decay_v: ``[L, B, H, C, V]``.
+
+    Returns:
+        ``[L, B, H, C, V]``, and the decays around the chunk with V in the place of K.
+    """
+    halves = Halves.of(log_decay_v)
+    out = a.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
+    for level, (read, write) in enumerate(halves.levels):
+        half = 1 << level
+        tiles = a.unflatten(-2, (-1, 2, half))[..., 1, :, :].unflatten(-1, (-1, 2, half))[..., 0, :]
+        across = tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        update = (across @ (_pairs(v, level)[..., 0, :, :] * write)) * read
+        left, right = _pairs(out, level).unbind(-3)
+        out = torch.stack([left, right + update], -3).flatten(-4, -2)
+    return out, halves.whole
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[L, B, G, ...]`` to ``[L, B, H, ...]``: head h takes group h // (H // G)."""
+    groups = x.shape[2]
+    if groups == num_heads:
+        return x
+    return x.unsqueeze(3).expand(*x.shape[:3], num_heads // groups, *x.shape[3:]).flatten(2, 3)
+
+
+def _pairs(x: Tensor, level: int) -> Tensor:
+    """``[..., C, K]`` to ``[..., P, 2, s, K]`` with ``s = 2 ** level``."""
+    return x.unflatten(-2, (-1, 2, 1 << level))
+
+
+def _merge(blocks: Tensor, across: Tensor) -> Tensor:
+    """Diagonal blocks ``[..., 2 P, s, s]`` and the blocks under them ``[..., P, s, s]`` to ``[..., P, 2 s, 2 s]``."""
+    left, right = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+    top = torch.cat([left, torch.zeros_like(left)], -1)
+    return torch.cat([top, torch.cat([across, right], -1)], -2)

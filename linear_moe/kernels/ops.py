@@ -1,0 +1,150 @@
+"""The public kernels: arguments checked, then handed to the backend that :mod:`linear_moe.kernels.dispatch` picks.
+
+    diagonal   S_t = a_t * S_{t-1} + k_t v_t^T                          o_t = scale * S_t^T q_t
+    delta      S'  = a_t * S_{t-1},  S_t = S' - beta_t k_t (k_t^T S') + beta_t k_t v_t^T
+
+Letters: B batch, T tokens, Hqk query/key heads (a divisor of H: head h uses h // (H // Hqk)), H heads, K key dim,
+V value dim, N documents (B when not packed), W convolution width, C channels (any number of dims).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from linear_moe.kernels import checks, dispatch
+from linear_moe.kernels.segment import Segment
+
+
+def diag_decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_decay_v: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read and write a memory that decays element by element.
+
+    Differentiable (once) in every tensor, through both results. Computes in float32, or float64 for float64
+    inputs, and keeps only its inputs for the backward pass. Any strides.
+
+    Args:
+        q: ``[B, T, Hqk, K]``, any float dtype, the same for k and v.
+        k: ``[B, T, Hqk, K]``.
+        v: ``[B, T, H, V]``. K and V up to 256.
+        log_decay: natural log of a_t, at most 0 (``-inf`` forgets): ``None`` (no decay), ``[H]``, ``[B, T, H]`` or
+            ``[B, T, H, K]``. Any float dtype; float32 is worth its memory, since it is summed over the sequence.
+        log_decay_v: ``[B, T, H, V]``, the log decay of the memory's columns. Not together with ``bonus``.
+        bonus: ``[H, K]``, u: o_t reads ``S_{t-1} + (u * k_t) v_t^T``, and a_t applies after the read.
+        scale: of the output.
+        state: ``[N, H, K, V]``, the memory before the first token; ``None``: empty.
+        cu_seqlens: ``[N + 1]``, int32 or int64, with B == 1: document n is tokens ``cu_seqlens[n]`` to
+            ``cu_seqlens[n + 1]``; may be empty. Tokens after the last document give zeros.
+
+    Returns:
+        ``[B, T, H, V]`` in v's dtype, and the memory after the last token of each document, ``[N, H, K, V]``,
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
+    checks.check_diag_extras(k, v, log_decay_v, bonus)
+    options = dict(log_decay_v=log_decay_v, bonus=bonus, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return _run("diag_decay", v, q, k, v, log_decay, **options)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read a memory that erases what it stores under a key before it writes there.
+
+    As :func:`diag_decay`, with ``beta`` ``[B, T, H]``, the strength of erase and write, in any float dtype. The decay
+    applies before the erase. Keys are used as they are: normalise them, or the memory can grow without bound.
+    """
+    checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
+    checks.check_beta(v, beta)
+    return _run("delta_rule", v, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+
+
+def diag_decay_segment(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_decay_v: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Segment:
+    """What each row, or each packed document, does to any memory; arguments as in :func:`diag_decay`.
+
+    Returns:
+        ``state`` ``[N, H, K, V]`` and ``log_decay`` ``[N, H, K | 1, V | 1]`` (``None`` without any decay), such that
+        ``carry(state)`` is the memory that :func:`diag_decay` would return. Empty documents give the identity.
+    """
+    checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
+    checks.check_diag_extras(k, v, log_decay_v)
+    return _run("diag_decay_segment", v, k, v, log_decay, log_decay_v=log_decay_v, cu_seqlens=cu_seqlens)
+
+
+def delta_rule_segment(
+    k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Segment:
+    """What each row, or each packed document, does to any memory; arguments as in :func:`delta_rule`.
+
+    Returns:
+        ``state`` ``[N, H, K, V]`` and the dense ``decay`` ``[N, H, K, K]``, such that ``carry(state)`` is the memory
+        that :func:`delta_rule` would return. Empty documents give the identity.
+    """
+    checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
+    checks.check_beta(v, beta)
+    return _run("delta_rule_segment", v, k, v, beta, log_decay, cu_seqlens=cu_seqlens)
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution: ``y_t = act(bias + sum_j weight[..., j] * x_{t - (W - 1) + j})``.
+
+    Args:
+        x: ``[B, T, *C]``, any float dtype; summed in float32 (float64 for float64).
+        weight: ``[*C, W]``; the last tap is the token itself.
+        bias: ``[*C]``.
+        activation: ``None`` or ``"silu"``.
+        state: ``[N, W - 1, *C]``, the inputs before the first token, oldest first; ``None``: zeros.
+        cu_seqlens: as in :func:`diag_decay`.
+
+    Returns:
+        ``[B, T, *C]``, and the last W - 1 inputs of each row or document, ``[N, W - 1, *C]`` (with those of
+        ``state`` when there were fewer). Both in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.check_conv(x, weight, bias, activation, state, cu_seqlens)
+    options = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
+    return _run("short_conv", x, x, weight, bias, **options)
+
+
+def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    backend, _ = dispatch.pick(op, like.device, like.dtype)
+    return backend.run(*args, **kwargs)

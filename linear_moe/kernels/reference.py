@@ -1,0 +1,216 @@
+"""Token-by-token definitions of every kernel: the truth that tests compare with, in plain differentiable torch.
+
+    diagonal   S_t = a_t * S_{t-1} + k_t v_t^T            a_t = exp(log_decay_t) exp(log_decay_v_t)^T
+               o_t = scale * S_t^T q_t                    with bonus: scale * (S_{t-1} + (u * k_t) v_t^T)^T q_t
+    delta      S'  = a_t * S_{t-1}
+               S_t = S' - beta_t k_t (k_t^T S') + beta_t k_t v_t^T,      o_t = scale * S_t^T q_t
+
+Nothing here is shared with the chunked code. Slow: one Python step for each token.
+
+Letters: B batch, T tokens, G query/key heads, H heads, K key dim, V value dim, N documents, W convolution width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.kernels.segment import Segment
+
+TokenInputs = tuple[Tensor | None, ...]
+
+
+def diag_decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_decay_v: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The diagonal-decay recurrence; shapes as in :func:`linear_moe.kernels.diag_decay`."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    num_heads = v.shape[2]
+    log_decay = _per_token(log_decay, v)
+    bonus = None if bonus is None else bonus.to(dtype)
+
+    def run(tokens: TokenInputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+        q_BTHK, k_BTHK, v_BTHV, log_a, log_a_v = (None if x is None else x.to(dtype) for x in tokens)
+        assert q_BTHK is not None and k_BTHK is not None and v_BTHV is not None
+        outputs = []
+        for t in range(v_BTHV.shape[1]):
+            write_BHKV = k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
+            read_BHKV = None if bonus is None else memory + bonus[:, :, None] * write_BHKV
+            if log_a is not None:
+                memory = memory * _column(log_a[:, t]).exp()
+            if log_a_v is not None:
+                memory = memory * log_a_v[:, t, :, None, :].exp()
+            memory = memory + write_BHKV
+            read_BHKV = memory if read_BHKV is None else read_BHKV
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_BTHK[:, t], read_BHKV))
+        return torch.stack(outputs, 1), memory
+
+    tokens = (_repeat_heads(q, num_heads), _repeat_heads(k, num_heads), v, log_decay, log_decay_v)
+    o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens)
+    return o.to(v.dtype), memory
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The (gated) delta rule; shapes as in :func:`linear_moe.kernels.delta_rule`."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    num_heads = v.shape[2]
+    log_decay = _per_token(log_decay, v)
+
+    def run(tokens: TokenInputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+        q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_a = (None if x is None else x.to(dtype) for x in tokens)
+        assert q_BTHK is not None and k_BTHK is not None and v_BTHV is not None and beta_BTH is not None
+        outputs = []
+        for t in range(v_BTHV.shape[1]):
+            if log_a is not None:
+                memory = memory * _column(log_a[:, t]).exp()
+            k_BHK, beta_BH11 = k_BTHK[:, t], beta_BTH[:, t, :, None, None]
+            stored_BHV = torch.einsum("bhk,bhkv->bhv", k_BHK, memory)
+            erase_BHKV = k_BHK[..., None] * stored_BHV[:, :, None, :]
+            write_BHKV = k_BHK[..., None] * v_BTHV[:, t, :, None, :]
+            memory = memory - beta_BH11 * erase_BHKV + beta_BH11 * write_BHKV
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_BTHK[:, t], memory))
+        return torch.stack(outputs, 1), memory
+
+    tokens = (_repeat_heads(q, num_heads), _repeat_heads(k, num_heads), v, beta, log_decay)
+    o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens)
+    return o.to(v.dtype), memory
+
+
+def diag_decay_segment(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_decay_v: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Segment:
+    """The memory a run leaves when it starts empty, and the sum of its log decays."""
+    _, state = diag_decay(k, k, v, log_decay, log_decay_v=log_decay_v, cu_seqlens=cu_seqlens)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    total: Tensor | None = None
+    if log_decay is not None:
+        total = _column(_document_sum(_per_token(log_decay, v).to(dtype), cu_seqlens))  # type: ignore[union-attr]
+    if log_decay_v is not None:
+        total_v = _document_sum(log_decay_v.to(dtype), cu_seqlens)[:, :, None, :]
+        total = total_v if total is None else total + total_v
+    return Segment(state, log_decay=total)
+
+
+def delta_rule_segment(
+    k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Segment:
+    """The memory a run leaves when it starts empty, and what it makes of the identity when it writes nothing."""
+    _, state = delta_rule(k, k, v, beta, log_decay, cu_seqlens=cu_seqlens)
+    num_keys = k.shape[-1]
+    nothing = v.new_zeros(*v.shape[:3], num_keys)
+    identity = torch.eye(num_keys, dtype=state.dtype, device=v.device).expand(*state.shape[:2], -1, -1)
+    _, decay = delta_rule(k, k, nothing, beta, log_decay, state=identity, cu_seqlens=cu_seqlens)
+    return Segment(state, decay=decay)
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution, one token at a time over a window of the last W inputs."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    num_documents = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if state is None:
+        state = x.new_zeros(num_documents, weight.shape[-1] - 1, *x.shape[2:])
+
+    def run(tokens: TokenInputs, window: Tensor) -> tuple[Tensor, Tensor]:
+        (x_BTC,) = tokens
+        assert x_BTC is not None
+        outputs = []
+        for t in range(x_BTC.shape[1]):
+            window = torch.cat([window, x_BTC[:, t : t + 1].to(dtype)], 1)
+            y = (window.movedim(1, -1) * weight.to(dtype)).sum(-1)
+            y = y if bias is None else y + bias.to(dtype)
+            outputs.append(F.silu(y) if activation == "silu" else y)
+            window = window[:, 1:]
+        return torch.stack(outputs, 1), window
+
+    y, window = _each_document(run, (x,), state.to(dtype), cu_seqlens)
+    return y.to(x.dtype), window.to(x.dtype)
+
+
+def _each_document(
+    run: Callable[[TokenInputs, Tensor], tuple[Tensor, Tensor]],
+    tokens: TokenInputs,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run each document on its own; tokens after the last document give zeros."""
+    if cu_seqlens is None:
+        return run(tokens, state)
+    bounds = cu_seqlens.tolist()
+    outputs, states = [], []
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+        memory = state[n : n + 1]
+        if end > start:
+            o, memory = run(tuple(None if x is None else x[:, start:end] for x in tokens), memory)
+            outputs.append(o)
+        states.append(memory)
+    num_tokens = next(x.shape[1] for x in tokens if x is not None)
+    like = outputs[0] if outputs else state.new_zeros(1, 0, *state.shape[1:2], *state.shape[3:])
+    outputs.append(like.new_zeros(1, num_tokens - bounds[-1], *like.shape[2:]))
+    return torch.cat(outputs, 1), torch.cat(states)
+
+
+def _document_sum(x_BTH: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if cu_seqlens is None:
+        return x_BTH.sum(1)
+    bounds = cu_seqlens.tolist()
+    return torch.stack([x_BTH[0, start:end].sum(0) for start, end in itertools.pairwise(bounds)])
+
+
+def _initial(
+    state: Tensor | None, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    num_documents = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if state is None:
+        return torch.zeros(num_documents, v.shape[2], k.shape[3], v.shape[3], dtype=dtype, device=v.device)
+    return state.to(dtype)
+
+
+def _per_token(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
+    if log_decay is None or log_decay.ndim > 1:
+        return log_decay
+    return log_decay.expand(v.shape[:3])
+
+
+def _column(log_a: Tensor) -> Tensor:
+    """``[B, H]`` or ``[B, H, K]``, to scale the rows of ``[B, H, K, V]``."""
+    return log_a[:, :, None, None] if log_a.ndim == 2 else log_a[..., None]
+
+
+def _repeat_heads(x_BTGK: Tensor, num_heads: int) -> Tensor:
+    return x_BTGK.repeat_interleave(num_heads // x_BTGK.shape[2], dim=2)
