@@ -15,6 +15,7 @@ reach a process that is spawned: ``--async-save`` stays off. Do not pass ``--use
 experts of all expert-parallel ranks equal.
 """
 
+import collections
 import logging
 import sys
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def _memory_patches() -> list[Patch]:
 
 def _rng_patches() -> list[Patch]:
     cuda = torch.cuda
-    generators = (torch.default_generator,) * standin.local_world_size()
+    generators = collections.defaultdict(lambda: torch.default_generator)  # by index
     fork_module = sys.modules.get("megatron.core.tensor_parallel.random")
     return [
         Patch(cuda, "get_rng_state", standin.get_rng_state, "RNG tracker, checkpoints, recompute"),

@@ -1,8 +1,8 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
 ``install`` makes four kinds: a wheel without its Makefile may start; a run resumes bit-exactly without Transformer
-Engine and Apex; the first loss of a run is logged once; FLOPs and metrics are ours. ``defaults_without_te`` is the other
-half: the flags that a run must set where Transformer Engine or a CUDA device is missing.
+Engine and Apex; the first loss of a run is logged once; FLOPs and metrics are ours. ``defaults_without_te`` is the
+other half: the flags that a run must set where Transformer Engine or a CUDA device is missing.
 """
 
 import functools

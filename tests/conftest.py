@@ -1,0 +1,35 @@
+"""Shared by all tests: the ``gloo`` fixture, the ``gpu`` mark, and thread counts that suit several processes."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import torch
+
+from tests.workers import Pool
+
+
+@pytest.fixture(scope="session")
+def _pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def gloo(_pool: Pool) -> Callable:
+    """``gloo(world_size, fn, *args, timeout=120)``: see ``tests/workers.py``."""
+    return _pool.run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
