@@ -1,0 +1,1 @@
+"""Text to token files and back: corpora, tokenizers, Megatron's indexed format."""

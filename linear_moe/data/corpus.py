@@ -1,0 +1,85 @@
+"""Corpora: read JSONL or plain text, and make one from what every machine has, the installed Python's own library.
+
+The standard library is some 10 MB of well-written English and code under the PSF licence, which allows this use. It is read where
+it lies; nothing of it is distributed.
+"""
+
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+# Not text worth learning: tests and their data, generated tables, what pip installed, bytecode.
+_SKIPPED_FOLDERS = {
+    "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "ensurepip",
+    "turtledemo", "__pycache__", "config", "lib-dynload", "pydoc_data", "__phello__",
+}  # fmt: skip
+_SUFFIXES = {".py", ".txt", ".rst"}
+_LARGEST_FILE = 400_000
+
+
+def python_documents() -> Iterator[str]:
+    """Documents of the installed Python: its manual's topics, then every source and text file, in a fixed order.
+
+    Deterministic for one Python installation.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    yield from _manual_topics(library / "pydoc_data" / "topics.py")
+    for path in sorted(library.rglob("*"), key=lambda p: p.relative_to(library).as_posix()):
+        folders = path.relative_to(library).parts[:-1]
+        if path.suffix not in _SUFFIXES or any(f in _SKIPPED_FOLDERS or f.startswith("config-") for f in folders):
+            continue
+        if path.is_file() and 200 < path.stat().st_size < _LARGEST_FILE:
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # a few files of the library are there to test other encodings
+
+
+def _manual_topics(path: Path) -> Iterator[str]:
+    # pydoc's help() texts: the language reference, as one dictionary literal.
+    if not path.exists():
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            topics = ast.literal_eval(node.value)
+            yield from (topics[name] for name in sorted(topics))
+
+
+def read_documents(path: str, key: str = "text") -> Iterator[str]:
+    """Documents of a file: `.jsonl`/`.json` has one object per line with the text under `key`; anything else is one document.
+
+    Empty documents are left out. Raises ValueError, naming the line, for a line that is not such an object.
+    """
+    if Path(path).suffix not in {".jsonl", ".json"}:
+        text = Path(path).read_text(encoding="utf-8")
+        if text.strip():
+            yield text
+        return
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            text = _text_of(line, key, f"{path}:{number}")
+            if text:
+                yield text
+
+
+def _text_of(line: str, key: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} is not JSON ({error.msg}).\n"
+            f"  why: a .jsonl file has one JSON object per line.\n"
+            f"  try: give plain text another suffix, .txt, to read the file as one document"
+        ) from None
+    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(
+            f"{where} has no text under {key!r}.\n"
+            f"  why: the line holds {keys}.\n"
+            f"  try: --json-key NAME, with the name of the field that holds the text"
+        )
+    return value[key]

@@ -1,0 +1,90 @@
+"""Tokenizers as folders that Megatron's HuggingFaceTokenizer opens offline: train a byte-level BPE, read and describe one.
+
+A folder holds `tokenizer.json` (vocabulary, merges, how to split) and `tokenizer_config.json` (which token ends a document).
+Describing one needs only json, so that the launcher can compare vocabularies before anything heavy is imported.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+END_OF_DOCUMENT = "<|endoftext|>"
+PADDING = "<|padding|>"  # its own token: Megatron masks the loss of pads, and documents must learn to end
+
+
+class TokenizerError(ValueError):
+    """A path that is not a usable tokenizer; the text says what is missing."""
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a run needs to know about a tokenizer."""
+
+    path: str
+    """The folder."""
+    base_vocab_size: int
+    """Tokens of the BPE model, without added special tokens: what EXTRA_VOCAB_SIZE is added to."""
+    vocab_size: int
+    """One more than the largest token id."""
+    eod: int
+    """Token at the end of every document."""
+    fingerprint: str
+    """Hash of vocabulary, merges and added tokens; does not depend on the path or on the file's layout."""
+
+
+def describe_tokenizer(path: str) -> TokenizerInfo:
+    """Facts of the tokenizer at `path`, a folder or a `tokenizer.json`. Raises TokenizerError when it is not one."""
+    folder = Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
+    file = folder / "tokenizer.json"
+    if not folder.exists():
+        raise TokenizerError(f"{folder} does not exist")
+    if not file.exists():
+        raise TokenizerError(f"{folder} has no tokenizer.json")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        model, added = content["model"], {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        vocab = model["vocab"] if isinstance(model["vocab"], dict) else {v[0]: i for i, v in enumerate(model["vocab"])}
+    except FileNotFoundError as error:
+        raise TokenizerError(f"{folder} has no {Path(str(error.filename)).name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise TokenizerError(f"{folder} is not a tokenizer ({type(error).__name__}: {error})") from None
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    ids = {**vocab, **added}
+    if eos not in ids:
+        raise TokenizerError(f"{folder} names no end-of-document token (eos_token of tokenizer_config.json)")
+    canonical = json.dumps([sorted(ids.items()), model.get("merges")], sort_keys=True)
+    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    base = sum(token not in added for token in vocab)
+    return TokenizerInfo(str(folder), base, max(ids.values()) + 1, ids[eos], fingerprint)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> TokenizerInfo:
+    """Train a byte-level BPE of `vocab_size` tokens, the two special ones included, and save it as a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no text is unknown
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "pad_token": PADDING,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000,
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(target / "tokenizer.json"))
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return describe_tokenizer(folder)
