@@ -28,7 +28,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from linear_moe.model.sequence import layout_of
@@ -165,16 +164,22 @@ class CoreAttention(MegatronModule):
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: Tensor | None, scale: float
     ) -> Tensor:
         L, E = q.shape[0], k.shape[0]
-        bias: Tensor | None = None if L == 1 else causal_lower_right(L, E)
+        is_causal = False
+        bias: Tensor | None = None
         if layout.is_packed or mask is not None:
             bias = _allowed(L, E, layout, mask, q.device)
             _warn_of_mask_once(q.is_cuda)
+        elif L == E:
+            is_causal = True
+        elif L > 1:  # a single query, the last token, may look everywhere
+            bias = _lower_right(L, E, layout, q.device)
         q_BHLK, k_BGEK, v_BGEV = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         out_BHLV = F.scaled_dot_product_attention(
             q_BHLK,
             k_BGEK,
             v_BGEV,
             attn_mask=bias,
+            is_causal=is_causal,
             dropout_p=self._dropout,
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
@@ -211,6 +216,17 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: f
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (B, L)).transpose(0, 1)
+
+
+def _lower_right(L: int, E: int, layout: SequenceLayout, device: torch.device) -> Tensor:
+    """Causality of the last ``L`` of ``E`` tokens: on CUDA a marker that flash attention understands, else a mask."""
+    if device.type != "cuda":
+        return _allowed(L, E, layout, None, device)
+    from torch.nn.attention.bias import (
+        causal_lower_right,
+    )  # imports the compiler: not on machines without CUDA
+
+    return causal_lower_right(L, E)
 
 
 def _allowed(L: int, E: int, layout: SequenceLayout, mask: Tensor | None, device: torch.device) -> Tensor:

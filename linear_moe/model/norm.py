@@ -50,18 +50,6 @@ class LayerNorm(torch.nn.Module):
         return F.layer_norm(x, weight.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> RMSNorm | LayerNorm:
-    """The norm that ``config.normalization`` names: ``RMSNorm`` or ``LayerNorm``."""
-    kinds = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
-    if config.normalization not in kinds:
-        raise ValueError(
-            f"normalization {config.normalization!r} is not supported without Transformer Engine\n"
-            f"  why: the layers here are RMSNorm and LayerNorm\n"
-            f"  try: --normalization RMSNorm"
-        )
-    return kinds[config.normalization](config, hidden_size, eps)
-
-
 def _parameter(config: TransformerConfig, size: int, value: float) -> torch.nn.Parameter:
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     data = torch.full((size,), value, dtype=config.params_dtype, device=device)

@@ -1,0 +1,69 @@
+"""One matrix product per expert over tokens sorted by expert, in one kernel launch or in a loop.
+
+    y[rows of e] = x[rows of e] @ weight[e]^T
+
+``torch.nn.functional.grouped_mm`` has two gaps that matter here: an expert without tokens gets a weight gradient that
+is not zero on Blackwell (github.com/pytorch/pytorch/issues/172439), and gradients must be dense. Hence the autograd
+function.
+
+Letters: M tokens, E experts, I and O sizes of the input and output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def can_group(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the grouped kernel takes these: bf16 on CUDA, rows of whole 16-byte words."""
+    operands = (x, *weights)
+    is_bf16 = all(t.is_cuda and t.dtype == torch.bfloat16 for t in operands)
+    return is_bf16 and all(t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Tokens times their experts' weights.
+
+    Args:
+        x: ``[M, I]``, sorted by expert.
+        weight: ``[E, O, I]``; I and O multiples of 8 (bf16).
+        ends: ``[E]`` int32 on the device of ``x``: where each expert's tokens end; the last is M.
+
+    Returns:
+        ``[M, O]``.
+    """
+    return _GroupedLinear.apply(x, weight, ends)
+
+
+def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """:func:`grouped_linear` for any device, dtype and size, one expert after the other."""
+    rows = x.split(counts)
+    return torch.cat([F.linear(x_e, weight_e) for x_e, weight_e in zip(rows, weight, strict=True)])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        if x.shape[0] == 0:
+            return x.new_empty(0, weight.shape[1])
+        return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        if x.shape[0] == 0:
+            return torch.zeros_like(x), torch.zeros_like(weight), None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.grouped_mm(grad, weight, offs=ends)
+        if ctx.needs_input_grad[1]:
+            grad_weight = F.grouped_mm(grad.t(), x.contiguous(), offs=ends)
+            is_empty = F.pad(ends, (1, 0)).diff() == 0
+            grad_weight.masked_fill_(is_empty[:, None, None], 0.0)
+        return grad_x, grad_weight, None
