@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
-from megatron.training.utils.common_utils import calculate_padded_vocab_size
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from linear_moe.model.backend import make_backend
 from linear_moe.model.config import LinearMoEConfig

@@ -9,9 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer
-
-SOFTMAX = "softmax"
-"""The kind of a softmax attention layer, next to the registered mixers."""
+from linear_moe.model.pattern import SOFTMAX
 
 
 @dataclass(kw_only=True)

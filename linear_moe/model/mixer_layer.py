@@ -3,10 +3,10 @@
     hidden -> one fused column-parallel GEMM (+ low-rank gates) -> Mixer.mix -> row-parallel GEMM -> hidden
 
 The fused weight is laid out head by head ([q k v .. of head 0][q k v .. of head 1] ..), so a tensor-parallel shard is a
-contiguous slice of it: checkpoints reshard like any column-parallel weight, and every projection is a strided view of the
-GEMM's output. Per-head parameters are sharded with the heads; parameters that all heads share are replicated, and their
-gradients summed over tensor-parallel ranks, with and without sequence parallelism. Context parallelism hands the mixer the
-memory before its tokens (LASP-2) and the tail of the left neighbour (short convolution).
+contiguous slice of it: checkpoints reshard like any column-parallel weight, and every projection is a strided view of
+the GEMM's output. Per-head parameters are sharded with the heads; parameters that all heads share are replicated, and
+their gradients summed over tensor-parallel ranks, with and without sequence parallelism. Context parallelism hands the
+mixer the memory before its tokens (LASP-2) and the tail of the left neighbour (short convolution).
 
 Letters: T local tokens, B batch, D hidden, H heads here, W fused width per head, V value dim.
 """

@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from linear_moe.model.backend import make_backend
-from linear_moe.model.config import SOFTMAX, LinearMoEConfig
+from linear_moe.model.config import LinearMoEConfig
 from linear_moe.model.mixer_layer import MixerLayer
+from linear_moe.model.pattern import SOFTMAX
 
 
 def block_spec(

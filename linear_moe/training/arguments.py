@@ -1,0 +1,139 @@
+"""Our command-line arguments next to Megatron's, and the model config that both make.
+
+The architecture is said once: ``--layer-kinds`` names the mixer of every layer. Options of mixers come from the fields
+of their ``Config``: ``--<mixer>-<field>`` for one mixer (``--gla-gate-rank 32``), or an old ``--la-*`` flag for every
+mixer that has such a field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+
+from linear_moe import lsm
+from linear_moe.lsm import Mixer
+from linear_moe.model.builder import LinearMoEModelConfig
+from linear_moe.model.config import LinearMoEConfig
+from linear_moe.model.pattern import layer_kinds
+from linear_moe.training import engine
+
+SHAPE_FIELDS = ("hidden_size", "num_heads", "head_dim", "qkv_bias")
+"""Fields of every mixer's Config that follow from the model."""
+
+SHARED_FLAGS = {
+    "--expand-k": "expand_k",
+    "--expand-v": "expand_v",
+    "--la-feature-map": "feature_map",
+    "--la-output-norm": "output_norm",
+    "--la-gate-fn": "output_gate",
+    "--la-norm-eps": "norm_eps",
+    "--la-conv-size": "conv_size",
+}
+"""Flags of the earlier system, and the field they set on every mixer that has it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron's ``extra_args_provider``: add ours and the defaults of what this machine lacks."""
+    group = parser.add_argument_group("linear_moe")
+    group.add_argument(
+        "--layer-kinds", default=None, help="mixer of every layer, comma separated; softmax is one"
+    )
+    group.add_argument("--la-module", default=None, help="mixer of the L layers, or several, comma separated")
+    group.add_argument("--layer-type-list", default=None, help="one symbol per layer: L linear, N softmax")
+    group.add_argument("--family", default="qwen2", help="model family, for the record")
+    group.add_argument("--model-size", default=None, help="named size, for the record")
+    group.add_argument("--run-dir", default=None, help="folder of metrics.jsonl and config.json")
+    group.add_argument(
+        "--lsm-recompute",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="recompute mixers in the backward pass; on with selective recomputation",
+    )
+    group.add_argument("--sequential-experts", action="store_true", help="Megatron's loop over experts")
+    options = parser.add_argument_group("mixer options")
+    for flag, field in SHARED_FLAGS.items():
+        options.add_argument(flag, dest=f"la_{field}", default=None, type=str, help=f"{field} of every mixer")
+    for name in lsm.names():
+        for field, kind, help_text in _options(lsm.get(name).Config):
+            flag = f"--{name}-{field}".replace("_", "-")
+            options.add_argument(flag, dest=f"{name}:{field}", default=None, type=kind, help=help_text)
+    parser.set_defaults(**engine.defaults_without_te())
+    return parser
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Turn our arguments into what the config takes: plain lists and dicts, kept in checkpoints."""
+    if args.layer_kinds is None:
+        kinds = layer_kinds(args.layer_type_list, args.la_module, args.num_layers, known=lsm.names())
+        args.layer_kinds = list(kinds)
+    elif isinstance(args.layer_kinds, str):
+        kinds = tuple(args.layer_kinds.split(","))
+        for kind in set(kinds) - {"softmax"}:
+            lsm.get(kind)
+        args.layer_kinds = list(kinds)
+    if len(args.layer_kinds) != args.num_layers:
+        raise ValueError(
+            f"--layer-kinds names {len(args.layer_kinds)} layers, the model has {args.num_layers}\n"
+            f"  why: every layer needs its kind\n"
+            f"  try: --layer-type-list with one symbol per layer"
+        )
+    args.mixer_options = {name: _given(args, name) for name in lsm.names()}
+    args.mixer_options = {name: given for name, given in args.mixer_options.items() if given}
+    for name in lsm.names():
+        for field, _, _ in _options(lsm.get(name).Config):
+            delattr(args, f"{name}:{field}")
+    if args.lsm_recompute is None:
+        args.lsm_recompute = args.recompute_granularity == "selective"
+    if args.reset_attention_mask:
+        raise ValueError(
+            "--reset-attention-mask hides documents from softmax attention only\n"
+            "  why: the memory of a mixer would still leak from one document to the next\n"
+            "  try: --dataloader-inter-document-masking (PACK=true)"
+        )
+    if args.hybrid_context_parallel:
+        raise ValueError(
+            "--hybrid-context-parallel is not supported\n"
+            "  why: it changes the context-parallel group per micro-batch, and LASP-2 needs a fixed one\n"
+            "  try: leave it out, and set --context-parallel-size"
+        )
+
+
+def model_config(args: argparse.Namespace) -> LinearMoEModelConfig:
+    """The config from which Megatron builds the model; ``resolve`` comes first."""
+    transformer = core_transformer_config_from_args(args, LinearMoEConfig)
+    return gpt_config_from_args(args, config=transformer, model_config_cls=LinearMoEModelConfig)
+
+
+def _given(args: argparse.Namespace, mixer: str) -> dict[str, Any]:
+    """The options set for one mixer: the flags for all, then its own."""
+    given = {}
+    for field, kind, _ in _options(lsm.get(mixer).Config):
+        for value in (getattr(args, f"la_{field}", None), getattr(args, f"{mixer}:{field}")):
+            if value is not None:
+                given[field] = kind(value)
+    return given
+
+
+def _options(config: type[Mixer.Config]) -> list[tuple[str, typing.Callable[[str], Any], str]]:
+    """Name, parser and help of every field of a mixer's Config that a user may set."""
+    hints = typing.get_type_hints(config)
+    found = []
+    for field in dataclasses.fields(config):
+        if field.name in SHAPE_FIELDS:
+            continue
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        found.append((field.name, _boolean if kind is bool else kind, f"{config.__qualname__}: {field.name}"))
+    return found
+
+
+def _boolean(text: str | bool) -> bool:
+    if str(text).lower() not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return str(text).lower() == "true"

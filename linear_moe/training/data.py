@@ -1,0 +1,131 @@
+"""Training data: Megatron's datasets, and the micro-batch that each rank sees of them.
+
+With ``--dataloader-inter-document-masking`` a sequence holds several documents that never see each other. Their
+boundaries travel as ``[B, N + 1]`` in ``PackedSeqParams`` of format ``sbhd``: the batch keeps its shape, rotary positions
+run on (they are relative, so the document mask makes that exact), and mixers and attention read the boundaries.
+
+Letters: B micro-batch, S tokens of a sequence, N documents of a sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import mpu, tensor_parallel
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of a micro-batch; ``None`` where this pipeline stage needs nothing."""
+
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    packed_seq_params: PackedSeqParams | None = None
+
+
+def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    """Megatron's dataset config from its arguments."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+
+
+def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
+    """Megatron's dataset provider: train, validation and test sets of ``num_samples`` sequences each."""
+    args = get_args()
+    config = dataset_config(args)
+    dataset = MockGPTDataset if config.mock else GPTDataset
+    return BlendedMegatronDatasetBuilder(
+        dataset, num_samples, lambda: needs_data(args, vp_stage), config
+    ).build()
+
+
+train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def needs_data(args: argparse.Namespace, vp_stage: int | None = None) -> bool:
+    """Whether this rank reads data: one rank of each tensor-parallel group, on stages that look at it."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and stage_sees_batch(args, vp_stage)
+
+
+def stage_sees_batch(args: argparse.Namespace, vp_stage: int | None = None) -> bool:
+    """The first and the last stage see tokens; with packed documents every stage sees their boundaries."""
+    first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    return first or last or args.dataloader_inter_document_masking
+
+
+def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Batch:
+    """The next micro-batch, broadcast over tensor-parallel ranks and cut for this context-parallel rank."""
+    args = get_args()
+    if not stage_sees_batch(args, vp_stage):
+        return Batch()
+    packed = args.dataloader_inter_document_masking
+    sample: dict[str, Tensor] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
+        sample = dict(next(data_iterator))
+        if packed:
+            sample["cu_seqlens"] = trim_boundaries(sample["cu_seqlens"]).long()
+    integers = ["tokens", "labels", "position_ids"] + (["cu_seqlens"] if packed else [])
+    received = tensor_parallel.broadcast_data(integers, sample, torch.int64)
+    received |= tensor_parallel.broadcast_data(["loss_mask"], sample, torch.float32)
+    cu_seqlens = received.pop("cu_seqlens").int() if packed else None
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff(dim=1).flatten()
+        update_seqlen_stats_from_cu_seqlens(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+    local = get_batch_on_this_cp_rank(
+        received,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=True,
+    )
+    return Batch(**local, packed_seq_params=documents(cu_seqlens, args.seq_length))
+
+
+def trim_boundaries(cu_seqlens: Tensor) -> Tensor:
+    """Drop the padding that no sequence of the batch needs: ``[B, S + 1]`` to ``[B, max N + 1]``."""
+    most = int((cu_seqlens.diff(dim=1) > 0).sum(dim=1).max())
+    return cu_seqlens[:, : most + 1].contiguous()
+
+
+def documents(cu_seqlens: Tensor | None, seq_length: int) -> PackedSeqParams | None:
+    """Document boundaries ``[B, N + 1]`` in the form that every layer reads; ``None`` stays ``None``."""
+    if cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=seq_length,
+        max_seqlen_kv=seq_length,
+    )

@@ -1,0 +1,99 @@
+"""Floating-point operations of a model, counted per part from its real shapes.
+
+One multiply-add counts 2. A mixer counts what its definition does per token, so it is linear in the sequence length;
+softmax attention counts the causal half of its score matrix. Element-wise work is not counted.
+
+Letters: S tokens of a sequence, D hidden, H heads, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from linear_moe import lsm
+from linear_moe.lsm import Mixer
+from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.pattern import SOFTMAX
+from linear_moe.model.specs import moe_layers
+
+BACKWARD_AND_FORWARD = 3
+"""A training step costs three forward passes: one more product for each operand of every product."""
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Forward operations per token of a whole model, and softmax scores per pair of tokens.
+
+    Attributes:
+        mixers: mixers and softmax projections, everything in the attention slot but the scores.
+        feed_forward: dense feed-forward, router, the chosen experts and the shared one.
+        head: output logits.
+        per_pair: softmax attention, per causal pair of tokens of a sequence.
+    """
+
+    mixers: int
+    feed_forward: int
+    head: int
+    per_pair: int
+
+    def training(self, tokens: float, squared_lengths: float) -> float:
+        """One step over ``tokens`` tokens whose documents' squared lengths sum to ``squared_lengths``."""
+        linear = (self.mixers + self.feed_forward + self.head) * tokens
+        return BACKWARD_AND_FORWARD * (linear + self.per_pair * squared_lengths / 2)
+
+
+def flops_per_token(config: LinearMoEConfig, vocab_rows: int) -> FlopsPerToken:
+    """Count a model from its config."""
+    moe = moe_layers(config)
+    softmax_layers = config.layer_kinds.count(SOFTMAX)
+    heads_width = config.num_attention_heads * (config.kv_channels or 0)
+    return FlopsPerToken(
+        mixers=sum(
+            _softmax_projections(config) if kind == SOFTMAX else mixer_flops(kind, config)
+            for kind in config.layer_kinds
+        ),
+        feed_forward=sum(_experts(config) if is_moe else _dense(config) for is_moe in moe),
+        head=2 * config.hidden_size * vocab_rows,
+        per_pair=softmax_layers * 4 * heads_width,  # scores and weighted sum
+    )
+
+
+def mixer_flops(kind: str, config: LinearMoEConfig) -> int:
+    """Forward operations of one mixer layer per token: projections, short convolution, recurrence."""
+    mixer: Mixer = lsm.get(kind)(mixer_config(kind, config))
+    cfg = mixer.cfg
+    hidden, heads = config.hidden_size, cfg.num_heads
+    total = 2 * hidden * heads * mixer.fused_width
+    for p in mixer.low_rank_projections():
+        assert p.rank is not None
+        total += 2 * p.rank * (hidden + heads * p.width)
+    total += 2 * heads * mixer.conv_channels * cfg.conv_size
+    total += heads * mixer.scan_flops_per_token()
+    return total + 2 * heads * cfg.head_v_dim * hidden
+
+
+def _softmax_projections(config: LinearMoEConfig) -> int:
+    assert config.kv_channels is not None and config.num_query_groups is not None
+    q = config.num_attention_heads * config.kv_channels
+    kv = 2 * config.num_query_groups * config.kv_channels
+    return 2 * config.hidden_size * (q + kv) + 2 * q * config.hidden_size
+
+
+def _feed_forward(config: LinearMoEConfig, width: int) -> int:
+    matrices = 3 if config.gated_linear_unit else 2
+    return 2 * matrices * config.hidden_size * width
+
+
+def _dense(config: LinearMoEConfig) -> int:
+    assert config.ffn_hidden_size is not None
+    return _feed_forward(config, config.ffn_hidden_size)
+
+
+def _experts(config: LinearMoEConfig) -> int:
+    assert config.num_moe_experts is not None and config.moe_ffn_hidden_size is not None
+    router = 2 * config.hidden_size * config.num_moe_experts
+    total = router + config.moe_router_topk * _feed_forward(config, config.moe_ffn_hidden_size)
+    if config.moe_shared_expert_intermediate_size:
+        total += _feed_forward(config, config.moe_shared_expert_intermediate_size)
+        total += 2 * config.hidden_size if config.moe_shared_expert_gate else 0
+    return total

@@ -1,0 +1,226 @@
+"""What a run reports: one progress line per logged step, one JSON object per step in ``metrics.jsonl``.
+
+Megatron's ``training_log`` keeps TensorBoard, timers and the aux-loss tracker; its own line is replaced. Numbers of a step
+come from all ranks: loss and gradient norm are global already, memory is the largest, expert load is summed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.router import Router
+from megatron.training import get_args, get_timers
+from torch import Tensor, nn
+
+from linear_moe.training import cpu
+from linear_moe.training.flops import FlopsPerToken
+
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "B200": 2250e12,
+    "GB200": 2250e12,
+    "L40S": 362e12,
+}
+"""Dense bf16 peak by a word of the device's name, from the vendors' datasheets."""
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 peak of this device; ``None`` when it is not in the table (then there is no MFU to report)."""
+    if cpu.is_active() or not torch.cuda.is_available():
+        return None
+    words = torch.cuda.get_device_name().replace("-", " ").split()
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
+
+
+class ExpertLoad:
+    """Counts, on the device, how many tokens every expert of every layer receives."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.tokens_LE = torch.zeros(num_layers, num_experts, device=torch.cuda.current_device())
+
+    def watch(self, model: nn.Module) -> None:
+        """Count at every router of the model."""
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.register_forward_hook(self._count)
+
+    def _count(self, router: Any, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        # With recomputation the first forward pass runs without gradients: count the other one.
+        if router.training and torch.is_grad_enabled():
+            self.tokens_LE[router.layer_number - 1] += outputs[1].detach().float().sum(0)
+
+    def take(self) -> dict[str, float]:
+        """Balance over all ranks since the last call: a step's ``moe_load_*`` figures."""
+        dist.all_reduce(self.tokens_LE)
+        counts = self.tokens_LE[self.tokens_LE.sum(1) > 0]
+        mean_L = counts.mean(1)
+        figures = {
+            "moe_load_max_over_mean": (counts.amax(1) / mean_L).mean(),
+            "moe_load_min_over_mean": (counts.amin(1) / mean_L).mean(),
+            "moe_idle_experts": (counts == 0).sum(1).float().mean(),
+        }
+        values = torch.stack(list(figures.values())).tolist() if len(counts) else [0.0] * len(figures)
+        self.tokens_LE.zero_()
+        return dict(zip(figures, values))
+
+
+class RunLog:
+    """Replaces Megatron's ``training_log``: see the module's first line."""
+
+    def __init__(self, run_dir: Path | None, flops: FlopsPerToken, load: ExpertLoad | None) -> None:
+        self.run_dir, self.flops, self.load = run_dir, flops, load
+        self.peak = peak_flops()
+        self._file: TextIO | None = None
+
+    def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's hook: the replacement, given the stock function."""
+
+        def training_log(
+            loss_dict: dict[str, Tensor],
+            total_loss_dict: dict[str, Any],
+            learning_rate: float | None,
+            iteration: int,
+            loss_scale: float,
+            report_memory_flag: bool,
+            skipped_iter: int,
+            grad_norm: float | None,
+            params_norm: float | None,
+            num_zeros_in_grad: int | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> bool:
+            # Its interval never ends, so it prints nothing; the sums that it keeps are read and cleared here.
+            kwargs["is_first_iteration"] = False
+            original(
+                loss_dict,
+                total_loss_dict,
+                learning_rate,
+                iteration,
+                loss_scale,
+                False,
+                skipped_iter,
+                grad_norm,
+                params_norm,
+                num_zeros_in_grad,
+                *args,
+                **kwargs,
+            )
+            step = self._measure(iteration, learning_rate, grad_norm, **_packed(kwargs))
+            step |= {name.replace(" ", "_"): _mean(value) for name, value in loss_dict.items()}
+            step |= _moe_losses(total_loss_dict)
+            if skipped_iter:
+                step["skipped"] = True
+            total_loss_dict.clear()
+            if dist.get_rank() == dist.get_world_size() - 1:
+                self._write(step)
+            return False
+
+        return training_log
+
+    def _measure(
+        self,
+        iteration: int,
+        learning_rate: float | None,
+        grad_norm: float | None,
+        tokens: float | None = None,
+        squared_lengths: float | None = None,
+    ) -> dict[str, Any]:
+        """Everything that needs all ranks."""
+        args = get_args()
+        seconds = get_timers()("interval-time").elapsed(barrier=True, reset=True)
+        samples = args.micro_batch_size * mpu.get_data_parallel_world_size() * get_num_microbatches()
+        tokens = samples * args.seq_length if tokens is None else tokens
+        squared = tokens * args.seq_length if squared_lengths is None else squared_lengths
+        per_gpu = self.flops.training(tokens, squared) / seconds / args.world_size
+        memory = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=torch.cuda.current_device())
+        lr = torch.tensor(learning_rate or 0.0, dtype=torch.float64, device=torch.cuda.current_device())
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        dist.all_reduce(lr, dist.ReduceOp.MAX)
+        step: dict[str, Any] = {
+            "iteration": iteration,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "learning_rate": lr.item(),
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second_per_gpu": tokens / seconds / args.world_size,
+            "tflops_per_gpu": per_gpu / 1e12,
+            "mfu": per_gpu / self.peak if self.peak else None,
+            "peak_memory_gib": memory.item(),
+        }
+        return step | (self.load.take() if self.load else {})
+
+    def _write(self, step: dict[str, Any]) -> None:
+        args = get_args()
+        if self.run_dir is not None:
+            if self._file is None:
+                self._file = open_metrics(self.run_dir, step["iteration"])
+            self._file.write(json.dumps(step) + "\n")
+            self._file.flush()
+        if step["iteration"] % args.progress_interval == 0 or step["iteration"] in (1, args.train_iters):
+            sys.stdout.write(progress_line(step, args.train_iters, args.world_size) + "\n")
+            sys.stdout.flush()
+
+
+def open_metrics(run_dir: Path, first_iteration: int) -> TextIO:
+    """``metrics.jsonl`` for appending, without the steps that a resumed run does again."""
+    path = run_dir / "metrics.jsonl"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["iteration"] < first_iteration]
+        part = path.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in kept))
+        part.replace(path)
+    return path.open("a")
+
+
+def progress_line(step: dict[str, Any], train_iters: int, world_size: int) -> str:
+    """The one line a person reads: position, health, speed, memory, balance, time left."""
+    done = step["iteration"]
+    left = time.strftime("%Hh%Mm%Ss", time.gmtime((train_iters - done) * step["seconds"]))
+    mfu = "" if step["mfu"] is None else f" {100 * step['mfu']:4.1f}% MFU"
+    parts = [
+        f"step {done:6d}/{train_iters}",
+        f"{100 * done / train_iters:5.1f}%",
+        f"loss {step['lm_loss']:.4f}" if "lm_loss" in step else "loss -",
+        "gnorm -" if step["grad_norm"] is None else f"gnorm {step['grad_norm']:.2f}",
+        f"lr {step['learning_rate']:.1e}",
+        f"{step['tokens_per_second_per_gpu'] * world_size / 1e3:.1f}k tok/s",
+        f"{step['tflops_per_gpu']:.3g} TF{mfu}",
+        f"{step['peak_memory_gib']:.1f}G",
+    ]
+    if "moe_load_max_over_mean" in step:
+        parts.append(f"imb {step['moe_load_max_over_mean']:.2f}")
+    parts.append("SKIPPED" if step.get("skipped") else f"eta {left}")
+    return "  ".join(parts)
+
+
+def _mean(value: Tensor) -> float:
+    return float(value.float().mean())
+
+
+def _packed(kwargs: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        "tokens": kwargs.get("total_real_tokens_in_batch"),
+        "squared_lengths": kwargs.get("seqlen_squared_sum_in_batch"),
+    }
+
+
+def _moe_losses(total_loss_dict: dict[str, Any]) -> dict[str, float]:
+    """What Megatron's tracker added for this step: ``load_balancing_loss`` and its kin, before their coefficient."""
+    names = [name for name in total_loss_dict if name.endswith("loss") and " " not in name]
+    return {f"moe_{name}": float(total_loss_dict[name]) for name in names}

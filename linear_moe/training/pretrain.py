@@ -1,0 +1,128 @@
+"""Pretrain a Linear-MoE model with Megatron's own ``pretrain()``: ``python -m linear_moe.training.pretrain <arguments>``.
+
+The entry that ``examples/*/run_pretrain_*.sh`` starts on every rank. It takes Megatron's arguments and ours
+(:mod:`linear_moe.training.arguments`), on CUDA and, through the CPU platform, without it.
+"""
+
+from __future__ import annotations
+
+from linear_moe.training import cpu
+
+import torch._dynamo  # TEMP
+
+if cpu.needed():
+    cpu.activate()  # before Megatron looks for a device
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.enums import ModelType
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_timers, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+from torch import Tensor, nn
+
+from linear_moe.model.builder import padded_vocab_size
+from linear_moe.training import arguments, engine
+from linear_moe.training.data import get_batch, train_valid_test_datasets
+from linear_moe.training.flops import FlopsPerToken, flops_per_token
+from linear_moe.training.metrics import ExpertLoad, RunLog
+from linear_moe.training.run import write_config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build the configs, and hand over to Megatron."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = prepare_arguments()
+    config = arguments.model_config(args)
+    flops = flops_per_token(config.transformer, padded_vocab_size(config))
+    load = None
+    if config.transformer.num_moe_experts is not None:
+        load = ExpertLoad(config.transformer.num_layers, config.transformer.num_moe_experts)
+        config.pre_wrap_hooks.append(partial(_watch, load))
+    run_dir = Path(args.run_dir) if args.run_dir else None
+    run_log = RunLog(run_dir, flops, load)
+    engine.install(flops=partial(step_flops, flops), training_log=run_log.wrap)
+    if run_dir is not None and args.rank == 0:
+        write_config(run_dir, args, argv)
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def prepare_arguments() -> Any:
+    """Parse and validate the command line, and set Megatron's global state."""
+    args = parse_args(arguments.add_arguments)
+    arguments.resolve(args)
+    if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        # Otherwise each context-parallel rank divides by its own count of unmasked tokens.
+        args.calculate_per_token_loss = True
+    # Megatron's line is replaced by ours: its interval never ends (linear_moe.training.metrics).
+    args.progress_interval, args.log_interval = args.log_interval, sys.maxsize
+    validate_args(args, {})
+    set_global_variables(args)
+    return args
+
+
+def _watch(load: ExpertLoad, model: list[nn.Module]) -> list[nn.Module]:
+    for chunk in model:
+        load.watch(chunk)
+    return model
+
+
+def step_flops(
+    flops: FlopsPerToken,
+    args: Any,
+    batch_size: int,
+    seqlen_squared_sum_in_batch: float | None = None,
+    total_real_tokens_in_batch: float | None = None,
+) -> float:
+    """Operations of one step, in the signature of Megatron's ``num_floating_point_operations``."""
+    tokens, squared = total_real_tokens_in_batch, seqlen_squared_sum_in_batch
+    tokens = batch_size * args.seq_length if tokens is None else tokens
+    squared = tokens * args.seq_length if squared is None else squared
+    return flops.training(tokens, squared)
+
+
+def forward_step(data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, Any]:
+    """One micro-batch through this stage: Megatron's forward-step function."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    batch = get_batch(data_iterator, vp_stage)
+    timers("batch-generator").stop()
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        packed_seq_params=batch.packed_seq_params,
+    )
+    return output, partial(loss_func, batch.loss_mask)
+
+
+def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the losses of unmasked tokens, their number, and both for the log."""
+    mask = loss_mask.reshape(-1).float()
+    loss = (losses.reshape(-1).float() * mask).sum()
+    num_tokens = mask.sum().to(torch.int)
+    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A run's folder: ``config.json`` holds all that rebuilds the model from the path alone.
+
+runs/NAME/config.json  metrics.jsonl  checkpoint/  tensorboard/  log/
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+"""Version of ``config.json``."""
+
+ARCHITECTURE = (
+    "family",
+    "model_size",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "layer_kinds",
+    "mixer_options",
+    "normalization",
+    "norm_epsilon",
+    "rotary_base",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+    "padded_vocab_size",
+)
+"""Arguments that shape the model: a run cannot be resumed with another value of any of them."""
+
+TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_size")
+"""Arguments that say what the model's tokens mean."""
+
+
+def write_config(run_dir: Path, args: argparse.Namespace, argv: list[str]) -> None:
+    """Write ``config.json``: the architecture in words, and the arguments that built it."""
+    config = {
+        "format": FORMAT,
+        "architecture": {name: getattr(args, name, None) for name in ARCHITECTURE},
+        "tokenizer": {name: getattr(args, name, None) for name in TOKENIZER},
+        "seq_length": args.seq_length,
+        "params_dtype": str(args.params_dtype).removeprefix("torch."),
+        "arguments": argv,
+        "versions": {name: importlib.metadata.version(name) for name in ("megatron-core", "torch")},
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    part = run_dir / "config.json.part"
+    part.write_text(json.dumps(config, indent=2) + "\n")
+    part.replace(run_dir / "config.json")
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Read ``config.json``; ``ValueError`` when ``run_dir`` is no run."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{run_dir} is not a run: it has no config.json\n"
+            f"  why: the model is rebuilt from that file alone\n"
+            f"  try: the folder that holds checkpoint/ and metrics.jsonl"
+        )
+    config = json.loads(path.read_text())
+    if config["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {config['format']}, this version reads {FORMAT}\n"
+            f"  why: it was written by another version of linear_moe\n"
+            f"  try: that version ({config.get('versions')})"
+        )
+    return config
