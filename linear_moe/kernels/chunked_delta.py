@@ -3,9 +3,9 @@
 Token t writes k_t w_t^T with w_t = beta_t (v_t - (a_t S_{t-1})^T k_t). Inside a chunk the w solve a unit lower
 triangular system, linear in the memory before the chunk:
 
-    w = u - y S_before,   (I + beta * tril(A_kk, -1)) [u | y] = beta * [v | k read]
+    w = u + y S_before,   (I + beta * tril(A_kk, -1)) [u | y] = beta * [v | -k read]
     o = (q read) S_before + A_qk w
-    S_after = (diag(total) - (k write)^T y) S_before + (k write)^T u
+    S_after = (diag(total) + (k write)^T y) S_before + (k write)^T u
 
 so a chunk is one K x K matrix and one write, and the loop over chunks is one matmul a step.
 
@@ -16,14 +16,15 @@ N documents. Sources: arXiv:2406.06484 section 3, arXiv:2412.06464 section 3.3 (
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.chunked_diag import per_token
 from linear_moe.kernels.chunks import Chunks, carry_states, cut
-from linear_moe.kernels.decay import Decays, repeat_heads, scores
+from linear_moe.kernels.decay import Decays, blocks_below, merge_blocks, repeat_heads, scores
 from linear_moe.kernels.recompute import recompute
 from linear_moe.kernels.segment import Segment
 
@@ -76,13 +77,14 @@ def _delta_core(
     q = q * scale
     (a_qk, a_kk), around = scores([q, k], k, log_decay, num_heads)
     q, k = repeat_heads(q, num_heads), repeat_heads(k, num_heads)
-    u, y = _solve(a_kk, k, v, beta, around)
-    decay, write = _chunk_action(k, u, y, around)
+    solved = _solve(a_kk, k, v, beta, around)
+    decay, write = _chunk_action(k, solved, around)
     if state is None:
         state = v.new_zeros(num_documents, *write.shape[2:])
     before, final = carry_states(chunks, decay, write, state, dense=True)
-    read = q if around.read is None else q * around.read
-    return (read - a_qk @ y) @ before + a_qk @ u, final
+    o, read = (a_qk @ solved).split([v.shape[-1], k.shape[-1]], -1)
+    read = read + (q if around.read is None else q * around.read)
+    return o + read @ before, final
 
 
 def _segment_core(
@@ -91,8 +93,7 @@ def _segment_core(
     num_heads, num_keys, num_values = v.shape[2], k.shape[-1], v.shape[-1]
     (a_kk,), around = scores([k], k, log_decay, num_heads)
     k = repeat_heads(k, num_heads)
-    u, y = _solve(a_kk, k, v, beta, around)
-    decay, write = _chunk_action(k, u, y, around)
+    decay, write = _chunk_action(k, _solve(a_kk, k, v, beta, around), around)
     # Columns of a memory do not mix: beside the empty one, carry the identity, to which nothing is written.
     write = torch.nn.functional.pad(write, (0, num_keys))
     identity = torch.eye(num_keys, dtype=v.dtype, device=v.device).expand(num_documents, num_heads, -1, -1)
@@ -101,20 +102,43 @@ def _segment_core(
     return None, final[..., :num_values], final[..., num_values:]
 
 
-def _solve(a_kk: Tensor, k: Tensor, v: Tensor, beta: Tensor, around: Decays) -> tuple[Tensor, Tensor]:
-    """``u`` and ``y`` of the module docstring: ``[L, B, H, C, V]`` and ``[L, B, H, C, K]``."""
+def _solve(a_kk: Tensor, k: Tensor, v: Tensor, beta: Tensor, around: Decays) -> Tensor:
+    """``[u | y]`` of the module docstring: ``[L, B, H, C, V + K]``."""
     beta = beta.unsqueeze(-1)
     read = k if around.read is None else k * around.read
-    solved = torch.linalg.solve_triangular(
-        beta * a_kk, beta * torch.cat([v, read], -1), upper=False, unitriangular=True
-    )
-    u, y = solved.split([v.shape[-1], k.shape[-1]], -1)
-    return u, y
+    return _SolveUnitLower.apply(beta * a_kk, torch.cat([beta * v, -beta * read], -1))
 
 
-def _chunk_action(k: Tensor, u: Tensor, y: Tensor, around: Decays) -> tuple[Tensor, Tensor]:
+def _chunk_action(k: Tensor, solved: Tensor, around: Decays) -> tuple[Tensor, Tensor]:
     """What a chunk does to a memory: ``[L, B, H, K, K]`` and ``[L, B, H, K, V]``."""
-    written = (k if around.write is None else k * around.write).mT
-    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    kept = eye if around.total is None else eye * around.total.unsqueeze(-1)
-    return kept - written @ y, written @ u
+    written = k if around.write is None else k * around.write
+    num_keys = k.shape[-1]
+    write, decay = (written.mT @ solved).split([solved.shape[-1] - num_keys, num_keys], -1)
+    eye = torch.eye(num_keys, dtype=k.dtype, device=k.device)
+    return decay + (eye if around.total is None else eye * around.total.unsqueeze(-1)), write
+
+
+class _SolveUnitLower(torch.autograd.Function):
+    """``X`` in ``(I + tril(A, -1)) X = Y``, by the inverse, which the backward pass needs again.
+
+    The inverse grows by pairs of diagonal blocks, one matmul a level: on small matrices faster than LAPACK's
+    substitution, which takes them one by one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, y: Tensor) -> Tensor:
+        inverse = torch.ones_like(a[..., :1]).unsqueeze(-1)
+        for level in range(a.shape[-1].bit_length() - 1):
+            left, right = inverse.unflatten(-3, (-1, 2)).unbind(-3)
+            inverse = merge_blocks(inverse, -right @ (blocks_below(a, level) @ left))
+        inverse = inverse.squeeze(-3)
+        x = inverse @ y
+        ctx.save_for_backward(inverse, x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        inverse, x = ctx.saved_tensors
+        grad_y = inverse.mT @ grad
+        return -(grad_y @ x.mT).tril(-1), grad_y

@@ -51,13 +51,12 @@ class Halves:
         prefix = suffix if read_first else log_decay.unsqueeze(-2)
         levels = []
         while total.shape[-2] > 1:
-            total_left, total_right = total[..., 0::2, :], total[..., 1::2, :]
-            prefix_right, suffix_left = prefix[..., 1::2, :, :], suffix[..., 0::2, :, :]
+            total_left, total_right = total.unflatten(-2, (-1, 2)).unbind(-2)
+            prefix_left, prefix_right = _halves(prefix)
+            suffix_left, suffix_right = _halves(suffix)
             levels.append((prefix_right.exp(), suffix_left.exp()))
-            prefix_right = prefix_right + total_left.unsqueeze(-2)
-            suffix_left = suffix_left + total_right.unsqueeze(-2)
-            prefix = torch.cat([prefix[..., 0::2, :, :], prefix_right], -2)
-            suffix = torch.cat([suffix_left, suffix[..., 1::2, :, :]], -2)
+            prefix = torch.cat([prefix_left, prefix_right + total_left.unsqueeze(-2)], -2)
+            suffix = torch.cat([suffix_left + total_right.unsqueeze(-2), suffix_right], -2)
             total = total_left + total_right
         prefix, suffix, total = prefix.squeeze(-3), suffix.squeeze(-3), total.squeeze(-2)
         return cls(levels, Decays(prefix.exp(), suffix.exp(), total.exp()))
@@ -118,9 +117,9 @@ def _vector_scores(
     else:
         blocks = [(q * k).sum(-1)[..., None, None] for q in queries]
     for level, (read, write) in enumerate(halves.levels):
-        keys = (_pairs(k, level)[..., 0, :, :] * write).mT
-        across = [(_pairs(q, level)[..., 1, :, :] * read) @ keys for q in queries]
-        blocks = [_merge(block, a) for block, a in zip(blocks, across)]
+        keys = (_pairs(k, level)[0] * write).mT
+        across = [(_pairs(q, level)[1] * read) @ keys for q in queries]
+        blocks = [merge_blocks(block, a) for block, a in zip(blocks, across)]
     return [block.squeeze(-3) for block in blocks], halves.whole
 
 
@@ -138,12 +137,9 @@ def mix_values(a: Tensor, v: Tensor, log_decay_v: Tensor) -> tuple[Tensor, Decay
     halves = Halves.of(log_decay_v)
     out = a.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
     for level, (read, write) in enumerate(halves.levels):
-        half = 1 << level
-        tiles = a.unflatten(-2, (-1, 2, half))[..., 1, :, :].unflatten(-1, (-1, 2, half))[..., 0, :]
-        across = tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-        update = (across @ (_pairs(v, level)[..., 0, :, :] * write)) * read
-        left, right = _pairs(out, level).unbind(-3)
-        out = torch.stack([left, right + update], -3).flatten(-4, -2)
+        left, right = _pairs(out, level)
+        update = blocks_below(a, level) @ (_pairs(v, level)[0] * write)
+        out = torch.stack([left, right + update * read], -3).flatten(-4, -2)
     return out, halves.whole
 
 
@@ -155,13 +151,25 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unsqueeze(3).expand(*x.shape[:3], num_heads // groups, *x.shape[3:]).flatten(2, 3)
 
 
-def _pairs(x: Tensor, level: int) -> Tensor:
-    """``[..., C, K]`` to ``[..., P, 2, s, K]`` with ``s = 2 ** level``."""
-    return x.unflatten(-2, (-1, 2, 1 << level))
+def blocks_below(a: Tensor, level: int) -> Tensor:
+    """``[..., C, C]`` to ``[..., P, s, s]`` with ``s = 2 ** level``: right halves as queries, left ones as keys."""
+    half = 1 << level
+    tiles = a.unflatten(-2, (-1, 2, half))[..., 1, :, :].unflatten(-1, (-1, 2, half))[..., 0, :]
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def _merge(blocks: Tensor, across: Tensor) -> Tensor:
+def merge_blocks(blocks: Tensor, below: Tensor) -> Tensor:
     """Diagonal blocks ``[..., 2 P, s, s]`` and the blocks under them ``[..., P, s, s]`` to ``[..., P, 2 s, 2 s]``."""
-    left, right = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+    left, right = _halves(blocks)
     top = torch.cat([left, torch.zeros_like(left)], -1)
-    return torch.cat([top, torch.cat([across, right], -1)], -2)
+    return torch.cat([top, torch.cat([below, right], -1)], -2)
+
+
+def _pairs(x: Tensor, level: int) -> tuple[Tensor, ...]:
+    """``[..., C, K]`` to left and right halves, ``[..., P, s, K]`` each, with ``s = 2 ** level``."""
+    return x.unflatten(-2, (-1, 2, 1 << level)).unbind(-3)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, ...]:
+    """``[..., 2 P, s, K]`` to left and right halves, ``[..., P, s, K]`` each."""
+    return x.unflatten(-3, (-1, 2)).unbind(-3)
