@@ -1,7 +1,7 @@
 """Corpora: read JSONL or plain text, and make one from what every machine has, the installed Python's own library.
 
-The standard library is some 10 MB of well-written English and code under the PSF licence, which allows this use. It is read where
-it lies; nothing of it is distributed.
+The standard library is some 9 MB of well-written English and code under the PSF licence, which allows this use. It is
+read where it lies; nothing of it is distributed.
 """
 
 import ast
@@ -28,7 +28,9 @@ def python_documents() -> Iterator[str]:
     yield from _manual_topics(library / "pydoc_data" / "topics.py")
     for path in sorted(library.rglob("*"), key=lambda p: p.relative_to(library).as_posix()):
         folders = path.relative_to(library).parts[:-1]
-        if path.suffix not in _SUFFIXES or any(f in _SKIPPED_FOLDERS or f.startswith("config-") for f in folders):
+        if path.suffix not in _SUFFIXES or any(
+            f in _SKIPPED_FOLDERS or f.startswith("config-") for f in folders
+        ):
             continue
         if path.is_file() and 200 < path.stat().st_size < _LARGEST_FILE:
             try:
@@ -48,7 +50,7 @@ def _manual_topics(path: Path) -> Iterator[str]:
 
 
 def read_documents(path: str, key: str = "text") -> Iterator[str]:
-    """Documents of a file: `.jsonl`/`.json` has one object per line with the text under `key`; anything else is one document.
+    """Documents of a file: `.jsonl` and `.json` have one object per line, with the text under `key`; else one document.
 
     Empty documents are left out. Raises ValueError, naming the line, for a line that is not such an object.
     """

@@ -41,7 +41,7 @@ class IndexInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `tools/preprocess_data.py` writes beside the token files, so that a later run can check that all fit together."""
+    """What `tools/preprocess_data.py` writes beside the token files, so that a run can check that all fit together."""
 
     tokenizer: str
     """Path of the tokenizer at the time."""
@@ -69,10 +69,14 @@ def read_index(prefix: str) -> IndexInfo:
     with idx.open("rb") as stream:
         head = stream.read(_HEADER.size)
         if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-            raise CorruptDataError(f"{idx} is not a Megatron index: it does not start with {_MAGIC[:7].decode()}")
+            raise CorruptDataError(
+                f"{idx} is not a Megatron index: it does not start with {_MAGIC[:7].decode()}"
+            )
         _, version, code, sequences, ends = _HEADER.unpack(head)
         if version != 1 or code not in _DTYPES:
-            raise CorruptDataError(f"{idx} has version {version} and token type {code}, unknown to Megatron-Core 0.19")
+            raise CorruptDataError(
+                f"{idx} has version {version} and token type {code}, unknown to Megatron-Core 0.19"
+            )
         needed = _HEADER.size + 12 * sequences + 8 * ends
         if idx.stat().st_size < needed:
             raise CorruptDataError(f"{idx} is cut off: {idx.stat().st_size} bytes of {needed}")
@@ -88,7 +92,7 @@ def read_index(prefix: str) -> IndexInfo:
 
 
 def read_tokens(prefix: str, limit: int | None = None) -> np.ndarray:
-    """The first `limit` tokens (all of them: None) of a pair of token files, memory-mapped: [tokens], uint16 or int32."""
+    """The first `limit` tokens (None: all of them) of a pair of token files, memory-mapped: [tokens]."""
     info = read_index(prefix)
     count = info.num_tokens if limit is None else min(limit, info.num_tokens)
     if count == 0:
@@ -104,7 +108,7 @@ def unigram_entropy(prefix: str, limit: int | None = None) -> float:
 
 
 def read_manifest(prefix: str) -> Manifest | None:
-    """The manifest beside the token files; None when another tool wrote them. Raises CorruptDataError for a broken one."""
+    """The manifest beside the token files; None when another tool wrote them. CorruptDataError when it is broken."""
     path = Path(prefix + ".json")
     try:
         values: dict[str, Any] = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""Tokenizers as folders that Megatron's HuggingFaceTokenizer opens offline: train a byte-level BPE, read and describe one.
+"""Tokenizers as folders that Megatron's HuggingFaceTokenizer opens offline: train a byte-level BPE, describe one.
 
-A folder holds `tokenizer.json` (vocabulary, merges, how to split) and `tokenizer_config.json` (which token ends a document).
-Describing one needs only json, so that the launcher can compare vocabularies before anything heavy is imported.
+A folder holds `tokenizer.json` (vocabulary, merges, how to split) and `tokenizer_config.json` (which token ends a
+document). Describing one needs only json, so that the launcher can compare vocabularies in no time.
 """
 
 import hashlib
@@ -45,8 +45,15 @@ def describe_tokenizer(path: str) -> TokenizerInfo:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        model, added = content["model"], {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-        vocab = model["vocab"] if isinstance(model["vocab"], dict) else {v[0]: i for i, v in enumerate(model["vocab"])}
+        model, added = (
+            content["model"],
+            {token["content"]: token["id"] for token in content.get("added_tokens") or []},
+        )
+        vocab = (
+            model["vocab"]
+            if isinstance(model["vocab"], dict)
+            else {v[0]: i for i, v in enumerate(model["vocab"])}
+        )
     except FileNotFoundError as error:
         raise TokenizerError(f"{folder} has no {Path(str(error.filename)).name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -1,8 +1,8 @@
 """Model families as data: the published sizes of each family and the switches that tell the families apart.
 
 One builder serves every family, so a family is a table. Nothing here imports Megatron or torch: the launcher reads it
-before anything heavy starts. Sizes of `qwen2` follow the run scripts of the earlier Linear-MoE system (A0.3B and A1B are
-OLMoE-like: 64 experts, 8 of them active) and "Qwen2 Technical Report" (arXiv 2407.10671), table 1.
+before anything heavy starts. Sizes of `qwen2` follow the run scripts of the earlier Linear-MoE system (A0.3B and A1B
+have 64 small experts, 8 of them active); its switches are those of the Qwen2 report (arXiv 2407.10671, section 2.2).
 """
 
 import math
@@ -181,7 +181,12 @@ SIZE_FLAGS = {
     "moe_ffn_hidden_size": "--moe-ffn-hidden-size",
     "moe_shared_expert_intermediate_size": "--moe-shared-expert-intermediate-size",
 }
-_EXPERT_FIELDS = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+_EXPERT_FIELDS = (
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+)
 
 
 def megatron_arguments(family: Family, size: ModelSize, *, moe_aux_loss_coeff: float = 1e-2) -> list[str]:
@@ -222,8 +227,10 @@ def padded_vocab_size(rows: int, tensor_parallel: int = 1) -> int:
     return -(-rows // multiple) * multiple
 
 
-def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int, *, tied: bool) -> tuple[int, int]:
-    """Rough parameter count `(total, active per token)`: embeddings, projections, experts; no norms, gates or convolutions.
+def estimate_parameters(
+    size: ModelSize, kinds: tuple[str, ...], vocab_rows: int, *, tied: bool
+) -> tuple[int, int]:
+    """Rough parameter count `(total, active per token)` of embeddings, projections and experts; no norms, no gates.
 
     A linear mixer counts as q, k, v, output gate and output projection at full width.
     """
@@ -237,6 +244,8 @@ def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int
         return total, total
     assert size.num_experts is not None and size.moe_ffn_hidden_size is not None
     expert = 3 * hidden * size.moe_ffn_hidden_size
-    shared += len(kinds) * (3 * hidden * (size.moe_shared_expert_intermediate_size or 0) + hidden * size.num_experts)
+    shared += len(kinds) * (
+        3 * hidden * (size.moe_shared_expert_intermediate_size or 0) + hidden * size.num_experts
+    )
     per_layer = len(kinds) * expert
     return shared + per_layer * size.num_experts, shared + per_layer * size.moe_router_topk

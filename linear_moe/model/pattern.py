@@ -1,9 +1,9 @@
 """Layer patterns: which mixer each layer has, from the strings people type.
 
 LAYER_TYPE_LIST: `L` is the mixer named by LA_MODULE, `N` softmax attention. LA_MODULE may name several mixers,
-"gla,gated_deltanet": then `L` is the first one and the digits `1`, `2`, ... choose by position, so "112N" is two gla layers,
-one gated_deltanet and one softmax layer.
-HYBRID_OVERRIDE_PATTERN: `M` is mamba2, `*` softmax attention. Every symbol is a whole layer: mixer and feed-forward block.
+"gla,gated_deltanet": then `L` is the first one and the digits `1`, `2`, ... choose by position, so "112N" is two gla
+layers, one gated_deltanet and one softmax layer.
+HYBRID_OVERRIDE_PATTERN: `M` is mamba2, `*` softmax attention. A symbol is a whole layer with its feed-forward block.
 A pattern shorter than the model repeats when its length divides the number of layers: "LLLN" is enough for 12 layers.
 Both spellings come from the earlier Linear-MoE system. Needs neither torch nor Megatron.
 """
@@ -65,7 +65,7 @@ def layer_kinds(
     """Mixer of each layer, first layer first: `num_layers` registered names, `softmax` among them.
 
     No pattern means the LA_MODULE mixer everywhere. Both patterns may be given as long as they say the same.
-    Raises ValueError for an unknown mixer or symbol, for a pattern that does not fit the layers, for two patterns that differ.
+    Raises ValueError for an unknown mixer or symbol, a pattern that does not fit the layers, two patterns that differ.
     """
     assert num_layers > 0
     pattern, hybrid = _clean(pattern), _clean(hybrid_override_pattern)
@@ -94,7 +94,9 @@ def pattern_of(kinds: tuple[str, ...]) -> str:
     mixers = [kind for kind in dict.fromkeys(kinds) if kind != SOFTMAX]
     symbol = {kind: "L" if i == 0 else str(i + 1) for i, kind in enumerate(mixers)} | {SOFTMAX: "N"}
     full = "".join(symbol[kind] for kind in kinds)
-    period = next(p for p in range(1, len(full) + 1) if len(full) % p == 0 and full[:p] * (len(full) // p) == full)
+    period = next(
+        p for p in range(1, len(full) + 1) if len(full) % p == 0 and full[:p] * (len(full) // p) == full
+    )
     return full[:period]
 
 
@@ -156,7 +158,8 @@ def _does_not_fit(variable: str, pattern: str, num_layers: int) -> str:
     return (
         f"{variable}={pattern} ({length} symbols) does not fit {num_layers} layers.\n"
         f"  why: {why}\n"
-        f"  try: {variable}='{one_each}' ({num_layers} symbols), or {variable}='{pattern[:near]}' (repeated {num_layers // near} x)"
+        f"  try: {variable}='{one_each}' ({num_layers} symbols), "
+        f"or {variable}='{pattern[:near]}' (repeated {num_layers // near} x)"
     )
 
 

@@ -1,0 +1,81 @@
+"""`python -m linear_moe.launch --family qwen2`: what a run script ends in.
+
+Reads the environment, checks everything, prints what is about to happen, and starts torchrun. Exit codes: 2 for a
+mistake in the variables, with one message; otherwise torchrun's. LINEAR_MOE_DRY_RUN=1 prints the command instead.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+from linear_moe.launch.cluster import cuda_device_count, retired_variables, with_cluster
+from linear_moe.launch.environment import read_environment, variables
+from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.header import default_threads, header
+from linear_moe.launch.megatron_args import shell_text, torchrun_command
+from linear_moe.launch.plan import RunPlan, plan_run
+from linear_moe.launch.preflight import preflight
+from linear_moe.launch.relay import run_logged
+
+_MISTAKE = 2
+
+
+def main(arguments: list[str], environment: Mapping[str, str]) -> int:
+    """Launch a run as the environment describes it; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m linear_moe.launch",
+        description="Start a pretraining run described by environment variables.",
+        epilog=_variables_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--family", required=True, help="family of the model: qwen2")
+    family = parser.parse_args(arguments).family
+    try:
+        plan = plan_run(read_environment(with_cluster(environment), family), cuda_device_count())
+        preflight(plan)
+    except PreflightError as error:
+        _write(sys.stderr, f"linear_moe: {error}")
+        return _MISTAKE
+    if environment.get("LINEAR_MOE_DRY_RUN") == "1":
+        _write(sys.stdout, shell_text(torchrun_command(plan)))
+        return 0
+    for line in retired_variables(environment):
+        _write(sys.stderr, f"linear_moe: {line}")
+    _write(sys.stdout, header(plan))
+    log_dir = plan.run_dir / "log"
+    log_dir.mkdir(parents=True, exist_ok=True)
+    node = f"-node{plan.settings.node_rank}" if plan.settings.nnodes > 1 else ""
+    log = log_dir / f"{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
+    log.write_text(header(plan) + "\n\n" + shell_text(torchrun_command(plan)) + "\n\n")
+    return run_logged(torchrun_command(plan), log, _child_environment(plan, environment))
+
+
+def _child_environment(plan: RunPlan, environment: Mapping[str, str]) -> dict[str, str]:
+    defaults = {
+        "OMP_NUM_THREADS": str(default_threads(plan)),
+        "PYTHONUNBUFFERED": "1",  # the progress line, when it happens
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it with TP or CP, before Blackwell
+        "HF_HUB_OFFLINE": "1",  # a tokenizer is a local folder here, never a download
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**defaults, **environment}
+
+
+def _variables_help() -> str:
+    lines = ["variables:"]
+    for name, (f, doc) in variables().items():
+        default = "" if f.default in (None, "") else f" [{f.default}]"
+        lines.append(f"  {name:<25} {doc}{default}")
+    return "\n".join(lines)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

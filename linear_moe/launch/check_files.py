@@ -1,0 +1,108 @@
+"""Checks of what a run reads and writes: token files, their vocabulary, the disk."""
+
+import os
+import shutil
+from pathlib import Path
+
+from linear_moe.data.indexed import CorruptDataError, read_index, read_manifest, read_tokens
+from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.plan import RunPlan
+from linear_moe.model.families import estimate_parameters
+
+_SCANNED_TOKENS = 64_000_000
+"""Tokens read to find the largest one, when no manifest tells: 0.2 s."""
+
+_BYTES_PER_PARAMETER = 16
+"""Of a checkpoint: weight, float32 master weight and two Adam moments."""
+
+
+def check_data(plan: RunPlan) -> None:
+    """Every data prefix has its two files, both whole, with at least one sequence, of the tokenizer's vocabulary."""
+    for prefix in plan.prefixes:
+        try:
+            info = read_index(prefix)
+        except FileNotFoundError as error:
+            raise PreflightError(
+                f"DATASET_PATH={prefix}: there is no {error.filename}.",
+                "DATASET_PATH is the path of a .bin/.idx pair without its suffix, often ending in _text_document.",
+                _data_hint(prefix),
+            ) from None
+        except CorruptDataError as error:
+            raise PreflightError(
+                f"DATASET_PATH={prefix} cannot be read: {error}.",
+                "the copy or the preprocessing was cut short.",
+                "copy it again, or python tools/preprocess_data.py ... --overwrite",
+            ) from None
+        if info.num_tokens <= plan.settings.seq_len:
+            raise PreflightError(
+                f"DATASET_PATH={prefix} has {info.num_tokens} tokens, less than one sequence.",
+                f"a sample is SEQ_LEN + 1 = {plan.settings.seq_len + 1} tokens.",
+                f"more data, or SEQ_LEN={max(1, info.num_tokens // 4)}",
+            )
+        _check_vocabulary(plan, prefix)
+
+
+def _data_hint(prefix: str) -> str:
+    folder = Path(prefix).parent
+    found = sorted(path.with_suffix("").name for path in folder.glob("*.idx")) if folder.is_dir() else []
+    if found:
+        return f"DATASET_PATH={folder / found[0]}" + (
+            f" (also there: {', '.join(found[1:4])})" if found[1:] else ""
+        )
+    return "python tools/preprocess_data.py to make one, or DATASET_PATH=mock"
+
+
+def _check_vocabulary(plan: RunPlan, prefix: str) -> None:
+    try:
+        manifest = read_manifest(prefix)
+    except CorruptDataError as error:
+        raise PreflightError(
+            f"{error}.",
+            "it should say which tokenizer wrote the data.",
+            f"rm {prefix}.json, or preprocess again",
+        ) from None
+    source = plan.settings.tokenizer or "null"
+    if manifest is not None and plan.tokenizer is not None:
+        if manifest.tokenizer_fingerprint != plan.tokenizer.fingerprint:
+            raise PreflightError(
+                f"DATASET_PATH={prefix} was written with another tokenizer than TOKENIZER={source}.",
+                f"the data has vocabulary {manifest.vocab_size} of {manifest.tokenizer}, "
+                f"TOKENIZER {plan.tokenizer.vocab_size}, and their tokens mean different text.",
+                f"TOKENIZER={manifest.tokenizer}, or preprocess the text again with {source}",
+            )
+        return
+    largest = (
+        manifest.vocab_size - 1 if manifest is not None else int(read_tokens(prefix, _SCANNED_TOKENS).max())
+    )
+    if largest >= plan.vocab_size:
+        raise PreflightError(
+            f"DATASET_PATH={prefix} has token {largest}, but the vocabulary of TOKENIZER={source} "
+            f"ends at {plan.vocab_size - 1}.",
+            "data and model have to share one tokenizer.",
+            "TOKENIZER=<the tokenizer that wrote the data>"
+            + (f", or VOCAB_SIZE={largest + 1}" if plan.tokenizer is None else ""),
+        )
+
+
+def check_output(plan: RunPlan) -> None:
+    """OUTPUT_BASEPATH can be written to and has room for one checkpoint."""
+    parent = plan.run_dir
+    while not parent.exists():
+        parent = parent.parent
+    total, _ = estimate_parameters(
+        plan.size, plan.kinds, plan.padded_vocab_size, tied=plan.family.tie_embeddings
+    )
+    needed = total * _BYTES_PER_PARAMETER * 1.1
+    free = shutil.disk_usage(parent).free
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PreflightError(
+            f"cannot write to {parent}.",
+            f"the run lives in {plan.run_dir}.",
+            "OUTPUT_BASEPATH=<a folder of yours>",
+        )
+    if free < needed:
+        raise PreflightError(
+            f"{parent} has {free / 1e9:.1f} GB free; one checkpoint needs about {needed / 1e9:.1f} GB.",
+            f"{total / 1e9:.2f}B parameters x {_BYTES_PER_PARAMETER} bytes (weights and optimizer), and 10 %.",
+            "OUTPUT_BASEPATH=<a larger disk>, or EXTRA_ARGS=--no-save-optim",
+        )

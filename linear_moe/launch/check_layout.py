@@ -1,0 +1,209 @@
+"""Checks of the layout: heads, stages, sequence, experts, processes, batch. All arithmetic, nothing is opened."""
+
+from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.plan import RunPlan
+from linear_moe.model.pattern import pattern_of
+
+
+def check_heads(plan: RunPlan) -> None:
+    """TP divides heads, key/value groups and feed-forward widths."""
+    size, tp = plan.size, plan.settings.tp
+    legal = [n for n in range(1, size.num_attention_heads + 1) if _tp_fits(plan, n)]
+    if tp not in legal:
+        width = size.moe_ffn_hidden_size if size.is_moe else size.ffn_hidden_size
+        raise PreflightError(
+            f"tensor parallel {tp} does not fit {plan.family.name} {plan.size_name}.",
+            f"TP has to divide {size.num_attention_heads} heads and the feed-forward width {width}, "
+            f"and to fit {size.num_query_groups} key/value groups.",
+            f"TP={_nearest(tp, legal)} (legal: {_words(legal)})",
+        )
+
+
+def _tp_fits(plan: RunPlan, tp: int) -> bool:
+    size = plan.size
+    groups_fit = size.num_query_groups % tp == 0 or tp % size.num_query_groups == 0
+    width = size.moe_ffn_hidden_size if size.is_moe else size.ffn_hidden_size
+    assert width is not None
+    expert_tp = plan.settings.etp or tp
+    return (
+        size.num_attention_heads % tp == 0 and groups_fit and width % (expert_tp if size.is_moe else tp) == 0
+    )
+
+
+def check_pipeline(plan: RunPlan) -> None:
+    """PP and VPP cut the layers into equal stages, and there are enough micro batches to interleave."""
+    s, layers = plan.settings, plan.size.num_layers
+    if s.vpp > 1 and s.pp == 1:
+        raise PreflightError(
+            f"VPP={s.vpp} needs a pipeline, but PP=1.",
+            "virtual stages interleave the pipeline stages of several ranks.",
+            f"PP=2 VPP={s.vpp}, or VPP=1",
+        )
+    stages = s.pp * s.vpp
+    if layers % stages:
+        legal = [n for n in range(1, layers + 1) if layers % (n * s.vpp) == 0]
+        virtual = f" x VPP {s.vpp}" if s.vpp > 1 else ""
+        raise PreflightError(
+            f"{layers} layers do not cut into PP {s.pp}{virtual} = {stages} equal stages: {draw_stages(plan)}",
+            "every stage holds the same number of layers.",
+            f"PP={_nearest(s.pp, legal) if legal else 1} (legal: {_words(legal or [1])})"
+            + (", or VPP=1" if virtual else ""),
+        )
+
+
+def draw_stages(plan: RunPlan) -> str:
+    """The pattern cut into pipeline stages: `LLLN|LLLN`; a stage that comes out short is marked `!`."""
+    pattern = pattern_of(plan.kinds)
+    full = pattern * (len(plan.kinds) // len(pattern))
+    stages = plan.settings.pp * plan.settings.vpp
+    per_stage = -(-len(full) // stages)
+    cut = [full[i * per_stage : (i + 1) * per_stage] for i in range(stages)]
+    return "|".join(part if len(part) == per_stage else part + "!" for part in cut)
+
+
+def check_sequence(plan: RunPlan) -> None:
+    """CP and sequence parallel cut the sequence into equal pieces; the family knows positions that far."""
+    s = plan.settings
+    pieces = (2 * s.cp if s.cp > 1 else 1) * (s.tp if plan.sequence_parallel else 1)
+    if s.seq_len % pieces:
+        why = f"softmax layers cut each sequence into 2 x CP = {2 * s.cp} chunks" if s.cp > 1 else ""
+        if plan.sequence_parallel:
+            why += (", and " if why else "") + f"sequence parallel cuts it over TP = {s.tp}"
+        lower, upper = s.seq_len // pieces * pieces, -(-s.seq_len // pieces) * pieces
+        raise PreflightError(
+            f"SEQ_LEN={s.seq_len} is not divisible by {pieces}.",
+            f"{why}.",
+            f"SEQ_LEN={upper}" + (f" or SEQ_LEN={lower}" if lower else ""),
+        )
+    if s.seq_len > plan.size.max_position_embeddings:
+        raise PreflightError(
+            f"SEQ_LEN={s.seq_len} is longer than {plan.family.name} allows.",
+            f"its positions end at {plan.size.max_position_embeddings}.",
+            f"SEQ_LEN={plan.size.max_position_embeddings}, or EXTRA_ARGS='--max-position-embeddings {s.seq_len}'",
+        )
+
+
+def check_experts(plan: RunPlan) -> None:
+    """EP divides the experts, and a dense model has none to divide."""
+    ep, experts = plan.settings.ep, plan.size.num_experts
+    if experts is None:
+        if ep > 1:
+            raise PreflightError(
+                f"EP={ep}, but {plan.family.name} {plan.size_name} has no experts.",
+                "expert parallel deals out the experts of a mixture.",
+                "EP=1",
+            )
+        return
+    if experts % ep:
+        legal = [n for n in range(1, experts + 1) if experts % n == 0]
+        raise PreflightError(
+            f"{experts} experts cannot be dealt out to EP={ep}.",
+            "every rank holds the same number of experts.",
+            f"EP={_nearest(ep, legal)} (legal: {_words(legal)})",
+        )
+    if plan.on_cpu and ep > 1 and plan.etp > 1:
+        raise PreflightError(
+            f"EP={ep} with ETP={plan.etp} does not run on CPU.",
+            "gloo cannot gather tensors of different sizes, which the token dispatcher needs here.",
+            "ETP=1",
+        )
+
+
+def check_world(plan: RunPlan) -> None:
+    """The processes make up whole copies of the layout, for the dense part and for the experts."""
+    s = plan.settings
+    machine = f"{s.nnodes} node(s) x {plan.processes_per_node} = {plan.world} processes"
+    dense = plan.model_parallel
+    if plan.world % dense:
+        raise PreflightError(
+            f"{machine} cannot hold TP {s.tp} x PP {s.pp} x CP {s.cp} = {dense}.",
+            "the number of processes has to be a multiple of that product; what is left over is data parallel.",
+            f"{_enough_processes(plan, dense)}, or a smaller TP, PP or CP",
+        )
+    expert = plan.etp * s.ep * s.pp
+    if plan.size.num_experts is not None and plan.world % expert:
+        legal = [
+            n
+            for n in range(1, s.ep)
+            if plan.size.num_experts % n == 0 and plan.world % (expert // s.ep * n) == 0
+        ]
+        smaller = f"EP={legal[-1]}" if legal else "ETP=1"
+        raise PreflightError(
+            f"{machine} cannot hold ETP {plan.etp} x EP {s.ep} x PP {s.pp} = {expert}.",
+            "the experts are laid out over the same processes, and need a whole number of copies.",
+            f"{smaller}, or {_enough_processes(plan, expert)}",
+        )
+
+
+def _enough_processes(plan: RunPlan, product: int) -> str:
+    per_node = plan.processes_per_node
+    if product > per_node and product % per_node == 0:
+        return f"NNODES={product // per_node}, or GPUS_PER_NODE={product} on one node"
+    return f"GPUS_PER_NODE={product}"
+
+
+def check_batch(plan: RunPlan) -> None:
+    """The global batch is a whole number of micro batches on every data-parallel rank, enough of them to interleave."""
+    s = plan.settings
+    step = s.batch_size * plan.dp
+    if s.global_batch_size % step:
+        upper = -(-s.global_batch_size // step) * step
+        raise PreflightError(
+            f"GLOBAL_BATCH_SIZE={s.global_batch_size} is not divisible by BATCH_SIZE {s.batch_size} x DP {plan.dp}"
+            f" = {step}.",
+            f"each of the {plan.dp} data-parallel ranks takes whole micro batches of {s.batch_size}.",
+            f"GLOBAL_BATCH_SIZE={upper}"
+            + (", or BATCH_SIZE=1" if s.global_batch_size % plan.dp == 0 else ""),
+        )
+    if s.vpp > 1 and plan.micro_batches % s.pp:
+        upper = -(-plan.micro_batches // s.pp) * s.pp * step
+        raise PreflightError(
+            f"{plan.micro_batches} micro batches a step do not interleave over PP={s.pp} with VPP={s.vpp}.",
+            "the interleaved schedule handles micro batches in groups of PP.",
+            f"GLOBAL_BATCH_SIZE={upper}, or VPP=1",
+        )
+
+
+def check_schedule(plan: RunPlan) -> None:
+    """The warm-up ends before the run does, and the learning rate does not rise afterwards."""
+    s = plan.settings
+    if s.warmup_iterations >= s.iterations and s.warmup_iterations > 0:
+        raise PreflightError(
+            f"the warm-up takes {s.warmup_iterations} steps and the run {s.iterations}.",
+            "the learning rate has to reach LR and come down again.",
+            f"WARMUP_ITERS={s.iterations // 10}",
+        )
+    if s.min_lr > s.lr:
+        raise PreflightError(
+            f"MIN_LR={s.min_lr} is above LR={s.lr}.",
+            "the cosine falls from LR to MIN_LR.",
+            f"MIN_LR={s.lr / 10:g}",
+        )
+
+
+def check_devices(plan: RunPlan) -> None:
+    """There are as many CUDA devices as processes; Transformer Engine is there when asked for."""
+    wanted, devices = plan.settings.gpus_per_node, plan.cuda_devices
+    if wanted is not None and 0 < devices < wanted:
+        raise PreflightError(
+            f"GPUS_PER_NODE={wanted}, but this node has {devices} CUDA device(s).",
+            "every process needs a device of its own.",
+            f"GPUS_PER_NODE={devices}, or CUDA_VISIBLE_DEVICES= (empty) to run {wanted} processes on CPU",
+        )
+    if plan.settings.te == "true":
+        import importlib.util
+
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise PreflightError(
+                "TE=true, but Transformer Engine is not installed.",
+                "it is optional: everything also runs without it.",
+                "TE=auto, or pip install 'linear_moe[te]'",
+            )
+
+
+def _nearest(wanted: int, legal: list[int]) -> int:
+    return min(legal, key=lambda n: (abs(n - wanted), -n))
+
+
+def _words(values: list[int]) -> str:
+    return ", ".join(str(value) for value in values)

@@ -1,0 +1,254 @@
+"""The variables of a run script as one frozen dataclass, read from the environment with types and defaults.
+
+The names are those of the earlier Linear-MoE system's `run_pretrain_qwen.sh`, so that its users type what they know. A
+variable that is set but empty counts as not set. `python -m linear_moe.launch --help` prints this table.
+"""
+
+import ast
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from linear_moe.launch.errors import PreflightError
+
+Choice = Literal["auto", "true", "false"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything a run script can say: the field `tp` is the variable TP, and so on; `variables()` lists them."""
+
+    # The model.
+    base_model: str = "qwen2"
+    """Family of the model. Each script sets its own."""
+    model_size: str | None = None
+    """Named size of the family. Not set: the family's default size."""
+    la_module: str = "gated_deltanet"
+    """Mixer of the `L` layers, or several, "gla,gated_deltanet", chosen by the digits 1, 2, ... of LAYER_TYPE_LIST."""
+    layer_type_list: str | None = None
+    """One symbol per layer: L linear, N softmax. A shorter pattern repeats. Not set: L everywhere."""
+    hybrid_override_pattern: str | None = None
+    """The other spelling of a pattern: M mamba2, * softmax."""
+    extra_vocab_size: int | None = None
+    """Embedding rows above the tokenizer's base vocabulary. Not set: the size's own number."""
+    moe_aux_loss_coeff: float = 1e-2
+    """Weight of the load-balancing loss of the experts. 0 turns it off."""
+
+    # Data and tokenizer.
+    dataset_path: str = "mock"
+    """Prefix of .bin/.idx files, or a blend "0.3 prefix1 0.7 prefix2", or `mock`: generated tokens, no file at all."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json, or `null`: numbers, no text. Not set: `null` with mock data, else required."""
+    vocab_size: int | None = None
+    """Vocabulary with TOKENIZER=null. Not set: the size's own number."""
+    pack: bool = False
+    """Documents of one sequence never see each other: attention and the memory of every mixer restart at each one."""
+    seq_len: int = 2048
+    """Tokens of a training sequence."""
+
+    # Batch and optimizer.
+    batch_size: int = 4
+    """Sequences of one micro batch, per data-parallel rank."""
+    global_batch_size: int = 8
+    """Sequences of one step, over all ranks; the rest is gradient accumulation."""
+    lr: float = 1e-4
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: float = 1e-5
+    """Learning rate the cosine ends at."""
+    pr: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Precision of weights and activations; gradients and optimizer are always fp32."""
+    seed: int = 1234
+    """Seed of weights, data order and dropout."""
+
+    # How long.
+    train_tokens: int = 15_000_000_000
+    """Tokens to train on; 15e9 is a way to write it. TRAIN_ITERS wins."""
+    train_iters: int | None = None
+    """Steps to train. Not set: TRAIN_TOKENS / GLOBAL_BATCH_SIZE / SEQ_LEN, rounded up."""
+    warmup_tokens: int = 10_000
+    """Tokens of the learning-rate warm-up; a positive number is at least one step. WARMUP_ITERS wins."""
+    warmup_iters: int | None = None
+    """Steps of the warm-up. Not set: from WARMUP_TOKENS."""
+    save_interval: int = 100_000
+    """Steps between checkpoints; the last step always saves one."""
+    eval_interval: int = 100_000
+    """Steps between evaluations on the 1 % of the data that is held out."""
+    eval_iters: int = 10
+    """Batches of one evaluation. 0: never evaluate."""
+    log_interval: int = 1
+    """Steps between progress lines; metrics.jsonl has every step."""
+
+    # Layout.
+    tp: int = 1
+    """Tensor parallel size: heads and feed-forward widths are cut."""
+    pp: int = 1
+    """Pipeline parallel size: layers are cut into stages."""
+    vpp: int = 1
+    """Virtual stages per pipeline rank (interleaved schedule). 1: none."""
+    cp: int = 1
+    """Context parallel size: every sequence is cut."""
+    ep: int = 1
+    """Expert parallel size: the experts are dealt out."""
+    etp: int | None = None
+    """Tensor parallel size inside an expert. Not set: TP, and 1 on CPU with EP > 1."""
+    sp: bool = False
+    """Sequence parallel: norms and residuals are cut over TP. Always on for experts with TP > 1."""
+    do: bool = True
+    """Distributed optimizer: its state is cut over data-parallel ranks."""
+
+    # Memory and kernels.
+    ac: Literal["sel", "full", "none"] = "sel"
+    """Activation recomputation: selective, whole layers, or none."""
+    te: Choice = "auto"
+    """Transformer Engine. auto: when it is installed."""
+    use_gemm: bool = True
+    """Grouped GEMM for the experts. false: Megatron's loop over experts (slow; same checkpoint)."""
+    token_dropping: bool = False
+    """Drop the tokens an expert has no room for."""
+    train_capacity_factor: float = 1.25
+    """Room of an expert with TOKEN_DROPPING: this many times the even share."""
+
+    # Where it runs.
+    gpus_per_node: int | None = None
+    """Processes per node. Not set: every CUDA device, or one process on CPU."""
+    nnodes: int = 1
+    """Nodes. Under `srun`, read from SLURM."""
+    node_rank: int = 0
+    """Number of this node, from 0. Under `srun`, read from SLURM."""
+    master_addr: str | None = None
+    """Address of node 0. Required with NNODES > 1; under `srun`, read from SLURM."""
+    master_port: int | None = None
+    """Port of node 0. Not set: any free one on a single node, else 29500."""
+
+    # Where it goes.
+    output_basepath: str = "output"
+    """Folder of all runs."""
+    run_name: str | None = None
+    """Name of this run's folder. Starting the same name again resumes it. Not set: family-size-mixers-pattern."""
+    pretrain_checkpoint_path: str | None = None
+    """Checkpoint of the first weights, saved under any layout, or `none`. A run that resumes ignores it."""
+    extra_args: str = ""
+    """Anything else, passed to Megatron as typed: EXTRA_ARGS="--log-params-norm --num-workers 4"."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch_size * self.seq_len
+
+    @property
+    def iterations(self) -> int:
+        """Steps to train: TRAIN_ITERS, else enough steps for TRAIN_TOKENS."""
+        return (
+            self.train_iters
+            if self.train_iters is not None
+            else math.ceil(self.train_tokens / self.tokens_per_step)
+        )
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Warm-up steps: WARMUP_ITERS, else WARMUP_TOKENS rounded up (a few tokens are one step), within the run."""
+        if self.warmup_iters is not None:
+            return self.warmup_iters
+        return min(math.ceil(self.warmup_tokens / self.tokens_per_step), self.iterations - 1)
+
+
+def variables() -> dict[str, tuple[dataclasses.Field, str]]:
+    """Environment variable -> (its RunSettings field, its one-line description)."""
+    docs = _field_docs(RunSettings)
+    return {f.name.upper(): (f, docs[f.name]) for f in dataclasses.fields(RunSettings)}
+
+
+def read_environment(environment: Mapping[str, str], family: str) -> RunSettings:
+    """RunSettings of one family from environment variables.
+
+    Raises PreflightError for a value of the wrong type, and for BASE_MODEL naming another family than the script's.
+    """
+    values: dict[str, Any] = {"base_model": family}
+    for name, (f, doc) in variables().items():
+        text = environment.get(name, "").strip()
+        if text:
+            values[f.name] = _parse(name, text, f.type, doc)
+    settings = RunSettings(**values)
+    if settings.base_model != family:
+        raise PreflightError(
+            f"BASE_MODEL={settings.base_model}, but this script trains {family}.",
+            "every family has its own script, and the script decides.",
+            f"unset BASE_MODEL, or run examples/linear_moe_{settings.base_model}/",
+        )
+    return settings
+
+
+def _parse(name: str, text: str, kind: Any, doc: str) -> Any:
+    kind = _without_none(kind)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if text.lower() not in choices:
+            raise _bad_value(name, text, f"one of {', '.join(choices)}", doc, choices[0])
+        return text.lower()
+    if kind is bool:
+        words = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
+        if text.lower() not in words:
+            raise _bad_value(name, text, "true or false", doc, "true")
+        return words[text.lower()]
+    if kind is int:
+        return _whole_number(name, text, doc)
+    if kind is float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0:
+            raise _bad_value(name, text, "a number that is not negative", doc, "1e-4")
+        return value
+    assert kind is str
+    return text
+
+
+def _whole_number(name: str, text: str, doc: str) -> int:
+    try:
+        value = float(text)
+        whole = int(text) if text.isascii() and text.isdigit() else int(value)
+    except (ValueError, OverflowError):
+        raise _bad_value(name, text, "a whole number", doc, "8") from None
+    may_be_zero = {"SEED", "NODE_RANK", "EVAL_ITERS", "WARMUP_TOKENS", "WARMUP_ITERS", "EXTRA_VOCAB_SIZE"}
+    if whole != value or whole < (0 if name in may_be_zero else 1):
+        least = "0 or more" if name in may_be_zero else "1 or more"
+        raise _bad_value(name, text, f"a whole number, {least}", doc, "8")
+    return whole
+
+
+def _bad_value(name: str, text: str, wanted: str, doc: str, example: str) -> PreflightError:
+    return PreflightError(f"{name}={text} is not {wanted}.", doc, f"{name}={example}")
+
+
+def _without_none(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    (tree,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(tree, ast.ClassDef)
+    docs, previous = {}, None
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and previous is not None:
+            docs[previous] = str(node.value.value)
+        previous = (
+            node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else None
+        )
+    return docs

@@ -1,0 +1,119 @@
+"""What a person reads before a run: model, layout, batch, data, where it goes, and what was decided for them."""
+
+from linear_moe.launch.check_layout import draw_stages
+from linear_moe.launch.cluster import cpu_cores
+from linear_moe.launch.plan import MOCK_DATA, RunPlan
+from linear_moe.launch.resume import checkpoint_iteration, pretrained_folder
+from linear_moe.model.families import estimate_parameters
+from linear_moe.model.pattern import pattern_of
+
+
+def header(plan: RunPlan) -> str:
+    """The start of a run in a few aligned lines."""
+    rows = [
+        ("linear_moe", _model(plan)),
+        ("parameters", _parameters(plan)),
+        ("layout", _layout(plan)),
+        ("batch", _batch(plan)),
+        ("schedule", _schedule(plan)),
+        ("data", _data(plan)),
+        ("run", _run(plan)),
+        *(("note", note) for note in notes(plan)),
+    ]
+    return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def notes(plan: RunPlan) -> list[str]:
+    """What was decided for the person, and what it costs: one line each."""
+    s, found = plan.settings, []
+    if plan.sequence_parallel and not s.sp:
+        found.append("SP is on: Megatron trains experts under TP with sequence parallel only.")
+    if s.sp and s.tp == 1:
+        found.append("SP=true does nothing with TP=1.")
+    if plan.on_cpu and s.etp is None and s.ep > 1 and s.tp > 1:
+        found.append("ETP is 1 on CPU with EP > 1: gloo cannot gather tensors of different sizes.")
+    if s.dataset_path == MOCK_DATA:
+        found.append(
+            "mock data: counting sequences, for trying things out. DATASET_PATH=<prefix> trains on text."
+        )
+    if plan.on_cpu and s.pr != "fp32":
+        found.append(f"PR={s.pr} is slow without a GPU; PR=fp32 is what CPUs do best.")
+    if plan.on_cpu and plan.size.hidden_size > 512:
+        found.append(f"{plan.size_name} on a CPU takes minutes per step; MODEL_SIZE=demo is made for it.")
+    return found
+
+
+def _model(plan: RunPlan) -> str:
+    counts = " + ".join(f"{plan.kinds.count(kind)} {kind}" for kind in dict.fromkeys(plan.kinds))
+    experts = (
+        f"{plan.size.num_experts} experts top-{plan.size.moe_router_topk}" if plan.size.is_moe else "dense"
+    )
+    pattern = pattern_of(plan.kinds)
+    times = len(plan.kinds) // len(pattern)
+    shown = f"{pattern} x {times}" if times > 1 else pattern
+    return f"{plan.family.name} {plan.size_name}   {shown}: {counts}, {experts}"
+
+
+def _parameters(plan: RunPlan) -> str:
+    total, active = estimate_parameters(
+        plan.size, plan.kinds, plan.padded_vocab_size, tied=plan.family.tie_embeddings
+    )
+    each = f", {_count(active)} active per token" if active != total else ""
+    return f"about {_count(total)}{each}; embedding {plan.padded_vocab_size} x {plan.size.hidden_size}"
+
+
+def _layout(plan: RunPlan) -> str:
+    s = plan.settings
+    device = "CPU process(es)" if plan.on_cpu else "GPU(s)"
+    parts = [f"{plan.world} {device} = TP {s.tp}{' + SP' if plan.sequence_parallel else ''} x PP {s.pp}"]
+    if s.vpp > 1:
+        parts[0] += f" (VPP {s.vpp})"
+    parts[0] += f" x CP {s.cp} x DP {plan.dp}"
+    if plan.size.is_moe and (s.ep > 1 or plan.etp > 1):
+        parts.append(f"experts EP {s.ep} x ETP {plan.etp}")
+    if s.pp > 1:
+        parts.append(f"stages {draw_stages(plan)}")
+    return ", ".join(parts)
+
+
+def _batch(plan: RunPlan) -> str:
+    s = plan.settings
+    return (
+        f"{s.global_batch_size} sequences of {s.seq_len} = {s.tokens_per_step} tokens a step "
+        f"(micro batch {s.batch_size} x DP {plan.dp} x {plan.micro_batches})"
+    )
+
+
+def _schedule(plan: RunPlan) -> str:
+    s = plan.settings
+    return (
+        f"{s.iterations} steps = {plan.tokens_text()} tokens, {s.pr}, lr {s.lr:g} -> {s.min_lr:g} cosine, "
+        f"{s.warmup_iterations} warm-up step(s)"
+    )
+
+
+def _data(plan: RunPlan) -> str:
+    source = "mock" if plan.settings.dataset_path == MOCK_DATA else plan.settings.dataset_path
+    tokenizer = plan.tokenizer.path if plan.tokenizer is not None else "null"
+    packed = ", documents kept apart" if plan.settings.pack else ""
+    return f"{source}, tokenizer {tokenizer} ({plan.vocab_size} tokens){packed}"
+
+
+def _run(plan: RunPlan) -> str:
+    step = checkpoint_iteration(plan.run_dir / "checkpoint")
+    if step is not None:
+        return f"{plan.run_dir}, resumed at step {step} of {plan.settings.iterations}"
+    source = pretrained_folder(plan)
+    return f"{plan.run_dir}, new" + (f", weights from {source}" if source is not None else "")
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f}{unit}"
+    return str(number)
+
+
+def default_threads(plan: RunPlan) -> int:
+    """CPU threads of each process: the cores this launcher may use, shared out."""
+    return max(1, cpu_cores() // plan.processes_per_node) if plan.on_cpu else 1

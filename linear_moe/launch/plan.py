@@ -1,0 +1,249 @@
+"""A run as it will be: settings, architecture and layout resolved together, before anything is checked or started.
+
+world = nodes x processes per node = TP x PP x CP x DP        experts: world = ETP x EP x PP x expert DP
+"""
+
+import re
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_tokenizer
+from linear_moe.launch.environment import RunSettings
+from linear_moe.launch.errors import PreflightError
+from linear_moe.model.families import FAMILIES, SIZE_FLAGS, Family, ModelSize, padded_vocab_size
+from linear_moe.model.pattern import layer_kinds, pattern_of
+
+NULL_TOKENIZER = "null"
+MOCK_DATA = "mock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything the checks, the header and the command line need to know of a run."""
+
+    settings: RunSettings
+    """The variables."""
+    family: Family
+    """Family of the model."""
+    size_name: str
+    """Its MODEL_SIZE."""
+    size: ModelSize
+    """The size, with the changes EXTRA_ARGS makes."""
+    kinds: tuple[str, ...]
+    """Mixer of each layer."""
+    extra_args: tuple[str, ...]
+    """EXTRA_ARGS, split, without the flags that changed the size."""
+    tokenizer: TokenizerInfo | None
+    """The tokenizer; None: TOKENIZER=null."""
+    cuda_devices: int
+    """CUDA devices of this node; 0: the run is on CPU."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run has no CUDA device."""
+        return self.cuda_devices == 0
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes torchrun starts on each node."""
+        return self.settings.gpus_per_node or max(self.cuda_devices, 1)
+
+    @property
+    def world(self) -> int:
+        """All processes."""
+        return self.settings.nnodes * self.processes_per_node
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes that hold one copy of the model's sequence and layers: TP x PP x CP."""
+        return self.settings.tp * self.settings.pp * self.settings.cp
+
+    @property
+    def dp(self) -> int:
+        """Data parallel size."""
+        return self.world // self.model_parallel
+
+    @property
+    def etp(self) -> int:
+        """Tensor parallel size inside an expert."""
+        if self.settings.etp is not None:
+            return self.settings.etp
+        # gloo cannot gather tensors of different sizes, which Megatron's dispatcher needs for ETP > 1 with EP > 1.
+        return 1 if self.on_cpu and self.settings.ep > 1 else self.settings.tp
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """SP, or experts under TP, which Megatron trains with sequence parallel only."""
+        return self.settings.tp > 1 and (self.settings.sp or self.size.is_moe)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches of one step on one rank."""
+        return self.settings.global_batch_size // (self.settings.batch_size * self.dp)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        if self.tokenizer is not None:
+            return self.tokenizer.vocab_size
+        return self.settings.vocab_size or self.size.vocab_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocabulary and EXTRA_VOCAB_SIZE, rounded up alike for every TP."""
+        extra = self.settings.extra_vocab_size
+        extra = self.size.extra_vocab_size if extra is None else extra
+        base = self.tokenizer.base_vocab_size if self.tokenizer is not None else self.vocab_size
+        return padded_vocab_size(max(base + extra, self.vocab_size), self.settings.tp)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Data prefixes, without blend weights; none for mock data."""
+        return [] if self.settings.dataset_path == MOCK_DATA else _split_blend(self.settings.dataset_path)[1]
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run, absolute."""
+        return (Path(self.settings.output_basepath) / self.run_name).absolute()
+
+    @property
+    def run_name(self) -> str:
+        """RUN_NAME, or a name that says what the model is; not how long it trains, so that a longer run resumes."""
+        if self.settings.run_name:
+            return self.settings.run_name
+        mixers = "+".join(kind for kind in dict.fromkeys(self.kinds) if kind != "softmax") or "softmax"
+        return f"{self.family.name}-{self.size_name}-{mixers}-{pattern_of(self.kinds)}"
+
+    def tokens_text(self) -> str:
+        """Tokens of the whole run, for people: `15.0B`."""
+        tokens = float(self.settings.iterations * self.settings.tokens_per_step)
+        for unit in ("", "k", "M", "B"):
+            if tokens < 1000:
+                return f"{tokens:.1f}{unit}" if unit else f"{tokens:.0f}"
+            tokens /= 1000
+        return f"{tokens:.1f}T"
+
+
+def plan_run(settings: RunSettings, cuda_devices: int) -> RunPlan:
+    """Resolve family, size, mixers and tokenizer. Raises PreflightError for a name that does not exist."""
+    if settings.base_model not in FAMILIES:
+        raise PreflightError(
+            f"unknown family {settings.base_model!r}.",
+            f"families are {', '.join(FAMILIES)}.",
+            f"--family {next(iter(FAMILIES))}",
+        )
+    family = FAMILIES[settings.base_model]
+    size_name = settings.model_size or family.default_size
+    if size_name not in family.sizes:
+        raise PreflightError(
+            f"unknown MODEL_SIZE={size_name} of {family.name}.",
+            f"the sizes are {', '.join(family.sizes)}.",
+            f"MODEL_SIZE={_nearest(size_name, family)}",
+        )
+    size, extra_args = _apply_extra_args(family.sizes[size_name], settings.extra_args)
+    try:
+        kinds = layer_kinds(
+            settings.layer_type_list,
+            settings.la_module,
+            size.num_layers,
+            settings.hybrid_override_pattern,
+            known=registered_mixers(),
+        )
+    except ValueError as error:
+        raise PreflightError.of(error) from None
+    return RunPlan(
+        settings=settings,
+        family=family,
+        size_name=size_name,
+        size=size,
+        kinds=kinds,
+        extra_args=extra_args,
+        tokenizer=_tokenizer(settings),
+        cuda_devices=cuda_devices,
+    )
+
+
+def registered_mixers() -> tuple[str, ...]:
+    """`linear_moe.lsm.names()`, read from the sources: importing the mixers would import torch."""
+    folder = Path(__file__).parent.parent / "lsm"
+    decorator = re.compile(r'^@register\("(\w+)"\)', re.MULTILINE)
+    return tuple(sorted(name for path in folder.glob("*.py") for name in decorator.findall(path.read_text())))
+
+
+def _nearest(size_name: str, family: Family) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(size_name, family.sizes, n=1, cutoff=0.3)
+    return near[0] if near else family.default_size
+
+
+def _apply_extra_args(size: ModelSize, text: str) -> tuple[ModelSize, tuple[str, ...]]:
+    # `--num-layers 6` in EXTRA_ARGS is a change of the size, not an argument behind the checks' back.
+    fields = {flag: name for name, flag in SIZE_FLAGS.items()}
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise PreflightError(f"EXTRA_ARGS={text} cannot be split.", f"{error}.", "close the quotes") from None
+    changes: dict[str, Any] = {}
+    rest: list[str] = []
+    while words:
+        word = words.pop(0)
+        flag, _, value = word.partition("=")
+        if flag not in fields:
+            rest.append(word)
+            continue
+        value = value or (words.pop(0) if words else "")
+        try:
+            changes[fields[flag]] = float(value) if fields[flag] == "norm_epsilon" else int(value)
+        except ValueError:
+            raise PreflightError(
+                f"{flag} {value} of EXTRA_ARGS is not a number.", "it is a size of the model.", f"{flag} 8"
+            ) from None
+    return replace(size, **changes), tuple(rest)
+
+
+def _tokenizer(settings: RunSettings) -> TokenizerInfo | None:
+    path = settings.tokenizer
+    if path is None and settings.dataset_path == MOCK_DATA:
+        path = NULL_TOKENIZER
+    if path == NULL_TOKENIZER:
+        return None
+    if path is None:
+        raise PreflightError(
+            f"TOKENIZER is not set, and DATASET_PATH={settings.dataset_path} holds tokens of some tokenizer.",
+            "the vocabulary of the model and the end of a document come from the tokenizer.",
+            f"TOKENIZER={_recorded_tokenizer(settings)}",
+        )
+    try:
+        return describe_tokenizer(path)
+    except TokenizerError as error:
+        raise PreflightError(
+            f"TOKENIZER={path} cannot be used: {error}.",
+            "a tokenizer is a local folder with tokenizer.json and tokenizer_config.json, and names an eos_token.",
+            "TOKENIZER=<such a folder>, python tools/train_tokenizer.py to make one, or TOKENIZER=null for no text",
+        ) from None
+
+
+def _recorded_tokenizer(settings: RunSettings) -> str:
+    from linear_moe.data.indexed import CorruptDataError, read_manifest
+
+    try:
+        manifest = read_manifest(_split_blend(settings.dataset_path)[1][0])
+    except (CorruptDataError, IndexError):
+        manifest = None
+    return manifest.tokenizer if manifest is not None else "<folder with tokenizer.json>, or TOKENIZER=null"
+
+
+def _split_blend(dataset_path: str) -> tuple[list[float], list[str]]:
+    words = dataset_path.split()
+    weights = []
+    for word in words[0::2]:
+        try:
+            weights.append(float(word))
+        except ValueError:
+            return [], words
+    if len(words) % 2 or not words:
+        return [], words
+    return weights, words[1::2]

@@ -1,0 +1,92 @@
+"""What a run folder already holds: the step to resume from, and the architecture that resuming must not change."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.plan import RunPlan, registered_mixers
+from linear_moe.model.families import SIZE_FLAGS
+
+
+def checkpoint_iteration(folder: Path) -> int | None:
+    """Step of the last complete Megatron checkpoint in a folder; None when there is none."""
+    try:
+        return int((folder / "latest_checkpointed_iteration.txt").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def pretrained_folder(plan: RunPlan) -> Path | None:
+    """Folder of PRETRAIN_CHECKPOINT_PATH that holds the checkpoint: itself, or `checkpoint/` of a run folder."""
+    text = plan.settings.pretrain_checkpoint_path
+    if text is None or text == "none":
+        return None
+    path = Path(text).absolute()
+    return (
+        path / "checkpoint" if checkpoint_iteration(path) is None and (path / "checkpoint").is_dir() else path
+    )
+
+
+def check_resume(plan: RunPlan) -> None:
+    """The architecture is the one of the run that would be resumed, and of the checkpoint that would be loaded."""
+    if checkpoint_iteration(plan.run_dir / "checkpoint") is not None:
+        _same_architecture(plan, plan.run_dir, f"run {plan.run_dir} has another architecture")
+        return
+    source = pretrained_folder(plan)
+    if source is None:
+        return
+    given = f"PRETRAIN_CHECKPOINT_PATH={plan.settings.pretrain_checkpoint_path}"
+    if checkpoint_iteration(source) is None:
+        only_tokenizer = (source / "tokenizer.json").exists()
+        raise PreflightError(
+            f"{given} holds no checkpoint.",
+            "it holds a tokenizer, which has its own variable now."
+            if only_tokenizer
+            else f"there is no {source / 'latest_checkpointed_iteration.txt'}.",
+            f"TOKENIZER={source} PRETRAIN_CHECKPOINT_PATH=none"
+            if only_tokenizer
+            else "the run folder or its checkpoint/ folder, or PRETRAIN_CHECKPOINT_PATH=none",
+        )
+    _same_architecture(plan, source.parent, f"{given} has another architecture")
+
+
+def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
+    try:
+        config = json.loads((run_dir / "config.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return  # saved by another tool: loading will tell
+    saved = config.get("architecture", {}) | _mixer_options(config.get("arguments", []))
+    wanted = architecture(plan)
+    names = [name for name in wanted if name in saved] + [name for name in saved if name.startswith("--")]
+    names += [name for name in wanted if name.startswith("--") and name not in saved]
+    differences = [
+        f"{name}: {_text(saved.get(name))} -> {_text(wanted.get(name))}"
+        for name in dict.fromkeys(names)
+        if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise PreflightError(
+            f"{what} than this one:\n    " + "\n    ".join(differences),
+            "a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.",
+            "the variables of that run, or another RUN_NAME for a new one",
+        )
+
+
+def architecture(plan: RunPlan) -> dict[str, Any]:
+    """Everything that fixes the shapes and the meaning of a checkpoint, under its names in config.json."""
+    sizes = {name: getattr(plan.size, name) for name in SIZE_FLAGS if name != "max_position_embeddings"}
+    model = {"layer_kinds": list(plan.kinds), "padded_vocab_size": plan.padded_vocab_size}
+    return sizes | model | _mixer_options(list(plan.extra_args))
+
+
+def _mixer_options(arguments: list[str]) -> dict[str, Any]:
+    # `--gla-gate-rank 32`, `--expand-v 2`: the flags of linear_moe.training.arguments that change a mixer.
+    prefixes = tuple(f"--{name.replace('_', '-')}-" for name in registered_mixers()) + ("--expand-", "--la-")
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    pairs = zip(words, words[1:])
+    return {flag: value for flag, value in pairs if flag.startswith(prefixes) and flag != "--la-module"}
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
