@@ -10,6 +10,7 @@ Letters: B batch, T tokens, C channels (any number of dims), W width, N document
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -34,44 +35,76 @@ def short_conv(
     if state is None:
         num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = x.new_zeros(num_documents, history, *x.shape[2:])
-    core = partial(_convolve, activation)
+    state = state.to(x.dtype)
     if cu_seqlens is None:
-        padded = torch.cat([state.to(x.dtype), x], 1)
-        (y,) = recompute(core, None, (padded,), (weight, bias))
-        return cast(Tensor, y).to(x.dtype), padded[:, x.shape[1] :]
-
-    # Lay each document out after its own history; then one convolution serves all, and the outputs at tokens are
-    # right. Outputs at the history of a later document mix two documents, and are not taken.
-    row_of_token, row_of_history, is_covered = _packed_rows(cu_seqlens, x.shape[1], history)
-    rows = torch.cat([row_of_history.flatten(), row_of_token])
-    padded = torch.cat([state.to(x.dtype).flatten(0, 1), x[0]])[torch.argsort(rows)].unsqueeze(0)
-    (y,) = recompute(core, None, (padded,), (weight, bias))
-    y = F.pad(cast(Tensor, y), (0, 0) * (x.ndim - 2) + (history, 0)).index_select(1, row_of_token)
-    y = torch.where(is_covered.view(1, -1, *([1] * (x.ndim - 2))), y, 0.0).to(x.dtype)
-    lengths_N1 = cu_seqlens.diff().unsqueeze(-1)
-    return y, padded[0][row_of_history + lengths_N1]
+        (y,) = recompute(partial(_convolve, activation), None, (x,), (state, weight, bias))
+        num_kept = min(history, x.shape[1])
+        window = torch.cat([state, x[:, x.shape[1] - num_kept :]], 1)
+        return cast(Tensor, y), window[:, window.shape[1] - history :]
+    rows = _Rows.plan(cu_seqlens, x.shape[1], history)
+    (y,) = recompute(partial(_convolve_packed, activation, rows), None, (x,), (state, weight, bias))
+    history_and_tokens = torch.cat([state.flatten(0, 1), x[0]])
+    final = history_and_tokens.index_select(0, rows.last_inputs.flatten())
+    return cast(Tensor, y), final.unflatten(0, rows.last_inputs.shape)
 
 
-def _packed_rows(cu_seqlens: Tensor, num_tokens: int, history: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where tokens ``[T]`` and histories ``[N, W - 1]`` go, and which tokens belong to a document, ``[T]``."""
-    cu = cu_seqlens.long()
-    num_documents = cu.shape[0] - 1
-    token_T = torch.arange(num_tokens, device=cu.device)
-    document_T = torch.searchsorted(cu[1:], token_T, right=True).clamp(max=num_documents - 1)
-    document_N1 = torch.arange(num_documents, device=cu.device).unsqueeze(-1)
-    slot_W = torch.arange(history, device=cu.device)
-    row_of_history = cu[:-1].unsqueeze(-1) + document_N1 * history + slot_W
-    return token_T + (document_T + 1) * history, row_of_history, token_T < cu[-1]
+@dataclass(frozen=True)
+class _Rows:
+    """Packed documents laid out one after another, each after its own history of W - 1 inputs."""
+
+    history: Tensor
+    """``[N, W - 1]``, rows of the histories."""
+    tokens: Tensor
+    """``[T]``, rows of the tokens."""
+    last_inputs: Tensor
+    """``[N, W - 1]``, the last inputs of each document: indices into all histories followed by all tokens."""
+    is_covered: Tensor
+    """``[T]`` bool: the token belongs to a document."""
+
+    @classmethod
+    def plan(cls, cu_seqlens: Tensor, num_tokens: int, history: int) -> _Rows:
+        """On the device, without waiting for it."""
+        cu = cu_seqlens.long()
+        num_documents = cu.shape[0] - 1
+        token_T = torch.arange(num_tokens, device=cu.device)
+        document_T = torch.searchsorted(cu[1:], token_T, right=True).clamp(max=num_documents - 1)
+        document_N1 = torch.arange(num_documents, device=cu.device).unsqueeze(-1)
+        slot_W = torch.arange(history, device=cu.device)
+        start_N1, end_N1 = cu[:-1].unsqueeze(-1), cu[1:].unsqueeze(-1)
+        from_end_NW = end_N1 - start_N1 + slot_W
+        from_history = document_N1 * history + from_end_NW
+        from_tokens = num_documents * history + start_N1 + from_end_NW - history
+        return cls(
+            history=start_N1 + document_N1 * history + slot_W,
+            tokens=token_T + (document_T + 1) * history,
+            last_inputs=torch.where(from_end_NW < history, from_history, from_tokens),
+            is_covered=token_T < cu[-1],
+        )
 
 
-def _convolve(activation: str | None, padded: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-    """``[B, W - 1 + T, C]`` to ``[B, T, C]``."""
-    width = weight.shape[-1]
-    num_outputs = padded.shape[1] - width + 1
-    taps = [padded[:, j : j + num_outputs] for j in range(width)]
+def _convolve(
+    activation: str | None, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor]:
+    """``[B, T, C]`` after ``[B, W - 1, C]`` to ``[B, T, C]``."""
+    padded = torch.cat([state, x], 1)
+    taps = [padded[:, j : j + x.shape[1]] for j in range(weight.shape[-1])]
     y = taps[0] * weight[..., 0]
     for tap, weight_C in zip(taps[1:], weight.unbind(-1)[1:]):
         y = torch.addcmul(y, tap, weight_C)
     if bias is not None:
         y = y + bias
     return (F.silu(y) if activation == "silu" else y,)
+
+
+def _convolve_packed(
+    activation: str | None, rows: _Rows, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor]:
+    """One convolution over all rows; outputs at a history mix two documents, and are not taken."""
+    history = state.shape[1]
+    row_of_input = torch.cat([rows.history.flatten(), rows.tokens])
+    inputs = torch.cat([state.flatten(0, 1), x[0]])
+    laid_out = torch.empty_like(inputs).index_copy(0, row_of_input, inputs).unsqueeze(0)
+    (y,) = _convolve(activation, laid_out[:, history:], laid_out[:, :history], weight, bias)
+    y = y.index_select(1, rows.tokens - history)
+    is_covered = rows.is_covered.view(1, -1, *([1] * (y.ndim - 2)))
+    return (torch.where(is_covered, y, 0.0),)
