@@ -1,0 +1,101 @@
+"""The public functions: what they refuse, and which backend they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scan_cases import make
+
+from linear_moe import kernels
+from linear_moe.kernels import dispatch
+
+CPU = torch.device("cpu")
+zeros = torch.zeros
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(q=zeros(2, 8, 4, 6)),
+            r"q has shape \[2, 8, 4, 6\]. Pass \[B, T, Hqk, K\], as k = \[2, 8, 2, 6\]",
+        ),
+        (dict(q=zeros(2, 8, 2, 6).double()), "q is torch.float64 but v is torch.float32"),
+        (dict(k=zeros(2, 8, 2, 6).int()), "k is torch.int32. Pass a floating-point tensor"),
+        (dict(k=zeros(2, 8, 12)), r"k has shape \[2, 8, 12\]. Pass a non-empty tensor \[B, T, Hqk, K\]"),
+        (dict(k=zeros(2, 7, 2, 6)), "k and v of the same B and T"),
+        (dict(k=zeros(2, 8, 3, 6)), "k has 3 heads and v has 4"),
+        (dict(k=zeros(2, 8, 2, 257)), "k has head dim 257. Pass head dims up to 256"),
+        (dict(v=zeros(2, 8, 4, 300)), "v has head dim 300"),
+        (dict(v=zeros(2, 0, 4, 5)), "v has shape"),
+        (dict(log_decay=zeros(2, 8, 4, 5)), r"log_decay has shape .* or \[2, 8, 4, 6\]"),
+        (dict(log_decay=zeros(4).long()), "log_decay is torch.int64"),
+        (dict(log_decay_v=zeros(2, 8, 4, 6)), r"log_decay_v .* = \[2, 8, 4, 5\]"),
+        (dict(bonus=zeros(4, 5)), r"bonus .* \[H, K\] = \[4, 6\]"),
+        (dict(bonus=zeros(4, 6), log_decay_v=zeros(2, 8, 4, 5)), "bonus is given together with log_decay_v"),
+        (dict(state=zeros(1, 4, 6, 5)), r"state .* \[N, H, K, V\] = \[2, 4, 6, 5\]"),
+        (dict(state=zeros(2, 4, 6, 5, device="meta")), "state is on meta"),
+        (dict(cu_seqlens=torch.tensor([0, 8])), "cu_seqlens is given with B = 2"),
+        (dict(cu_seqlens=torch.tensor([0.0, 8.0])), "cu_seqlens is torch.float32"),
+        (dict(cu_seqlens=torch.tensor([0])), r"cu_seqlens is torch.int64 of shape \[1\]"),
+    ],
+)
+def test_diag_decay_refuses(changes: dict[str, Any], message: str) -> None:
+    inputs = make("diag_decay", num_tokens=8).to(torch.float32)
+    with pytest.raises(ValueError, match=message):
+        inputs.run(kernels, **changes)
+
+
+@pytest.mark.parametrize("bounds", [[1, 8], [0, 9], [0, 5, 4, 8]])
+def test_wrong_documents_are_refused(bounds: list[int]) -> None:
+    inputs = make("delta_rule", num_tokens=8, batch=1, has_state=False)
+    with pytest.raises(ValueError, match="non-decreasing offsets from 0 to at most T = 8"):
+        inputs.run(kernels, cu_seqlens=torch.tensor(bounds))
+
+
+def test_delta_rule_and_segments_refuse() -> None:
+    inputs = make("delta_rule", num_tokens=8)
+    k, v, beta = (inputs.tensors[name] for name in ("k", "v", "beta"))
+    with pytest.raises(ValueError, match=r"beta has shape \[2, 8, 3\]. Pass \[B, T, H\] = \[2, 8, 4\]"):
+        inputs.run(kernels, beta=beta[..., :3])
+    with pytest.raises(ValueError, match="beta"):
+        kernels.delta_rule_segment(k, v, beta[..., :3])
+    with pytest.raises(ValueError, match="log_decay_v"):
+        kernels.diag_decay_segment(k, v, log_decay_v=beta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(x=zeros(2, 8)), "x has shape"),
+        (dict(weight=zeros(5, 4)), r"weight has shape \[5, 4\]. Pass \[\*C, W\] with C = \[6\], as in x"),
+        (dict(bias=zeros(5)), r"bias .* = \[6\]"),
+        (dict(activation="gelu"), "activation is 'gelu'. Pass None or \"silu\""),
+        (dict(state=zeros(2, 4, 6)), r"state .* \[N, W - 1, \*C\] = \[2, 3, 6\]"),
+        (dict(cu_seqlens=torch.tensor([0, 8])), "cu_seqlens is given with B = 2"),
+    ],
+)
+def test_short_conv_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernels.short_conv(**{"x": zeros(2, 8, 6), "weight": zeros(6, 4), **changes})
+
+
+def test_backend_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LINEAR_MOE_KERNELS", raising=False)
+    assert dispatch.describe("diag_decay", CPU, torch.float32).startswith("diag_decay: chunked (torch")
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", "reference")
+    assert dispatch.describe("delta_rule", CPU, torch.float32) == (
+        "delta_rule: reference (LINEAR_MOE_KERNELS=reference)"
+    )
+    inputs = make("delta_rule", "vector", num_tokens=8)
+    o, _ = inputs.run(kernels)
+    assert torch.equal(o, inputs.run(kernels.reference)[0])
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", "cuda")
+    with pytest.raises(ValueError, match=r"LINEAR_MOE_KERNELS=cuda .* one of: chunked, reference"):
+        inputs.run(kernels)
+
+
+def test_every_public_operation_has_a_backend() -> None:
+    assert set(dispatch.BACKENDS) == set(kernels.__all__) - {"Segment"}
