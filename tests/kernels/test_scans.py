@@ -102,7 +102,7 @@ def test_bfloat16_inputs(op: str, decay: str, extra: str) -> None:
     assert found["state_out"].dtype == torch.float32
     assert error(found["state_out"], truth["state_out"]) <= SINGLE
     for name, value in truth.items():
-        assert error(found[name], value) <= 2**-9 + SINGLE, name
+        assert error(found[name], value) <= 2**-8 + SINGLE, name  # half of the last of 8 bits
 
 
 def test_mixed_dtypes_keep_float32_decays_and_states() -> None:
