@@ -1,9 +1,9 @@
 """One pool of gloo worker processes for the whole test session: importing Megatron in each test would cost seconds.
 
-A test writes ``gloo(world_size, fn, *args)`` (the fixture of ``conftest.py``), with a module-level ``fn(rank, world_size,
-*args)``; it runs on the first `world_size` workers and the results come back by rank. The pool grows to the largest world
-asked for. The workers keep their world (process group) from test to test and make a new one when its size changes.
-Every worker is on the CPU platform, single-threaded, and talks over loopback.
+A test writes ``gloo(world_size, fn, *args)`` (the fixture of ``conftest.py``), with a module-level
+``fn(rank, world_size, *args)``; it runs on the first `world_size` workers and the results come back by rank. The pool
+grows to the largest world asked for. The workers keep their world (process group) from test to test and make a new one
+when its size changes. Every worker is on the CPU platform, single-threaded, and talks over loopback.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -142,6 +143,7 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ |= {"LOCAL_RANK": str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     import torch
 
@@ -170,6 +172,13 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
         except Exception:
             traceback.print_exc()
         pipe.send(reply)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, even from within a collective that never returns."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _pickled_error(error: BaseException) -> bytes:
@@ -255,6 +264,11 @@ def leave_model_parallel() -> None:
     if random is not None:
         random._CUDA_RNG_STATE_TRACKER = None
         random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    training = sys.modules.get("megatron.training.training")
+    if (
+        training is not None
+    ):  # times of a pretrain() in an earlier, smaller world: ranks would disagree on having them
+        training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not dist.group.WORLD:

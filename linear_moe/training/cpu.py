@@ -15,7 +15,6 @@ reach a process that is spawned: ``--async-save`` stays off. Do not pass ``--use
 experts of all expert-parallel ranks equal.
 """
 
-import collections
 import logging
 import sys
 from dataclasses import dataclass
@@ -66,6 +65,8 @@ def activate() -> None:
             "The CPU platform was asked for on a machine with a CUDA device. It would move every tensor of the run "
             "to the CPU. Leave the call out, or hide the devices: CUDA_VISIBLE_DEVICES='' <command>"
         )
+    import torch._dynamo  # noqa: F401  the first optimizer imports it; it indexes torch's functions, the real ones
+
     for patch in patches():
         setattr(patch.owner, patch.name, patch.value)
         if (
@@ -90,93 +91,69 @@ def patches() -> list[Patch]:
 
 
 def _device_patches() -> list[Patch]:
-    cuda = torch.cuda
-    return [
-        Patch(cuda, "is_available", standin.yes, "initialize_megatron asserts it"),
-        Patch(
-            cuda,
-            "device_count",
-            standin.local_world_size,
-            "with 0 no process group and no RNG tracker is made",
-        ),
-        Patch(
-            cuda,
-            "current_device",
-            standin.local_rank,
-            "used as a device argument everywhere, and in f-strings",
-        ),
-        Patch(cuda, "set_device", standin.nothing, "initialize_megatron"),
-        Patch(cuda, "device", standin.NothingAround, "a context around kernels"),
-        Patch(cuda, "get_device_name", standin.device_name, "logs"),
-        Patch(cuda, "get_device_capability", standin.device_capability, "checked by --moe-grouped-gemm"),
-        Patch(
-            cuda, "get_device_properties", standin.device_properties, "architecture checks of validate_args"
-        ),
-        Patch(cuda, "is_bf16_supported", standin.yes, "the CPU has bfloat16"),
-        Patch(cuda, "_lazy_init", standin.nothing, "called before every CUDA query"),
+    rows = [
+        ("is_available", standin.yes, "initialize_megatron asserts it"),
+        ("device_count", standin.local_world_size, "with 0, no process group and no RNG tracker is made"),
+        ("current_device", standin.local_rank, "a device argument everywhere, and part of f-strings"),
+        ("set_device", standin.nothing, "initialize_megatron"),
+        ("device", standin.NothingAround, "a context around kernels; torch itself asks isinstance"),
+        ("get_device_name", standin.device_name, "logs"),
+        ("get_device_capability", standin.device_capability, "checked by --moe-grouped-gemm"),
+        ("get_device_properties", standin.device_properties, "architecture checks of validate_args"),
+        ("is_bf16_supported", standin.yes, "the CPU has bfloat16"),
+        ("_lazy_init", standin.nothing, "called before every CUDA query"),
     ]
+    return [Patch(torch.cuda, *row) for row in rows]
 
 
 def _stream_patches() -> list[Patch]:
-    cuda = torch.cuda
-    return [
-        Patch(cuda, "Stream", standin.Stream, "DDP wrapping, gradient buckets, token dispatcher"),
-        Patch(cuda, "Event", standin.Event, "timers, token dispatcher"),
-        Patch(cuda, "stream", standin.NothingAround, "DDP wrapping"),
-        Patch(cuda, "current_stream", standin.the_stream, "everywhere"),
-        Patch(cuda, "default_stream", standin.the_stream, "everywhere"),
-        Patch(cuda, "set_stream", standin.nothing, "CUDA graphs"),
-        Patch(cuda, "synchronize", standin.nothing, "timers, pipeline communication, checkpoints"),
-        Patch(cuda, "is_current_stream_capturing", standin.no, "torch.optim asks before every step"),
-        Patch(torch.Tensor, "record_stream", standin.nothing, "token dispatcher"),
+    rows = [
+        ("Stream", standin.Stream, "DDP wrapping, gradient buckets, token dispatcher"),
+        ("Event", standin.Event, "timers, token dispatcher"),
+        ("stream", standin.NothingAround, "DDP wrapping"),
+        ("current_stream", standin.the_stream, "everywhere"),
+        ("default_stream", standin.the_stream, "everywhere"),
+        ("set_stream", standin.nothing, "CUDA graphs"),
+        ("synchronize", standin.nothing, "timers, pipeline communication, checkpoints"),
+        ("is_current_stream_capturing", standin.no, "torch.optim asks before every step"),
     ]
+    streams = [Patch(torch.cuda, *row) for row in rows]
+    return [*streams, Patch(torch.Tensor, "record_stream", standin.nothing, "token dispatcher")]
 
 
 def _memory_patches() -> list[Patch]:
-    cuda = torch.cuda
-    return [
-        Patch(cuda, "max_memory_allocated", standin.peak_memory, "the peak-memory metric: resident memory"),
-        Patch(cuda, "max_memory_reserved", standin.peak_memory, "the same"),
-        Patch(cuda, "memory_allocated", standin.zero, "the memory report"),
-        Patch(cuda, "memory_reserved", standin.zero, "the memory report"),
-        Patch(cuda, "device_memory_used", standin.zero, "the memory report"),
-        Patch(cuda, "memory_stats", standin.memory_stats, "--log-memory-to-tensorboard indexes it"),
-        Patch(cuda, "mem_get_info", standin.memory_info, "free and total memory"),
-        Patch(cuda, "reset_peak_memory_stats", standin.nothing, "no such counter"),
+    rows = [
+        ("max_memory_allocated", standin.peak_memory, "the peak-memory metric: resident memory"),
+        ("max_memory_reserved", standin.peak_memory, "the same"),
+        ("memory_allocated", standin.zero, "the memory report"),
+        ("memory_reserved", standin.zero, "the memory report"),
+        ("device_memory_used", standin.zero, "the memory report"),
+        ("memory_stats", standin.memory_stats, "--log-memory-to-tensorboard indexes it"),
+        ("mem_get_info", standin.memory_info, "free and total memory"),
+        ("reset_peak_memory_stats", standin.nothing, "there is no such counter"),
     ]
+    return [Patch(torch.cuda, *row) for row in rows]
 
 
 def _rng_patches() -> list[Patch]:
-    cuda = torch.cuda
-    generators = collections.defaultdict(lambda: torch.default_generator)  # by index
-    fork_module = sys.modules.get("megatron.core.tensor_parallel.random")
-    return [
-        Patch(cuda, "get_rng_state", standin.get_rng_state, "RNG tracker, checkpoints, recompute"),
-        Patch(cuda, "set_rng_state", standin.set_rng_state, "RNG tracker, checkpoints, recompute"),
-        Patch(cuda.random, "get_rng_state", standin.get_rng_state, "the tracker's way to reach it"),
-        Patch(cuda.random, "set_rng_state", standin.set_rng_state, "for symmetry"),
-        Patch(cuda, "manual_seed", standin.manual_seed, "torch's own queues the seed for ever"),
-        Patch(cuda, "manual_seed_all", standin.manual_seed, "called by torch.manual_seed"),
-        Patch(cuda, "initial_seed", standin.initial_seed, "for symmetry"),
-        Patch(cuda, "default_generators", generators, "the tracker sets states through it"),
-        Patch(
-            cuda, "_lazy_call", standin.run_now, "wraps every set of a state; torch's own queues it for ever"
-        ),
-        Patch(
-            torch.utils.data.dataloader._BaseDataLoaderIter,
-            "__init__",
-            standin.keeps_rng(torch.utils.data.dataloader._BaseDataLoaderIter.__init__),
-            "draws from the default generator, on some ranks only",
-        ),
-        *(
-            [
-                Patch(fork_module, "_lazy_call", standin.run_now, "imported by value"),
-                Patch(fork_module, "_lazy_init", standin.nothing, "imported by value"),
-            ]
-            if fork_module is not None
-            else []
-        ),
+    rows = [
+        ("get_rng_state", standin.get_rng_state, "RNG tracker, checkpoints, recompute"),
+        ("set_rng_state", standin.set_rng_state, "RNG tracker, checkpoints, recompute"),
+        ("manual_seed", standin.manual_seed, "torch's own queues the seed for ever"),
+        ("manual_seed_all", standin.manual_seed, "called by torch.manual_seed"),
+        ("initial_seed", standin.initial_seed, "goes with manual_seed"),
+        ("default_generators", standin.generators(), "the tracker sets states through it"),
+        ("_lazy_call", standin.run_now, "wraps that; torch's own queues it for ever"),
     ]
+    patches = [Patch(torch.cuda, *row) for row in rows]
+    patches += [Patch(torch.cuda.random, *row) for row in rows[:2]]
+    tracker = sys.modules.get("megatron.core.tensor_parallel.random")
+    if tracker is not None:
+        patches.append(Patch(tracker, "_lazy_call", standin.run_now, "imported by value"))
+        patches.append(Patch(tracker, "_lazy_init", standin.nothing, "imported by value"))
+    loader = torch.utils.data.dataloader._BaseDataLoaderIter
+    draws = "it draws from the default generator, on some ranks only"
+    return [*patches, Patch(loader, "__init__", standin.keeps_rng(loader.__init__), draws)]
 
 
 def _factory_patches() -> list[Patch]:
@@ -207,24 +184,13 @@ def _tensor_patches() -> list[Patch]:
 
 def _other_patches() -> list[Patch]:
     context = torch.utils._device.DeviceContext
-    init = context.__init__
     return [
         Patch(
-            context,
-            "__init__",
-            lambda self, device: init(self, standin.on_cpu(torch.device(device))),
-            "with torch.device('cuda'): (YaRN rotary embedding)",
+            context, "__init__", standin.device_context(context.__init__), "with torch.device('cuda'): (YaRN)"
         ),
+        Patch(torch, "compile", standin.uncompiled, "jit_fuser: a C++ compiler, and minutes of warm-up"),
         Patch(
-            torch, "compile", standin.uncompiled, "jit_fuser: needs a C++ compiler, and minutes of warm-up"
+            dist, "all_to_all_single", standin.all_to_all_single(dist.all_to_all_single), "sizes in tensors"
         ),
-        Patch(
-            dist,
-            "all_to_all_single",
-            standin.all_to_all_single(dist.all_to_all_single),
-            "split sizes as tensors",
-        ),
-        Patch(
-            dist, "all_gather", standin.all_gather(dist.all_gather), "unequal shapes (experts with ETP > 1)"
-        ),
+        Patch(dist, "all_gather", standin.all_gather(dist.all_gather), "unequal shapes (EP and ETP > 1)"),
     ]

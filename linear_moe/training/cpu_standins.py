@@ -76,6 +76,16 @@ def tensor_type(original: Callable) -> Callable:
     return call
 
 
+def device_context(init: Callable) -> Callable:
+    """``with torch.device(...)``: its ``__init__``, sent to the CPU."""
+
+    @functools.wraps(init)
+    def call(self: Any, device: Any) -> None:
+        init(self, on_cpu(torch.device(device)))
+
+    return call
+
+
 def itself(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The tensor, unchanged and not copied (``Tensor.cuda``, ``Tensor.pin_memory``)."""
     return tensor
@@ -214,6 +224,11 @@ class NothingAround:
 
     def __exit__(self, *error: object) -> None:
         pass
+
+
+def generators() -> dict[int, torch.Generator]:
+    """``torch.cuda.default_generators``: the default generator, whatever the index."""
+    return collections.defaultdict(lambda: torch.default_generator)
 
 
 def run_now(call: Callable, **kwargs: Any) -> None:
