@@ -30,6 +30,8 @@ from torch.nn import functional as F
 from linear_moe.model.experts_checkpoint import ExpertShards
 from linear_moe.model.grouped_linear import can_group, grouped_linear, looped_linear
 
+_EXTRA_STATE = "_extra_state_"
+
 
 class GroupedExperts(MegatronModule):
     """The experts of one MoE layer on this rank.
@@ -70,6 +72,7 @@ class GroupedExperts(MegatronModule):
         self.fc2_weight = self._weight(hidden, ffn // tp_size, partition_dim=2, stride=1)
         if config.perform_initialization:
             self._initialize()
+        self.register_load_state_dict_pre_hook(_drop_extra_states)
 
     def forward(
         self, hidden_states: Tensor, tokens_per_expert: Tensor, probs: Tensor
@@ -107,11 +110,17 @@ class GroupedExperts(MegatronModule):
             sharded_offsets=tuple(sharded_offsets),
             one_key_per_expert=(metadata or {}).get("singleton_local_shards", False),
         )
-        gated = self.config.gated_linear_unit
-        return {
-            f"{prefix}fc1_weight": shards.fc1(f"{prefix}experts.linear_fc1.weight", self.fc1_weight, gated),
-            f"{prefix}fc2_weight": shards.fc2(f"{prefix}experts.linear_fc2.weight", self.fc2_weight),
+        key = f"{prefix}experts.linear_"
+        state: ShardedStateDict = {
+            f"{prefix}fc1_weight": shards.fc1(
+                f"{key}fc1.weight", self.fc1_weight, self.config.gated_linear_unit
+            ),
+            f"{prefix}fc2_weight": shards.fc2(f"{key}fc2.weight", self.fc2_weight),
         }
+        for name in ("fc1", "fc2"):
+            for e, extra in shards.extra_states(f"{key}{name}._extra_state").items():
+                state[f"{prefix}{name}{_EXTRA_STATE}{e}"] = extra
+        return state
 
     def _linear(self, tokens_per_expert: Tensor, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         if can_group(x, self.fc1_weight, self.fc2_weight):
@@ -180,6 +189,12 @@ class GroupedExperts(MegatronModule):
                 if 0 <= e < self.num_local_experts:
                     parts = whole.chunk(stride * tp_size, dim=dim)[tp_rank::tp_size]
                     weight[e].copy_(torch.cat(parts, dim=dim))
+
+
+def _drop_extra_states(module: torch.nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:
+    """They are in a checkpoint for the sake of ``SequentialMLP``; there is nothing to load."""
+    for name in [name for name in state_dict if name.startswith(prefix) and _EXTRA_STATE in name]:
+        del state_dict[name]
 
 
 @cache

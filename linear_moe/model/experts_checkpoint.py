@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 type Shards = ShardedTensor | ShardedTensorFactory
@@ -49,6 +55,20 @@ class ExpertShards:
     def fc2(self, key: str, weight_EOI: Tensor) -> Shards:
         """``[E, O, I]``, I divided over tensor-parallel ranks."""
         return self._shards(key, weight_EOI, tp_dim=1, halves=1)
+
+    def extra_states(self, key: str) -> dict[int, ShardedObject]:
+        """By local expert, the empty objects that ``SequentialMLP``'s linear layers want to find in a checkpoint."""
+        objects = {}
+        for e in range(self.num_local):
+            expert = self.ep_group.rank() * self.num_local + e
+            own_axis = (len(self.sharded_offsets), expert, self.ep_group.size() * self.num_local)
+            objects[e] = make_sharded_object_for_checkpoint(
+                None,
+                _own_key(key, expert) if self.one_key_per_expert else key,
+                self.sharded_offsets if self.one_key_per_expert else (*self.sharded_offsets, own_axis),
+                replica_id=(0, self.tp_group.rank(), self.dp_group.rank()),
+            )
+        return objects
 
     def _shards(self, key: str, weight: Tensor, tp_dim: int, halves: int) -> Shards:
         replica_id = (0, 0, self.dp_group.rank())
@@ -97,16 +117,20 @@ class ExpertShards:
     def _single(
         self, key: str, weight_OI: Tensor, replica_id: ReplicaId, tp_dim: int, e: int, suffix: str
     ) -> ShardedTensor:
-        """One expert under its own key: ``...experts.<expert>.linear_fc1.weight``."""
-        head, experts, tail = key.rpartition("experts.")
-        assert experts, key
+        """One expert under its own key."""
         axis = len(self.sharded_offsets)
-        expert = self.ep_group.rank() * self.num_local + e
         return ShardedTensor.from_rank_offsets(
-            f"{head}experts.{expert}.{tail}{suffix}",
+            _own_key(key, self.ep_group.rank() * self.num_local + e) + suffix,
             weight_OI,
             *self.sharded_offsets,
             (axis + tp_dim, self.tp_group.rank(), self.tp_group.size()),
             replica_id=replica_id,
             prepend_axis_num=axis,
         )
+
+
+def _own_key(key: str, expert: int) -> str:
+    """``...experts.linear_fc1.weight`` as ``...experts.<expert>.linear_fc1.weight``."""
+    head, experts, tail = key.rpartition("experts.")
+    assert experts, key
+    return f"{head}experts.{expert}.{tail}"
