@@ -1,8 +1,8 @@
 """Training data: Megatron's datasets, and the micro-batch that each rank sees of them.
 
 With ``--dataloader-inter-document-masking`` a sequence holds several documents that never see each other. Their
-boundaries travel as ``[B, N + 1]`` in ``PackedSeqParams`` of format ``sbhd``: the batch keeps its shape, rotary positions
-run on (they are relative, so the document mask makes that exact), and mixers and attention read the boundaries.
+boundaries travel as ``[B, N + 1]`` in ``PackedSeqParams`` of format ``sbhd``: the batch keeps its shape, rotary
+positions run on (they are relative, so the document mask makes that exact), and mixers and attention read them.
 
 Letters: B micro-batch, S tokens of a sequence, N documents of a sequence.
 """

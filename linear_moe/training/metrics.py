@@ -1,11 +1,12 @@
 """What a run reports: one progress line per logged step, one JSON object per step in ``metrics.jsonl``.
 
-Megatron's ``training_log`` keeps TensorBoard, timers and the aux-loss tracker; its own line is replaced. Numbers of a step
-come from all ranks: loss and gradient norm are global already, memory is the largest, expert load is summed.
+Megatron's ``training_log`` keeps TensorBoard, timers and the aux-loss tracker; its own line is replaced. Numbers of a
+step come from all ranks: loss and gradient norm are global already, memory is the largest, expert load is summed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -38,6 +39,7 @@ PEAK_FLOPS = {
 """Dense bf16 peak by a word of the device's name, from the vendors' datasheets."""
 
 
+@functools.cache
 def peak_flops() -> float | None:
     """Dense bf16 peak of this device; ``None`` when it is not in the table (then there is no MFU to report)."""
     if cpu.is_active() or not torch.cuda.is_available():
@@ -50,10 +52,11 @@ class ExpertLoad:
     """Counts, on the device, how many tokens every expert of every layer receives."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self.tokens_LE = torch.zeros(num_layers, num_experts, device=torch.cuda.current_device())
+        self.tokens_LE = torch.zeros(num_layers, num_experts)
 
     def watch(self, model: nn.Module) -> None:
-        """Count at every router of the model."""
+        """Count at every router of the model, on this rank's device."""
+        self.tokens_LE = self.tokens_LE.to(torch.cuda.current_device())
         for module in model.modules():
             if isinstance(module, Router):
                 module.register_forward_hook(self._count)
@@ -83,7 +86,6 @@ class RunLog:
 
     def __init__(self, run_dir: Path | None, flops: FlopsPerToken, load: ExpertLoad | None) -> None:
         self.run_dir, self.flops, self.load = run_dir, flops, load
-        self.peak = peak_flops()
         self._file: TextIO | None = None
 
     def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +143,7 @@ class RunLog:
     ) -> dict[str, Any]:
         """Everything that needs all ranks."""
         args = get_args()
+        peak = peak_flops()
         seconds = get_timers()("interval-time").elapsed(barrier=True, reset=True)
         samples = args.micro_batch_size * mpu.get_data_parallel_world_size() * get_num_microbatches()
         tokens = samples * args.seq_length if tokens is None else tokens
@@ -158,7 +161,7 @@ class RunLog:
             "tokens": tokens,
             "tokens_per_second_per_gpu": tokens / seconds / args.world_size,
             "tflops_per_gpu": per_gpu / 1e12,
-            "mfu": per_gpu / self.peak if self.peak else None,
+            "mfu": per_gpu / peak if peak else None,
             "peak_memory_gib": memory.item(),
         }
         return step | (self.load.take() if self.load else {})

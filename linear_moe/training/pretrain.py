@@ -1,14 +1,13 @@
-"""Pretrain a Linear-MoE model with Megatron's own ``pretrain()``: ``python -m linear_moe.training.pretrain <arguments>``.
+"""Pretrain a Linear-MoE model with Megatron's own ``pretrain()``.
 
-The entry that ``examples/*/run_pretrain_*.sh`` starts on every rank. It takes Megatron's arguments and ours
-(:mod:`linear_moe.training.arguments`), on CUDA and, through the CPU platform, without it.
+``python -m linear_moe.training.pretrain <arguments>`` is what ``examples/*/run_pretrain_*.sh`` starts on every rank. It
+takes Megatron's arguments and ours (:mod:`linear_moe.training.arguments`), on CUDA and, through the CPU platform,
+without it.
 """
 
 from __future__ import annotations
 
 from linear_moe.training import cpu
-
-import torch._dynamo  # TEMP
 
 if cpu.needed():
     cpu.activate()  # before Megatron looks for a device
@@ -37,10 +36,10 @@ from linear_moe.training.metrics import ExpertLoad, RunLog
 from linear_moe.training.run import write_config
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, build the configs, and hand over to Megatron."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = prepare_arguments()
+def main(argv: list[str]) -> None:
+    """Parse ``argv``, build the configs, and hand over to Megatron; joins the process group or makes one."""
+    owns_group = not dist.is_initialized()
+    args = prepare_arguments(argv)
     config = arguments.model_config(args)
     flops = flops_per_token(config.transformer, padded_vocab_size(config))
     load = None
@@ -58,14 +57,18 @@ def main(argv: list[str] | None = None) -> None:
         ModelType.encoder_or_decoder,
         forward_step,
     )
-    if dist.is_initialized():
+    if owns_group:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def prepare_arguments() -> Any:
+def prepare_arguments(argv: list[str]) -> Any:
     """Parse and validate the command line, and set Megatron's global state."""
-    args = parse_args(arguments.add_arguments)
+    command_line, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron's parser reads no other
+    try:
+        args = parse_args(arguments.add_arguments)
+    finally:
+        sys.argv = command_line
     arguments.resolve(args)
     if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         # Otherwise each context-parallel rank divides by its own count of unmasked tokens.
@@ -125,4 +128,4 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,99 @@
+"""A tiny model trained through ``linear_moe.training.pretrain`` inside the pool of gloo workers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARGUMENTS = [
+    *("--num-layers", "4", "--hidden-size", "64", "--ffn-hidden-size", "96", "--kv-channels", "16"),
+    *("--num-attention-heads", "4", "--num-query-groups", "4", "--group-query-attention", "--add-qkv-bias"),
+    *("--normalization", "RMSNorm", "--norm-epsilon", "1e-6", "--swiglu", "--disable-bias-linear"),
+    *("--position-embedding-type", "rope", "--rotary-base", "10000", "--untie-embeddings-and-output-weights"),
+    *("--seq-length", "64", "--max-position-embeddings", "64", "--micro-batch-size", "1"),
+    *("--global-batch-size", "4", "--train-iters", "6", "--lr", "1e-4", "--min-lr", "1e-5"),
+    *("--lr-decay-style", "cosine", "--lr-warmup-iters", "1", "--init-method-std", "0.02"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0", "--seed", "1234", "--num-workers", "0"),
+    *("--mock-data", "--split", "99,1,0", "--eval-iters", "0", "--eval-interval", "1000"),
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--padded-vocab-size", "128"),
+    *("--no-create-attention-mask-in-dataloader", "--log-interval", "1", "--save-interval", "1000"),
+]
+
+EXPERTS = [
+    *("--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32"),
+    *("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "1e-2"),
+    *("--moe-token-dispatcher-type", "alltoall", "--moe-router-dtype", "fp32", "--moe-router-pre-softmax"),
+    *("--expert-tensor-parallel-size", "1"),
+]
+
+DISTRIBUTED_OPTIMIZER = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+
+
+def train(rank: int, world: int, argv: list[str], observe: bool = False) -> dict[str, Any]:
+    """Run ``main(argv)``; with ``observe`` return this rank's pieces of the weights before and after step 1."""
+    from linear_moe.model.builder import LinearMoEBuilder
+    from linear_moe.training import pretrain
+    from linear_moe.training.metrics import RunLog
+
+    seen: dict[str, Any] = {}
+    chunks: list[torch.nn.Module] = []
+    build, measure = LinearMoEBuilder.build_model, RunLog._measure
+
+    def built(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chunks.append(build(self, *args, **kwargs))
+        return chunks[-1]
+
+    def measured(self: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        if observe and iteration == 1:
+            seen["after"] = [piece for i, chunk in enumerate(chunks) for piece in pieces(chunk, i)]
+        return measure(self, iteration, *args, **kwargs)
+
+    LinearMoEBuilder.build_model, RunLog._measure = built, measured
+    try:
+        pretrain.main(argv)
+    finally:
+        LinearMoEBuilder.build_model, RunLog._measure = build, measure
+    return seen
+
+
+def pieces(model: Any, chunk: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+    """``(key, global shape, offset, data)`` of every parameter shard of this rank, by checkpoint key."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    found = []
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+            data = tensor.data.detach().clone()
+            data = data.reshape((1,) * tensor.prepend_axis_num + tuple(data.shape))
+            found.append((tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), data))
+    return found
+
+
+def whole(ranks: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Every parameter of the model, unsharded, from the pieces of all ranks; replicas must agree."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, shape, offset, data in (piece for rank in ranks for piece in rank):
+        tensor = tensors.setdefault(key, torch.full(shape, float("nan")))
+        view = tensor[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))]
+        written = ~view.isnan()
+        assert torch.equal(view[written], data[written]) or torch.allclose(
+            view[written], data[written], rtol=1e-6, atol=1e-9
+        ), f"replicas of {key} differ between ranks"
+        view.copy_(data)
+    for key, tensor in tensors.items():
+        assert not tensor.isnan().any(), f"no rank holds all of {key}"
+    return tensors
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The steps of a run, from ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step."""
+    return [step["lm_loss"] for step in metrics(run)]
