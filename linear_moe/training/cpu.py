@@ -15,6 +15,7 @@ reach a process that is spawned: ``--async-save`` stays off. Do not pass ``--use
 experts of all expert-parallel ranks equal.
 """
 
+import importlib
 import logging
 import sys
 from dataclasses import dataclass
@@ -65,8 +66,8 @@ def activate() -> None:
             "The CPU platform was asked for on a machine with a CUDA device. It would move every tensor of the run "
             "to the CPU. Leave the call out, or hide the devices: CUDA_VISIBLE_DEVICES='' <command>"
         )
-    import torch._dynamo  # noqa: F401  the first optimizer imports it; it indexes torch's functions, the real ones
-
+    # The first optimizer imports it, and it indexes torch's functions by identity: let it see the real ones.
+    importlib.import_module("torch._dynamo")
     for patch in patches():
         setattr(patch.owner, patch.name, patch.value)
         if (
