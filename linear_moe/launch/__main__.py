@@ -18,7 +18,7 @@ from linear_moe.launch.header import default_threads, header
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
-from linear_moe.launch.relay import run_logged
+from linear_moe.launch.relay import is_our_line, last_lines, run_logged
 
 _MISTAKE = 2
 
@@ -44,13 +44,26 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         return 0
     for line in retired_variables(environment):
         _write(sys.stderr, f"linear_moe: {line}")
-    _write(sys.stdout, header(plan))
-    log_dir = plan.run_dir / "log"
-    log_dir.mkdir(parents=True, exist_ok=True)
+    return _start(plan, environment)
+
+
+def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
+    command, head = torchrun_command(plan), header(plan)
     node = f"-node{plan.settings.node_rank}" if plan.settings.nnodes > 1 else ""
-    log = log_dir / f"{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
-    log.write_text(header(plan) + "\n\n" + shell_text(torchrun_command(plan)) + "\n\n")
-    return run_logged(torchrun_command(plan), log, _child_environment(plan, environment))
+    log = plan.run_dir / "log" / f"{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"{head}\n\n{shell_text(command)}\n\n")
+    verbose = plan.settings.verbose
+    _write(
+        sys.stdout, f"{head}\nlog         {log}{'' if verbose else ' (VERBOSE=true shows all of it here)'}\n"
+    )
+    show = (lambda line: True) if verbose else is_our_line
+    code = run_logged(command, log, _child_environment(plan, environment), show)
+    if code and not verbose:
+        _write(sys.stderr, last_lines(log, 60))
+    if code:
+        _write(sys.stderr, f"linear_moe: the run ended with exit code {code}; all of its output is in {log}")
+    return code
 
 
 def _child_environment(plan: RunPlan, environment: Mapping[str, str]) -> dict[str, str]:

@@ -102,7 +102,7 @@ def check_output(plan: RunPlan) -> None:
         )
     if free < needed:
         raise PreflightError(
-            f"{parent} has {free / 1e9:.1f} GB free; one checkpoint needs about {needed / 1e9:.1f} GB.",
-            f"{total / 1e9:.2f}B parameters x {_BYTES_PER_PARAMETER} bytes (weights and optimizer), and 10 %.",
+            f"{parent} has {free / 1e9:.2f} GB free; one checkpoint needs about {needed / 1e9:.2f} GB.",
+            f"{total / 1e9:.3f}B parameters x {_BYTES_PER_PARAMETER} bytes (weights and optimizer), and 10 %.",
             "OUTPUT_BASEPATH=<a larger disk>, or EXTRA_ARGS=--no-save-optim",
         )

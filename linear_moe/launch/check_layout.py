@@ -112,7 +112,7 @@ def check_experts(plan: RunPlan) -> None:
 def check_world(plan: RunPlan) -> None:
     """The processes make up whole copies of the layout, for the dense part and for the experts."""
     s = plan.settings
-    machine = f"{s.nnodes} node(s) x {plan.processes_per_node} = {plan.world} processes"
+    machine = f"{s.nnodes} node(s) x {plan.processes_per_node} = {plan.world} process(es)"
     dense = plan.model_parallel
     if plan.world % dense:
         raise PreflightError(
@@ -178,6 +178,23 @@ def check_schedule(plan: RunPlan) -> None:
             f"MIN_LR={s.min_lr} is above LR={s.lr}.",
             "the cosine falls from LR to MIN_LR.",
             f"MIN_LR={s.lr / 10:g}",
+        )
+
+
+def check_nodes(plan: RunPlan) -> None:
+    """Several nodes know each other: an address, and a number for each."""
+    s = plan.settings
+    if s.nnodes > 1 and s.master_addr is None:
+        raise PreflightError(
+            f"NNODES={s.nnodes}, but MASTER_ADDR is not set.",
+            "the nodes meet at the address of node 0.",
+            "MASTER_ADDR=<host of node 0> NODE_RANK=<number of this node>, or srun --ntasks-per-node=1",
+        )
+    if s.node_rank >= s.nnodes:
+        raise PreflightError(
+            f"NODE_RANK={s.node_rank}, but NNODES={s.nnodes}.",
+            "nodes are numbered from 0.",
+            f"NODE_RANK={s.nnodes - 1}, or NNODES={s.node_rank + 1}",
         )
 
 

@@ -82,6 +82,8 @@ class RunSettings:
     """Batches of one evaluation. 0: never evaluate."""
     log_interval: int = 1
     """Steps between progress lines; metrics.jsonl has every step."""
+    verbose: bool = False
+    """Show everything Megatron prints, not only progress; the log of the run always has all of it."""
 
     # Layout.
     tp: int = 1
@@ -172,67 +174,49 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
     for name, (f, doc) in variables().items():
         text = environment.get(name, "").strip()
         if text:
-            values[f.name] = _parse(name, text, f.type, doc)
+            values[f.name] = _parse(name, text, f, doc)
     settings = RunSettings(**values)
     if settings.base_model != family:
         raise PreflightError(
             f"BASE_MODEL={settings.base_model}, but this script trains {family}.",
             "every family has its own script, and the script decides.",
-            f"unset BASE_MODEL, or run examples/linear_moe_{settings.base_model}/",
+            f"BASE_MODEL={family}",
         )
     return settings
 
 
-def _parse(name: str, text: str, kind: Any, doc: str) -> Any:
-    kind = _without_none(kind)
+_MAY_BE_ZERO = {"SEED", "NODE_RANK", "EVAL_ITERS", "WARMUP_TOKENS", "WARMUP_ITERS", "EXTRA_VOCAB_SIZE"}
+_WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
+def _parse(name: str, text: str, f: dataclasses.Field, doc: str) -> Any:
+    value, wanted = _value(name, text, _without_none(f.type))
+    if value is None:
+        example = 100 if f.default is None else str(f.default).lower() if f.type is bool else f.default
+        raise PreflightError(f"{name}={text} is not {wanted}.", doc, f"{name}={example}")
+    return value
+
+
+def _value(name: str, text: str, kind: Any) -> tuple[Any, str]:
+    # The value, None when the text is not one, and what the text should be.
+    if kind is str:
+        return text, "text"
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        if text.lower() not in choices:
-            raise _bad_value(name, text, f"one of {', '.join(choices)}", doc, choices[0])
-        return text.lower()
+        return text.lower() if text.lower() in choices else None, f"one of {', '.join(choices)}"
     if kind is bool:
-        words = {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-        }
-        if text.lower() not in words:
-            raise _bad_value(name, text, "true or false", doc, "true")
-        return words[text.lower()]
-    if kind is int:
-        return _whole_number(name, text, doc)
-    if kind is float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0:
-            raise _bad_value(name, text, "a number that is not negative", doc, "1e-4")
-        return value
-    assert kind is str
-    return text
-
-
-def _whole_number(name: str, text: str, doc: str) -> int:
+        return _WORDS.get(text.lower()), "true or false"
     try:
-        value = float(text)
-        whole = int(text) if text.isascii() and text.isdigit() else int(value)
-    except (ValueError, OverflowError):
-        raise _bad_value(name, text, "a whole number", doc, "8") from None
-    may_be_zero = {"SEED", "NODE_RANK", "EVAL_ITERS", "WARMUP_TOKENS", "WARMUP_ITERS", "EXTRA_VOCAB_SIZE"}
-    if whole != value or whole < (0 if name in may_be_zero else 1):
-        least = "0 or more" if name in may_be_zero else "1 or more"
-        raise _bad_value(name, text, f"a whole number, {least}", doc, "8")
-    return whole
-
-
-def _bad_value(name: str, text: str, wanted: str, doc: str, example: str) -> PreflightError:
-    return PreflightError(f"{name}={text} is not {wanted}.", doc, f"{name}={example}")
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if kind is float:
+        return number if 0 <= number < math.inf else None, "a number, 0 or more"
+    assert kind is int
+    least = 0 if name in _MAY_BE_ZERO else 1
+    is_whole = least <= number < math.inf and number == int(number)
+    exact = int(text) if text.isascii() and text.isdigit() else int(number) if is_whole else None
+    return exact if is_whole else None, f"a whole number, {least} or more"
 
 
 def _without_none(kind: Any) -> Any:

@@ -11,6 +11,7 @@ from linear_moe.launch.check_layout import (
     check_devices,
     check_experts,
     check_heads,
+    check_nodes,
     check_pipeline,
     check_schedule,
     check_sequence,
@@ -63,6 +64,7 @@ def check_extra_args(plan: RunPlan) -> None:
 CHECKS: tuple[Callable[[RunPlan], None], ...] = (
     check_extra_args,
     check_devices,
+    check_nodes,
     check_heads,
     check_pipeline,
     check_sequence,

@@ -1,26 +1,42 @@
-"""Run a command with its output shown and logged, its signals passed on, and its exit code returned.
+"""Run a command with its output logged and the lines that matter shown, its signals passed on, its exit code returned.
 
-What `command 2>&1 | tee log` is for, without losing the exit code: this process reads the command's two streams and
-writes each piece to its own stream and to the log. It stays until both streams end, so that the last words of a crash
-are kept.
-The command gets a session of its own, so that a signal reaches it once, from here, and it is told to stop when this
-process is killed.
+What `command 2>&1 | tee log` is for, without losing the exit code: this process reads the command's two streams, writes
+every byte to the log, and the lines that `show` wants to its own streams. It stays until both streams end, so that the
+last words of a crash are kept. The command gets a session of its own, so that a signal reaches it once, from here, and
+it is told to stop when this process is killed.
 """
 
 import ctypes
 import os
+import re
 import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
+# Megatron prints some 900 lines before the first step. A person wants the steps, evaluations, checkpoints, and us.
+_OUR_LINES = re.compile(
+    rb"step +\d|linear_moe\b|.*/linear_moe/\S+\.py:\d+: \w*Warning|.*successfully (saved|loaded) checkpoint"
+    rb"|.*validation loss at|.*exiting program at iteration"
+)
 
-def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> int:
+Show = Callable[[bytes], bool]
+
+
+def is_our_line(line: bytes) -> bool:
+    """Whether a line of a training run is for the person who waits for it, and not only for the log."""
+    return _OUR_LINES.match(line) is not None
+
+
+def run_logged(
+    command: list[str], log: Path, environment: dict[str, str], show: Show = lambda line: True
+) -> int:
     """Run `command` and return its exit code, 128 + signal for one that a signal ended; `log` is appended to."""
     with log.open("ab", buffering=0) as log_file:
         child = subprocess.Popen(
@@ -35,12 +51,19 @@ def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> in
         previous = {number: signal.signal(number, lambda n, _: _send(child, n)) for number in _FORWARDED}
         try:
             assert child.stdout is not None and child.stderr is not None
-            _copy({child.stdout: sys.stdout.buffer, child.stderr: sys.stderr.buffer}, log_file)
+            _copy({child.stdout: _Lines(sys.stdout, show), child.stderr: _Lines(sys.stderr, show)}, log_file)
             code = child.wait()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def last_lines(log: Path, count: int) -> str:
+    """The end of a log, for the person whose run just failed."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 400 * count))
+        return "\n".join(stream.read().decode(errors="replace").splitlines()[-count:])
 
 
 def _stop_with_parent() -> None:
@@ -53,30 +76,34 @@ def _send(child: subprocess.Popen, number: int) -> None:
         child.send_signal(number)
 
 
-def _copy(streams: dict[IO[bytes], BinaryIO], log_file: IO[bytes]) -> None:
+def _copy(streams: dict[IO[bytes], "_Lines"], log_file: IO[bytes]) -> None:
     with selectors.DefaultSelector() as selector:
         for source, target in streams.items():
             selector.register(source, selectors.EVENT_READ, target)
         while selector.get_map():
             for key, _ in selector.select():
                 piece = os.read(key.fd, 1 << 16)
+                log_file.write(piece)
+                key.data.take(piece)
                 if not piece:
                     selector.unregister(key.fileobj)
-                    continue
-                log_file.write(piece)
-                try:
-                    key.data.write(piece)
-                    key.data.flush()
-                except BrokenPipeError:
-                    # The reader of our output is gone (`| head`); the run and its log go on.
-                    selector.modify(key.fileobj, selectors.EVENT_READ, _Nowhere())
 
 
-class _Nowhere:
-    """A stream that forgets what is written to it."""
+class _Lines:
+    """Writes the wanted lines of a stream of pieces; the empty piece ends the last line."""
 
-    def write(self, piece: bytes) -> None:
-        """Forget the bytes."""
+    def __init__(self, target: Any, show: Show) -> None:
+        self.target, self.show, self.rest = target.buffer, show, b""
 
-    def flush(self) -> None:
-        """Nothing to do."""
+    def take(self, piece: bytes) -> None:
+        *lines, self.rest = (self.rest + piece).splitlines(keepends=True) or [b""]
+        if self.rest.endswith(b"\n") or not piece:
+            lines, self.rest = [*lines, self.rest], b""
+        wanted = b"".join(line for line in lines if self.show(line))
+        if not wanted:
+            return
+        try:
+            self.target.write(wanted)
+            self.target.flush()
+        except BrokenPipeError:
+            self.show = lambda line: False  # our reader is gone (`| head`): the run and its log go on

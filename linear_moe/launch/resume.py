@@ -1,5 +1,6 @@
 """What a run folder already holds: the step to resume from, and the architecture that resuming must not change."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
     except (FileNotFoundError, json.JSONDecodeError):
         return  # saved by another tool: loading will tell
     saved = config.get("architecture", {}) | _mixer_options(config.get("arguments", []))
+    if saved.get("norm_epsilon") is None:
+        saved.pop("norm_epsilon", None)
     wanted = architecture(plan)
     names = [name for name in wanted if name in saved] + [name for name in saved if name.startswith("--")]
     names += [name for name in wanted if name.startswith("--") and name not in saved]
@@ -82,9 +85,9 @@ def architecture(plan: RunPlan) -> dict[str, Any]:
 
 def _mixer_options(arguments: list[str]) -> dict[str, Any]:
     # `--gla-gate-rank 32`, `--expand-v 2`: the flags of linear_moe.training.arguments that change a mixer.
-    prefixes = tuple(f"--{name.replace('_', '-')}-" for name in registered_mixers()) + ("--expand-", "--la-")
+    prefixes = (*tuple(f"--{name.replace('_', '-')}-" for name in registered_mixers()), "--expand-", "--la-")
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    pairs = zip(words, words[1:])
+    pairs = itertools.pairwise(words)
     return {flag: value for flag, value in pairs if flag.startswith(prefixes) and flag != "--la-module"}
 
 

@@ -9,7 +9,7 @@ Both spellings come from the earlier Linear-MoE system. Needs neither torch nor 
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 
 SOFTMAX = "softmax"
 """Kind of a softmax attention layer; every other kind is the name of a linear mixer."""
@@ -34,7 +34,7 @@ ALIASES = {
 """Other spellings of mixer names -> the registered name. Case, `-` and spaces do not matter."""
 
 
-def canonical_mixer(name: str, known: Iterable[str]) -> str:
+def canonical_mixer(name: str, known: Collection[str]) -> str:
     """The registered spelling of a mixer name.
 
     Raises ValueError, with the nearest name and the list, when no mixer of `known` (softmax included) has that name.
@@ -48,8 +48,8 @@ def canonical_mixer(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(canonical, spellings, n=1, cutoff=0.5)
     nearest = ALIASES.get(near[0], near[0]) if near else known[0]
     raise ValueError(
-        f"unknown mixer {name!r}; the nearest name is {nearest!r}.\n"
-        f"  why: registered mixers are {', '.join(known)}.\n"
+        f"unknown mixer {name!r}{f'; the nearest name is {nearest!r}' if near else ''}.\n"
+        f"  why: the registered mixers are {', '.join(known)}.\n"
         f"  try: LA_MODULE={nearest}"
     )
 
@@ -60,7 +60,7 @@ def layer_kinds(
     num_layers: int,
     hybrid_override_pattern: str | None = None,
     *,
-    known: Iterable[str],
+    known: Collection[str],
 ) -> tuple[str, ...]:
     """Mixer of each layer, first layer first: `num_layers` registered names, `softmax` among them.
 
@@ -78,8 +78,12 @@ def layer_kinds(
         assert kinds is not None
         return kinds
     hybrid_kinds = _expand("HYBRID_OVERRIDE_PATTERN", hybrid, {"M": "mamba2", "*": SOFTMAX}, num_layers)
-    for kind in sorted(set(hybrid_kinds)):
-        canonical_mixer(kind, known)
+    if "mamba2" in hybrid_kinds and "mamba2" not in known:
+        raise ValueError(
+            f"HYBRID_OVERRIDE_PATTERN={hybrid} asks for mamba2, which is not registered.\n"
+            f"  why: M always means mamba2; the registered mixers are {', '.join(sorted({*known, SOFTMAX}))}.\n"
+            f"  try: LAYER_TYPE_LIST={hybrid.translate(str.maketrans('M*', 'LN'))} with one of them as LA_MODULE"
+        )
     if kinds is not None and kinds != hybrid_kinds:
         raise ValueError(
             f"LAYER_TYPE_LIST={pattern} and HYBRID_OVERRIDE_PATTERN={hybrid} describe two different models.\n"
@@ -122,29 +126,29 @@ def _expand(variable: str, pattern: str, symbols: dict[str, str], num_layers: in
 
 def _unknown_symbol(variable: str, pattern: str, position: int, symbols: dict[str, str]) -> str:
     symbol = pattern[position]
-    legend = ", ".join(f"{key} = {kind}" for key, kind in symbols.items())
-    why = f"the symbols are {legend}."
-    if symbol.upper() in symbols:
-        replacement = symbol.upper()
-    elif symbol in "*Aa":
-        replacement = "N" if "N" in symbols else "*"
-    elif symbol == "-" and variable == "HYBRID_OVERRIDE_PATTERN":
-        replacement = ""
-        why = f"every symbol is a whole layer, its feed-forward block included; the symbols are {legend}."
-    elif (symbol == "L" or symbol.isdigit()) and "L" not in symbols:
+    where = f"{symbol!r} at position {position + 1} of {variable}={pattern}"
+    if variable == "LAYER_TYPE_LIST" and (symbol == "L" or symbol.isdigit()) and "L" not in symbols:
         return (
-            f"layer symbol {symbol!r} at position {position + 1} of {variable}={pattern} names no mixer.\n"
+            f"layer symbol {where} names no mixer.\n"
             f"  why: {symbol} stands for a mixer of LA_MODULE, which is empty.\n"
             f"  try: LA_MODULE=gated_deltanet"
         )
-    else:
-        replacement = next(iter(symbols)) if "L" not in symbols else "L"
-    fixed = "".join(replacement if s == symbol else s for s in pattern)
+    legend = ", ".join(f"{key} = {kind}" for key, kind in symbols.items())
+    layer = "a symbol is a whole layer with its feed-forward block; " if symbol == "-" else ""
+    fixed = pattern.replace(symbol, _nearest_symbol(symbol, symbols))
     return (
-        f"unknown layer symbol {symbol!r} at position {position + 1} of {variable}={pattern}.\n"
-        f"  why: {why}\n"
-        f"  try: {variable}={fixed!r}"
+        f"unknown layer symbol {where}.\n  why: {layer}the symbols are {legend}.\n  try: {variable}='{fixed}'"
     )
+
+
+def _nearest_symbol(symbol: str, symbols: dict[str, str]) -> str:
+    softmax = next(key for key, kind in symbols.items() if kind == SOFTMAX)
+    linear = next((key for key, kind in symbols.items() if kind != SOFTMAX and not key.isdigit()), softmax)
+    if symbol == "-":
+        return ""
+    if symbol.upper() in symbols:
+        return symbol.upper()
+    return softmax if symbol in "*NnAa" else linear
 
 
 def _does_not_fit(variable: str, pattern: str, num_layers: int) -> str:
@@ -155,11 +159,13 @@ def _does_not_fit(variable: str, pattern: str, num_layers: int) -> str:
         why = f"a shorter pattern is repeated, but {length} symbols do not divide {num_layers} layers."
     near = max(p for p in range(1, min(length, num_layers) + 1) if num_layers % p == 0)
     one_each = (pattern * num_layers)[:num_layers]
+    repeated = (
+        f", or {variable}='{pattern[:near]}' (repeated {num_layers // near} x)" if near < num_layers else ""
+    )
     return (
         f"{variable}={pattern} ({length} symbols) does not fit {num_layers} layers.\n"
         f"  why: {why}\n"
-        f"  try: {variable}='{one_each}' ({num_layers} symbols), "
-        f"or {variable}='{pattern[:near]}' (repeated {num_layers // near} x)"
+        f"  try: {variable}='{one_each}' ({num_layers} symbols){repeated}"
     )
 
 

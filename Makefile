@@ -1,0 +1,33 @@
+# Everything a person types. Each target makes the environment first, which does nothing when it is up to date.
+.PHONY: help setup demo test test-gpu lint clean
+
+python := .venv/bin/python
+
+help:
+	@echo "make demo      train a small hybrid Linear-MoE on real text, continue a prompt, draw the loss"
+	@echo "make test      the whole test suite, on CPU; ARGS='tests/launch -k heads' picks"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make lint      ruff, its formatter, mypy"
+	@echo "make setup     only the environment, in .venv (PYTHON=<python3.12> chooses the interpreter)"
+	@echo "make clean     remove caches and build output; .venv and runs/ stay"
+
+setup:
+	@sh scripts/setup.sh
+
+demo: setup
+	@sh scripts/demo.sh
+
+test: setup
+	@$(python) -m pytest $(ARGS)
+
+test-gpu: setup
+	@$(python) -m pytest -m gpu $(ARGS)
+
+lint: setup
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""Text to Megatron's token files: tokenize every document, end it with its own token, write all or nothing.
+
+The files are `PREFIX_text_document.{bin,idx,json}`, named as Megatron's own tool names them. They appear under their
+names only when they are whole: a killed run leaves no half-written data set behind.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from linear_moe.data.corpus import read_documents
+from linear_moe.data.indexed import Manifest, manifest_text, read_index
+from linear_moe.data.tokenizer import describe_tokenizer
+
+_BATCH = 256
+"""Documents tokenized at a time, by as many threads as there are cores."""
+
+
+def preprocess(
+    inputs: list[str], output_prefix: str, tokenizer: str, *, key: str = "text", overwrite: bool = False
+) -> tuple[str, Manifest]:
+    """Tokenize the documents of `inputs` (JSONL, or one document per text file), in order.
+
+    Returns the prefix for DATASET_PATH and the manifest written beside the files. Raises ValueError when the files
+    exist and `overwrite` is false, when an input line is broken, and when there is no document.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    prefix = f"{output_prefix}_{key}_document"
+    if not overwrite and (Path(prefix + ".idx").exists() or Path(prefix + ".bin").exists()):
+        raise ValueError(
+            f"{prefix}.bin or .idx exists.\n"
+            f"  why: token files are never replaced by accident; a run may be reading them.\n"
+            f"  try: --overwrite, or another --output-prefix"
+        )
+    info = describe_tokenizer(tokenizer)
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    part = f"{prefix}.part{os.getpid()}"
+    dtype = DType.optimal_dtype(info.vocab_size)
+    documents = tokens = 0
+    try:
+        builder = IndexedDatasetBuilder(part + ".bin", dtype=dtype)
+        for ids in _tokenize(
+            itertools.chain(*(read_documents(path, key) for path in inputs)), info.path, info.eod
+        ):
+            builder.add_document(ids, [len(ids)])
+            documents, tokens = documents + 1, tokens + len(ids)
+        if not documents:
+            raise ValueError(
+                f"{', '.join(inputs)} holds no document.\n"
+                f"  why: every line is empty, or has an empty {key!r}.\n"
+                f"  try: another input, or --json-key"
+            )
+        builder.finalize(part + ".idx")
+        manifest = Manifest(
+            tokenizer=str(Path(info.path).absolute()),
+            tokenizer_fingerprint=info.fingerprint,
+            vocab_size=info.vocab_size,
+            eod=info.eod,
+            num_tokens=tokens,
+            num_documents=documents,
+            source=[str(Path(path).absolute()) for path in inputs],
+        )
+        Path(part + ".json").write_text(manifest_text(manifest))
+        assert read_index(part).num_tokens == tokens
+        _publish(part, prefix)
+    finally:
+        for suffix in (".bin", ".idx", ".json"):
+            Path(part + suffix).unlink(missing_ok=True)
+    return prefix, manifest
+
+
+def _publish(part: str, prefix: str) -> None:
+    # The index goes first and comes last: without it the pair does not exist for any reader.
+    Path(prefix + ".idx").unlink(missing_ok=True)
+    for suffix in (".bin", ".json", ".idx"):
+        os.replace(part + suffix, prefix + suffix)
+
+
+def _tokenize(documents: Iterable[str], folder: str, eod: int) -> Iterator[np.ndarray]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # a document that spells out <|endoftext|> does not end there
+    for batch in itertools.batched(documents, _BATCH):
+        for encoding in tokenizer.encode_batch_fast(list(batch), add_special_tokens=False):
+            yield np.asarray([*encoding.ids, eod], dtype=np.int64)

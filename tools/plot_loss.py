@@ -1,0 +1,67 @@
+"""The loss of a run as a picture: python tools/plot_loss.py runs/demo --data runs/demo-data/python_text_document"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from linear_moe.data.indexed import unigram_entropy
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draw the loss of a run from its metrics.jsonl.")
+    parser.add_argument("run", help="run folder, or a metrics.jsonl")
+    parser.add_argument(
+        "--data", help="prefix of the token files: draws the entropy of their token frequencies"
+    )
+    parser.add_argument("--output", help="picture to write; loss.png in the run folder unless given")
+    args = parser.parse_args()
+    metrics = Path(args.run) / "metrics.jsonl" if Path(args.run).is_dir() else Path(args.run)
+    output = Path(args.output) if args.output else metrics.parent / "loss.png"
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    tokens, total = [], 0
+    for step in steps:
+        total += step["tokens"]
+        tokens.append(total / 1e6)
+    loss = [step["lm_loss"] for step in steps]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(tokens, loss, color="#b8c4d9", linewidth=0.8, label="each step")
+    axes.plot(tokens, _smooth(loss), color="#1f4e9c", linewidth=1.8, label="average")
+    if args.data:
+        entropy = unigram_entropy(args.data)
+        axes.axhline(entropy, color="#b03030", linestyle="--", linewidth=1)
+        axes.text(
+            tokens[-1],
+            entropy,
+            f"token frequencies alone: {entropy:.2f}",
+            color="#b03030",
+            ha="right",
+            va="bottom",
+        )
+    axes.set(xlabel="million tokens", ylabel="loss (nats per token)", ylim=(0, None), xlim=(0, None))
+    axes.set_title(
+        f"{metrics.parent.name}: {loss[0]:.2f} to {_smooth(loss)[-1]:.2f} in {len(steps)} steps", fontsize=11
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(output, dpi=150)
+    print(output)
+    return 0
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential average over about 20 steps, without the bias of its start."""
+    keep, average, weight, out = 0.95, 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(average / weight)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

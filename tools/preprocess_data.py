@@ -1,0 +1,38 @@
+"""Text to Megatron's token files: python tools/preprocess_data.py --input a.jsonl --output-prefix a --tokenizer tok"""
+
+import argparse
+import os
+import sys
+import warnings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Tokenize text into Megatron's indexed format.")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="JSONL files, or text files of one document each"
+    )
+    parser.add_argument("--output-prefix", required=True, help="writes PREFIX_<key>_document.{bin,idx,json}")
+    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
+    parser.add_argument("--json-key", default="text", help="field of a JSONL line that holds the text")
+    parser.add_argument("--workers", type=int, help="threads; all cores unless given")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    args = parser.parse_args()
+    if args.workers:
+        os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # read once, by the tokenizer library
+    warnings.simplefilter("ignore")  # Megatron warns about a dozen missing packages that no tokenizing needs
+    from linear_moe.data.preprocess import preprocess
+
+    try:
+        prefix, manifest = preprocess(
+            args.input, args.output_prefix, args.tokenizer, key=args.json_key, overwrite=args.overwrite
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"linear_moe: {error}", file=sys.stderr)
+        return 2
+    print(f"{manifest.num_documents} documents, {manifest.num_tokens} tokens of {manifest.vocab_size}")
+    print(f"DATASET_PATH={prefix} TOKENIZER={manifest.tokenizer}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

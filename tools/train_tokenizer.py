@@ -1,0 +1,29 @@
+"""Train a byte-level BPE: python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 4096 --output tok"""
+
+import argparse
+import itertools
+import sys
+
+from linear_moe.data.corpus import read_documents
+from linear_moe.data.tokenizer import train_tokenizer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer that Megatron can load.")
+    parser.add_argument("--input", nargs="+", required=True, help="JSONL files, or text files")
+    parser.add_argument("--json-key", default="text", help="field of a JSONL line that holds the text")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, with the two special ones")
+    parser.add_argument("--output", required=True, help="folder to write")
+    args = parser.parse_args()
+    try:
+        texts = itertools.chain(*(read_documents(path, args.json_key) for path in args.input))
+        info = train_tokenizer(texts, args.vocab_size, args.output)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"linear_moe: {error}", file=sys.stderr)
+        return 2
+    print(f"{info.vocab_size} tokens, end of document {info.eod}: TOKENIZER={info.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
