@@ -79,7 +79,7 @@ class PackedChunks:
     document: Tensor
     """``[L]``, the document a chunk belongs to; any valid index for free chunks."""
     is_first: Tensor
-    """``[L]`` bool: the chunk opens a document."""
+    """``[L]`` bool: the chunk opens a document, or is free."""
     last_chunk: Tensor
     """``[N]``; any valid index for empty documents."""
     is_empty: Tensor
@@ -112,7 +112,7 @@ class PackedChunks:
             is_slot_used=is_used_LC.flatten(),
             slot_of_token=torch.where(token_T < cu[-1], slot_T, (num_chunks - 1) * chunk_size),
             document=document_L,
-            is_first=is_used_L & (offset_L == 0),
+            is_first=offset_L == 0,
             last_chunk=(chunk_ends_N - 1).clamp(min=0),
             is_empty=lengths_N == 0,
         )
