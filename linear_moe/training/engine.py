@@ -1,8 +1,9 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
-``install`` makes four kinds: a wheel without its Makefile may start; a run resumes bit-exactly without Transformer
-Engine and Apex; the first loss of a run is logged once; FLOPs and metrics are ours. ``defaults_without_te`` is the
-other half: the flags that a run must set where Transformer Engine or a CUDA device is missing.
+``install`` makes four kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
+Engine and Apex and with expert parallelism; the first loss of a run is logged once; FLOPs and metrics are ours.
+``defaults_without_te`` is the other half: the flags that a run must set where Transformer Engine or a CUDA device is
+missing.
 """
 
 import functools
@@ -26,6 +27,9 @@ OPTIONAL_MODULES = (
 )
 """What decides over ``defaults_without_te``: Transformer Engine, and two CUDA extensions of Apex."""
 
+EXPERTS_RNG = "linear_moe_rng_of_experts"
+"""Key, in a checkpoint's RNG state, of the experts' states by data-parallel rank."""
+
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 _originals: dict[tuple[Any, str], Any] = {}
@@ -45,6 +49,7 @@ def install(
     """
     import megatron.core.datasets.utils as datasets
     import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.training.checkpointing as checkpointing
     import megatron.training.training as training
 
     check_version()
@@ -55,6 +60,8 @@ def install(
         _assign(optimizer, "state_dict", _state_dict_of_a_fresh_optimizer)
         _assign(optimizer, "load_state_dict", _load_state_dict_with_own_steps)
         _assign(optimizer, "_set_main_param_and_optimizer_states", _set_states_but_the_step)
+    _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
+    _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
     _assign(training, "training_log", _log_first_iteration_once)
     if training_log is not None:
         training.training_log = training_log(training.training_log)
@@ -64,8 +71,13 @@ def install(
 
 def _assign(owner: Any, name: str, replacement: Callable[[Any], Any]) -> None:
     """``owner.name = replacement(the stock owner.name)``, however often it is called."""
-    stock = _originals.setdefault((owner, name), getattr(owner, name))
-    setattr(owner, name, replacement(stock))
+    _originals.setdefault((owner, name), getattr(owner, name))
+    setattr(owner, name, replacement(stock(owner, name)))
+
+
+def stock(owner: Any, name: str) -> Any:
+    """What ``owner.name`` is in Megatron itself, assigned to or not."""
+    return _originals.get((owner, name), getattr(owner, name))
 
 
 def check_version() -> None:
@@ -157,6 +169,59 @@ def _set_states_but_the_step(original: Callable) -> Callable:
         original(self, model_param, {**tensors, "step": None})  # it skips what is not a tensor
 
     return set_states
+
+
+# Resuming with expert parallelism: a checkpoint holds the RNG states of one data-parallel rank, since the others have
+# the same ones - all but the tracker of the experts, which exists to differ.
+
+
+def _save_rng_of_experts(original: Callable) -> Callable:
+    """``get_rng_state`` adds the experts' RNG state of every data-parallel rank."""
+
+    @functools.wraps(original)
+    def get_rng_state(*args: Any, **kwargs: Any) -> Any:
+        saved = original(*args, **kwargs)
+        states = getattr(saved, "data", saved)  # a ShardedObject, for torch_dist
+        group, own = _experts_rng()
+        if isinstance(states, list) and len(states) == 1 and own is not None and group.size() > 1:
+            states[0][EXPERTS_RNG] = [None] * group.size()
+            torch.distributed.all_gather_object(states[0][EXPERTS_RNG], own, group=group)
+        return saved
+
+    return get_rng_state
+
+
+def _load_rng_of_experts(original: Callable) -> Callable:
+    """``_load_base_checkpoint`` picks this rank's, or keeps the fresh one where the number of ranks has changed."""
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        loaded = original(*args, **kwargs)
+        states = (loaded[0] or {}).get("rng_state")
+        if isinstance(states, list) and len(states) == 1 and EXPERTS_RNG in states[0]:
+            by_rank = states[0].pop(EXPERTS_RNG)
+            group, own = _experts_rng()
+            state = by_rank[group.rank()] if len(by_rank) == group.size() else own
+            states[0]["rng_tracker_states"][_experts_tracker()] = state
+        return loaded
+
+    return load
+
+
+def _experts_rng() -> tuple[Any, torch.Tensor | None]:
+    """The group of all ranks whose states a checkpoint takes for equal; this rank's RNG state for experts."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = get_cuda_rng_tracker().get_states().get(_experts_tracker())
+    return group, state if isinstance(state, torch.Tensor) else None  # a Generator, under CUDA graphs
+
+
+def _experts_tracker() -> str:
+    from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+
+    return get_expert_parallel_rng_tracker_name()
 
 
 def _log_first_iteration_once(original: Callable) -> Callable:

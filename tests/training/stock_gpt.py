@@ -1,4 +1,4 @@
-"""A stock Megatron GPT, trained by Megatron's ``pretrain()`` on mock data inside a worker: what the CPU platform has to carry."""
+"""A stock Megatron GPT, trained by Megatron's ``pretrain()`` inside a worker: what the CPU platform has to carry."""
 
 import random
 import sys
@@ -25,7 +25,7 @@ MOE = (
 
 
 def pretrain_tiny(rank: int, world_size: int, flags: str, iterations: int) -> dict[str, Any]:
-    """Train to `iterations`; losses, and everything that a resumed run has to have in common with this one."""
+    """Train to iteration `iterations` of 4; its losses, and what a resumed run has to have in common with this one."""
     import megatron.training.training as training
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -35,7 +35,7 @@ def pretrain_tiny(rank: int, world_size: int, flags: str, iterations: int) -> di
 
     losses: list[float] = []
     engine.install(training_log=partial(_recording, losses))
-    sys.argv = ["pretrain", *f"{TINY} {flags} --train-iters {iterations} --exit-interval {iterations}".split()]
+    sys.argv = ["pretrain", *f"{TINY} {flags} --train-iters 4 --exit-interval {iterations}".split()]
     args = parse_and_validate_args(extra_args_provider=_defaults)
     args.iteration = 0
     made: list[Any] = []

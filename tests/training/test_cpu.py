@@ -1,4 +1,4 @@
-"""The CPU platform: off where there is a CUDA device; elsewhere Megatron's own ``pretrain()`` trains in every layout."""
+"""The CPU platform: off where there is a CUDA device; elsewhere Megatron's ``pretrain()`` trains in every layout."""
 
 import logging
 import threading
@@ -60,7 +60,9 @@ def test_every_name_of_the_list_is_replaced_once_active(gloo) -> None:
 
 
 def devices(rank: int, world_size: int) -> None:
-    assert torch.cuda.is_available() and torch.cuda.device_count() == 2 and torch.cuda.current_device() == rank
+    assert (
+        torch.cuda.is_available() and torch.cuda.device_count() == 2 and torch.cuda.current_device() == rank
+    )
     for device in ("cuda", "cuda:1", 0, torch.device("cuda"), f"cuda:{torch.cuda.current_device()}"):
         made = torch.zeros(2, 3, device=device)
         assert made.device.type == "cpu"
@@ -127,7 +129,9 @@ def collectives(rank: int, world_size: int) -> None:
 
     sends = torch.tensor([[1, 2], [3, 1]])  # [from, to]
     x = torch.arange(int(sends[rank].sum()), dtype=torch.float32).add(10 * rank).requires_grad_()
-    y = all_to_all(dist.group.WORLD, x, sends[:, rank], sends[rank])  # as the dispatcher does: tensors of sizes
+    y = all_to_all(
+        dist.group.WORLD, x, sends[:, rank], sends[rank]
+    )  # as the dispatcher does: tensors of sizes
     expected = [[0.0, 10.0, 11.0, 12.0], [1.0, 2.0, 13.0]][rank]
     assert y.tolist() == expected
     y.sum().backward()

@@ -1,0 +1,313 @@
+"""The assignments into Megatron: each does its work, and its reason still exists in the installed version."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from linear_moe.training import cpu, engine
+from tests.training.stock_gpt import MOE, pretrain_tiny
+from tests.workers import with_model_parallel
+
+# Resuming
+
+
+def without_install(name: str) -> Callable:
+    """The stock method of DistributedOptimizer."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    engine.install()
+    return engine.stock(DistributedOptimizer, name)
+
+
+def small_optimizer(sizes: tuple[int, ...]) -> Any:
+    """A distributed optimizer over parameters of these sizes, with a gradient of ones in each."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    module = MegatronModule(config)
+    for index, size in enumerate(sizes):
+        module.register_parameter(f"p{index}", torch.nn.Parameter(torch.arange(float(size))))
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    model = DistributedDataParallel(config, ddp, module)
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(1.0)
+    options = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, clip_grad=0.0)
+    (optimizer,) = get_megatron_optimizer(options, [model]).chained_optimizers
+    return optimizer
+
+
+def params(optimizer: Any) -> list[torch.Tensor]:
+    return list(optimizer.model_param_group_index_map)
+
+
+def steps(optimizer: Any) -> list[float]:
+    return [float(state["step"]) for state in optimizer.optimizer.state.values()]
+
+
+def reasons_of_the_optimizer(rank: int, world_size: int) -> None:
+    stock_state_dict = without_install("state_dict")
+    stock_load = without_install("load_state_dict")
+    stock_set = without_install("_set_main_param_and_optimizer_states")
+    with with_model_parallel(gloo_groups=True):
+        fresh = small_optimizer((64, 32))
+        with pytest.raises(AssertionError):  # no states yet, hence no step
+            stock_state_dict(fresh)
+        trained = small_optimizer((64, 32))
+        trained.step()
+        saved = trained.state_dict()
+        fresh.state_dict()
+        stock_load(fresh, saved)
+        states = list(fresh.optimizer.state.values())
+        assert states[0]["step"] is states[1]["step"]  # one tensor, so that one step would count twice
+        model_param = params(fresh)[0]
+        main = fresh._get_main_param_and_optimizer_states(model_param)
+        with pytest.raises(KeyError, match="step"), torch.no_grad():
+            stock_set(fresh, model_param, {name: main[name] for name in ("param", "exp_avg", "exp_avg_sq")})
+        with pytest.raises(RuntimeError, match="leaf"):
+            stock_set(fresh, model_param, main)
+
+
+def test_the_optimizer_still_needs_its_corrections(gloo) -> None:
+    gloo(1, reasons_of_the_optimizer)
+
+
+def a_small_resume(rank: int, world_size: int) -> None:
+    engine.install()
+    with with_model_parallel(gloo_groups=True):
+        straight, resumed = small_optimizer((64, 32)), small_optimizer((64, 32))
+        for _ in range(3):
+            straight.step()
+        saved = straight.state_dict()
+        values = [straight._get_main_param_and_optimizer_states(param) for param in params(straight)]
+        resumed.load_state_dict(resumed.state_dict())  # as when a checkpoint is about to be read
+        assert steps(resumed) == [0.0] * len(steps(resumed))
+        resumed.load_state_dict(saved)
+        for param, tensors in zip(params(resumed), values):
+            resumed._set_main_param_and_optimizer_states(param, tensors)
+        assert steps(resumed) == [3.0] * len(steps(resumed)) != []
+        for optimizer in (straight, resumed):
+            optimizer.step()
+        assert steps(resumed) == steps(straight) == [4.0] * len(steps(resumed))
+        for one, other in zip(straight.optimizer.state.items(), resumed.optimizer.state.items()):
+            assert torch.equal(one[0], other[0])
+            assert all(
+                torch.equal(one[1][name], other[1][name]) for name in ("exp_avg", "exp_avg_sq", "step")
+            )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loaded_optimizer_steps_as_the_saved_one(gloo, world_size: int) -> None:
+    gloo(world_size, a_small_resume)
+
+
+def no_shard_on_one_rank(rank: int, world_size: int) -> int:
+    engine.install()
+    with with_model_parallel(gloo_groups=True):
+        optimizer = small_optimizer((8,))
+        shards = sum(len(group["params"]) for group in optimizer.optimizer.param_groups)
+        for _ in range(2):
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+        assert len(optimizer.optimizer.state) == shards
+        return shards
+
+
+def test_a_rank_without_parameters_saves_and_loads(gloo) -> None:
+    assert sorted(gloo(2, no_shard_on_one_rank)) == [0, 1]
+
+
+def rng_of_experts(rank: int, world_size: int) -> tuple[str, torch.Tensor, list[torch.Tensor]]:
+    import megatron.training.checkpointing as checkpointing
+    from megatron.core import parallel_state
+    from megatron.training.global_vars import set_args
+
+    engine.install()
+    with with_model_parallel(ep=2):
+        groups = (
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        )
+        set_args(argparse.Namespace(data_parallel_random_init=False))
+        stock = engine.stock(checkpointing, "get_rng_state")("torch_dist", *groups)
+        ours = checkpointing.get_rng_state("torch_dist", *groups)
+        tracker = stock.data[0]["rng_tracker_states"]["expert-parallel-rng"]
+        return str(stock.unique_key), tracker, ours.data[0][engine.EXPERTS_RNG]
+
+
+def test_checkpoints_still_take_the_experts_rng_for_equal(gloo) -> None:
+    (key, state, both), (other_key, other_state, _) = gloo(2, rng_of_experts)
+    assert key == other_key and not torch.equal(state, other_state)
+    assert torch.equal(both[0], state) and torch.equal(both[1], other_state)
+
+
+RESUMES = {
+    "one process": (1, MOE),
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "PP2": (2, f"--pipeline-model-parallel-size 2 {MOE}"),
+    "EP2 bf16": (2, f"--expert-model-parallel-size 2 --bf16 {MOE}"),
+    "DP2 dist-opt": (2, f"--use-distributed-optimizer {MOE}"),
+    "EP2 dist-opt, reshardable, bf16": (
+        2,
+        "--expert-model-parallel-size 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 "
+        + MOE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_a_resumed_run_is_bit_identical(gloo, tmp_path: Path, name: str) -> None:
+    """Weights, Adam, every RNG (dropout is on) and losses, after 2 + 2 iterations and after 4."""
+    world_size, flags = RESUMES[name]
+    flags += f" --save {tmp_path} --load {tmp_path}"
+    straight = gloo(world_size, pretrain_tiny, flags.split(" --save")[0], 4)
+    gloo(world_size, pretrain_tiny, flags, 2)
+    resumed = gloo(world_size, pretrain_tiny, flags, 4)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
+    for one, other in zip(straight, resumed):
+        assert other["losses"] == one["losses"][2:]
+        assert other["python"] == one["python"] and (other["numpy"] == one["numpy"]).all()
+        for kind in ("parameters", "rng"):
+            assert one[kind].keys() == other[kind].keys()
+            for key, value in one[kind].items():
+                assert torch.equal(other[kind][key], value), (kind, key)
+        assert len(one["adam"]) == len(other["adam"]) > 0
+        for state, resumed_state in zip(one["adam"], other["adam"]):
+            assert float(state["step"]) == 4.0
+            assert all(torch.equal(resumed_state[key], value) for key, value in state.items())
+
+
+# Logging, FLOPs
+
+
+def first_losses(rank: int, world_size: int, stock: bool) -> list[float]:
+    """What is left in the running sums after each log line of a run with an interval of 1."""
+    import megatron.training.training as training
+
+    left: list[float] = []
+
+    def watching(original: Callable) -> Callable:
+        original = engine.stock(training, "training_log") if stock else original
+
+        def training_log(loss_dict: dict, total_loss_dict: dict, *args: Any, **kwargs: Any) -> Any:
+            flag = original(loss_dict, total_loss_dict, *args, **kwargs)
+            left.append(float(total_loss_dict["lm loss"]))
+            return flag
+
+        return training_log
+
+    stock_install = engine.install
+    engine.install = lambda **kwargs: stock_install(training_log=watching)  # type: ignore[assignment]
+    try:
+        pretrain_tiny(rank, world_size, "", 2)
+    finally:
+        engine.install = stock_install
+    return left
+
+
+def test_each_line_logs_its_own_loss(gloo) -> None:
+    assert gloo(1, first_losses, False) == [[0.0, 0.0]]
+    ((first, _),) = gloo(1, first_losses, True)
+    assert first > 0.0, "Megatron logs the first loss once by itself now: drop _log_first_iteration_once"
+
+
+def installs(rank: int, world_size: int) -> None:
+    import megatron.training.training as training
+
+    def flops(*args: Any, **kwargs: Any) -> float:
+        return 7.0
+
+    originals = []
+
+    def wrap(original: Callable) -> Callable:
+        originals.append(original)
+        return lambda *args: original
+
+    engine.install()
+    stock = training.num_floating_point_operations
+    assert stock.__name__ == "num_floating_point_operations"
+    engine.install(flops=flops, training_log=wrap)
+    engine.install(flops=flops, training_log=wrap)
+    assert training.num_floating_point_operations is flops
+    assert [original.__wrapped__ for original in originals] == [engine.stock(training, "training_log")] * 2
+    engine.install(flops=stock)
+
+
+def test_install_twice_wraps_once(gloo) -> None:
+    gloo(1, installs)
+
+
+# Starting
+
+
+def no_makefile(rank: int, world_size: int) -> None:
+    import megatron.core.datasets.utils as datasets
+
+    assert not (Path(datasets.__file__).parent / "Makefile").exists(), "the wheel can compile: drop the no-op"
+    engine.install()
+    datasets.compile_helpers()
+    name = "megatron.core.datasets.helpers_cpp"
+    module = sys.modules.pop(name)
+    sys.modules[name] = None  # type: ignore[assignment]  what an import that fails leaves
+    try:
+        with pytest.raises(ValueError, match="Reinstall"):
+            datasets.compile_helpers()
+    finally:
+        sys.modules[name] = module
+
+
+def test_the_wheel_without_a_makefile_starts(gloo) -> None:
+    gloo(1, no_makefile)
+
+
+def other_version(rank: int, world_size: int) -> None:
+    from megatron.core import package_info
+
+    package_info.MINOR += 1
+    try:
+        with pytest.raises(ValueError, match=r"megatron-core\[training\]==0.19.2"):
+            engine.install()
+    finally:
+        package_info.MINOR -= 1
+
+
+def test_another_version_is_refused(gloo) -> None:
+    gloo(1, other_version)
+
+
+# Flags
+
+
+def dests(rank: int, world_size: int) -> dict[str, Any]:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {action.dest for action in parser._actions}
+    defaults = engine.defaults_without_te()
+    assert defaults.keys() <= known, defaults.keys() - known
+    return {name: str(value) for name, value in defaults.items()}
+
+
+def test_defaults_without_te_name_real_flags(gloo) -> None:
+    (defaults,) = gloo(1, dests)
+    assert defaults["transformer_impl"] == "local" and defaults["distributed_backend"] == "gloo"
+
+
+def test_defaults_follow_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    enums = ModuleType("megatron.core.transformer.enums")
+    enums.AttnBackend = argparse.Namespace(unfused="unfused")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, enums.__name__, enums)
+    monkeypatch.setattr(cpu, "needed", lambda: False)
+    on_cuda = engine.defaults_without_te()
+    assert on_cuda["transformer_impl"] == "local" and "distributed_backend" not in on_cuda
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert engine.defaults_without_te() == {}
