@@ -38,6 +38,9 @@ ARCHITECTURE = (
 )
 """Arguments that shape the model: a run cannot be resumed with another value of any of them."""
 
+MEGATRON_NAMES = {"norm_epsilon": "layernorm_epsilon"}
+"""Where Megatron calls an argument otherwise than its flag, which is the name in ``config.json``."""
+
 TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_size")
 """Arguments that say what the model's tokens mean."""
 
@@ -46,8 +49,8 @@ def write_config(run_dir: Path, args: argparse.Namespace, argv: list[str]) -> No
     """Write ``config.json``: the architecture in words, and the arguments that built it."""
     config = {
         "format": FORMAT,
-        "architecture": {name: getattr(args, name, None) for name in ARCHITECTURE},
-        "tokenizer": {name: getattr(args, name, None) for name in TOKENIZER},
+        "architecture": {name: getattr(args, MEGATRON_NAMES.get(name, name), None) for name in ARCHITECTURE},
+        "tokenizer": _tokenizer(args),
         "seq_length": args.seq_length,
         "params_dtype": str(args.params_dtype).removeprefix("torch."),
         "arguments": argv,
@@ -57,6 +60,14 @@ def write_config(run_dir: Path, args: argparse.Namespace, argv: list[str]) -> No
     part = run_dir / "config.json.part"
     part.write_text(json.dumps(config, indent=2) + "\n")
     part.replace(run_dir / "config.json")
+
+
+def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    tokenizer = {name: getattr(args, name, None) for name in TOKENIZER}
+    path = tokenizer["tokenizer_model"]
+    if path is not None and Path(path).exists():
+        tokenizer["tokenizer_model"] = str(Path(path).absolute())  # the run may be read from another folder
+    return tokenizer
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
