@@ -44,9 +44,7 @@ def packed(rows) -> PackedSeqParams:
 def by_definition(q, k, v, scale=None, documents=None, masked=None) -> torch.Tensor:
     """One query at a time; the queries are the last tokens of the keys."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    owner = [
-        [sum(t >= end for end in row[1:]) for t in range(S)] for row in (documents or [[0, S]] * B)
-    ]
+    owner = [[sum(t >= end for end in row[1:]) for t in range(S)] for row in (documents or [[0, S]] * B)]
     offset = k.shape[0] - q.shape[0]
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for b, h, i in itertools.product(range(B), range(H), range(q.shape[0])):

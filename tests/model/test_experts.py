@@ -92,7 +92,8 @@ def against_the_loop(rank: int, world_size: int, kind: str, counts: list[int], g
         torch.testing.assert_close(found, true, **close)
         direction = torch.randn_like(true)
         grads = [
-            torch.autograd.grad((y * direction).sum(), leaves, allow_unused=sum(counts) == 0) for y in (found, true)
+            torch.autograd.grad((y * direction).sum(), leaves, allow_unused=sum(counts) == 0)
+            for y in (found, true)
         ]
         for got, expected in zip(*grads, strict=True):
             if expected is None:

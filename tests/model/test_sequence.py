@@ -13,9 +13,7 @@ TWO_RANKS = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
 
 def packed(rows, qkv_format="sbhd", **kwargs) -> PackedSeqParams:
     cu_seqlens = torch.tensor(rows, dtype=torch.int32)
-    return PackedSeqParams(
-        qkv_format=qkv_format, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, **kwargs
-    )
+    return PackedSeqParams(qkv_format=qkv_format, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, **kwargs)
 
 
 def test_without_packing():

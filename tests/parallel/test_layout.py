@@ -201,7 +201,10 @@ def test_halo_gives_every_run_the_tokens_before_it(monkeypatch, cp_size, packed,
             first = positions[0] if positions else start
             expected.append(
                 torch.stack(
-                    [x[b, t] if t >= start else torch.zeros_like(x[b, 0]) for t in range(first - count, first)]
+                    [
+                        x[b, t] if t >= start else torch.zeros_like(x[b, 0])
+                        for t in range(first - count, first)
+                    ]
                 )
             )
     found, expected = torch.stack(found), torch.stack(expected)
@@ -213,5 +216,5 @@ def test_halo_gives_every_run_the_tokens_before_it(monkeypatch, cp_size, packed,
 
 def test_a_halo_longer_than_a_chunk_is_refused():
     layout = SequenceLayout(1, 8, 4, 0)
-    with pytest.raises(ValueError, match="why: .*neighbour"):
+    with pytest.raises(ValueError, match=r"why: .*neighbour"):
         halo.tokens_before(torch.zeros(1, 2, 1), 2 + 1, layout, None)
