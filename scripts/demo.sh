@@ -5,7 +5,7 @@ set -eu
 cd -- "$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)"
 : "${PYTHON:=.venv/bin/python}"
 : "${OUTPUT_BASEPATH:=runs}"
-export PYTHON OUTPUT_BASEPATH
+export PYTHON OUTPUT_BASEPATH PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 data=$OUTPUT_BASEPATH/demo-data
 run=$OUTPUT_BASEPATH/demo
 

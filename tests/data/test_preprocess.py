@@ -1,0 +1,170 @@
+"""From text to token files and back to the same text; all or nothing on disk."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from linear_moe.data import preprocess as module
+from linear_moe.data.corpus import python_documents, read_documents
+from linear_moe.data.indexed import read_manifest, read_tokens
+from linear_moe.data.preprocess import preprocess
+from linear_moe.data.tokenizer import END_OF_DOCUMENT, TokenizerError, describe_tokenizer, train_tokenizer
+from tests.data.token_files import write_tokenizer
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "  leading spaces, \ttabs, and a word",
+    "Grüße 漢字 🙂 \x00 control",
+    f"a document that says {END_OF_DOCUMENT} in the middle",
+    "x",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[str, str]:
+    """A JSONL file of TEXTS and a tokenizer folder."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)) + "\n"
+    )
+    return str(path), write_tokenizer(tmp_path / "tok").path
+
+
+def decoded(prefix: str, tokenizer: str) -> list[str]:
+    """The documents of token files, as text."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from tokenizers import Tokenizer
+
+    decoder, data = Tokenizer.from_file(f"{tokenizer}/tokenizer.json"), IndexedDataset(prefix)
+    eod = describe_tokenizer(tokenizer).eod
+    assert all(document[-1] == eod and eod not in document[:-1] for document in data)
+    return [decoder.decode(document[:-1], skip_special_tokens=False) for document in data]
+
+
+def test_round_trip(tmp_path: Path, corpus: tuple[str, str]):
+    prefix, manifest = preprocess([corpus[0]], str(tmp_path / "out" / "mine"), corpus[1])
+    assert prefix == str(tmp_path / "out" / "mine_text_document")
+    assert decoded(prefix, corpus[1]) == TEXTS
+    assert read_manifest(prefix) == manifest
+    assert (manifest.num_documents, manifest.num_tokens) == (5, len(read_tokens(prefix)))
+    assert manifest.vocab_size == 300 and manifest.source == [corpus[0]]
+
+
+def test_plain_text_is_one_document(tmp_path: Path, corpus: tuple[str, str]):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    prefix, _ = preprocess([str(tmp_path / "a.txt"), corpus[0]], str(tmp_path / "mine"), corpus[1])
+    assert decoded(prefix, corpus[1]) == ["one\ntwo\n", *TEXTS]
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path, corpus: tuple[str, str]):
+    prefix, _ = preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1])
+    with pytest.raises(ValueError) as error:
+        preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1])
+    assert str(error.value) == (
+        f"{prefix}.bin or .idx exists.\n"
+        "  why: token files are never replaced by accident; a run may be reading them.\n"
+        "  try: --overwrite, or another --output-prefix"
+    )
+    assert preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1], overwrite=True)[0] == prefix
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, corpus: tuple[str, str]):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2 is not JSON"):
+        preprocess([corpus[0], str(tmp_path / "bad.jsonl")], str(out / "mine"), corpus[1])
+    assert list(out.iterdir()) == []
+
+
+def test_a_failure_keeps_the_old_files(
+    tmp_path: Path, corpus: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1])
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("mine*")}
+    monkeypatch.setattr(module, "manifest_text", lambda manifest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1], overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("mine*")} == before
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"body": "x"}', "has no text under 'text'.\n  why: the line holds body."),
+        ('["x"]', "has no text under 'text'.\n  why: the line holds list."),
+        ('{"text": 3}', "has no text under 'text'."),
+    ],
+)
+def test_lines_without_text(tmp_path: Path, line: str, problem: str):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError) as error:
+        list(read_documents(str(tmp_path / "a.jsonl")))
+    assert f"a.jsonl:1 {problem}" in str(error.value)
+
+
+def test_an_empty_input_is_an_error(tmp_path: Path, corpus: tuple[str, str]):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match="holds no document"):
+        preprocess([str(tmp_path / "empty.jsonl")], str(tmp_path / "mine"), corpus[1])
+    assert not list(tmp_path.glob("mine*"))
+
+
+def test_the_tokenizer_opens_in_megatron(tmp_path: Path):
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    info = train_tokenizer(TEXTS * 5, 290, str(tmp_path / "tok"))
+    theirs = MegatronTokenizer.from_pretrained(info.path, metadata_path={"library": "huggingface"})
+    assert (theirs.vocab_size, theirs.eod) == (info.vocab_size, info.eod)
+    assert theirs.pad != theirs.eod, "Megatron masks the loss of pads: documents would never learn to end"
+    for text in TEXTS[:3]:
+        assert theirs.detokenize(theirs.tokenize(text)) == text
+
+
+def test_base_vocabulary_leaves_out_added_tokens(tmp_path: Path):
+    info = write_tokenizer(tmp_path / "tok")
+    path = tmp_path / "tok" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 305, "content": "<|im_start|>"})
+    path.write_text(json.dumps(content))
+    changed = describe_tokenizer(info.path)
+    assert (changed.base_vocab_size, changed.vocab_size) == (298, 306)
+    assert changed.fingerprint != info.fingerprint
+
+
+def test_a_folder_that_is_no_tokenizer(tmp_path: Path):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
+        describe_tokenizer(str(tmp_path))
+
+
+def test_the_python_corpus_is_large_enough_and_repeatable():
+    first, second = list(python_documents()), list(python_documents())
+    assert first == second
+    assert sum(map(len, first)) > 5_000_000
+
+
+def test_the_tools_from_text_to_token_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def run(tool: str, *words: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [tool, *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(Path(__file__).parents[2] / "tools" / tool), run_name="__main__")
+        assert stop.value.code == code
+        out, err = capsys.readouterr()
+        return out + err
+
+    corpus, tok, prefix = str(tmp_path / "python.jsonl"), str(tmp_path / "tok"), str(tmp_path / "python")
+    assert "Python Software Foundation licence" in run("build_corpus.py", corpus, "--max-bytes", "300000")
+    assert "512 tokens" in run(
+        "train_tokenizer.py", "--input", corpus, "--vocab-size", "512", "--output", tok
+    )
+    preprocess_data = ("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer", tok)
+    assert f"DATASET_PATH={prefix}_text_document TOKENIZER={tok}" in run(*preprocess_data)
+    assert run(*preprocess_data, code=2).startswith("linear_moe: ")
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"lm_loss": 6 - i / 10, "tokens": 1000}) + "\n" for i in range(30)))
+    run("plot_loss.py", str(metrics), "--data", f"{prefix}_text_document")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

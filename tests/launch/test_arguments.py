@@ -1,0 +1,209 @@
+"""Settings to Megatron's command line: parsed back by Megatron's own parser."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from linear_moe.launch.megatron_args import shell_text, torchrun_command, training_arguments
+from linear_moe.model.families import (
+    FAMILIES,
+    SIZE_FLAGS,
+    estimate_parameters,
+    megatron_arguments,
+    padded_vocab_size,
+)
+from tests.launch.plans import make_plan
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in (
+        "--family",
+        "--model-size",
+        "--layer-kinds",
+        "--la-module",
+        "--layer-type-list",
+        "--run-dir",
+    ):
+        parser.add_argument(flag)
+    parser.add_argument("--sequential-experts", action="store_true")
+    return add_megatron_arguments(parser)
+
+
+def parse(parser: argparse.ArgumentParser, cuda: int = 0, **variables: str) -> argparse.Namespace:
+    return parser.parse_args(training_arguments(make_plan(cuda, **variables)))
+
+
+@pytest.mark.parametrize(("family", "size"), [(f, s) for f in FAMILIES for s in FAMILIES[f].sizes])
+def test_megatron_reads_every_size_as_it_is(parser: argparse.ArgumentParser, family: str, size: str):
+    args = parser.parse_args(megatron_arguments(FAMILIES[family], FAMILIES[family].sizes[size]))
+    numbers = FAMILIES[family].sizes[size]
+    for name in SIZE_FLAGS:
+        if name.startswith("moe_") and not numbers.is_moe:
+            continue
+        found = getattr(args, {"norm_epsilon": "layernorm_epsilon"}.get(name, name))
+        assert found == getattr(numbers, name), name
+    assert (
+        args.add_qkv_bias
+        and args.swiglu
+        and not args.add_bias_linear
+        and args.untie_embeddings_and_output_weights
+    )
+    assert (
+        args.normalization == "RMSNorm"
+        and args.position_embedding_type == "rope"
+        and args.group_query_attention
+    )
+
+
+def test_the_router_of_qwen2(parser: argparse.ArgumentParser):
+    args = parse(parser)
+    assert args.moe_router_pre_softmax and args.moe_router_dtype == "fp32"
+    assert args.moe_router_load_balancing_type == ["aux_loss"] and args.moe_aux_loss_coeff == [0.01]
+    assert args.moe_token_dispatcher_type == "alltoall"
+    assert parse(parser, MOE_AUX_LOSS_COEFF="0").moe_aux_loss_coeff == [0.0]
+
+
+def test_fixed_hyper_parameters(parser: argparse.ArgumentParser):
+    args = parse(parser, LR="3e-4", MIN_LR="3e-5", TRAIN_ITERS="50", WARMUP_ITERS="5")
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.clip_grad) == (0.9, 0.95, 0.1, 1.0)
+    assert (args.lr, args.min_lr, args.lr_decay_style) == (3e-4, 3e-5, "cosine")
+    assert (args.train_iters, args.lr_decay_iters, args.lr_warmup_iters) == (50, 50, 5)
+    assert (args.init_method_std, args.hidden_dropout, args.attention_dropout, args.split) == (
+        0.008,
+        0,
+        0,
+        "99,1,0",
+    )
+
+
+def test_starting_again_resumes_everything(parser: argparse.ArgumentParser):
+    args = parse(parser, RUN_NAME="mine", OUTPUT_BASEPATH="/data/runs")
+    assert args.load == args.save == "/data/runs/mine/checkpoint"
+    assert args.run_dir == "/data/runs/mine" and args.tensorboard_dir == "/data/runs/mine/tensorboard"
+    assert args.ckpt_format == "torch_dist" and args.override_opt_param_scheduler
+    assert args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
+    assert not args.no_load_optim and not args.no_load_rng and not args.finetune
+    assert args.pretrained_checkpoint is None
+
+
+def test_the_layout(parser: argparse.ArgumentParser):
+    args = parse(parser, cuda=8, TP="2", PP="2", VPP="2", CP="2", EP="2", DO="false")
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
+    assert (args.context_parallel_size, args.num_virtual_stages_per_pipeline_rank) == (2, 2)
+    assert (args.expert_model_parallel_size, args.expert_tensor_parallel_size) == (2, 2)
+    assert args.sequence_parallel, "experts under TP need it, SP or not"
+    assert args.calculate_per_token_loss, "CP ranks see different numbers of tokens"
+    assert not args.use_distributed_optimizer and args.distributed_backend == "nccl"
+
+
+def test_a_dense_model_may_leave_sequence_parallel_off(parser: argparse.ArgumentParser):
+    args = parse(parser, MODEL_SIZE="tiny-dense", TP="2", GPUS_PER_NODE="2")
+    assert not args.sequence_parallel and args.num_experts is None
+    assert parse(parser, MODEL_SIZE="tiny-dense", TP="2", GPUS_PER_NODE="2", SP="true").sequence_parallel
+
+
+def test_experts_are_not_cut_over_tp_on_cpu(parser: argparse.ArgumentParser):
+    args = parse(parser, TP="2", EP="2", GPUS_PER_NODE="4")
+    assert (args.expert_tensor_parallel_size, args.distributed_backend) == (1, "gloo")
+    assert parse(parser, TP="2", GPUS_PER_NODE="2").expert_tensor_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    ("ac", "found"),
+    [("none", (None, None, None)), ("sel", ("selective", None, None)), ("full", ("full", "uniform", 1))],
+)
+def test_recomputation(parser: argparse.ArgumentParser, ac: str, found: tuple):
+    args = parse(parser, AC=ac)
+    assert (args.recompute_granularity, args.recompute_method, args.recompute_num_layers) == found
+
+
+@pytest.mark.parametrize(
+    ("pr", "found"), [("fp32", (False, False)), ("bf16", (True, False)), ("fp16", (False, True))]
+)
+def test_precision(parser: argparse.ArgumentParser, pr: str, found: tuple):
+    args = parse(parser, PR=pr)
+    assert (args.bf16, args.fp16) == found
+
+
+def test_switches(parser: argparse.ArgumentParser):
+    args = parse(
+        parser, PACK="true", USE_GEMM="false", TE="false", TOKEN_DROPPING="true", TRAIN_CAPACITY_FACTOR="2"
+    )
+    assert args.dataloader_inter_document_masking and args.calculate_per_token_loss
+    assert (
+        args.sequential_experts and args.transformer_impl == "local" and args.moe_expert_capacity_factor == 2
+    )
+    assert not parse(parser).sequential_experts
+
+
+def test_mock_data_needs_no_file(parser: argparse.ArgumentParser):
+    args = parse(parser, VOCAB_SIZE="5000")
+    assert args.mock_data and args.data_path is None
+    assert (args.tokenizer_type, args.vocab_size, args.padded_vocab_size) == ("NullTokenizer", 5000, 5120)
+
+
+def test_blends(parser: argparse.ArgumentParser):
+    args = parse(parser, DATASET_PATH="0.3 /a 0.7 /b", TOKENIZER="null")
+    assert args.data_path == ["0.3", "/a", "0.7", "/b"]
+    assert make_plan(DATASET_PATH="0.3 /a 0.7 /b", TOKENIZER="null").prefixes == ["/a", "/b"]
+    assert make_plan(DATASET_PATH="/a /b", TOKENIZER="null").prefixes == ["/a", "/b"]
+
+
+def test_extra_args_come_last_and_sizes_in_them_are_seen(parser: argparse.ArgumentParser):
+    plan = make_plan(
+        EXTRA_ARGS="--num-layers 8 --log-params-norm --hidden-size=256 --seed 7", LAYER_TYPE_LIST="LLLN"
+    )
+    assert (plan.size.num_layers, plan.size.hidden_size, len(plan.kinds)) == (8, 256, 8)
+    arguments = training_arguments(plan)
+    assert arguments[-3:] == ["--log-params-norm", "--seed", "7"]
+    assert arguments.count("--num-layers") == 1 and parser.parse_args(arguments).num_layers == 8
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_padded_vocabulary_does_not_depend_on_tp(tp: int):
+    assert padded_vocab_size(151643 + 293, tp) == 151936
+
+
+def test_the_padded_vocabulary_divides():
+    assert padded_vocab_size(1000, 3) % 3 == 0
+
+
+def test_parameter_estimates_are_those_of_the_published_table():
+    qwen2 = FAMILIES["qwen2"]
+    for name, total, active in (("A0.3B", 2.48e9, 0.63e9), ("A1B", 7.34e9, 1.70e9)):
+        size = qwen2.sizes[name]
+        found = estimate_parameters(size, ("softmax",) * size.num_layers, 151936, tied=False)
+        assert found == (pytest.approx(total, rel=0.01), pytest.approx(active, rel=0.01))
+
+
+def test_torchrun_on_one_node_takes_a_free_port():
+    command = torchrun_command(make_plan(GPUS_PER_NODE="4", TP="2"))
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert "--nproc-per-node=4" in command and "--rdzv-endpoint=127.0.0.1:0" in command
+
+
+def test_torchrun_on_many_nodes():
+    command = torchrun_command(
+        make_plan(8, NNODES="2", NODE_RANK="1", MASTER_ADDR="gpu07", GLOBAL_BATCH_SIZE="64")
+    )
+    assert {"--nnodes=2", "--node-rank=1", "--master-addr=gpu07", "--master-port=29500"} < set(command)
+
+
+def test_the_printed_command_can_be_typed():
+    import shlex
+
+    command = torchrun_command(make_plan(OUTPUT_BASEPATH="/tmp/it's here", EXTRA_ARGS="--x 'a b'"))
+    assert shlex.split(shell_text(command).replace("\\\n", "")) == command
+
+
+def test_pretrained_weights(tmp_path: Path, parser: argparse.ArgumentParser):
+    checkpoint = tmp_path / "run" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("20")
+    for given in (tmp_path / "run", checkpoint):
+        assert parse(parser, PRETRAIN_CHECKPOINT_PATH=str(given)).pretrained_checkpoint == str(checkpoint)

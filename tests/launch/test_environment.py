@@ -1,0 +1,133 @@
+"""Variables to settings: defaults, types, and numbers derived from them; the script and the table say the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from linear_moe.launch.cluster import first_node, retired_variables, with_cluster
+from linear_moe.launch.environment import RunSettings, read_environment, variables
+from linear_moe.launch.errors import PreflightError
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "linear_moe_qwen2" / "run_pretrain_qwen.sh"
+
+
+def settings(**values: str) -> RunSettings:
+    return read_environment(values, "qwen2")
+
+
+def test_every_variable_has_a_description():
+    for name, (_, doc) in variables().items():
+        assert doc.endswith("."), name
+        assert "\n" not in doc, name
+
+
+def test_values_have_their_types():
+    s = settings(
+        TP="2", LR="1e-3", SP="True", PR="BF16", TRAIN_TOKENS="15e9", LAYER_TYPE_LIST=" LLLN ", SEED="0"
+    )
+    assert (s.tp, s.lr, s.sp, s.pr, s.train_tokens, s.layer_type_list, s.seed) == (
+        2, 1e-3, True, "bf16", 15_000_000_000, "LLLN", 0,
+    )  # fmt: skip
+
+
+def test_large_whole_numbers_are_exact():
+    assert settings(TRAIN_TOKENS="9007199254740993").train_tokens == 9007199254740993  # 2**53 + 1
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_variable_is_not_set(text: str):
+    assert settings(TP=text, LAYER_TYPE_LIST=text) == settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("TP", "0"),
+        ("TP", "-1"),
+        ("TP", "nan"),
+        ("TP", "1e999"),
+        ("LR", "-1"),
+        ("LR", "inf"),
+        ("SP", "2"),
+        ("PR", "x"),
+    ],
+)
+def test_bad_values_are_errors(name: str, text: str):
+    with pytest.raises(PreflightError, match=f"^{name}={re.escape(text)} is not "):
+        settings(**{name: text})
+
+
+@pytest.mark.parametrize(
+    ("given", "iterations", "warmup"),
+    [
+        (
+            {},
+            915528,
+            1,
+        ),  # 15e9 tokens of 8 x 2048 a step, rounded up; 10000 warm-up tokens are still one step
+        ({"TRAIN_TOKENS": "32768", "WARMUP_TOKENS": "16384"}, 2, 1),
+        ({"TRAIN_TOKENS": "32769", "WARMUP_TOKENS": "16385"}, 3, 2),
+        ({"TRAIN_TOKENS": "1e9", "TRAIN_ITERS": "7", "WARMUP_ITERS": "3"}, 7, 3),
+        ({"TRAIN_ITERS": "1"}, 1, 0),  # a run of one step has no room for a warm-up
+        ({"TRAIN_ITERS": "10", "WARMUP_TOKENS": "0"}, 10, 0),
+    ],
+)
+def test_steps_from_tokens(given: dict[str, str], iterations: int, warmup: int):
+    s = settings(**given)
+    assert (s.iterations, s.warmup_iterations) == (iterations, warmup)
+
+
+def test_the_script_has_every_variable_with_the_same_default():
+    text = SCRIPT.read_text()
+    in_script = dict(re.findall(r'^: "\$\{(\w+):=(.*?)\}"', text, re.MULTILINE))
+    in_script.pop("PYTHON")
+    exported = {
+        name for line in re.findall(r"^export ([A-Z_0-9 ]+)$", text, re.MULTILINE) for name in line.split()
+    }
+    assert set(in_script) == set(variables()) == exported
+    read = settings(**in_script)
+    given = {"model_size": "A0.3B", "pretrain_checkpoint_path": "none"}  # spelt out for the reader
+    assert read == RunSettings(**given)
+
+
+def test_retired_variables_say_what_replaces_them():
+    (line,) = retired_variables({"MB": "true", "FU": ""})
+    assert line.startswith("MB does nothing: MegaBlocks is gone: USE_GEMM=true is the fast path")
+
+
+def test_srun_tells_the_nodes():
+    found = with_cluster(
+        {
+            "SLURM_PROCID": "3",
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_NODES": "4",
+            "SLURM_STEP_NUM_TASKS": "4",
+            "SLURM_NODEID": "3",
+            "SLURM_STEP_NODELIST": "gpu[07-10]",
+            "SLURM_JOB_ID": "123456",
+        }
+    )
+    s = read_environment(found, "qwen2")
+    assert (s.nnodes, s.node_rank, s.master_addr, s.master_port) == (4, 3, "gpu07", 20_000 + 123456 % 20_000)
+
+
+def test_variables_win_over_slurm():
+    environment = {"SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "4", "NNODES": "1"}
+    assert with_cluster(environment) == environment
+
+
+def test_the_container_service_of_the_earlier_scripts():
+    found = with_cluster(
+        {"ENV": "dlc", "WORLD_SIZE": "2", "RANK": "1", "KUBERNETES_CONTAINER_RESOURCE_GPU": "8"}
+    )
+    assert (found["NNODES"], found["NODE_RANK"], found["GPUS_PER_NODE"]) == ("2", "1", "8")
+    assert "NNODES" not in with_cluster({"WORLD_SIZE": "2", "RANK": "1"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu1", "gpu1"), ("gpu[003-006,010],login1", "gpu003"), ("a[1,3]-b[2-4],c", "a1-b2"), ("x1,x2", "x1")],
+)
+def test_first_node(nodes: str, first: str):
+    assert first_node(nodes) == first

@@ -1,0 +1,186 @@
+"""Checks against files: data, tokenizer, the run that would be resumed, the disk."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from linear_moe.launch.header import header
+from linear_moe.launch.resume import architecture
+from tests.data.token_files import write_tokenizer, write_tokens
+from tests.launch.plans import make_plan, message
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    """A tokenizer of 300 tokens and 2000 tokens written with it, as variables."""
+    tokenizer = write_tokenizer(tmp_path / "tok")
+    prefix = write_tokens(tmp_path / "mine", np.arange(2000) % 300, tokenizer)
+    return {"DATASET_PATH": prefix, "TOKENIZER": tokenizer.path}
+
+
+def test_good_data(data: dict[str, str]):
+    assert message(**data) == ""
+
+
+def test_the_tokenizer_is_asked_for(data: dict[str, str]):
+    assert message(DATASET_PATH=data["DATASET_PATH"]) == (
+        f"TOKENIZER is not set, and DATASET_PATH={data['DATASET_PATH']} holds tokens of some tokenizer.\n"
+        "  why: the vocabulary of the model and the end of a document come from the tokenizer.\n"
+        f"  try: TOKENIZER={data['TOKENIZER']}"
+    )
+
+
+def test_missing_prefix(data: dict[str, str], tmp_path: Path):
+    data["DATASET_PATH"] = str(tmp_path / "your")
+    assert message(**data) == (
+        f"DATASET_PATH={tmp_path}/your: there is no {tmp_path}/your.bin.\n"
+        "  why: DATASET_PATH is the path of a .bin/.idx pair without its suffix, often ending in _text_document.\n"
+        f"  try: DATASET_PATH={tmp_path}/mine"
+    )
+
+
+def test_truncated_bin(data: dict[str, str], tmp_path: Path):
+    with open(tmp_path / "mine.bin", "r+b") as stream:
+        stream.truncate(1000)
+    assert message(**data) == (
+        f"DATASET_PATH={tmp_path}/mine cannot be read: {tmp_path}/mine.bin has 1000 bytes, but mine.idx describes 4000 "
+        "(2000 tokens of uint16).\n"
+        "  why: the copy or the preprocessing was cut short.\n"
+        "  try: copy it again, or python tools/preprocess_data.py ... --overwrite"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"not an index", "is not a Megatron index: it does not start with MMIDIDX"),
+        (b"", "is not a Megatron index: it does not start with MMIDIDX"),
+        (
+            b"MMIDIDX\0\0" + bytes([9] + [0] * 24),
+            "has version 9 and token type 0, unknown to Megatron-Core 0.19",
+        ),
+    ],
+)
+def test_broken_index(data: dict[str, str], tmp_path: Path, content: bytes, problem: str):
+    (tmp_path / "mine.idx").write_bytes(content)
+    assert f"mine.idx {problem}." in message(**data)
+
+
+def test_too_little_data(data: dict[str, str]):
+    text = message(**data, CP="1") + message(**{**data, "SEQ_LEN": "2048"})
+    assert "has 2000 tokens, less than one sequence.\n  why: a sample is SEQ_LEN + 1 = 2049 tokens." in text
+
+
+def test_data_of_another_tokenizer(data: dict[str, str], tmp_path: Path):
+    other = write_tokenizer(tmp_path / "other", vocab_size=310)
+    assert message(**{**data, "TOKENIZER": other.path}) == (
+        f"DATASET_PATH={tmp_path}/mine was written with another tokenizer than TOKENIZER={tmp_path}/other.\n"
+        f"  why: the data has vocabulary 300 of {tmp_path}/tok, TOKENIZER 310, and their tokens mean different text.\n"
+        f"  try: TOKENIZER={tmp_path}/tok, or preprocess the text again with {tmp_path}/other"
+    )
+
+
+def test_a_copy_of_the_tokenizer_is_the_same_tokenizer(data: dict[str, str], tmp_path: Path):
+    shutil.copytree(tmp_path / "tok", tmp_path / "copy")
+    assert message(**{**data, "TOKENIZER": str(tmp_path / "copy" / "tokenizer.json")}) == ""
+
+
+def test_tokens_beyond_the_vocabulary_without_a_manifest(data: dict[str, str], tmp_path: Path):
+    (tmp_path / "mine.json").unlink()
+    assert message(**data) == ""
+    assert message(**{**data, "TOKENIZER": "null", "VOCAB_SIZE": "299"}) == (
+        f"DATASET_PATH={tmp_path}/mine has token 299, but the vocabulary of TOKENIZER=null ends at 298.\n"
+        "  why: data and model have to share one tokenizer.\n"
+        "  try: TOKENIZER=<the tokenizer that wrote the data>, or VOCAB_SIZE=300"
+    )
+
+
+def test_every_part_of_a_blend_is_checked(data: dict[str, str], tmp_path: Path):
+    blend = f"0.5 {tmp_path}/mine 0.5 {tmp_path}/gone"
+    assert f"DATASET_PATH={tmp_path}/gone: there is no" in message(**{**data, "DATASET_PATH": blend})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda folder: shutil.rmtree(folder), "does not exist"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "is not a tokenizer"),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
+            "names no end-of-document token",
+        ),
+    ],
+)
+def test_broken_tokenizer(data: dict[str, str], tmp_path: Path, spoil, problem: str):
+    spoil(tmp_path / "tok")
+    text = message(**data)
+    assert text.startswith(f"TOKENIZER={tmp_path}/tok cannot be used: {tmp_path}/tok {problem}")
+
+
+def finished_run(base: Path, name: str = "old", **variables: str) -> None:
+    plan = make_plan(**variables, OUTPUT_BASEPATH=str(base), RUN_NAME=name)
+    checkpoint = plan.run_dir / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("5")
+    config = {"format": 1, "architecture": architecture(plan), "arguments": list(plan.extra_args)}
+    (plan.run_dir / "config.json").write_text(json.dumps(config))
+
+
+def test_resume_with_the_same_model(tmp_path: Path):
+    finished_run(tmp_path, LAYER_TYPE_LIST="LLLN")
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old", "LAYER_TYPE_LIST": "LLLN"}
+    assert message(**again, TP="2", GPUS_PER_NODE="4", LR="1e-3", TRAIN_ITERS="20") == ""
+    assert "resumed at step 5 of 10" in header(make_plan(**again))
+
+
+def test_resume_with_another_model(tmp_path: Path):
+    finished_run(tmp_path, LAYER_TYPE_LIST="LLLN", EXTRA_ARGS="--gla-gate-rank 8")
+    changed = {"LAYER_TYPE_LIST": "LLNN", "EXTRA_ARGS": "--moe-ffn-hidden-size 128 --expand-v 2"}
+    assert message(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="old", **changed) == (
+        f"run {tmp_path}/old has another architecture than this one:\n"
+        "    moe_ffn_hidden_size: 64 -> 128\n"
+        "    layer_kinds: gated_deltanet,gated_deltanet,gated_deltanet,softmax -> "
+        "gated_deltanet,gated_deltanet,softmax,softmax\n"
+        "    --gla-gate-rank: 8 -> None\n"
+        "    --expand-v: None -> 2\n"
+        "  why: a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.\n"
+        "  try: the variables of that run, or another RUN_NAME for a new one"
+    )
+
+
+def test_weights_of_another_model(tmp_path: Path):
+    finished_run(tmp_path, MODEL_SIZE="tiny-dense")
+    text = message(PRETRAIN_CHECKPOINT_PATH=str(tmp_path / "old"), OUTPUT_BASEPATH=str(tmp_path))
+    assert text.startswith(
+        f"PRETRAIN_CHECKPOINT_PATH={tmp_path}/old has another architecture than this one:\n"
+    )
+    assert "num_experts: None -> 8" in text
+
+
+def test_a_tokenizer_is_no_checkpoint(data: dict[str, str], tmp_path: Path):
+    assert message(PRETRAIN_CHECKPOINT_PATH=data["TOKENIZER"]) == (
+        f"PRETRAIN_CHECKPOINT_PATH={tmp_path}/tok holds no checkpoint.\n"
+        "  why: it holds a tokenizer, which has its own variable now.\n"
+        f"  try: TOKENIZER={tmp_path}/tok PRETRAIN_CHECKPOINT_PATH=none"
+    )
+
+
+def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**7))
+    assert message(OUTPUT_BASEPATH=str(tmp_path)) == (
+        f"{tmp_path} has 0.01 GB free; one checkpoint needs about 0.02 GB.\n"
+        "  why: 0.001B parameters x 16 bytes (weights and optimizer), and 10 %.\n"
+        "  try: OUTPUT_BASEPATH=<a larger disk>, or EXTRA_ARGS=--no-save-optim"
+    )
+
+
+def test_output_that_is_a_file(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    assert message(OUTPUT_BASEPATH=str(tmp_path / "file")).startswith(f"cannot write to {tmp_path}/file.")

@@ -1,0 +1,367 @@
+"""Every mistake of the variables, and exactly what a person reads about it: what, why, what to type."""
+
+import pytest
+
+from linear_moe.launch.plan import registered_mixers
+from tests.launch.plans import message
+
+
+def case(name: str, text: str, cuda: int = 0, **variables: str):
+    return pytest.param(cuda, variables, text, id=name)
+
+
+CASES = [
+    case(
+        "mixer_misspelt",
+        """unknown mixer 'gatd_deltanet'; the nearest name is 'gated_deltanet'.
+  why: the registered mixers are <mixers>.
+  try: LA_MODULE=gated_deltanet""",
+        LA_MODULE="gatd_deltanet",
+    ),
+    case(
+        "mixer_of_another_version",
+        """unknown mixer 'mega'; the nearest name is 'gla'.
+  why: the registered mixers are <mixers>.
+  try: LA_MODULE=gla""",
+        LA_MODULE="mega",
+    ),
+    case(
+        "second_mixer_unknown",
+        """unknown mixer 'glaa'; the nearest name is 'gla'.
+  why: the registered mixers are <mixers>.
+  try: LA_MODULE=gla""",
+        LA_MODULE="gla,glaa",
+    ),
+    case(
+        "symbol_unknown",
+        """unknown layer symbol 'x' at position 3 of LAYER_TYPE_LIST=LLxN.
+  why: the symbols are L = gated_deltanet, N = softmax.
+  try: LAYER_TYPE_LIST='LLLN'""",
+        LAYER_TYPE_LIST="LLxN",
+    ),
+    case(
+        "symbol_lower_case",
+        """unknown layer symbol 'n' at position 4 of LAYER_TYPE_LIST=LLLn.
+  why: the symbols are L = gated_deltanet, N = softmax.
+  try: LAYER_TYPE_LIST='LLLN'""",
+        LAYER_TYPE_LIST="LLLn",
+    ),
+    case(
+        "symbol_of_the_other_pattern",
+        """unknown layer symbol '*' at position 4 of LAYER_TYPE_LIST=LLL*.
+  why: the symbols are L = gated_deltanet, N = softmax.
+  try: LAYER_TYPE_LIST='LLLN'""",
+        LAYER_TYPE_LIST="LLL*",
+    ),
+    case(
+        "symbol_without_its_mixer",
+        """layer symbol '2' at position 2 of LAYER_TYPE_LIST=L2LN names no mixer.
+  why: it stands for mixer 2 of LA_MODULE=gated_deltanet.
+  try: LA_MODULE=gated_deltanet,another""",
+        LAYER_TYPE_LIST="L2LN",
+    ),
+    case(
+        "pattern_does_not_divide",
+        """LAYER_TYPE_LIST=LLN (3 symbols) does not fit 4 layers.
+  why: a shorter pattern is repeated, but 3 symbols do not divide 4 layers.
+  try: LAYER_TYPE_LIST='LLNL' (4 symbols), or LAYER_TYPE_LIST='LL' (repeated 2 x)""",
+        LAYER_TYPE_LIST="LLN",
+    ),
+    case(
+        "pattern_too_long",
+        """LAYER_TYPE_LIST=LLLLLLLN (8 symbols) does not fit 4 layers.
+  why: the pattern has 8 symbols and the model 4 layers; it needs one symbol per layer.
+  try: LAYER_TYPE_LIST='LLLL' (4 symbols)""",
+        LAYER_TYPE_LIST="LLLLLLLN",
+    ),
+    case(
+        "pattern_against_changed_layers",
+        """LAYER_TYPE_LIST=LLLN (4 symbols) does not fit 6 layers.
+  why: a shorter pattern is repeated, but 4 symbols do not divide 6 layers.
+  try: LAYER_TYPE_LIST='LLLNLL' (6 symbols), or LAYER_TYPE_LIST='LLL' (repeated 2 x)""",
+        LAYER_TYPE_LIST="LLLN",
+        EXTRA_ARGS="--num-layers 6",
+    ),
+    case(
+        "hybrid_dash",
+        """unknown layer symbol '-' at position 2 of HYBRID_OVERRIDE_PATTERN=M-M*.
+  why: a symbol is a whole layer with its feed-forward block; the symbols are M = mamba2, * = softmax.
+  try: HYBRID_OVERRIDE_PATTERN='MM*'""",
+        HYBRID_OVERRIDE_PATTERN="M-M*",
+    ),
+    case(
+        "two_patterns",
+        """LAYER_TYPE_LIST=LLLN and HYBRID_OVERRIDE_PATTERN=**** describe two different models.
+  why: the first gives 3 gated_deltanet + 1 softmax, the second 4 softmax.
+  try: HYBRID_OVERRIDE_PATTERN= (empty), or LAYER_TYPE_LIST= (empty)""",
+        LAYER_TYPE_LIST="LLLN",
+        HYBRID_OVERRIDE_PATTERN="****",
+    ),
+    case(
+        "size_unknown",
+        """unknown MODEL_SIZE=A03B of qwen2.
+  why: the sizes are A0.3B, A1B, tiny, tiny-dense, demo.
+  try: MODEL_SIZE=A0.3B""",
+        MODEL_SIZE="A03B",
+    ),
+    case(
+        "other_family",
+        """BASE_MODEL=llama3, but this script trains qwen2.
+  why: every family has its own script, and the script decides.
+  try: BASE_MODEL=qwen2""",
+        BASE_MODEL="llama3",
+    ),
+    case(
+        "not_a_number",
+        """TP=two is not a whole number, 1 or more.
+  why: Tensor parallel size: heads and feed-forward widths are cut.
+  try: TP=1""",
+        TP="two",
+    ),
+    case(
+        "not_whole",
+        """TRAIN_ITERS=1.5 is not a whole number, 1 or more.
+  why: Steps to train. Not set: TRAIN_TOKENS / GLOBAL_BATCH_SIZE / SEQ_LEN, rounded up.
+  try: TRAIN_ITERS=100""",
+        TRAIN_ITERS="1.5",
+    ),
+    case(
+        "not_a_choice",
+        """PR=fp8 is not one of fp32, bf16, fp16.
+  why: Precision of weights and activations; gradients and optimizer are always fp32.
+  try: PR=bf16""",
+        PR="fp8",
+    ),
+    case(
+        "not_a_bool",
+        """DO=maybe is not true or false.
+  why: Distributed optimizer: its state is cut over data-parallel ranks.
+  try: DO=true""",
+        DO="maybe",
+    ),
+    case(
+        "heads",
+        """tensor parallel 3 does not fit qwen2 tiny.
+  why: TP has to divide 4 heads and the feed-forward width 64, and to fit 4 key/value groups.
+  try: TP=4 (legal: 1, 2, 4)""",
+        TP="3",
+        GPUS_PER_NODE="3",
+    ),
+    case(
+        "heads_too_many",
+        """tensor parallel 8 does not fit qwen2 tiny.
+  why: TP has to divide 4 heads and the feed-forward width 64, and to fit 4 key/value groups.
+  try: TP=4 (legal: 1, 2, 4)""",
+        TP="8",
+        GPUS_PER_NODE="8",
+    ),
+    case(
+        "stages",
+        """4 layers do not cut into PP 3 = 3 equal stages: LL|LN|!
+  why: every stage holds the same number of layers.
+  try: PP=4 (legal: 1, 2, 4)""",
+        PP="3",
+        GPUS_PER_NODE="3",
+        LAYER_TYPE_LIST="LLLN",
+    ),
+    case(
+        "virtual_stages",
+        """4 layers do not cut into PP 2 x VPP 3 = 6 equal stages: L|L|L|L|!|!
+  why: every stage holds the same number of layers.
+  try: PP=1 (legal: 1), or VPP=1""",
+        PP="2",
+        VPP="3",
+        GPUS_PER_NODE="2",
+    ),
+    case(
+        "virtual_without_pipeline",
+        """VPP=2 needs a pipeline, but PP=1.
+  why: virtual stages interleave the pipeline stages of several ranks.
+  try: PP=2 VPP=2, or VPP=1""",
+        VPP="2",
+    ),
+    case(
+        "sequence_cp",
+        """SEQ_LEN=130 is not divisible by 4.
+  why: softmax layers cut each sequence into 2 x CP = 4 chunks.
+  try: SEQ_LEN=132 or SEQ_LEN=128""",
+        CP="2",
+        SEQ_LEN="130",
+        GPUS_PER_NODE="2",
+    ),
+    case(
+        "sequence_cp_and_sp",
+        """SEQ_LEN=132 is not divisible by 8.
+  why: softmax layers cut each sequence into 2 x CP = 4 chunks, and sequence parallel cuts it over TP = 2.
+  try: SEQ_LEN=136 or SEQ_LEN=128""",
+        TP="2",
+        CP="2",
+        SEQ_LEN="132",
+        GPUS_PER_NODE="4",
+    ),
+    case(
+        "sequence_too_long",
+        """SEQ_LEN=200000 is longer than qwen2 allows.
+  why: its positions end at 131072.
+  try: SEQ_LEN=131072, or EXTRA_ARGS='--max-position-embeddings 200000'""",
+        SEQ_LEN="200000",
+    ),
+    case(
+        "experts",
+        """8 experts cannot be dealt out to EP=3.
+  why: every rank holds the same number of experts.
+  try: EP=4 (legal: 1, 2, 4, 8)""",
+        EP="3",
+        GPUS_PER_NODE="3",
+    ),
+    case(
+        "experts_of_a_dense_model",
+        """EP=2, but qwen2 tiny-dense has no experts.
+  why: expert parallel deals out the experts of a mixture.
+  try: EP=1""",
+        MODEL_SIZE="tiny-dense",
+        EP="2",
+        GPUS_PER_NODE="2",
+    ),
+    case(
+        "experts_on_cpu",
+        """EP=2 with ETP=2 does not run on CPU.
+  why: gloo cannot gather tensors of different sizes, which the token dispatcher needs here.
+  try: ETP=1""",
+        TP="2",
+        EP="2",
+        ETP="2",
+        GPUS_PER_NODE="4",
+    ),
+    case(
+        "world",
+        """1 node(s) x 6 = 6 process(es) cannot hold TP 2 x PP 2 x CP 1 = 4.
+  why: the number of processes has to be a multiple of that product; what is left over is data parallel.
+  try: GPUS_PER_NODE=4, or a smaller TP, PP or CP""",
+        TP="2",
+        PP="2",
+        GPUS_PER_NODE="6",
+    ),
+    case(
+        "world_too_small",
+        """1 node(s) x 1 = 1 process(es) cannot hold TP 2 x PP 1 x CP 1 = 2.
+  why: the number of processes has to be a multiple of that product; what is left over is data parallel.
+  try: GPUS_PER_NODE=2, or a smaller TP, PP or CP""",
+        TP="2",
+    ),
+    case(
+        "world_of_experts",
+        """1 node(s) x 2 = 2 process(es) cannot hold ETP 2 x EP 4 x PP 1 = 8.
+  why: the experts are laid out over the same processes, and need a whole number of copies.
+  try: EP=1, or NNODES=4, or GPUS_PER_NODE=8 on one node""",
+        cuda=8,
+        TP="2",
+        EP="4",
+        GPUS_PER_NODE="2",
+    ),
+    case(
+        "devices",
+        """GPUS_PER_NODE=8, but this node has 4 CUDA device(s).
+  why: every process needs a device of its own.
+  try: GPUS_PER_NODE=4, or CUDA_VISIBLE_DEVICES= (empty) to run 8 processes on CPU""",
+        cuda=4,
+        GPUS_PER_NODE="8",
+    ),
+    case(
+        "nodes_without_address",
+        """NNODES=2, but MASTER_ADDR is not set.
+  why: the nodes meet at the address of node 0.
+  try: MASTER_ADDR=<host of node 0> NODE_RANK=<number of this node>, or srun --ntasks-per-node=1""",
+        NNODES="2",
+    ),
+    case(
+        "node_rank",
+        """NODE_RANK=1, but NNODES=1.
+  why: nodes are numbered from 0.
+  try: NODE_RANK=0, or NNODES=2""",
+        NODE_RANK="1",
+    ),
+    case(
+        "global_batch",
+        """GLOBAL_BATCH_SIZE=6 is not divisible by BATCH_SIZE 4 x DP 1 = 4.
+  why: every data-parallel rank takes whole micro batches of 4 sequences.
+  try: GLOBAL_BATCH_SIZE=8, or BATCH_SIZE=1""",
+        GLOBAL_BATCH_SIZE="6",
+    ),
+    case(
+        "interleaved_batches",
+        """3 micro batches a step do not interleave over PP=2 with VPP=2.
+  why: the interleaved schedule handles micro batches in groups of PP.
+  try: GLOBAL_BATCH_SIZE=16, or VPP=1""",
+        PP="2",
+        VPP="2",
+        GPUS_PER_NODE="2",
+        GLOBAL_BATCH_SIZE="12",
+    ),
+    case(
+        "warmup",
+        """the warm-up takes 10 steps and the run 10.
+  why: the learning rate has to reach LR and come down again.
+  try: WARMUP_ITERS=1""",
+        WARMUP_ITERS="10",
+    ),
+    case(
+        "min_lr",
+        """MIN_LR=1.0 is above LR=0.0001.
+  why: the cosine falls from LR to MIN_LR.
+  try: MIN_LR=1e-05""",
+        MIN_LR="1",
+    ),
+    case(
+        "extra_args_layout",
+        """EXTRA_ARGS holds --tensor-model-parallel-size, which TP sets.
+  why: the checks before the start read the variables; a second value would get past them.
+  try: TP=...""",
+        EXTRA_ARGS="--tensor-model-parallel-size 2",
+    ),
+    case(
+        "extra_args_quotes",
+        """EXTRA_ARGS=--x 'y cannot be split.
+  why: No closing quotation.
+  try: close the quotes""",
+        EXTRA_ARGS="--x 'y",
+    ),
+    case(
+        "transformer_engine",
+        """TE=true, but Transformer Engine is not installed.
+  why: it is optional: everything also runs without it.
+  try: TE=auto, or pip install 'linear_moe[te]'""",
+        TE="true",
+    ),
+    case(
+        "slurm_without_srun",
+        """this SLURM job has 2 nodes, but the script runs on the first one only.
+  why: one copy of the script has to run on each node, and `srun` is what starts it there.
+  try: srun --ntasks-per-node=1 sh <this script>, or NNODES=1 to use this node alone""",
+        SLURM_PROCID="0",
+        SLURM_JOB_NUM_NODES="2",
+    ),
+    case(
+        "slurm_tasks",
+        """srun started 16 tasks on 2 node(s).
+  why: the script starts the processes of its node itself, GPUS_PER_NODE of them.
+  try: srun --ntasks-per-node=1 sh <this script>""",
+        SLURM_PROCID="1",
+        SLURM_STEP_ID="0",
+        SLURM_STEP_NUM_NODES="2",
+        SLURM_STEP_NUM_TASKS="16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cuda", "variables", "text"), CASES)
+def test_message(cuda: int, variables: dict[str, str], text: str):
+    mixers = ", ".join(sorted((*registered_mixers(), "softmax")))
+    assert message(cuda, **variables) == text.replace("<mixers>", mixers)
+
+
+def test_a_correct_run_has_no_message():
+    assert message() == ""
+    assert (
+        message(cuda=8, TP="2", PP="2", CP="1", EP="2", LAYER_TYPE_LIST="LLLN", GLOBAL_BATCH_SIZE="16") == ""
+    )

@@ -1,0 +1,194 @@
+"""The launcher as a process: exit codes, what appears on disk, how fast a mistake is reported, signals and logs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from linear_moe.launch import __main__ as launcher
+from linear_moe.launch.relay import is_our_line, last_lines, run_logged
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "examples" / "linear_moe_qwen2" / "run_pretrain_qwen.sh"
+SHELLS = [shell for shell in ("sh", "dash", "bash") if shutil.which(shell)]
+
+
+def run_script(folder: Path, shell: str = "sh", **variables: str) -> subprocess.CompletedProcess:
+    """The script in an empty environment, as on a fresh machine."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+        **variables,
+    }
+    return subprocess.run(
+        [shell, str(SCRIPT)], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    "script", ["examples/linear_moe_qwen2/run_pretrain_qwen.sh", "scripts/setup.sh", "scripts/demo.sh"]
+)
+def test_scripts_parse(script: str, shell: str):
+    subprocess.run([shell, "-n", str(REPOSITORY / script)], check=True)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_dry_run_prints_the_command_and_touches_nothing(tmp_path: Path, shell: str):
+    done = run_script(tmp_path, shell, LINEAR_MOE_DRY_RUN="1", MODEL_SIZE="tiny", LAYER_TYPE_LIST="LN")
+    assert done.returncode == 0, done.stderr
+    assert "-m linear_moe.training.pretrain" in done.stdout
+    assert "--layer-kinds gated_deltanet,softmax,gated_deltanet,softmax" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_code_2_one_message_and_nothing_else(tmp_path: Path):
+    done = run_script(tmp_path, MODEL_SIZE="tiny", TP="3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "linear_moe: tensor parallel 3 does not fit qwen2 tiny.\n"
+        "  why: TP has to divide 4 heads and the feed-forward width 64, and to fit 4 key/value groups.\n"
+        "  try: TP=4 (legal: 1, 2, 4)\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_environment_yet(tmp_path: Path):
+    done = run_script(tmp_path, PYTHON="/nowhere/python")
+    assert done.returncode == 2
+    assert done.stderr.startswith("linear_moe: there is no /nowhere/python.\n  why: ")
+
+
+def test_mistakes_are_found_without_torch():
+    code = (
+        "import sys; from linear_moe.launch.__main__ import main; "
+        "code = main(['--family', 'qwen2'], {'TP': '3', 'DATASET_PATH': '/x', 'TOKENIZER': '/y'}); "
+        "heavy = {'torch', 'megatron', 'transformers', 'tokenizers'} & set(sys.modules); "
+        "sys.exit(code if not heavy else str(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+
+
+def test_help_lists_every_variable(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        launcher.main(["--help"], {})
+    assert stop.value.code == 0
+    assert "\n  LAYER_TYPE_LIST           One symbol per layer:" in capsys.readouterr().out
+
+
+def python(text: str) -> list[str]:
+    return [sys.executable, "-u", "-c", textwrap.dedent(text)]
+
+
+def test_exit_code_log_and_shown_lines(tmp_path: Path, capfdbinary: pytest.CaptureFixture):
+    program = """
+        import sys
+        print("step 1/2 loss 3")
+        print("noise")
+        print("linear_moe: a warning", file=sys.stderr)
+        sys.stdout.write("no newline at the end")
+        sys.exit(7)
+    """
+    code = run_logged(python(program), tmp_path / "log", dict(os.environ), is_our_line)
+    out, err = capfdbinary.readouterr()
+    assert (code, out, err) == (7, b"step 1/2 loss 3\n", b"linear_moe: a warning\n")
+    log = (tmp_path / "log").read_text()
+    assert sorted(log.replace("linear_moe: a warning\n", "").splitlines()) == sorted(
+        ["step 1/2 loss 3", "noise", "no newline at the end"]
+    )
+    assert "linear_moe: a warning\n" in log
+
+
+def test_everything_can_be_shown(tmp_path: Path, capfdbinary: pytest.CaptureFixture):
+    text = "x" * 200_000  # more than a pipe holds
+    code = run_logged(
+        python(f"print('a\\n' + 'x' * {len(text)}, end='')"), tmp_path / "log", dict(os.environ)
+    )
+    assert code == 0
+    assert capfdbinary.readouterr().out.decode() == f"a\n{text}" == (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("step    20/700    2.9%  loss 6.4", True),
+        ("linear_moe: GPU kernels are off", True),
+        ("/x/linear_moe/kernels/dispatch.py:3: UserWarning: slow", True),
+        ("  [2026-01-01 00:00:00] successfully saved checkpoint from iteration 3 to x", True),
+        (" validation loss at iteration 3 on validation set | lm loss value: 6.9", True),
+        ("/x/megatron/core/optimizer/__init__.py:25: UserWarning: Transformer Engine", False),
+        ("  num_layers ...................... 4", False),
+        ("stepping stones", False),
+    ],
+)
+def test_lines_for_people(line: str, shown: bool):
+    assert is_our_line(line.encode() + b"\n") == shown
+
+
+def test_last_lines(tmp_path: Path):
+    (tmp_path / "log").write_text("".join(f"line {i}\n" for i in range(1000)))
+    assert last_lines(tmp_path / "log", 3) == "line 997\nline 998\nline 999"
+
+
+def relay_command(program: str, log: Path) -> list[str]:
+    """A process of its own that runs `program` through the relay."""
+    code = (
+        "import os, sys; from pathlib import Path; from linear_moe.launch.relay import run_logged; "
+        f"sys.exit(run_logged([sys.executable, '-u', '-c', {program!r}], Path({str(log)!r}), dict(os.environ)))"
+    )
+    return [sys.executable, "-c", code]
+
+
+def start_relay(tmp_path: Path) -> tuple[subprocess.Popen, int]:
+    """A relay in a process of its own, around a program that waits; and that program's pid."""
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = relay_command(program, tmp_path / "log")
+    relay = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert relay.stdout is not None
+    return relay, int(relay.stdout.readline())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + 15), (signal.SIGUSR1, 128 + 10)])
+def test_signals_reach_the_run_and_its_end_is_reported(tmp_path: Path, number: int, code: int):
+    relay, child = start_relay(tmp_path)
+    relay.send_signal(number)
+    assert relay.wait(20) == code
+    assert not is_alive(child)
+
+
+def test_a_killed_launcher_takes_the_run_along(tmp_path: Path):
+    relay, child = start_relay(tmp_path)
+    relay.kill()
+    relay.wait(20)
+    deadline = time.monotonic() + 20
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(child)
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path: Path):
+    program = "import time\nfor i in range(2000): print('step', i)\ntime.sleep(0.2)\nprint('done')"
+    relay = subprocess.Popen(relay_command(program, tmp_path / "log"), cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert relay.stdout is not None
+    relay.stdout.readline()
+    relay.stdout.close()
+    assert relay.wait(30) == 0
+    assert (tmp_path / "log").read_text().endswith("done\n")
