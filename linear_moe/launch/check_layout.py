@@ -137,7 +137,7 @@ def check_world(plan: RunPlan) -> None:
 
 def _enough_processes(plan: RunPlan, product: int) -> str:
     per_node = plan.processes_per_node
-    if product > per_node and product % per_node == 0:
+    if not plan.on_cpu and product > per_node and product % per_node == 0:
         return f"NNODES={product // per_node}, or GPUS_PER_NODE={product} on one node"
     return f"GPUS_PER_NODE={product}"
 
@@ -151,7 +151,7 @@ def check_batch(plan: RunPlan) -> None:
         raise PreflightError(
             f"GLOBAL_BATCH_SIZE={s.global_batch_size} is not divisible by BATCH_SIZE {s.batch_size} x DP {plan.dp}"
             f" = {step}.",
-            f"each of the {plan.dp} data-parallel ranks takes whole micro batches of {s.batch_size}.",
+            f"every data-parallel rank takes whole micro batches of {s.batch_size} sequences.",
             f"GLOBAL_BATCH_SIZE={upper}"
             + (", or BATCH_SIZE=1" if s.global_batch_size % plan.dp == 0 else ""),
         )

@@ -109,10 +109,9 @@ def _clean(pattern: str | None) -> str | None:
 
 
 def _layer_symbols(mixers: tuple[str, ...]) -> dict[str, str]:
-    symbols = {str(i + 1): mixer for i, mixer in enumerate(mixers)}
-    if mixers:
-        symbols["L"] = mixers[0]
-    return symbols | {"N": SOFTMAX}
+    linear = {"L": mixers[0]} if mixers else {}
+    chosen = {str(i + 1): mixer for i, mixer in enumerate(mixers)} if len(mixers) > 1 else {}
+    return linear | chosen | {"N": SOFTMAX}
 
 
 def _expand(variable: str, pattern: str, symbols: dict[str, str], num_layers: int) -> tuple[str, ...]:
@@ -127,11 +126,12 @@ def _expand(variable: str, pattern: str, symbols: dict[str, str], num_layers: in
 def _unknown_symbol(variable: str, pattern: str, position: int, symbols: dict[str, str]) -> str:
     symbol = pattern[position]
     where = f"{symbol!r} at position {position + 1} of {variable}={pattern}"
-    if variable == "LAYER_TYPE_LIST" and (symbol == "L" or symbol.isdigit()) and "L" not in symbols:
+    if variable == "LAYER_TYPE_LIST" and (symbol == "L" or symbol.isdigit()):
+        mixers = list(dict.fromkeys(kind for key, kind in symbols.items() if key != "N"))
         return (
             f"layer symbol {where} names no mixer.\n"
-            f"  why: {symbol} stands for a mixer of LA_MODULE, which is empty.\n"
-            f"  try: LA_MODULE=gated_deltanet"
+            f"  why: it stands for mixer {symbol.replace('L', '1')} of LA_MODULE={','.join(mixers)}.\n"
+            f"  try: LA_MODULE={','.join([*mixers, 'gated_deltanet' if not mixers else 'another'])}"
         )
     legend = ", ".join(f"{key} = {kind}" for key, kind in symbols.items())
     layer = "a symbol is a whole layer with its feed-forward block; " if symbol == "-" else ""
