@@ -1,0 +1,140 @@
+"""A trained model from its run folder alone, in one process, whatever layout it was trained and saved under.
+
+``RUN/config.json`` says which model (:mod:`linear_moe.inference.rebuild`), ``RUN/checkpoint`` holds its weights
+(:mod:`linear_moe.inference.checkpoint`). Nothing is written into the run. Importing this module switches a machine
+without a CUDA device to the CPU platform.
+"""
+
+from __future__ import annotations
+
+from linear_moe.training import cpu
+
+if cpu.needed():
+    cpu.activate()  # before Megatron looks for a device
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+from linear_moe.inference.checkpoint import checkpoint_folder, load_weights
+from linear_moe.inference.rebuild import single_process_arguments
+from linear_moe.model.builder import LinearMoEBuilder, LinearMoEModelConfig
+from linear_moe.training import arguments
+from linear_moe.training.run import read_config
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to read and write tokens."""
+
+    model: GPTModel
+    """In evaluation mode, on the CUDA device if there is one."""
+    tokenizer: Any
+    """Megatron's tokenizer: ``tokenize``, ``detokenize``, ``eod``."""
+    config: LinearMoEModelConfig
+    """What the model was built from."""
+    iteration: int
+    """Step of the checkpoint."""
+    vocab_size: int
+    """Tokens that mean something; rows of the embedding beyond are padding."""
+    max_sequence_length: int | None
+    """Longest sequence, or None: any."""
+
+
+def load_model(
+    run: Path | str,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_sequence_length: int | None = None,
+    tokenizer: Path | str | None = None,
+) -> LoadedModel:
+    """Rebuild the model of a run and load its weights.
+
+    Joins the process group if there is one, of one process, and makes one otherwise.
+
+    Args:
+        run: folder with ``config.json`` and ``checkpoint/``.
+        step: which checkpoint; the last complete one unless given.
+        dtype: of the weights; the run's unless given. What training keeps in float32 stays float32.
+        max_sequence_length: refuse longer sequences; unless given, only learned positions set a limit.
+        tokenizer: folder of the tokenizer, in case it has moved since the training.
+
+    Raises:
+        ValueError: not a run, no such checkpoint, a damaged one, no tokenizer, or more than one process.
+    """
+    run = Path(run)
+    saved = read_config(run)
+    folder, iteration = checkpoint_folder(run, step)
+    args = single_process_arguments(
+        saved["arguments"], padded_vocab_size=saved["architecture"]["padded_vocab_size"], dtype=dtype
+    )
+    args.tokenizer_model = str(tokenizer) if tokenizer else saved["tokenizer"]["tokenizer_model"]
+    config = arguments.model_config(args)
+    limit = _sequence_limit(config, max_sequence_length)
+    text = _build_tokenizer(run, args)
+    join_single_process(args.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = LinearMoEBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    model = model.to(args.params_dtype).eval().requires_grad_(False)
+    load_weights(model, folder, groups.dp_cp)
+    return LoadedModel(
+        model=model,
+        tokenizer=text,
+        config=config,
+        iteration=iteration,
+        vocab_size=min(text.vocab_size, args.padded_vocab_size),
+        max_sequence_length=limit,
+    )
+
+
+def join_single_process(seed: int = 1234) -> None:
+    """Process groups and random numbers of Megatron for a model on one process, where they are not there yet.
+
+    Raises:
+        ValueError: the process group has more than one process, or a layout is set that is not 1 everywhere.
+    """
+    if not dist.is_initialized():
+        # No port and no host name: the only process finds itself.
+        backend = "gloo" if cpu.is_active() else "nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() != 1:
+        raise ValueError(
+            f"a model is loaded by one process, and this is rank {dist.get_rank()} of {dist.get_world_size()}\n"
+            f"  why: every layout can be read by one process, and generation needs no more\n"
+            f"  try: python instead of torchrun, or torchrun --nproc-per-node 1"
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    if not get_cuda_rng_tracker().is_initialized():
+        model_parallel_cuda_manual_seed(seed)
+
+
+def _sequence_limit(config: LinearMoEModelConfig, wanted: int | None) -> int | None:
+    rows = config.seq_length if config.position_embedding_type == "learned_absolute" else None
+    if wanted is not None and rows is not None and wanted > rows:
+        raise ValueError(
+            f"max_sequence_length is {wanted}, the model has {rows} positions\n"
+            f"  why: it learned an embedding for each position\n"
+            f"  try: max_sequence_length={rows}"
+        )
+    return rows if wanted is None else wanted
+
+
+def _build_tokenizer(run: Path, args: Any) -> Any:
+    try:
+        return build_tokenizer(args)
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer of {run} cannot be opened: {args.tokenizer_type} {args.tokenizer_model}\n"
+            f"  why: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+            f"  try: --tokenizer <folder with tokenizer.json>, if it has moved since the training"
+        ) from error
