@@ -291,18 +291,31 @@ class Mixer:
         o_BTHV, memory = self.scan(state=memory, cu_seqlens=cu_seqlens, **gated)
         return self.read_out(o_BTHV, p, w), MixerState(memory, conv_tail)
 
+    def conv_input(self, x_BTHW: Tensor, w: dict[str, Tensor]) -> Tensor:
+        """What the short convolution reads and a :class:`MixerState` keeps: the first channels, biased."""
+        head = x_BTHW[..., : self.conv_channels]
+        convolved = [p for p in self.fused_projections() if p.conv]
+        if not any(p.bias for p in convolved):
+            return head
+        zeros = head.new_zeros(())
+        biases = [
+            w[f"{p.name}_bias"] if p.bias else zeros.expand(x_BTHW.shape[2], p.width) for p in convolved
+        ]
+        return head + torch.cat(biases, dim=-1)
+
     def _split(
         self, x_BTHW: Tensor, w: dict[str, Tensor], conv_tail: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Named views of the fused projections, biased and convolved."""
         fused = self.fused_projections()
         if self.conv_channels:
-            head, tail = x_BTHW.split([self.conv_channels, self.fused_width - self.conv_channels], dim=-1)
-            biases = [w[f"{p.name}_bias"] for p in fused if p.conv and p.bias]
-            if biases:
-                head = head + torch.cat(biases, dim=-1)
+            tail = x_BTHW[..., self.conv_channels :]
             head, conv_tail = short_conv(
-                head, w["conv_weight"], activation="silu", state=conv_tail, cu_seqlens=cu_seqlens
+                self.conv_input(x_BTHW, w),
+                w["conv_weight"],
+                activation="silu",
+                state=conv_tail,
+                cu_seqlens=cu_seqlens,
             )
             convolved = [p for p in fused if p.conv]
             plain = [p for p in fused if not p.conv]

@@ -1,0 +1,204 @@
+"""Every mixer, every option worth a case, and random inputs: what the contract suite runs over.
+
+A mixer is tested by being registered. One that lives outside the package is imported by name:
+``CONTRACT_MODULES=my_package.my_mixer pytest tests/contract``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe import lsm
+from linear_moe.lsm import Mixer, MixerState, Placement, registry
+from tests.contract.outsider import Outsider
+
+for module in filter(None, os.environ.get("CONTRACT_MODULES", "").split(",")):
+    importlib.import_module(module)
+
+MIXERS = (*lsm.names(), "outsider")
+SHAPE = {"hidden_size": 16, "num_heads": 4, "head_dim": 8}
+PLACE = Placement(num_heads=4, layer=1, num_layers=3)
+
+COMMON: dict[str, dict[str, Any]] = {
+    "bias": {"qkv_bias": True},
+    "bias_conv": {"qkv_bias": True, "conv_size": 3},
+    "no_conv": {"conv_size": 0},
+    "sigmoid": {"output_gate": "sigmoid"},
+    "bare": {"output_gate": "none", "output_norm": "identity"},
+    "wide": {"expand_v": 2.0},
+}
+"""Options that every mixer has."""
+
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "gla": {"clamp": {"gate_clamp_min": -0.03}, "wide_keys": {"expand_k": 1.0}},
+}
+"""Options that cannot be found from the types of a Config: flags are flipped and words tried by themselves."""
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    return Outsider if name == Outsider.name else lsm.get(name)
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """The outsider in the registry, for code that looks mixers up."""
+    registry._MIXERS[Outsider.name] = Outsider
+    try:
+        yield
+    finally:
+        del registry._MIXERS[Outsider.name]
+
+
+def own_fields(name: str) -> dict[str, Any]:
+    """Type of each option that a mixer adds to the common ones."""
+    hints = typing.get_type_hints(mixer_class(name).Config)
+    common = {field.name for field in dataclasses.fields(Mixer.Config)}
+    names = [field.name for field in dataclasses.fields(mixer_class(name).Config)]
+    return {field: hints[field] for field in names if field not in common}
+
+
+def words(name: str, field: str) -> list[str]:
+    """What an option may say, out of the error that another word gets."""
+    try:
+        mixer_class(name).Config(**SHAPE, **{field: "nonsense"})
+    except ValueError as error:
+        found = re.search(r"known are (.*)", str(error))
+        assert found, error
+        return found[1].split(", ")
+    raise AssertionError(f"{name} takes any {field}")
+
+
+def options(name: str) -> dict[str, dict[str, Any]]:
+    """The cases of a mixer: its defaults, the common options, its own flags flipped and each of its words."""
+    config = mixer_class(name).Config(**SHAPE)
+    cases: dict[str, dict[str, Any]] = {"defaults": {}, **COMMON, **OWN.get(name, {})}
+    for field, kind in own_fields(name).items():
+        if kind is bool:
+            cases[field] = {field: not getattr(config, field)}
+        elif kind is str:
+            cases |= {f"{field}_{word}": {field: word} for word in words(name, field)}
+    changed = {case: given for case, given in cases.items() if config != dataclasses.replace(config, **given)}
+    return {"defaults": {}} | changed
+
+
+EVERY_CASE = [(name, case) for name in MIXERS for case in options(name)]
+
+
+@dataclass
+class Inputs:
+    """Arguments of :meth:`Mixer.mix`, tensors of it being leaves."""
+
+    mixer: Mixer
+    x: Tensor
+    low_rank: dict[str, Tensor]
+    w: dict[str, Tensor]
+    state: MixerState | None
+    place: Placement = PLACE
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every differentiable input by name."""
+        found = {"x": self.x} | {f"low_rank {n}": x for n, x in self.low_rank.items()} | self.w
+        if self.state is not None:
+            found |= {f"memory {i}": memory for i, memory in enumerate(self.state.memory)}
+            if self.state.conv is not None:
+                found["conv"] = self.state.conv
+        return found
+
+    def tokens(self, start: int, end: int) -> Inputs:
+        """Some of the tokens of every row, without a state."""
+        low_rank = {name: x[:, start:end] for name, x in self.low_rank.items()}
+        return dataclasses.replace(self, x=self.x[:, start:end], low_rank=low_rank, state=None)
+
+    def mix(self, **changes: Any) -> tuple[Tensor, MixerState]:
+        changes = {"state": self.state} | changes
+        return self.mixer.mix(self.x, self.low_rank, self.w, self.place, **changes)
+
+
+def make(
+    name: str,
+    case: str | dict[str, Any] = "defaults",
+    *,
+    batch: int = 2,
+    tokens: int = 48,
+    runs: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs; with ``runs``, a state before the first token of that many runs."""
+    given = options(name)[case] if isinstance(case, str) else case
+    mixer = mixer_class(name)(mixer_class(name).Config(**SHAPE, **given))
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.promote_types(dtype, torch.float32)
+    heads = mixer.cfg.num_heads
+
+    def leaf(*shape: int, like: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        x = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(like).requires_grad_()
+
+    w = {
+        table.name: leaf(*table.shape, like=exact if table.keep_float32 else dtype, scale=0.5)
+        for table in mixer.all_parameters()
+    }
+    state = None
+    if runs is not None:
+        # positive: linear attention divides by what it reads in one column
+        memory = tuple(
+            torch.rand(runs, heads, *shape, generator=generator, dtype=torch.float64).to(exact)
+            for shape in mixer.memory_shapes()
+        )
+        conv = None
+        if mixer.conv_channels:
+            conv = leaf(runs, mixer.cfg.conv_size - 1, heads, mixer.conv_channels)
+        state = MixerState(tuple(m.requires_grad_() for m in memory), conv)
+    return Inputs(
+        mixer,
+        leaf(batch, tokens, heads, mixer.fused_width),
+        {p.name: leaf(batch, tokens, heads, p.width) for p in mixer.low_rank_projections()},
+        w,
+        state,
+    )
+
+
+def outputs(result: tuple[Tensor, MixerState]) -> dict[str, Tensor]:
+    """What :meth:`Mixer.mix` returned, by name."""
+    o, state = result
+    found = {"o": o} | {f"final memory {i}": memory for i, memory in enumerate(state.memory)}
+    return found if state.conv is None else found | {"final conv": state.conv}
+
+
+def gradients(found: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of every leaf, from the same random gradients of equally named outputs."""
+    generator = torch.Generator().manual_seed(1)
+    names = sorted(name for name in found if found[name].requires_grad)
+    drawn = [torch.randn(found[n].shape, generator=generator, dtype=torch.float64) for n in names]
+    drawn = [grad.to(found[n].dtype) for n, grad in zip(names, drawn)]
+    outs, ins = [found[n] for n in names], list(leaves.values())
+    grads = torch.autograd.grad(outs, ins, drawn, allow_unused=True, retain_graph=True)
+    filled = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, leaves.values())]
+    return {f"grad {name}": grad for name, grad in zip(leaves, filled)}
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest true value; NaN counts as infinite."""
+    assert found.shape == truth.shape, (found.shape, truth.shape)
+    if truth.numel() == 0:
+        return 0.0
+    difference = (found.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)
+    return difference.nan_to_num(float("inf")).item()
+
+
+def assert_close(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    assert found.keys() == truth.keys()
+    errors = {name: error(found[name], value) for name, value in truth.items()}
+    assert all(e <= tolerance for e in errors.values()), errors

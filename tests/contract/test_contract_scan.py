@@ -1,0 +1,158 @@
+"""Every mixer against its token loop: outputs, final memory and every gradient, started, packed, padded and decoded."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.lsm import MixerState
+from tests.contract.cases import EVERY_CASE, MIXERS, Inputs, assert_close, error, gradients, make, outputs
+from tests.contract.loop import loop
+
+DOCUMENTS = torch.tensor([0, 0, 1, 3, 30, 30, 48, 48], dtype=torch.int32)
+"""Empty documents at both ends and inside, documents shorter than the convolution."""
+
+
+@pytest.mark.parametrize("name, case", EVERY_CASE)
+def test_mix_is_the_loop(name, case):
+    """Started from a memory and a convolution tail, over more tokens than a chunk of the kernels."""
+    inputs = make(name, case, batch=2, tokens=67, runs=2)
+    truth, found = outputs(loop(inputs)), outputs(inputs.mix())
+    leaves = inputs.tensors()
+    assert_close(found | gradients(found, leaves), truth | gradients(truth, leaves))
+
+
+@pytest.mark.parametrize("name, case", EVERY_CASE)
+def test_packed_documents_are_the_loop_over_each(name, case):
+    inputs = make(name, case, batch=1, tokens=48, runs=len(DOCUMENTS) - 1)
+    truth, found = outputs(loop(inputs, DOCUMENTS)), outputs(inputs.mix(cu_seqlens=DOCUMENTS))
+    leaves = inputs.tensors()
+    assert_close(found | gradients(found, leaves), truth | gradients(truth, leaves))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_no_state_is_an_empty_one(name):
+    inputs = make(name, runs=2)
+    empty = MixerState(
+        tuple(torch.zeros_like(m) for m in inputs.state.memory),
+        None if inputs.state.conv is None else torch.zeros_like(inputs.state.conv),
+    )
+    assert_close(outputs(inputs.mix(state=None)), outputs(inputs.mix(state=empty)), 0.0)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_state_matters(name):
+    """Else the other tests would pass on a mixer that forgets at once: outputs, after some tokens, see the state."""
+    inputs = make(name, tokens=12, runs=2)
+    started, empty = inputs.mix()[0], inputs.mix(state=None)[0]
+    assert error(started[:, :1], empty[:, :1]) > 1e-3
+    assert error(started[:, 6:], empty[:, 6:]) > 1e-6
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_scan_and_segment_of_gates(name):
+    """The members themselves, on what ``gates`` makes: scan is reference, and both leave what segment says."""
+    inputs = make(name, {"conv_size": 0}, tokens=20, runs=2)
+    mixer, gated = inputs.mixer, _gates(inputs)
+    o, memory = mixer.scan(state=inputs.state.memory, cu_seqlens=None, **gated)
+    o_true, memory_true = mixer.reference(state=inputs.state.memory, cu_seqlens=None, **gated)
+    assert_close({"o": o, **_named(memory)}, {"o": o_true, **_named(memory_true)})
+    carried = [
+        s.carry(m) for s, m in zip(mixer.segment(cu_seqlens=None, **gated), inputs.state.memory, strict=True)
+    ]
+    assert_close(_named(carried), _named(memory_true))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_gates_are_of_one_token(name):
+    """Else decoding and context parallelism would differ: the gates of some tokens do not see the others."""
+    inputs = make(name, {"conv_size": 0}, tokens=9)
+    whole, part = _gates(inputs), _gates(inputs.tokens(3, 5))
+    assert whole.keys() == part.keys()
+    for key, x in whole.items():
+        assert torch.equal(x[:, 3:5] if x.ndim > 2 and x.shape[1] == 9 else x, part[key]), key
+
+
+def _gates(inputs: Inputs) -> dict[str, Tensor]:
+    widths = [p.width for p in inputs.mixer.fused_projections()]
+    names = [p.name for p in inputs.mixer.fused_projections()]
+    p = dict(zip(names, inputs.x.split(widths, -1), strict=True)) | inputs.low_rank
+    return inputs.mixer.gates(p, inputs.w, inputs.place)
+
+
+def _named(memory) -> dict[str, Tensor]:
+    return {f"memory {i}": m for i, m in enumerate(memory)}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_documents_are_as_if_alone(name):
+    """Nothing passes from one document to another, bit for bit in what they see: gradients of others are zero."""
+    inputs = make(name, batch=1)
+    o, state = inputs.mix(cu_seqlens=DOCUMENTS)
+    for n, (start, end) in enumerate(itertools.pairwise(DOCUMENTS.tolist())):
+        if start == end:
+            assert not any(memory[n].any() for memory in state.memory)
+            continue
+        alone, alone_state = inputs.tokens(start, end).mix()
+        truth = {"o": alone} | _named(alone_state.memory)
+        assert_close({"o": o[:, start:end]} | _named(m[n : n + 1] for m in state.memory), truth)
+        for x in (inputs.x, *inputs.low_rank.values()):
+            (grad,) = torch.autograd.grad(o[:, start:end].sum(), x, retain_graph=True)
+            assert not grad[:, :start].any() and not grad[:, end:].any()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("pad", [1, 2, 17])
+def test_left_padding_is_invisible(name, pad):
+    """A left pad is a document before the text."""
+    padded = make(name, batch=1, tokens=pad + 20)
+    text = padded.tokens(pad, pad + 20)
+    o, state = padded.mix(cu_seqlens=torch.tensor([0, pad, pad + 20]))
+    found = outputs((o[:, pad:], MixerState(tuple(m[1:] for m in state.memory), _last(state.conv))))
+    assert_close(found, outputs(text.mix()))
+
+
+def _last(conv: Tensor | None) -> Tensor | None:
+    return None if conv is None else conv[1:]
+
+
+@pytest.mark.parametrize("name, case", EVERY_CASE)
+def test_decoding_is_prefill(name, case):
+    """One token at a time, and in pieces of odd sizes, one of them longer than a chunk of the kernels."""
+    inputs = make(name, case, tokens=82, runs=2)
+    truth = outputs(inputs.mix())
+    for sizes in ([1] * 10, [1, 2, 65, 3, 11]):
+        state, start, pieces = inputs.state, 0, []
+        for size in sizes:
+            piece = inputs.tokens(start, start + size)
+            o, state = dataclasses.replace(piece, state=state).mix()
+            pieces.append(o)
+            start += size
+        if start == 82:
+            assert_close(outputs((torch.cat(pieces, 1), state)), truth)
+        else:
+            assert_close({"o": torch.cat(pieces, 1)}, {"o": truth["o"][:, :start]})
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_heads_are_independent(name):
+    """Tensor parallelism in one process: two halves of the heads, each placed, give the whole."""
+    inputs = make(name, runs=2)
+    o, state = inputs.mix()
+    per_head = {table.name for table in inputs.mixer.all_parameters() if table.per_head}
+    for first in (0, 2):
+        here = slice(first, first + 2)
+        conv = None if inputs.state.conv is None else inputs.state.conv[:, :, here]
+        half = dataclasses.replace(
+            inputs,
+            x=inputs.x[:, :, here],
+            low_rank={key: x[:, :, here] for key, x in inputs.low_rank.items()},
+            w={key: x[here] if key in per_head else x for key, x in inputs.w.items()},
+            state=MixerState(tuple(m[:, here] for m in inputs.state.memory), conv),
+            place=dataclasses.replace(inputs.place, num_heads=2, first_head=first),
+        )
+        o_half, state_half = half.mix()
+        memory = _named(m[:, here] for m in state.memory)
+        assert_close({"o": o_half} | _named(state_half.memory), {"o": o[:, :, here]} | memory)
