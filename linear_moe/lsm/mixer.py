@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.kernels import Segment, short_conv
+from linear_moe.lsm.options import check_types, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class MixerState:
 
 
 MemorySource = Callable[[Sequence[Segment]], Memory]
+TailSource = Callable[[Tensor], Tensor]
 
 
 class Mixer:
@@ -139,6 +141,10 @@ class Mixer:
         """Epsilon of the output norm."""
 
         def __post_init__(self) -> None:
+            check_types(self)
+            for name in ("hidden_size", "num_heads", "head_dim"):
+                positive(name, getattr(self, name), "it counts channels or heads", 64)
+            positive("norm_eps", self.norm_eps, "an output of zeros is divided by its root", 1e-5)
             for name in ("expand_k", "expand_v"):
                 width = getattr(self, name) * self.head_dim
                 if width != int(width) or width < 1:
@@ -147,6 +153,12 @@ class Mixer:
                         f"  why: it multiplies head_dim {self.head_dim} and must give a whole number\n"
                         f"  try: {name} 1.0"
                     )
+            if self.conv_size < 0 or self.conv_size == 1:
+                raise ValueError(
+                    f"conv_size is {self.conv_size}\n"
+                    f"  why: it is the number of tokens that the short convolution sees, itself included\n"
+                    f"  try: 4, or 0 for none"
+                )
             one_of("output_norm", self.output_norm, ("rmsnorm", "identity"))
             one_of("output_gate", self.output_gate, ("swish", "sigmoid", "none"))
 
@@ -233,6 +245,7 @@ class Mixer:
         """The whole table, with the biases, the convolution and the output norm that the options ask for."""
         cfg = self.cfg
         parameters = list(self.parameters())
+        shape: tuple[int, ...]
         for p in self.fused_projections():
             if p.bias:
                 shape = (cfg.num_heads, p.width)
@@ -267,6 +280,7 @@ class Mixer:
         *,
         state: MixerState | None = None,
         memory_from: MemorySource | None = None,
+        tail_from: TailSource | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MixerState]:
         """Everything between the input projections and the output projection.
@@ -278,12 +292,15 @@ class Mixer:
             place: the heads and the layer computed here.
             state: memory and convolution tail before the first token of every run; ``None``: empty.
             memory_from: instead of ``state.memory``: gives the memory before these runs, told what they do to it.
+            tail_from: instead of ``state.conv``: gives the inputs of the short convolution before these runs, told
+                those of the runs, ``[B, T, H, channels]``.
             cu_seqlens: boundaries of the runs when ``B == 1`` row holds several.
 
         Returns:
             ``[B, T, H, V]`` outputs, normed and gated, and the state after the last token of every run.
         """
-        p, conv_tail = self._split(x_BTHW, w, state.conv if state else None, cu_seqlens)
+        tail_from = tail_from or (lambda _: state.conv if state else None)
+        p, conv_tail = self._split(x_BTHW, w, tail_from, cu_seqlens)
         gated = self.gates(p | low_rank, w, place)
         memory = state.memory if state and state.memory else None
         if memory_from is not None:
@@ -304,7 +321,11 @@ class Mixer:
         return head + torch.cat(biases, dim=-1)
 
     def _split(
-        self, x_BTHW: Tensor, w: dict[str, Tensor], conv_tail: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x_BTHW: Tensor,
+        w: dict[str, Tensor],
+        tail_from: Callable[[Tensor], Tensor | None],
+        cu_seqlens: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Named views of the fused projections, biased and convolved."""
         fused = self.fused_projections()
@@ -344,9 +365,3 @@ class Mixer:
 def widen(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is when it is wider: gates and long sums never run in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse an option that is not in its list."""
-    if value not in allowed:
-        raise ValueError(f"{field} is {value!r}\n  why: known are {', '.join(allowed)}\n  try: {allowed[0]}")

@@ -63,7 +63,11 @@ def single(tmp_path_factory: pytest.TempPathFactory, _pool):
             _pool.run(1, train, arguments(pattern, moe, folder / "begin", *save))
             load = ["--pretrained-checkpoint", str(start)]
             _pool.run(1, train, arguments(pattern, moe, folder / "run", *load))
-            cache[pattern, moe] = start, losses(folder / "run"), gradients(_pool, 1, pattern, moe, folder, load)
+            cache[pattern, moe] = (
+                start,
+                losses(folder / "run"),
+                gradients(_pool, 1, pattern, moe, folder, load),
+            )
         return cache[pattern, moe]
 
     return of

@@ -73,7 +73,9 @@ def pieces(model: Any, chunk: int) -> list[tuple[str, tuple[int, ...], tuple[int
     return found
 
 
-def whole(ranks: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]]) -> dict[str, torch.Tensor]:
+def whole(
+    ranks: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]],
+) -> dict[str, torch.Tensor]:
     """Every parameter of the model, unsharded, from the pieces of all ranks; replicas must agree."""
     tensors: dict[str, torch.Tensor] = {}
     for key, shape, offset, data in (piece for rank in ranks for piece in rank):
