@@ -28,8 +28,6 @@ from linear_moe.kernels.decay import Decays, blocks_below, merge_blocks, repeat_
 from linear_moe.kernels.recompute import recompute
 from linear_moe.kernels.segment import Segment
 
-CHUNK_SIZE = 64
-
 
 def delta_rule(
     q: Tensor,
@@ -43,7 +41,7 @@ def delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.delta_rule`."""
-    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    chunks = cut(k, cu_seqlens)
     num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     core = partial(_delta_core, chunks, scale, num_documents)
     tokens = (q, k, v, beta, per_token(log_decay, v))
@@ -54,7 +52,7 @@ def delta_rule_segment(
     k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, *, cu_seqlens: Tensor | None = None
 ) -> Segment:
     """See :func:`linear_moe.kernels.delta_rule_segment`."""
-    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    chunks = cut(k, cu_seqlens)
     num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     core = partial(_segment_core, chunks, num_documents)
     _, state, decay = recompute(core, chunks, (k, v, beta, per_token(log_decay, v)), ())

@@ -19,7 +19,6 @@ from linear_moe.kernels.decay import mix_values, repeat_heads, scores
 from linear_moe.kernels.recompute import recompute
 from linear_moe.kernels.segment import Segment
 
-CHUNK_SIZE = 64
 # Far below the exponent at which exp() is 0 in any dtype, and finite: -inf times the 0 that starts a document is NaN.
 LOG_FORGET = -1e9
 
@@ -37,7 +36,7 @@ def diag_decay(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.diag_decay`."""
-    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    chunks = cut(k, cu_seqlens)
     core = partial(_diag_core, chunks, scale, _num_documents(v, cu_seqlens))
     tokens = (q, k, v, per_token(log_decay, v), log_decay_v)
     return cast(tuple[Tensor, Tensor], recompute(core, chunks, tokens, (bonus, state)))
@@ -52,7 +51,7 @@ def diag_decay_segment(
     cu_seqlens: Tensor | None = None,
 ) -> Segment:
     """See :func:`linear_moe.kernels.diag_decay_segment`."""
-    chunks = cut(v.shape[1], CHUNK_SIZE, cu_seqlens)
+    chunks = cut(k, cu_seqlens)
     core = partial(_segment_core, chunks, _num_documents(v, cu_seqlens))
     _, state, total = recompute(core, chunks, (k, v, per_token(log_decay, v), log_decay_v), ())
     assert state is not None

@@ -146,9 +146,15 @@ class PackedChunks:
 Chunks = RowChunks | PackedChunks
 
 
-def cut(num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None) -> Chunks:
-    """Lay out ``num_tokens`` tokens; runs shorter than a chunk get a smaller one (decoding has one token)."""
-    chunk_size = min(chunk_size, 1 << (num_tokens - 1).bit_length())
+def preferred_chunk_size(device: torch.device, num_keys: int) -> int:
+    """Scores cost T * C, states between chunks T / C * K * V: on a CPU small heads want short chunks (measured)."""
+    return 32 if device.type == "cpu" and num_keys <= 64 else 64
+
+
+def cut(k: Tensor, cu_seqlens: Tensor | None) -> Chunks:
+    """Lay out the tokens of ``k``; runs shorter than a chunk get a smaller one (decoding has one token)."""
+    num_tokens, num_keys = k.shape[1], k.shape[-1]
+    chunk_size = min(preferred_chunk_size(k.device, num_keys), 1 << (num_tokens - 1).bit_length())
     if cu_seqlens is None:
         return RowChunks(num_tokens, chunk_size)
     return PackedChunks.plan(cu_seqlens, num_tokens, chunk_size)
