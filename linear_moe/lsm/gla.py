@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.lsm.mixer import Mixer, Placement, Projection, widen
+from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
 
@@ -37,6 +38,18 @@ class GatedLinearAttention(DiagonalDecay):
         """Divides the log of the gate: the larger, the longer the memory at initialisation."""
         gate_clamp_min: float | None = None
         """Lower bound of the log decay per token; none by default."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            positive("gate_rank", self.gate_rank, "the gate passes through that many channels", 16)
+            why = "the log of the gate is divided by it, and a memory must not grow"
+            positive("gate_logit_normalizer", self.gate_logit_normalizer, why, 16.0)
+            if self.gate_clamp_min is not None and self.gate_clamp_min > 0:
+                raise ValueError(
+                    f"gate_clamp_min is {self.gate_clamp_min}\n"
+                    f"  why: it bounds a log decay, and a memory that grows is not stable\n"
+                    f"  try: -0.5, or None"
+                )
 
     cfg: Config
 

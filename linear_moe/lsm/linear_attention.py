@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.mixer import Memory, Mixer, Placement, Projection, one_of
+from linear_moe.lsm.mixer import Memory, Mixer, Placement, Projection
+from linear_moe.lsm.options import one_of
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
 

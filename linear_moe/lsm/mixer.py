@@ -104,7 +104,6 @@ class MixerState:
 
 
 MemorySource = Callable[[Sequence[Segment]], Memory]
-TailSource = Callable[[Tensor], Tensor]
 
 
 class Mixer:
@@ -280,7 +279,6 @@ class Mixer:
         *,
         state: MixerState | None = None,
         memory_from: MemorySource | None = None,
-        tail_from: TailSource | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MixerState]:
         """Everything between the input projections and the output projection.
@@ -292,15 +290,12 @@ class Mixer:
             place: the heads and the layer computed here.
             state: memory and convolution tail before the first token of every run; ``None``: empty.
             memory_from: instead of ``state.memory``: gives the memory before these runs, told what they do to it.
-            tail_from: instead of ``state.conv``: gives the inputs of the short convolution before these runs, told
-                those of the runs, ``[B, T, H, channels]``.
             cu_seqlens: boundaries of the runs when ``B == 1`` row holds several.
 
         Returns:
             ``[B, T, H, V]`` outputs, normed and gated, and the state after the last token of every run.
         """
-        tail_from = tail_from or (lambda _: state.conv if state else None)
-        p, conv_tail = self._split(x_BTHW, w, tail_from, cu_seqlens)
+        p, conv_tail = self._split(x_BTHW, w, state.conv if state else None, cu_seqlens)
         gated = self.gates(p | low_rank, w, place)
         memory = state.memory if state and state.memory else None
         if memory_from is not None:
@@ -321,11 +316,7 @@ class Mixer:
         return head + torch.cat(biases, dim=-1)
 
     def _split(
-        self,
-        x_BTHW: Tensor,
-        w: dict[str, Tensor],
-        tail_from: Callable[[Tensor], Tensor | None],
-        cu_seqlens: Tensor | None,
+        self, x_BTHW: Tensor, w: dict[str, Tensor], conv_tail: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Named views of the fused projections, biased and convolved."""
         fused = self.fused_projections()

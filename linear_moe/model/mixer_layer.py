@@ -33,7 +33,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from linear_moe import lsm
-from linear_moe.lsm import Mixer, Parameter, Placement
+from linear_moe.lsm import Mixer, MixerState, Parameter, Placement
 from linear_moe.model.config import LinearMoEConfig, mixer_config
 from linear_moe.model.sequence import layout_of
 from linear_moe.parallel.halo import tokens_before
@@ -215,25 +215,24 @@ class MixerLayer(MegatronModule):
 
     def _mix(self, layout: SequenceLayout, x_BTHW: Tensor, *low_rank: Tensor) -> Tensor:
         """The mixer over this rank's runs, started from the memory that earlier ranks leave."""
-        memory_from, tail_from = None, None
+        weights = self.weights()
+        state, memory_from = None, None
         if layout.cp_size > 1:
             memory_from = partial(initial_states, layout=layout, group=self.cp_group)
-            tail_from = partial(self._conv_tail, layout)
+            if self.mixer.conv_channels:
+                conv_input = self.mixer.conv_input(x_BTHW, weights)
+                reach = self.mixer.cfg.conv_size - 1
+                state = MixerState((), tokens_before(conv_input, reach, layout, self.cp_group))
         o, _ = self.mixer.mix(
             layout.runs(x_BTHW),
             {name: layout.runs(x) for name, x in zip(self.low_rank, low_rank, strict=True)},
-            self.weights(),
+            weights,
             self.place,
+            state=state,
             memory_from=memory_from,
-            tail_from=tail_from,
             cu_seqlens=layout.run_cu_seqlens,
         )
         return layout.tokens(o)
-
-    def _conv_tail(self, layout: SequenceLayout, conv_input: Tensor) -> Tensor:
-        """The inputs of the short convolution before every local run, from the left neighbour chunk."""
-        reach = self.mixer.cfg.conv_size - 1
-        return tokens_before(layout.tokens(conv_input), reach, layout, self.cp_group)
 
     def _decode(
         self, x_BTHW: Tensor, low_rank: list[Tensor], layout: SequenceLayout, inference_context: Any

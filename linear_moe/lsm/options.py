@@ -1,0 +1,43 @@
+"""Checks of a mixer's options: every value that cannot work is refused when a Config is made, in three parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+
+SIMPLE = (int, float, bool, str, type(None))
+
+
+def check_types(config: typing.Any) -> None:
+    """Refuse a field of another type than it declares, as config.json may hold; a whole number passes for a float."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        types = typing.get_args(hint) or (hint,)
+        if not all(kind in SIMPLE for kind in types):
+            continue
+        fits = type(value) in types or (type(value) is int and float in types)
+        if not fits or (type(value) is float and not math.isfinite(value)):
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(
+                f"{field.name} is {value!r}\n"
+                f"  why: it is {names}{', and finite' if float in types else ''}\n"
+                f"  try: {_default(field)}"
+            )
+
+
+def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an option that is not in its list."""
+    if value not in allowed:
+        raise ValueError(f"{field} is {value!r}\n  why: known are {', '.join(allowed)}\n  try: {allowed[0]}")
+
+
+def positive(field: str, value: float, why: str, default: object) -> None:
+    """Refuse zero and less."""
+    if value <= 0:
+        raise ValueError(f"{field} is {value}\n  why: {why}\n  try: {default}")
+
+
+def _default(field: dataclasses.Field) -> str:
+    return "a number" if field.default is dataclasses.MISSING else repr(field.default)
