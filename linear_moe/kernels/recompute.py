@@ -9,6 +9,7 @@ Letters: B batch, T tokens, H heads, L chunks, C tokens in a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class _Recompute(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         assert inputs[0] is not None
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with _without_autocast(inputs[0].device):
             output, *others = core(*_enter(ctx, inputs))
         if output is not None:
             output = _join(chunks, output, inputs[0].dtype)
@@ -58,7 +59,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with _without_autocast(inputs[0].device):
             local = _enter(ctx, inputs)
             for x, is_needed in zip(local, needed):
                 if x is not None:
@@ -82,6 +83,13 @@ class _Recompute(torch.autograd.Function):
                 grad = _join(ctx.chunks if is_token else None, grad, x.dtype)
             grad_inputs.append(grad)
         return None, None, None, *grad_inputs
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would run the matmuls in bfloat16."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _enter(ctx: Any, inputs: Sequence[Tensor | None]) -> list[Any]:

@@ -207,6 +207,26 @@ def test_packed_documents_need_no_host_synchronisation(op: str) -> None:
         inputs.tensors["cu_seqlens"].max().item()
 
 
+@pytest.mark.parametrize(("op", "decay", "extra"), VARIANTS)
+def test_runs_where_there_is_no_data(op: str, decay: str, extra: str) -> None:
+    """On the meta device a tensor left on the CPU, or a value that is looked at, is an error: so it is on CUDA."""
+    inputs = make(op, decay, extra=extra, num_tokens=200, cu_seqlens=PACKED)
+    inputs.tensors = {name: x.to("meta") for name, x in inputs.tensors.items()}
+    found = _shapes(inputs)
+    assert found == {name: x.shape for name, x in inputs.tensors.items() if name in found}
+
+
+def _shapes(inputs: Inputs) -> dict[str, torch.Size]:
+    inputs = inputs.differentiable()
+    o, state = inputs.run(kernels)
+    (o.sum() + state.sum()).backward()
+    if "bonus" not in inputs.tensors:
+        assert inputs.segment(kernels).state.shape == state.shape
+    grads = {name: x.grad.shape for name, x in inputs.tensors.items() if x.grad is not None}
+    assert len(grads) == len(inputs.tensors) - 1
+    return {**grads, "v": o.shape, "state": state.shape}
+
+
 def test_token_by_token_equals_the_whole_run() -> None:
     inputs = make("delta_rule", "vector", num_tokens=20)
     o, final = inputs.run(kernels)

@@ -116,3 +116,12 @@ def test_training_keeps_inputs_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         conv.short_conv(**inputs, activation="silu")
     assert large and {saved.untyped_storage().data_ptr() for saved in large} <= ours
+
+
+def test_runs_where_there_is_no_data() -> None:
+    """On the meta device a tensor left on the CPU, or a value that is looked at, is an error: so it is on CUDA."""
+    inputs = {name: x.detach().to("meta") for name, x in make(cu_seqlens=PACKED).items()}
+    inputs["x"].requires_grad_()
+    y, window = short_conv(**inputs, activation="silu")
+    (y.sum() + window.sum()).backward()
+    assert inputs["x"].grad.shape == y.shape == inputs["x"].shape
