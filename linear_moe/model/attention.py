@@ -125,7 +125,7 @@ class CoreAttention(MegatronModule):
             for c, q_LBHK in zip(layout.local_chunks, q_TBHK.chunk(layout.chunks_per_rank), strict=True):
                 end = k_SBGK.shape[0] if cp_size == 1 else (c + 1) * layout.chunk_length
                 outputs.append(self._chunk(q_LBHK, k_SBGK[:end], v_SBGV[:end], layout, attention_mask))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).contiguous()
 
     @property
     def _dropout(self) -> float:
@@ -149,11 +149,12 @@ class CoreAttention(MegatronModule):
     def _chunk(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: Tensor | None) -> Tensor:
         """The last ``L`` tokens ``q [L, B, H, K]`` of ``k [E, B, G, K]`` and ``v [E, B, G, V]``: ``[L, B, H * V]``."""
         scale = self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(q.shape[-1])
-        value_dim = v.shape[-1]
-        fused = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        if fused and value_dim < q.shape[-1]:
+        key_dim, value_dim = q.shape[-1], v.shape[-1]
+        has_flash_shape = key_dim % 8 == 0 and value_dim <= key_dim <= 256
+        fused = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and has_flash_shape
+        if fused and value_dim < key_dim:
             # Flash attention wants one head size; zeros in V cost less than the slower kernels (MLA: 128 to 192).
-            v = F.pad(v, (0, q.shape[-1] - value_dim))
+            v = F.pad(v, (0, key_dim - value_dim))
         if layout.is_packed and fused and mask is None and self._dropout == 0:
             out_LBHV = _documents(q, k, v, layout, scale)
         else:
@@ -249,7 +250,8 @@ def _warn_of_mask_once(is_cuda: bool) -> None:
     if is_cuda:
         warnings.warn(
             "softmax attention builds an explicit mask, one byte per query and key of every sequence: packed "
-            "documents avoid it in bf16 or fp16 with --attention-dropout 0 and no attention mask tensor",
+            "documents avoid it in bf16 or fp16, with head sizes that are multiples of 8 and at most 256, "
+            "--attention-dropout 0 and no attention mask tensor",
             stacklevel=2,
         )
 

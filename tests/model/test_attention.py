@@ -135,10 +135,10 @@ def test_dropout_only_in_training(monkeypatch):
     torch.testing.assert_close(core.eval()(*leaves, None), by_definition(*leaves))
     assert not forks
     core.train()
-    many = torch.stack([core(*leaves, None) for _ in range(400)])
+    many = torch.stack([core(*leaves, None) for _ in range(100)])
     assert forks and not torch.equal(many[0], many[1])
     expected = by_definition(*leaves)
-    assert ((many.mean(0) - expected).abs() < 6 * many.std(0) / 20 + 1e-9).all()  # unbiased
+    assert ((many.mean(0) - expected).abs() < 6 * many.std(0) / 10 + 1e-9).all()  # unbiased
 
 
 @pytest.mark.parametrize(
