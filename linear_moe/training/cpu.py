@@ -153,8 +153,8 @@ def _rng_patches() -> list[Patch]:
         patches.append(Patch(tracker, "_lazy_call", standin.run_now, "imported by value"))
         patches.append(Patch(tracker, "_lazy_init", standin.nothing, "imported by value"))
     loader = torch.utils.data.dataloader._BaseDataLoaderIter
-    draws = "it draws from the default generator, on some ranks only"
-    return [*patches, Patch(loader, "__init__", standin.keeps_rng(loader.__init__), draws)]
+    draws = "draws from the default generator, on some ranks only; starts a thread that pins memory"
+    return [*patches, Patch(loader, "__init__", standin.data_iterator(loader.__init__), draws)]
 
 
 def _factory_patches() -> list[Patch]:

@@ -261,17 +261,18 @@ def initial_seed() -> int:
     return torch.default_generator.initial_seed()
 
 
-def keeps_rng(init: Callable) -> Callable:
-    """A data loader iterator's ``__init__`` that leaves the default generator as it found it.
+def data_iterator(init: Callable) -> Callable:
+    """A data loader iterator's ``__init__`` that pins no memory, and leaves the default generator as it found it.
 
     It draws one number to seed its workers, only on ranks that read data and only at a (re)start. On a GPU that leaves
     the model's generator alone; here it would set tensor-parallel ranks, and a resumed run, apart.
     """
 
     @functools.wraps(init)
-    def call(*args: Any, **kwargs: Any) -> None:
+    def call(self: Any, loader: Any) -> None:
         state = torch.default_generator.get_state()
-        init(*args, **kwargs)
+        loader.pin_memory = False
+        init(self, loader)
         torch.default_generator.set_state(state)
 
     return call

@@ -167,7 +167,7 @@ def draws(rank: int, world_size: int) -> dict[str, Any]:
         with get_cuda_rng_tracker().fork():
             goes_on = torch.equal(state_inside, torch.cuda.get_rng_state())
         if rank == 0:  # only ranks that read data make an iterator
-            list(torch.utils.data.DataLoader([1, 2, 3]))
+            list(torch.utils.data.DataLoader([1, 2, 3], num_workers=1, pin_memory=True))
         shared = torch.rand(4, device="cuda")
         dropped = torch.nn.functional.dropout(torch.ones(64), 0.5)
         saved = torch.cuda.get_rng_state()
