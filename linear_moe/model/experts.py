@@ -214,11 +214,14 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         "interleaved gated units (--moe-mlp-glu-interleave-size)": config.moe_mlp_glu_interleave_size
         is not None,
         "delayed weight gradients (--delay-wgrad-compute)": config.delay_wgrad_compute,
+        "recomputing expert activations only (--recompute-modules moe_act)": (
+            config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or ())
+        ),
     }
     for what, is_set in wrong.items():
         if is_set:
             raise ValueError(
-                f"{what} are not supported\n"
-                f"  why: the grouped GEMM of PyTorch multiplies bf16 weights without bias\n"
-                f"  try: switch it off, or --transformer-impl transformer_engine, if Transformer Engine is installed"
+                f"{what}: not supported\n"
+                f"  why: experts here are two grouped matrix products and an activation function, nothing else\n"
+                f"  try: leave that out, or --transformer-impl transformer_engine, if Transformer Engine is installed"
             )

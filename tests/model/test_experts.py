@@ -268,6 +268,7 @@ PROBLEMS = [
     {"fp8": "hybrid"},
     {"delay_wgrad_compute": True},
     {"use_te_activation_func": True},
+    {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act"]},
 ]
 
 

@@ -93,8 +93,11 @@ def load(rank: int, world_size: int, path: Path, how: dict[str, Any]) -> list[to
         return whole(module)
 
 
-@pytest.mark.parametrize("one_key_per_expert", [False, True], ids=["shared_keys", "own_keys"])
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize(
+    "gated, one_key_per_expert",
+    [(True, False), (False, False), (True, True)],
+    ids=["gated", "plain", "gated_own_keys"],
+)
 @pytest.mark.parametrize(
     "source, targets",
     [
