@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -57,9 +58,12 @@ def load_weights(model: MegatronModule, folder: Path, dp_cp_group: dist.ProcessG
         metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
         wanted = {"model": model.sharded_state_dict(metadata=metadata | {"dp_cp_group": dp_cp_group})}
         state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
-    except Exception as error:  # pickle, zip, file and Megatron errors, by what is damaged
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # pickle, zip, file and Megatron errors, by what is damaged
         raise ValueError(
-            f"{folder} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            f"{folder} cannot be loaded: {_cause(error)}\n"
             f"  why: a file of it is missing, cut short or changed (a full disk, an interrupted copy), or config.json "
             f"does not describe its model\n"
             f"  try: {_other_step([s for s in saved_steps(folder.parents[1]) if folder.name != f'iter_{s:07d}'])}"
@@ -81,6 +85,14 @@ def _latest(run: Path) -> int | None:
         return int((run / "checkpoint" / TRACKER).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(
+        error, CheckpointException
+    ):  # torch's, no Exception: what went wrong on each rank, with tracebacks
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
 def _other_step(steps: list[int]) -> str:

@@ -79,7 +79,14 @@ def read_config(run_dir: Path) -> dict[str, Any]:
             f"  why: the model is rebuilt from that file alone\n"
             f"  try: the folder that holds checkpoint/ and metrics.jsonl"
         )
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}\n"
+            f"  why: the file was cut short or edited\n"
+            f"  try: a copy of it, or start the run again for one step: it writes the file anew"
+        ) from error
     if config["format"] != FORMAT:
         raise ValueError(
             f"{path} has format {config['format']}, this version reads {FORMAT}\n"

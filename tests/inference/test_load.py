@@ -1,0 +1,219 @@
+"""A run read back from its folder alone: from every layout, at any step, and with one clear error where that cannot be.
+
+The weights are compared with those that the training ranks held when they saved, put together by hand.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.inference.models import argv, files, prompts
+from tests.training.tiny import DISTRIBUTED_OPTIMIZER, pieces, train, whole
+
+KINDS = ["gated_deltanet", "gla", "linear_attention", "softmax"]
+LAYOUTS = {
+    "tp2-ep2": (
+        2,
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2"],
+    ),
+    "pp2-vpp2": (2, ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]),
+    "dp2": (
+        2,
+        [*DISTRIBUTED_OPTIMIZER, "--recompute-granularity", "selective", "--calculate-per-token-loss"],
+    ),
+}
+
+
+def saving(run: Path, *extra: str) -> list[str]:
+    """One step and its checkpoint."""
+    folders = ["--run-dir", str(run), "--save", str(run / "checkpoint")]
+    return argv(KINDS, *folders, "--train-iters", "1", "--lr-warmup-iters", "0", *extra)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, _pool):
+    """A run of one process with the checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    load = ["--load", str(folder / "checkpoint"), "--save-interval", "1", "--train-iters", "2"]
+    _pool.run(1, train, saving(folder, *load))
+    return folder
+
+
+def loaded_weights(rank, world, run, options):
+    from linear_moe.inference.load import load_model
+
+    loaded = load_model(run, **options)
+    dtypes = {str(parameter.dtype) for parameter in loaded.model.parameters()}
+    assert not loaded.model.training
+    return pieces(loaded.model, 0), loaded.iteration, dtypes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_process_reads_every_layout(gloo, tmp_path, layout):
+    world, flags = LAYOUTS[layout]
+    run = tmp_path / "run"
+    held = whole([seen["after"] for seen in gloo(world, train, saving(run, *flags), True)])
+    before = files(run)
+    weights, iteration, _ = gloo(1, loaded_weights, run, {})[0]
+    weights = whole([weights])
+    assert iteration == 1
+    assert weights.keys() == held.keys()
+    for key, weight in weights.items():
+        assert torch.equal(weight, held[key]), key
+    assert files(run) == before, "something was written into the run"
+
+
+def test_steps_and_dtypes(gloo, run):
+    last, iteration, dtypes = gloo(1, loaded_weights, run, {})[0]
+    assert iteration == 2 and dtypes == {"torch.float32"}
+    first, iteration, _ = gloo(1, loaded_weights, run, {"step": 1})[0]
+    assert iteration == 1
+    last, first = whole([last]), whole([first])
+    assert not torch.equal(
+        first["embedding.word_embeddings.weight"], last["embedding.word_embeddings.weight"]
+    )
+    half, _, dtypes = gloo(1, loaded_weights, run, {"dtype": torch.bfloat16})[0]
+    assert dtypes == {"torch.bfloat16", "torch.float32"}
+    kept = {key for key, _, _, weight in half if weight.dtype == torch.float32}
+    assert kept == {key for key in last if key.endswith(("A_log", "dt_bias"))} != set()
+    for key, weight in whole([half]).items():
+        assert torch.equal(weight, last[key] if key in kept else last[key].bfloat16().float()), key
+
+
+def continuation(rank, world, run):
+    from linear_moe.inference.generate import generate
+    from linear_moe.inference.load import load_model
+
+    return generate(load_model(run), prompts(1, 9), max_new_tokens=8)[0]
+
+
+def trained_then_loaded(rank, world, run, extra):
+    train(rank, world, saving(run, *extra))
+    return continuation(rank, world, run)
+
+
+def test_loading_where_training_just_ran(gloo, tmp_path):
+    """Megatron's state of the training is still there; a fresh worker gives the same text."""
+    run = tmp_path / "run"
+    text = gloo(1, trained_then_loaded, run, ())[0]
+    assert len(text) == 8
+    assert gloo(1, continuation, run)[0] == text
+
+
+def test_old_vocabulary_padding_and_relative_paths(gloo, tmp_path, monkeypatch):
+    """Rows that Megatron pads for TP2 differ from those for one process; config.json says how many there are."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    flags = [
+        "--tensor-model-parallel-size",
+        "2",
+        "--sequence-parallel",
+        "--make-vocab-size-divisible-by",
+        "96",
+    ]
+    padded = [word for word in saving(run, *flags) if word not in ("--padded-vocab-size", "128")]
+    gloo(2, train, padded)
+    assert json.loads((run / "config.json").read_text())["architecture"]["padded_vocab_size"] == 192
+    assert len(gloo(1, continuation, run)[0]) == 8
+
+
+def failure(rank, world, run, options):
+    from linear_moe.inference.load import load_model
+
+    try:
+        load_model(run, **options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def refused(gloo, run, *parts, world=1, **options):
+    text = gloo(world, failure, run, options)[0]
+    for part in (*parts, "\n  why: ", "\n  try: "):
+        assert part in text, text
+
+
+def test_what_is_no_run(gloo, tmp_path, run):
+    refused(gloo, tmp_path, "is not a run")
+    refused(gloo, tmp_path / "nowhere", "is not a run")
+    refused(gloo, run / "checkpoint", "is not a run")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_text((run / "config.json").read_text()[:100])
+    refused(gloo, cut, "config.json cannot be read")
+
+
+def test_steps_that_are_not_there(gloo, tmp_path, run):
+    refused(gloo, run, "no checkpoint of step 7", "are 1, 2", "--step 2", step=7)
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare)
+    (bare / "checkpoint" / "latest_checkpointed_iteration.txt").unlink()
+    refused(gloo, bare, "has no checkpoint", "--step 2")
+    shutil.rmtree(bare / "checkpoint")
+    refused(gloo, bare, "has no checkpoint")
+
+
+@pytest.mark.parametrize("damage", [".metadata", "metadata.json", "__0_0.distcp", "cut"])
+def test_damaged_checkpoints(gloo, tmp_path, run, damage):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    step = copy / "checkpoint" / "iter_0000002"
+    if damage == "cut":
+        data = step / "__0_0.distcp"
+        data.write_bytes(
+            data.read_bytes()[: data.stat().st_size // 10]
+        )  # weights come before optimizer states
+    else:
+        (step / damage).unlink()
+    refused(gloo, copy, "iter_0000002 cannot be loaded", "--step 1")
+
+
+def test_a_config_of_another_model(gloo, tmp_path, run):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    place = config["arguments"].index("--layer-kinds") + 1
+    original = config["arguments"][place]
+
+    def change(place, word):
+        config["arguments"][place] = word
+        (copy / "config.json").write_text(json.dumps(config))
+
+    change(place, "gated_deltanet,gla,softmax,softmax")
+    refused(gloo, copy, "is of another model", "decoder.layers.2.self_attention")
+    change(place, original)
+    change(config["arguments"].index("--hidden-size") + 1, "128")
+    refused(gloo, copy, "iter_0000002 cannot be loaded")
+    change(config["arguments"].index("--hidden-size"), "--hiden-size")
+    refused(gloo, copy, "--hiden-size")
+
+
+def test_more_than_one_process(gloo, run):
+    refused(gloo, run, "rank 0 of 2", world=2)
+
+
+def test_the_tool(gloo, tmp_path):
+    """Through the command line, with text: a byte-level BPE on a tiny run."""
+    from linear_moe.data.tokenizer import train_tokenizer
+
+    folder, run = tmp_path / "tokenizer", tmp_path / "run"
+    train_tokenizer(["import os\n" * 9], 270, str(folder))
+    tokens = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
+    tokens += ["--padded-vocab-size", "384", "--vocab-size", "270"]
+    gloo(1, train, saving(run, *tokens))
+    tool = [sys.executable, "tools/generate.py", "--load", str(run), "--prompt", "import \u00e9"]
+    draw = ["--temperature", "1", "--seed", "5", "--max-new-tokens", "12", "--ignore-eos"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*tool, *draw], cwd=root, capture_output=True, env={"PYTHONPATH": str(root), "PATH": ""}, timeout=100
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    *text, last = done.stdout.decode().splitlines()
+    assert "\n".join(text).startswith("import \u00e9")
+    assert "+ 12 tokens" in last and "recurrent state" in last and "KV cache" in last

@@ -1,0 +1,73 @@
+"""Text that streams: every piece is whole characters, and the pieces make the text of all tokens."""
+
+import pytest
+
+from linear_moe.inference.text import REPLACEMENT, TextStream
+
+TEXT = "def f(x):\n    return x  # \u00e9t\u00e9, \u65e5\u672c\u8a9e, \U0001f600\U0001f469\u200d\U0001f680 and \u00df\n"
+
+
+class Bytes:
+    """A tokenizer of single bytes, as a byte-level BPE falls back to."""
+
+    def tokenize(self, text):
+        return list(text.encode())
+
+    def detokenize(self, tokens):
+        return bytes(tokens).decode(errors="replace")
+
+
+class Words:
+    """A tokenizer that drops the space before the first word, as SentencePiece does."""
+
+    def detokenize(self, tokens):
+        return " ".join(f"w{token}" for token in tokens)
+
+
+def pieces(tokenizer, prompt, tokens):
+    stream = TextStream(tokenizer, prompt)
+    return [stream.feed(token) for token in tokens], stream.flush()
+
+
+@pytest.mark.parametrize("prompt", ["", "a prompt of some length ", "\u65e5"])
+def test_pieces_are_whole_characters_and_make_the_text(prompt):
+    tokenizer = Bytes()
+    fed, rest = pieces(tokenizer, tokenizer.tokenize(prompt), tokenizer.tokenize(TEXT))
+    assert "".join(fed) == TEXT and rest == ""
+    assert [piece for piece in fed if piece] == list(TEXT), "a character shows with its last byte"
+
+
+def test_bytes_that_are_no_character_show_as_soon_as_that_is_sure():
+    smile = "\U0001f600".encode()
+    fed, rest = pieces(Bytes(), [], [*b"a", 0xFF, *smile[:2], *b"b", *smile[:3]])
+    assert fed == ["a", "", REPLACEMENT, "", REPLACEMENT + "b", "", "", ""]
+    assert rest == REPLACEMENT
+
+
+def test_spaces_before_words_come_with_the_words():
+    assert pieces(Words(), [1, 2], [3, 4, 5]) == ([" w3", " w4", " w5"], "")
+    assert pieces(Words(), [], [3, 4]) == (["w3", " w4"], "")
+
+
+class Trained:
+    def __init__(self, folder):
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def tokenize(self, text):
+        return self.tokenizer.encode(text).ids
+
+    def detokenize(self, tokens):
+        return self.tokenizer.decode(tokens)
+
+
+def test_a_trained_tokenizer(tmp_path):
+    from linear_moe.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["hello world, " * 5, TEXT[:10]], 280, str(tmp_path))
+    tokenizer = Trained(tmp_path)
+    fed, rest = pieces(tokenizer, tokenizer.tokenize("hello "), tokenizer.tokenize(TEXT))
+    assert "".join(fed) + rest == TEXT
+    assert not any(REPLACEMENT in piece for piece in fed)
+    assert len(fed) > len(TEXT), "the tokenizer knows none of the longer characters"
