@@ -80,7 +80,8 @@ def _child_environment(plan: RunPlan, environment: Mapping[str, str]) -> dict[st
 def _variables_help() -> str:
     lines = ["variables:"]
     for name, (f, doc) in variables().items():
-        default = "" if f.default in (None, "") else f" [{f.default}]"
+        shown = str(f.default).lower() if f.type is bool else f.default
+        default = "" if shown in (None, "") else f" [{shown}]"
         lines.append(f"  {name:<25} {doc}{default}")
     return "\n".join(lines)
 

@@ -33,6 +33,7 @@ def check_resume(plan: RunPlan) -> None:
     """The architecture is the one of the run that would be resumed, and of the checkpoint that would be loaded."""
     if checkpoint_iteration(plan.run_dir / "checkpoint") is not None:
         _same_architecture(plan, plan.run_dir, f"run {plan.run_dir} has another architecture")
+        _same_optimizer(plan)
         return
     source = pretrained_folder(plan)
     if source is None:
@@ -52,11 +53,27 @@ def check_resume(plan: RunPlan) -> None:
     _same_architecture(plan, source.parent, f"{given} has another architecture")
 
 
-def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
+def _read_config(run_dir: Path) -> dict[str, Any]:
     try:
-        config = json.loads((run_dir / "config.json").read_text())
+        return json.loads((run_dir / "config.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
-        return  # saved by another tool: loading will tell
+        return {}  # saved by another tool: loading will tell
+
+
+def _same_optimizer(plan: RunPlan) -> None:
+    arguments = _read_config(plan.run_dir).get("arguments")
+    if arguments is None or ("--use-distributed-optimizer" in arguments) == plan.settings.do:
+        return
+    here, there = str(plan.settings.do).lower(), str(not plan.settings.do).lower()
+    raise PreflightError(
+        f"DO={here}, but run {plan.run_dir} was saved with DO={there}.",
+        "Megatron stores the state of the distributed optimizer in another form.",
+        f"DO={there}, or RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={plan.run_dir} to start from the weights alone",
+    )
+
+
+def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
+    config = _read_config(run_dir)
     saved = config.get("architecture", {}) | _mixer_options(config.get("arguments", []))
     if saved.get("norm_epsilon") is None:
         saved.pop("norm_epsilon", None)

@@ -128,7 +128,8 @@ def finished_run(base: Path, name: str = "old", **variables: str) -> None:
     checkpoint = plan.run_dir / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("5")
-    config = {"format": 1, "architecture": architecture(plan), "arguments": list(plan.extra_args)}
+    arguments = ["--use-distributed-optimizer", *plan.extra_args]
+    config = {"format": 1, "architecture": architecture(plan), "arguments": arguments}
     (plan.run_dir / "config.json").write_text(json.dumps(config))
 
 
@@ -151,6 +152,15 @@ def test_resume_with_another_model(tmp_path: Path):
         "    --expand-v: None -> 2\n"
         "  why: a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.\n"
         "  try: the variables of that run, or another RUN_NAME for a new one"
+    )
+
+
+def test_resume_with_another_optimizer(tmp_path: Path):
+    finished_run(tmp_path)
+    assert message(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="old", DO="false") == (
+        f"DO=false, but run {tmp_path}/old was saved with DO=true.\n"
+        "  why: Megatron stores the state of the distributed optimizer in another form.\n"
+        f"  try: DO=true, or RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={tmp_path}/old to start from the weights alone"
     )
 
 
