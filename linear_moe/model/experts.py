@@ -152,12 +152,10 @@ class GroupedExperts(MegatronModule):
         shape = (self.num_local_experts, out_size, in_size)
         weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=stride)
-        # Gradients of experts are reduced over the expert data-parallel group if that is another one.
-        other_groups = (
-            config.expert_model_parallel_size > 1
-            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-        )
-        weight.allreduce = not other_groups  # type: ignore[attr-defined]
+        # Megatron keeps such parameters in an optimizer of their own and reduces them over expert data-parallel ranks.
+        # Its experts do so with expert parallelism only, so that EP = 1 and EP > 1 cannot load each other's optimizer;
+        # the group is the right one in every layout, so here they always do.
+        weight.allreduce = False  # type: ignore[attr-defined]
         return weight
 
     @torch.no_grad()

@@ -52,9 +52,32 @@ def train(rank: int, world: int, argv: list[str], observe: bool = False) -> dict
     LinearMoEBuilder.build_model, RunLog._measure = built, measured
     try:
         pretrain.main(argv)
+    except SystemExit as stop:  # --exit-interval
+        assert not stop.code, f"exit code {stop.code}"
     finally:
         LinearMoEBuilder.build_model, RunLog._measure = build, measure
+    seen["rng"] = rng_states()
     return seen
+
+
+def rng_states() -> list[Any]:
+    """Every random state that training draws from."""
+    import random
+
+    import numpy as np
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracked = {name: state.tolist() for name, state in get_cuda_rng_tracker().get_states().items()}
+    numpy_state = [str(part) for part in np.random.get_state()]
+    return [random.getstate(), numpy_state, torch.get_rng_state().tolist(), tracked]
+
+
+def checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Everything in a checkpoint, unsharded: weights and optimizer state, and the common state. In a worker."""
+    from megatron.core.dist_checkpointing import load_common_state_dict, load_plain_tensors
+
+    sharded = {key: value for key, value in load_plain_tensors(str(folder)).items() if torch.is_tensor(value)}
+    return sharded, load_common_state_dict(str(folder))
 
 
 def pieces(model: Any, chunk: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:

@@ -1,0 +1,91 @@
+"""A run stopped and started again is the same run, bit for bit; a checkpoint opens under any layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, checkpoint, losses, train
+
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one process": (1, []),
+    "tp2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "cp2": (2, ["--context-parallel-size", "2"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "ep2": (2, ["--expert-model-parallel-size", "2"]),
+}
+
+KINDS = "gated_deltanet,gla,linear_attention,softmax"
+
+
+def arguments(run: Path, *extra: str) -> list[str]:
+    folder = str(run / "checkpoint")
+    return [
+        *ARGUMENTS,
+        *EXPERTS,
+        *("--layer-kinds", KINDS, "--train-iters", "10", "--save-interval", "5", "--hidden-dropout", "0.1"),
+        *("--run-dir", str(run), "--save", folder, "--load", folder),
+        *extra,
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["distributed", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, gloo, tmp_path):
+    if optimizer == "plain" and layout not in ("one process", "tp2"):
+        pytest.skip("the plain optimizer's state does not depend on these layouts")
+    world, flags = LAYOUTS[layout]
+    flags = flags + (DISTRIBUTED_OPTIMIZER if optimizer == "distributed" else [])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    uninterrupted = gloo(world, train, arguments(whole, *flags))
+    gloo(world, train, arguments(parts, *flags, "--exit-interval", "5"))
+    assert len(losses(parts)) == 5
+    resumed = gloo(world, train, arguments(parts, *flags))
+    assert losses(parts) == losses(whole)
+    for rank, (one, other) in enumerate(zip(uninterrupted, resumed, strict=True)):
+        assert one["rng"] == other["rng"], f"random states of rank {rank} differ"
+    gloo(1, assert_equal_checkpoints, *(run / "checkpoint" / "iter_0000010" for run in (whole, parts)))
+
+
+def assert_equal_checkpoints(rank: int, world: int, first: Path, second: Path) -> None:
+    tensors, common = checkpoint(first)
+    other_tensors, other_common = checkpoint(second)
+    assert tensors.keys() == other_tensors.keys()
+    assert any("exp_avg_sq" in key for key in tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[key]), f"{key} differs"
+    for key in ("optimizer", "opt_param_scheduler", "iteration", "num_floating_point_operations_so_far"):
+        assert same(common.get(key), other_common.get(key)), f"{key} differs"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality of nested containers that hold tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("target", ["one process", "cp2", "ep2"])
+def test_a_checkpoint_of_tp2_pp2_opens_elsewhere(target, gloo, tmp_path):
+    """The optimizer comes along: step 6 there is step 6 of the run that saved, to rounding."""
+    source = [
+        "--tensor-model-parallel-size",
+        "2",
+        "--sequence-parallel",
+        "--pipeline-model-parallel-size",
+        "2",
+    ]
+    run = tmp_path / "run"
+    gloo(4, train, arguments(run, *source, *DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0"))
+    expected = losses(run)
+    (run / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("5")
+    world, flags = LAYOUTS[target]
+    gloo(
+        world, train, arguments(run, *flags, *DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0", "--no-load-rng")
+    )
+    torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(expected), rtol=1e-5, atol=0)
