@@ -217,6 +217,31 @@ def half_precision(rank: int, world: int, name: str) -> dict[str, Any]:
         }
 
 
+def by_hand(rank: int, world: int, name: str) -> dict[str, Tensor]:
+    """The layer in one process, and its definition: products with its weights around the token loop."""
+    from tests.contract.cases import Inputs
+    from tests.contract.loop import loop
+
+    with with_model_parallel(), registered(), torch.no_grad():
+        layout = Layout(1)
+        layer = build(name, layout)
+        fill(layer, layout)
+        hidden_TBD = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64)
+        w = dict(layer.named_parameters())
+
+        def heads(x_TBC: Tensor) -> Tensor:
+            return x_TBC.unflatten(-1, (PLACE.num_heads, -1)).transpose(0, 1)
+
+        low_rank = {}
+        for p in layer.mixer.low_rank_projections():
+            up, down = w[f"low_rank.{p.name}.up.weight"], w[f"low_rank.{p.name}.down"]
+            low_rank[p.name] = heads(hidden_TBD @ down.T @ up.T + w.get(f"low_rank.{p.name}.up.bias", 0))
+        tables = {table.name: w[table.name] for table in layer.mixer.all_parameters()}
+        x = heads(hidden_TBD @ w["in_proj.weight"].T)
+        o, _ = loop(Inputs(layer.mixer, x, low_rank, tables, None, PLACE))
+        return {"found": layer(hidden_TBD)[0], "truth": o.transpose(0, 1).flatten(2) @ w["out_proj.weight"].T}
+
+
 def decode(rank: int, world: int, name: str) -> dict[str, Tensor]:
     """Prefill of some tokens and one step for each of the others, through Megatron's inference context."""
     from megatron.core.inference.contexts import StaticInferenceContext

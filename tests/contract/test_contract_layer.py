@@ -75,6 +75,12 @@ def test_layouts_are_one_process(ranks_of, name, layout):
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_one_process_is_the_definition(gloo, name):
+    (found,) = gloo(1, layers.by_hand, name)
+    assert error(found["found"], found["truth"]) < 1e-10
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_every_parameter_learns(ranks_of, name):
     """Else a gradient that is zero on both sides would pass."""
     single = Layout(1)
@@ -98,7 +104,7 @@ def test_shards_are_of_heads(ranks_of, name):
 def test_checkpoints_reshard_bit_for_bit(gloo, tmp_path):
     """Saved by one rank, loaded by two, then by four, then by one: bfloat16 and float32 parameters of every mixer."""
     steps = [1, 2, 4, 1]
-    seen = gloo(4, layers.reshard, list(MIXERS), steps, str(tmp_path))
+    seen = gloo(4, layers.reshard, list(MIXERS), steps, str(tmp_path), timeout=300.0)
     first = {name: seen[0]["0"][name] for name in MIXERS}
     for i, tp in enumerate(steps):
         for name in MIXERS:
