@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
@@ -57,11 +59,13 @@ def load_weights(model: MegatronModule, folder: Path, dp_cp_group: dist.ProcessG
     try:
         metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
         wanted = {"model": model.sharded_state_dict(metadata=metadata | {"dp_cp_group": dp_cp_group})}
+        for tensor in nested_values(wanted):
+            if isinstance(tensor, ShardedTensor):
+                tensor.allow_shape_mismatch = (
+                    False  # Megatron lets an embedding have other rows than was saved
+                )
         state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # pickle, zip, file and Megatron errors, by what is damaged
+    except (Exception, CheckpointException) as error:  # of pickle, zip, files or Megatron: by what is wrong
         raise ValueError(
             f"{folder} cannot be loaded: {_cause(error)}\n"
             f"  why: a file of it is missing, cut short or changed (a full disk, an interrupted copy), or config.json "
@@ -88,9 +92,7 @@ def _latest(run: Path) -> int | None:
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(
-        error, CheckpointException
-    ):  # torch's, no Exception: what went wrong on each rank, with tracebacks
+    if isinstance(error, CheckpointException):  # torch's: not an Exception, holds one for every rank
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 

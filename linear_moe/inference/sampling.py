@@ -42,8 +42,7 @@ class Sampling:
         count = min(self.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
         values_BK, tokens_BK = (logits_BV / self.temperature).topk(count, dim=-1)  # sorted, largest first
         p_BK = values_BK.softmax(dim=-1)
-        before_BK = p_BK.cumsum(dim=-1) - p_BK
-        before_BK[:, 0] = 0.0  # the first one always stays
+        before_BK = p_BK.cumsum(dim=-1) - p_BK  # 0 for the first, which always stays
         p_BK = p_BK.masked_fill(before_BK >= self.top_p, 0.0) if self.top_p < 1 else p_BK
         p_BK = p_BK / p_BK.sum(dim=-1, keepdim=True)
         return torch.zeros_like(logits_BV).scatter(1, tokens_BK, p_BK)

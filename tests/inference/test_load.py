@@ -105,20 +105,13 @@ def test_loading_where_training_just_ran(gloo, tmp_path):
     assert gloo(1, continuation, run)[0] == text
 
 
-def test_old_vocabulary_padding_and_relative_paths(gloo, tmp_path, monkeypatch):
-    """Rows that Megatron pads for TP2 differ from those for one process; config.json says how many there are."""
-    monkeypatch.chdir(tmp_path)
+def test_vocabulary_padded_for_another_layout(gloo, tmp_path):
+    """Megatron pads 127 tokens to 256 rows for TP2 and to 128 for one process; config.json says what they were."""
     run = tmp_path / "run"
-    flags = [
-        "--tensor-model-parallel-size",
-        "2",
-        "--sequence-parallel",
-        "--make-vocab-size-divisible-by",
-        "96",
-    ]
+    flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     padded = [word for word in saving(run, *flags) if word not in ("--padded-vocab-size", "128")]
     gloo(2, train, padded)
-    assert json.loads((run / "config.json").read_text())["architecture"]["padded_vocab_size"] == 192
+    assert json.loads((run / "config.json").read_text())["architecture"]["padded_vocab_size"] == 256
     assert len(gloo(1, continuation, run)[0]) == 8
 
 
@@ -187,6 +180,9 @@ def test_a_config_of_another_model(gloo, tmp_path, run):
     change(place, "gated_deltanet,gla,softmax,softmax")
     refused(gloo, copy, "is of another model", "decoder.layers.2.self_attention")
     change(place, original)
+    change(config["arguments"].index("--add-qkv-bias"), "--no-rope-fusion")
+    refused(gloo, copy, "is of another model", "it lacks nothing", "_bias")
+    change(config["arguments"].index("--no-rope-fusion"), "--add-qkv-bias")
     change(config["arguments"].index("--hidden-size") + 1, "128")
     refused(gloo, copy, "iter_0000002 cannot be loaded")
     change(config["arguments"].index("--hidden-size"), "--hiden-size")
