@@ -7,6 +7,7 @@ when its size changes. Every worker is on the CPU platform, single-threaded, and
 """
 
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import os
@@ -143,6 +144,8 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     set_start_method("fork", force=True)  # the default of an ordinary process, for data loaders
+    _die_with_parent()
+    os.register_at_fork(after_in_child=_die_with_parent)  # Megatron's checkpoint queue lives in a forked process
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ |= {"LOCAL_RANK": str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -181,6 +184,12 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
+
+
+def _die_with_parent() -> None:
+    """However the parent ends, this process ends: a killed test session leaves nothing behind."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _pickled_error(error: BaseException) -> bytes:
