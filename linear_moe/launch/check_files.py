@@ -100,9 +100,9 @@ def check_output(plan: RunPlan) -> None:
             f"the run lives in {plan.run_dir}.",
             "OUTPUT_BASEPATH=<a folder of yours>",
         )
-    if free < needed:
+    if plan.settings.save_interval > 0 and free < needed:
         raise PreflightError(
             f"{parent} has {free / 1e9:.2f} GB free; one checkpoint needs about {needed / 1e9:.2f} GB.",
             f"{total / 1e9:.3f}B parameters x {_BYTES_PER_PARAMETER} bytes (weights and optimizer), and 10 %.",
-            "OUTPUT_BASEPATH=<a larger disk>, or EXTRA_ARGS=--no-save-optim",
+            "OUTPUT_BASEPATH=<a larger disk>, or SAVE_INTERVAL=0 to save nothing",
         )

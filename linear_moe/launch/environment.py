@@ -75,7 +75,7 @@ class RunSettings:
     warmup_iters: int | None = None
     """Steps of the warm-up. Not set: from WARMUP_TOKENS."""
     save_interval: int = 100_000
-    """Steps between checkpoints; the last step always saves one."""
+    """Steps between checkpoints; the last step always saves one. 0: nothing is ever saved."""
     eval_interval: int = 100_000
     """Steps between evaluations on the 1 % of the data that is held out."""
     eval_iters: int = 10

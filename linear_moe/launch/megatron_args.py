@@ -139,15 +139,10 @@ def _memory_and_kernels(plan: RunPlan) -> list[str]:
 
 def _run_folder(plan: RunPlan) -> list[str]:
     s, folder = plan.settings, plan.run_dir
-    flags = [
-        "--run-dir",
-        str(folder),
-        "--save",
-        str(folder / "checkpoint"),
-        "--load",
-        str(folder / "checkpoint"),
-    ]
-    flags += ["--save-interval", str(s.save_interval), "--ckpt-format", "torch_dist"]
+    checkpoint = str(folder / "checkpoint")
+    flags = ["--run-dir", str(folder), "--load", checkpoint, "--ckpt-format", "torch_dist"]
+    if s.save_interval > 0:
+        flags += ["--save", checkpoint, "--save-interval", str(s.save_interval)]
     flags += ["--eval-interval", str(s.eval_interval), "--eval-iters", str(s.eval_iters)]
     flags += ["--log-interval", str(s.log_interval), "--tensorboard-dir", str(folder / "tensorboard")]
     source = pretrained_folder(plan)
