@@ -185,7 +185,15 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
     return settings
 
 
-_MAY_BE_ZERO = {"SEED", "NODE_RANK", "EVAL_ITERS", "WARMUP_TOKENS", "WARMUP_ITERS", "EXTRA_VOCAB_SIZE"}
+_MAY_BE_ZERO = {
+    "SEED",
+    "NODE_RANK",
+    "EVAL_ITERS",
+    "SAVE_INTERVAL",
+    "WARMUP_TOKENS",
+    "WARMUP_ITERS",
+    "EXTRA_VOCAB_SIZE",
+}
 _WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 
 

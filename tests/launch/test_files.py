@@ -187,7 +187,7 @@ def test_no_space_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert message(OUTPUT_BASEPATH=str(tmp_path)) == (
         f"{tmp_path} has 0.01 GB free; one checkpoint needs about 0.02 GB.\n"
         "  why: 0.001B parameters x 16 bytes (weights and optimizer), and 10 %.\n"
-        "  try: OUTPUT_BASEPATH=<a larger disk>, or EXTRA_ARGS=--no-save-optim"
+        "  try: OUTPUT_BASEPATH=<a larger disk>, or SAVE_INTERVAL=0 to save nothing"
     )
 
 
