@@ -14,22 +14,22 @@ step() { printf '\n== %s\n' "$*"; }
 if [ ! -f "$data/python_text_document.idx" ]; then
     step "1/5 text: the library and manual of the Python on this machine"
     "$PYTHON" tools/build_corpus.py "$data/python.jsonl"
-    step "2/5 tokenizer: byte-level BPE, 2048 tokens"
-    "$PYTHON" tools/train_tokenizer.py --input "$data/python.jsonl" --vocab-size 2048 --output "$data/tokenizer"
+    step "2/5 tokenizer: byte-level BPE, 1024 tokens"
+    "$PYTHON" tools/train_tokenizer.py --input "$data/python.jsonl" --vocab-size 1024 --output "$data/tokenizer"
     step "3/5 token files, in Megatron's format"
     "$PYTHON" tools/preprocess_data.py --input "$data/python.jsonl" --output-prefix "$data/python" \
         --tokenizer "$data/tokenizer" --overwrite
 fi
 
 step "4/5 pretraining: three gated_deltanet layers and one of softmax attention, 8 experts each"
-# One process; a GPU when there is one. Everything is small, so nothing is recomputed.
+# One process; a GPU when there is one. Narrow layers want larger first weights than the default's 0.008.
 precision=$("$PYTHON" -c 'from linear_moe.launch.cluster import cuda_device_count as n; print("bf16" if n() else "fp32")')
 RUN_NAME=demo MODEL_SIZE=demo LA_MODULE=gated_deltanet LAYER_TYPE_LIST=LLLN \
     DATASET_PATH=$data/python_text_document TOKENIZER=$data/tokenizer \
-    SEQ_LEN=256 BATCH_SIZE=8 GLOBAL_BATCH_SIZE=8 LR=3e-3 MIN_LR=3e-4 WARMUP_ITERS=20 TRAIN_ITERS=${TRAIN_ITERS:-700} \
-    LOG_INTERVAL=20 EVAL_ITERS=0 PR=$precision AC=none GPUS_PER_NODE=1 \
+    SEQ_LEN=256 BATCH_SIZE=8 GLOBAL_BATCH_SIZE=8 LR=3e-3 MIN_LR=3e-4 WARMUP_ITERS=50 TRAIN_ITERS=${TRAIN_ITERS:-1200} \
+    LOG_INTERVAL=25 EVAL_ITERS=0 PR=$precision AC=none GPUS_PER_NODE=1 EXTRA_ARGS="--init-method-std 0.02" \
     sh examples/linear_moe_qwen2/run_pretrain_qwen.sh
 
 step "5/5 what it learned"
-"$PYTHON" tools/generate.py --load "$run" --prompt "def read_file(path):"
+"$PYTHON" tools/generate.py --load "$run" --prompt "def read_file(path):" --temperature 0.7 --top-k 40 --seed 1
 "$PYTHON" tools/plot_loss.py "$run" --data "$data/python_text_document"

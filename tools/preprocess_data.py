@@ -1,6 +1,7 @@
 """Text to Megatron's token files: python tools/preprocess_data.py --input a.jsonl --output-prefix a --tokenizer tok"""
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ def main() -> int:
     if args.workers:
         os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # read once, by the tokenizer library
     warnings.simplefilter("ignore")  # Megatron warns about a dozen missing packages that no tokenizing needs
+    logging.disable(logging.WARNING)
     from linear_moe.data.preprocess import preprocess
 
     try:

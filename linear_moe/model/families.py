@@ -138,16 +138,16 @@ _QWEN2_SIZES = {
     # For `make demo`: learns code and prose on two CPU cores in minutes.
     "demo": ModelSize(
         num_layers=4,
-        hidden_size=192,
-        ffn_hidden_size=384,
+        hidden_size=128,
+        ffn_hidden_size=256,
         num_attention_heads=4,
         num_query_groups=4,
-        kv_channels=48,
+        kv_channels=32,
         num_experts=8,
         moe_router_topk=2,
-        moe_ffn_hidden_size=192,
+        moe_ffn_hidden_size=128,
         rotary_base=10_000,
-        vocab_size=2048,
+        vocab_size=1024,
         extra_vocab_size=0,
     ),
 }
