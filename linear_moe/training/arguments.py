@@ -112,11 +112,23 @@ def model_config(args: argparse.Namespace) -> LinearMoEModelConfig:
 def _given(args: argparse.Namespace, mixer: str) -> dict[str, Any]:
     """The options set for one mixer: the flags for all, then its own."""
     given = {}
+    flags = {field: flag for flag, field in SHARED_FLAGS.items()}
     for field, kind, _ in _options(lsm.get(mixer).Config):
-        for value in (getattr(args, f"la_{field}", None), getattr(args, f"{mixer}:{field}")):
-            if value is not None:
-                given[field] = kind(value)
+        shared, own = getattr(args, f"la_{field}", None), getattr(args, f"{mixer}:{field}")
+        if shared is not None:
+            given[field] = _parsed(flags[field], kind, shared)
+        if own is not None:
+            given[field] = own
     return given
+
+
+def _parsed(flag: str, kind: typing.Callable[[str], Any], text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{flag} is {text!r}\n  why: it cannot be read ({error})\n  try: leave it out for the mixer's default"
+        ) from None
 
 
 def _options(config: type[Mixer.Config]) -> list[tuple[str, typing.Callable[[str], Any], str]]:
