@@ -15,7 +15,7 @@ setup:
 	@sh scripts/setup.sh
 
 demo: setup
-	@sh scripts/demo.sh
+	@PYTHON=$(python) sh scripts/demo.sh
 
 test: setup
 	@$(python) -m pytest $(ARGS)

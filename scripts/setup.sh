@@ -34,9 +34,8 @@ if [ -n "${PYTHON:-}" ] && ! usable "$PYTHON"; then
     exit 2
 fi
 
-mkdir -p .venv
 if command -v flock >/dev/null; then
-    exec 9>.venv/lock
+    exec 9<requirements.txt
     flock 9
 fi
 stamp=.venv/requirements.sha256
@@ -48,8 +47,7 @@ fi
 python=$(find_python) || exit 2
 echo "environment: .venv with $("$python" --version) of $python"
 echo "installing the pinned requirements (torch brings its CUDA libraries: a few GB the first time)"
-rm -f "$stamp"
-"$python" -m venv .venv
+"$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 echo "$wanted" >"$stamp"
