@@ -28,7 +28,7 @@ set -eu
 
 # --- batch and optimizer ---------------------------------------------------------------------------------------------
 : "${BATCH_SIZE:=4}"               # sequences per micro batch and data-parallel rank
-: "${GLOBAL_BATCH_SIZE:=8}"        # sequences per step
+: "${GLOBAL_BATCH_SIZE:=}"         # sequences per step; empty: 8, or what the ranks can share
 : "${LR:=1e-4}"
 : "${MIN_LR:=1e-5}"
 : "${PR:=bf16}"                    # bf16 | fp16 | fp32

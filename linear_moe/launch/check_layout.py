@@ -146,14 +146,14 @@ def check_batch(plan: RunPlan) -> None:
     """The global batch is a whole number of micro batches on every data-parallel rank, enough of them to interleave."""
     s = plan.settings
     step = s.batch_size * plan.dp
-    if s.global_batch_size % step:
-        upper = -(-s.global_batch_size // step) * step
+    if plan.global_batch_size % step:
+        upper = -(-plan.global_batch_size // step) * step
         raise PreflightError(
-            f"GLOBAL_BATCH_SIZE={s.global_batch_size} is not divisible by BATCH_SIZE {s.batch_size} x DP {plan.dp}"
+            f"GLOBAL_BATCH_SIZE={plan.global_batch_size} is not divisible by BATCH_SIZE {s.batch_size} x DP {plan.dp}"
             f" = {step}.",
             f"every data-parallel rank takes whole micro batches of {s.batch_size} sequences.",
             f"GLOBAL_BATCH_SIZE={upper}"
-            + (", or BATCH_SIZE=1" if s.global_batch_size % plan.dp == 0 else ""),
+            + (", or BATCH_SIZE=1" if plan.global_batch_size % plan.dp == 0 else ""),
         )
     if s.vpp > 1 and plan.micro_batches % s.pp:
         upper = -(-plan.micro_batches // s.pp) * s.pp * step

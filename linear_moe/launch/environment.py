@@ -18,6 +18,9 @@ from linear_moe.launch.errors import PreflightError
 
 Choice = Literal["auto", "true", "false"]
 
+SMALLEST_GLOBAL_BATCH = 8
+"""GLOBAL_BATCH_SIZE when it is not set and the ranks can share it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -54,8 +57,8 @@ class RunSettings:
     # Batch and optimizer.
     batch_size: int = 4
     """Sequences of one micro batch, per data-parallel rank."""
-    global_batch_size: int = 8
-    """Sequences of one step, over all ranks; the rest is gradient accumulation."""
+    global_batch_size: int | None = None
+    """Sequences of one step, over all ranks. Not set: 8, or the next number that all ranks can share."""
     lr: float = 1e-4
     """Highest learning rate, reached after the warm-up."""
     min_lr: float = 1e-5
@@ -140,7 +143,7 @@ class RunSettings:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step."""
-        return self.global_batch_size * self.seq_len
+        return (self.global_batch_size or SMALLEST_GLOBAL_BATCH) * self.seq_len
 
     @property
     def iterations(self) -> int:

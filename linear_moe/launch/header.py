@@ -79,7 +79,7 @@ def _layout(plan: RunPlan) -> str:
 def _batch(plan: RunPlan) -> str:
     s = plan.settings
     return (
-        f"{s.global_batch_size} sequences of {s.seq_len} = {s.tokens_per_step} tokens a step "
+        f"{plan.global_batch_size} sequences of {s.seq_len} = {s.tokens_per_step} tokens a step "
         f"(micro batch {s.batch_size} x DP {plan.dp} x {plan.micro_batches})"
     )
 

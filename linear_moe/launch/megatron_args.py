@@ -82,7 +82,7 @@ def _batch_and_optimizer(plan: RunPlan) -> list[str]:
     s = plan.settings
     return [
         *("--seq-length", str(s.seq_len), "--micro-batch-size", str(s.batch_size)),
-        *("--global-batch-size", str(s.global_batch_size), "--train-iters", str(s.iterations)),
+        *("--global-batch-size", str(plan.global_batch_size), "--train-iters", str(s.iterations)),
         *("--lr", repr(s.lr), "--min-lr", repr(s.min_lr), "--lr-decay-iters", str(s.iterations)),
         *("--lr-warmup-iters", str(s.warmup_iterations), "--seed", str(s.seed)),
         *_FIXED,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_tokenizer
-from linear_moe.launch.environment import RunSettings
+from linear_moe.launch.environment import SMALLEST_GLOBAL_BATCH, RunSettings
 from linear_moe.launch.errors import PreflightError
 from linear_moe.model.families import FAMILIES, SIZE_FLAGS, Family, ModelSize, padded_vocab_size
 from linear_moe.model.pattern import layer_kinds, pattern_of
@@ -81,7 +81,13 @@ class RunPlan:
     @property
     def micro_batches(self) -> int:
         """Micro batches of one step on one rank."""
-        return self.settings.global_batch_size // (self.settings.batch_size * self.dp)
+        return self.global_batch_size // (self.settings.batch_size * self.dp)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one step; always set, `plan_run` decides what the person does not."""
+        assert self.settings.global_batch_size is not None
+        return self.settings.global_batch_size
 
     @property
     def vocab_size(self) -> int:
@@ -153,7 +159,7 @@ def plan_run(settings: RunSettings, cuda_devices: int) -> RunPlan:
         )
     except ValueError as error:
         raise PreflightError.of(error) from None
-    return RunPlan(
+    plan = RunPlan(
         settings=settings,
         family=family,
         size_name=size_name,
@@ -163,6 +169,16 @@ def plan_run(settings: RunSettings, cuda_devices: int) -> RunPlan:
         tokenizer=_tokenizer(settings),
         cuda_devices=cuda_devices,
     )
+    return replace(plan, settings=_with_global_batch(plan))
+
+
+def _with_global_batch(plan: RunPlan) -> RunSettings:
+    if plan.settings.global_batch_size is not None:
+        return plan.settings
+    each = plan.settings.batch_size * max(plan.dp, 1)
+    # The interleaved schedule takes micro batches in groups of PP.
+    each *= plan.settings.pp if plan.settings.vpp > 1 else 1
+    return replace(plan.settings, global_batch_size=-(-SMALLEST_GLOBAL_BATCH // each) * each)
 
 
 def registered_mixers() -> tuple[str, ...]:

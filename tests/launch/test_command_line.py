@@ -13,7 +13,7 @@ from linear_moe.model.families import (
     megatron_arguments,
     padded_vocab_size,
 )
-from tests.launch.plans import make_plan
+from tests.launch.plans import make_plan, message
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,17 @@ def test_mock_data_needs_no_file(parser: argparse.ArgumentParser):
     args = parse(parser, VOCAB_SIZE="5000")
     assert args.mock_data and args.data_path is None
     assert (args.tokenizer_type, args.vocab_size, args.padded_vocab_size) == ("NullTokenizer", 5000, 5120)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layout", "found"),
+    [(1, {}, 8), (2, {}, 8), (8, {}, 32), (3, {}, 12), (2, {"PP": "2", "VPP": "2"}, 8), (8, {"TP": "4"}, 8)],
+)
+def test_the_default_global_batch_suits_every_machine(gpus: int, layout: dict[str, str], found: int):
+    plan = make_plan(gpus, **layout)
+    assert plan.global_batch_size == found
+    assert message(gpus, **layout) == ""
+    assert plan.settings.tokens_per_step == found * plan.settings.seq_len
 
 
 def test_blends(parser: argparse.ArgumentParser):
