@@ -106,4 +106,7 @@ class _Lines:
             self.target.write(wanted)
             self.target.flush()
         except BrokenPipeError:
-            self.show = lambda line: False  # our reader is gone (`| head`): the run and its log go on
+            # Our reader is gone (`| head`): the run and its log go on, and what is buffered is flushed into nothing.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.target.fileno())
+            os.close(nowhere)
