@@ -145,7 +145,9 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     set_start_method("fork", force=True)  # the default of an ordinary process, for data loaders
     _die_with_parent()
-    os.register_at_fork(after_in_child=_die_with_parent)  # Megatron's checkpoint queue lives in a forked process
+    os.register_at_fork(
+        after_in_child=_die_with_parent
+    )  # Megatron's checkpoint queue lives in a forked process
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ |= {"LOCAL_RANK": str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -13,10 +13,9 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 
 from linear_moe.model.attention import CoreAttention
-from linear_moe.model.experts import GroupedExperts
+from linear_moe.model.experts import GroupedExperts, SequentialExperts
 from linear_moe.model.norm import LayerNorm, RMSNorm
 
 
@@ -65,7 +64,7 @@ class LinearMoEBackend(BackendSpecProvider):
         if not self.sequential_experts:
             return GroupedExperts
         return partial(
-            SequentialMLP,
+            SequentialExperts,
             submodules=MLPSubmodules(
                 linear_fc1=self.column_parallel_linear(),
                 linear_fc2=self.row_parallel_linear(),

@@ -23,6 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -153,8 +154,8 @@ class GroupedExperts(MegatronModule):
         weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=stride)
         # Megatron keeps such parameters in an optimizer of their own and reduces them over expert data-parallel ranks.
-        # Its experts do so with expert parallelism only, so that EP = 1 and EP > 1 cannot load each other's optimizer;
-        # the group is the right one in every layout, so here they always do.
+        # It does so with expert parallelism only, hence EP = 1 and EP > 1 cannot load each other's optimizer there;
+        # the group is the right one in every layout, so here it always does.
         weight.allreduce = False  # type: ignore[attr-defined]
         return weight
 
@@ -187,6 +188,15 @@ class GroupedExperts(MegatronModule):
                 if 0 <= e < self.num_local_experts:
                     parts = whole.chunk(stride * tp_size, dim=dim)[tp_rank::tp_size]
                     weight[e].copy_(torch.cat(parts, dim=dim))
+
+
+class SequentialExperts(SequentialMLP):
+    """Megatron's loop over experts, with the optimizer that :class:`GroupedExperts` has: they share checkpoints."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for weight in self.parameters():
+            weight.allreduce = False  # type: ignore[attr-defined]
 
 
 def _drop_extra_states(module: torch.nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:

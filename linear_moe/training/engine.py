@@ -55,8 +55,9 @@ def install(
     check_version()
     if not (Path(datasets.__file__).parent / "Makefile").exists():
         _assign(datasets, "compile_helpers", lambda original: check_compiled_helpers)
+    optimizer = distributed.DistributedOptimizer
+    _assign(optimizer, "_build_optimizer_group_ranges", _number_float32_parameters_first)
     if not distributed.HAVE_APEX_OR_TE:
-        optimizer = distributed.DistributedOptimizer
         _assign(optimizer, "state_dict", _state_dict_of_a_fresh_optimizer)
         _assign(optimizer, "load_state_dict", _load_state_dict_with_own_steps)
         _assign(optimizer, "_set_main_param_and_optimizer_states", _set_states_but_the_step)
@@ -110,6 +111,26 @@ def check_compiled_helpers() -> None:
             f"Megatron's compiled dataset helpers do not import ({error}), and without them no token file can be read. "
             "Reinstall the wheel for this Python: pip install --force-reinstall --no-deps megatron-core==0.19.2"
         ) from error
+
+
+def _number_float32_parameters_first(original: Callable) -> Any:
+    """``_build_optimizer_group_ranges`` numbers a group's parameters as its buffers hold them.
+
+    The optimizer that is made from them lists float32 parameters first (``_build_model_and_main_param_groups``). In a
+    half-precision model with float32 gates the numbers then name other parameters, and a checkpoint holds the state of
+    the wrong ones, or cannot be written.
+    """
+
+    @functools.wraps(original)
+    def build(param_groups: list[dict], gbuf_ranges: list[dict]) -> tuple[dict, list[dict]]:
+        numbers, group_ranges = original(param_groups, gbuf_ranges)
+        for group in group_ranges:
+            group["params"].sort(key=lambda param: param.dtype != torch.float32)  # stable
+            for number, param in enumerate(group["params"]):
+                numbers[param] = (numbers[param][0], number)
+        return numbers, group_ranges
+
+    return staticmethod(build)
 
 
 # Resuming with DistributedOptimizer over torch.optim.Adam: Apex and Transformer Engine keep one `step` in the parameter

@@ -54,7 +54,11 @@ def test_the_message_shown_is_the_message_printed():
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\blinear_moe(?:\.\w+)+", WORDS))))
-def test_dotted_names_import(name: str):
+def test_dotted_names_import(name: str, gloo):
+    gloo(1, import_dotted, name)  # in a worker: the training modules switch their process to the CPU platform
+
+
+def import_dotted(rank: int, world: int, name: str) -> None:
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:

@@ -2,12 +2,11 @@
 
 import pytest
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.moe.experts import SequentialMLP
 
 from linear_moe.model import backend
 from linear_moe.model.attention import CoreAttention
 from linear_moe.model.backend import make_backend
-from linear_moe.model.experts import GroupedExperts
+from linear_moe.model.experts import GroupedExperts, SequentialExperts
 from linear_moe.model.norm import LayerNorm, RMSNorm
 
 
@@ -20,7 +19,7 @@ def test_local():
     assert not blocks.fuse_layernorm_and_linear() and blocks.column_parallel_layer_norm_linear() is None
     assert blocks.grouped_mlp_modules(False) is blocks.grouped_mlp_modules(True) is GroupedExperts
     sequential = make_backend("local", sequential_experts=True).grouped_mlp_modules(True)
-    assert sequential.func is SequentialMLP
+    assert sequential.func is SequentialExperts
 
 
 @pytest.mark.parametrize("name", ["inference_optimized", "transformer_engine"])

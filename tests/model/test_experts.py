@@ -176,7 +176,7 @@ def moe_layer(rank: int, world_size: int, layout: dict[str, int], dispatcher: st
         x = torch.randn(6, 2, D, generator=torch.Generator().manual_seed(rank), requires_grad=True)
         out, _ = layer(x)
         (out * out.detach().cos()).sum().backward()
-        kind = "SequentialMLP" if sequential else "GroupedExperts"
+        kind = "SequentialExperts" if sequential else "GroupedExperts"
         assert type(layer.experts).__name__ == kind
         layer.experts.backward_dw()
         marks = {

@@ -133,11 +133,12 @@ class Model(torch.nn.Module):
     def __init__(self, layout: dict[str, int], sequential: bool) -> None:
         super().__init__()
         self.experts = experts(layout, sequential, gated=True)
-        self.gain = torch.nn.Parameter(torch.ones(D))  # an optimizer of its own when experts have one
+        # Experts have an optimizer of their own, so this is the other one; large enough for every rank to hold some.
+        self.gain = torch.nn.Parameter(torch.ones(16, D))
         self.config = self.experts.config
 
     def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return self.experts(x, counts, torch.ones(len(x)))[0] * self.gain
+        return self.experts(x, counts, torch.ones(len(x)))[0] * self.gain.mean(0)
 
     def sharded_state_dict(self, *args: Any, metadata: dict[str, Any]) -> dict[str, Any]:
         gain = make_sharded_tensors_for_checkpoint(

@@ -30,13 +30,15 @@ def arguments(run: Path, *extra: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("optimizer", ["distributed", "plain"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+CASES = [(layout, "distributed") for layout in LAYOUTS]
+CASES += [("one process", "plain"), ("tp2", "plain"), ("one process", "bf16"), ("tp2", "bf16")]
+OPTIMIZERS = {"distributed": DISTRIBUTED_OPTIMIZER, "plain": [], "bf16": [*DISTRIBUTED_OPTIMIZER, "--bf16"]}
+
+
+@pytest.mark.parametrize("layout,optimizer", CASES)
 def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, gloo, tmp_path):
-    if optimizer == "plain" and layout not in ("one process", "tp2"):
-        pytest.skip("the plain optimizer's state does not depend on these layouts")
     world, flags = LAYOUTS[layout]
-    flags = flags + (DISTRIBUTED_OPTIMIZER if optimizer == "distributed" else [])
+    flags = flags + OPTIMIZERS[optimizer]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     uninterrupted = gloo(world, train, arguments(whole, *flags))
     gloo(world, train, arguments(parts, *flags, "--exit-interval", "5"))
