@@ -34,7 +34,7 @@ def inputs(op, decay, packed):
 
 
 def run(fn, tensors, cu_seqlens, device, dtype):
-    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
+    leaves = {name: x.detach().to(device, dtype).clone().requires_grad_() for name, x in tensors.items()}
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
     o, state = fn(**leaves, scale=0.5, cu_seqlens=cu_seqlens)
     (o.double().sin().sum() + state.double().cos().sum()).backward()
