@@ -7,7 +7,6 @@ when its size changes. Every worker is on the CPU platform, single-threaded, and
 """
 
 import contextlib
-import ctypes
 import datetime
 import faulthandler
 import os
@@ -130,6 +129,8 @@ class Pool:
         """End every worker; the next ``run`` starts new ones."""
         for process, pipe, _ in self.workers:
             pipe.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process, _, _ in self.workers:
             process.join()
@@ -143,11 +144,8 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.setsid()  # a process group of its own, to end it whole
     set_start_method("fork", force=True)  # the default of an ordinary process, for data loaders
-    _die_with_parent()
-    os.register_at_fork(
-        after_in_child=_die_with_parent
-    )  # Megatron's checkpoint queue lives in a forked process
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ |= {"LOCAL_RANK": str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -163,7 +161,7 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
         try:
             world_size, world, address, path, task = pipe.recv()
         except EOFError:  # the test session is over
-            os._exit(0)
+            os.killpg(0, signal.SIGKILL)
         try:
             sys.path[:] = path
             if world != current:
@@ -185,13 +183,7 @@ def _end_with(parent: int) -> None:
     """End this process once its parent is gone, even from within a collective that never returns."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    os._exit(1)
-
-
-def _die_with_parent() -> None:
-    """However the parent ends, this process ends: a killed test session leaves nothing behind."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)  # with the process that Megatron keeps for its checkpoint queue
 
 
 def _pickled_error(error: BaseException) -> bytes:
@@ -282,6 +274,9 @@ def leave_model_parallel() -> None:
         training is not None
     ):  # times of a pretrain() in an earlier, smaller world: ranks would disagree on having them
         training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+        training._seqlen_stats_active = (
+            False  # a packed micro-batch that no step consumed: a collective on some ranks only
+        )
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not dist.group.WORLD:

@@ -4,6 +4,8 @@ Random weights, float64, router too. Where a model reads all tokens at once and 
 next token is the same, for every mixer, pure and between softmax layers, dense and with experts.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -90,7 +92,9 @@ def memory_sizes(rank, world, kinds):
         decoder = Decoder(loaded.model, 3, 100)
         decoder.feed(torch.tensor(prompts(3, length)))
         decoder.feed(torch.tensor(prompts(3, 1)))
-        sizes[length] = decoder.memory_size()
+        sizes[length] = dataclasses.astuple(
+            decoder.memory_size()
+        )  # the class would import Megatron in the test
     return sizes
 
 
@@ -99,9 +103,9 @@ def test_the_recurrent_state_does_not_grow(gloo):
     sizes = gloo(1, memory_sizes, ["gated_deltanet", "softmax", "linear_attention"])[0]
     states = 2 * batch * heads * width * width
     tail = batch * 3 * heads * 3 * width  # conv_size - 1 inputs of q, k and v
-    for size in sizes.values():
-        assert size.recurrent == 4 * (states + tail)
-        assert size.kv_cache == 4 * 2 * longest * batch * heads * width
+    for recurrent, kv_cache in sizes.values():
+        assert recurrent == 4 * (states + tail)
+        assert kv_cache == 4 * 2 * longest * batch * heads * width
 
 
 def drawn(rank, world):
