@@ -1,5 +1,5 @@
 # Everything a person types. Each target makes the environment first, which does nothing when it is up to date.
-.PHONY: help setup demo test test-gpu lint clean
+.PHONY: help setup demo test test-gpu parity lint clean
 
 python := .venv/bin/python
 
@@ -7,6 +7,7 @@ help:
 	@echo "make demo      train a small hybrid Linear-MoE on real text, continue a prompt, draw the loss"
 	@echo "make test      the whole test suite, on CPU; ARGS='tests/launch -k heads' picks"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make parity    every layout x every mixer against one process (a few minutes; make test runs a part)"
 	@echo "make lint      ruff, its formatter, mypy"
 	@echo "make setup     only the environment, in .venv (PYTHON=<python3.12> chooses the interpreter)"
 	@echo "make clean     remove caches and build output; .venv and runs/ stay"
@@ -22,6 +23,9 @@ test: setup
 
 test-gpu: setup
 	@$(python) -m pytest -m gpu $(ARGS)
+
+parity: setup
+	@LINEAR_MOE_ALL_LAYOUTS=1 $(python) -m pytest tests/training/test_layouts.py $(ARGS)
 
 lint: setup
 	$(python) -m ruff check .
