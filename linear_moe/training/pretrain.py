@@ -118,8 +118,9 @@ def forward_step(data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, Any
     return output, partial(loss_func, batch.loss_mask)
 
 
-def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the losses of unmasked tokens, their number, and both for the log."""
+def loss_func(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the losses of unmasked tokens, their number, and both for the log; called on the last stage only."""
+    assert loss_mask is not None
     mask = loss_mask.reshape(-1).float()
     loss = (losses.reshape(-1).float() * mask).sum()
     num_tokens = mask.sum().to(torch.int)
