@@ -1,1 +1,1 @@
-"""parallel"""
+"""Context parallelism: layouts, LASP-2 and halos; knows segments, no mixer."""
