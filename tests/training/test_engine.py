@@ -233,7 +233,9 @@ def installs(rank: int, world_size: int) -> None:
         return lambda *args: original
 
     engine.install()
-    stock = engine.stock(training, "num_floating_point_operations")  # earlier runs in this worker may have replaced it
+    stock = engine.stock(
+        training, "num_floating_point_operations"
+    )  # earlier runs in this worker may have replaced it
     assert stock.__name__ == "num_floating_point_operations"
     engine.install(flops=flops, training_log=wrap)
     engine.install(flops=flops, training_log=wrap)
