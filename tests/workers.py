@@ -9,6 +9,7 @@ when its size changes. Every worker is on the CPU platform, single-threaded, and
 import contextlib
 import datetime
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -40,8 +41,7 @@ class Pool:
     def run(self, world_size: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
         """:meth:`run_once`, and once more after a time-out, with a warning that the summary shows.
 
-        Seen once in about 400 runs, not understood: all ranks of TP2 wait in the same all-reduce over gloo. A hang that
-        is in the code happens twice.
+        A busy machine may need more than the limit once; a hang that is in the code happens twice.
         """
         try:
             return self.run_once(world_size, fn, *args, timeout=timeout)
@@ -189,6 +189,8 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
             leave_model_parallel()
         except Exception:
             traceback.print_exc()
+        gc.collect()
+        gc.freeze()  # what is left lives as long as the worker: Megatron collects garbage in every save
         pipe.send(reply)
 
 
