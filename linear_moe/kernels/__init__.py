@@ -1,6 +1,23 @@
 """Linear-recurrence kernels: pure functions of tensors, no Megatron and no mixers."""
 
-from linear_moe.kernels.ops import delta_rule, delta_rule_segment, diag_decay, diag_decay_segment, short_conv
+from linear_moe.kernels.ops import (
+    delta_rule,
+    delta_rule_segment,
+    diag_decay,
+    diag_decay_segment,
+    dplr_delta_rule,
+    dplr_delta_rule_segment,
+    short_conv,
+)
 from linear_moe.kernels.segment import Segment
 
-__all__ = ["Segment", "delta_rule", "delta_rule_segment", "diag_decay", "diag_decay_segment", "short_conv"]
+__all__ = [
+    "Segment",
+    "delta_rule",
+    "delta_rule_segment",
+    "diag_decay",
+    "diag_decay_segment",
+    "dplr_delta_rule",
+    "dplr_delta_rule_segment",
+    "short_conv",
+]

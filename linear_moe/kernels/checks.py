@@ -22,7 +22,7 @@ def check_scan(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """What both recurrence families share; ``q`` is ``None`` for a segment."""
+    """What the recurrence families share; ``q`` is ``None`` for a segment."""
     for name, x, legend in (("k", k, "[B, T, Hqk, K]"), ("v", v, "[B, T, H, V]")):
         _check_float(name, x, v.device)
         if x.ndim != 4 or 0 in x.shape:
@@ -75,6 +75,13 @@ def check_beta(v: Tensor, beta: Tensor) -> None:
     """``beta``, after :func:`check_scan`."""
     _check_float("beta", beta, v.device)
     _check_shape("beta", beta, v.shape[:3], "[B, T, H]")
+
+
+def check_low_rank(k: Tensor, a: Tensor, b: Tensor) -> None:
+    """``a`` and ``b``, after :func:`check_scan`."""
+    for name, x in (("a", a), ("b", b)):
+        _check_float(name, x, k.device)
+        _check_shape(name, x, k.shape, "[B, T, Hqk, K], as k")
 
 
 def check_conv(

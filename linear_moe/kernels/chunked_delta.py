@@ -73,10 +73,10 @@ def _delta_core(
 ) -> tuple[Tensor, Tensor]:
     num_heads = v.shape[2]
     q = q * scale
-    (a_qk, a_kk), around = scores([q, k], k, log_decay, num_heads)
+    (a_qk, a_kk), around = scores([q, k], [k], log_decay, num_heads)
     q, k = repeat_heads(q, num_heads), repeat_heads(k, num_heads)
     solved = _solve(a_kk, k, v, beta, around)
-    decay, write = _chunk_action(k, solved, around)
+    decay, write = chunk_action(k, solved, around)
     if state is None:
         state = v.new_zeros(num_documents, *write.shape[2:])
     before, final = carry_states(chunks, decay, write, state, dense=True)
@@ -88,32 +88,47 @@ def _delta_core(
 def _segment_core(
     chunks: Chunks, num_documents: int, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
 ) -> tuple[None, Tensor, Tensor]:
-    num_heads, num_keys, num_values = v.shape[2], k.shape[-1], v.shape[-1]
-    (a_kk,), around = scores([k], k, log_decay, num_heads)
+    num_heads = v.shape[2]
+    (a_kk,), around = scores([k], [k], log_decay, num_heads)
     k = repeat_heads(k, num_heads)
-    decay, write = _chunk_action(k, _solve(a_kk, k, v, beta, around), around)
+    decay, write = chunk_action(k, _solve(a_kk, k, v, beta, around), around)
+    return None, *document_action(chunks, num_documents, decay, write)
+
+
+def document_action(
+    chunks: Chunks, num_documents: int, decay: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``[N, H, K, V]`` written and ``[N, H, K, K]`` kept by each document, from those of its chunks."""
+    num_heads, num_keys, num_values = write.shape[2:]
     # Columns of a memory do not mix: beside the empty one, carry the identity, to which nothing is written.
     write = torch.nn.functional.pad(write, (0, num_keys))
-    identity = torch.eye(num_keys, dtype=v.dtype, device=v.device).expand(num_documents, num_heads, -1, -1)
+    identity = torch.eye(num_keys, dtype=write.dtype, device=write.device).expand(
+        num_documents, num_heads, -1, -1
+    )
     state = torch.nn.functional.pad(identity, (num_values, 0))
     final = carry_states(chunks, decay, write, state, dense=True)[1]
-    return None, final[..., :num_values], final[..., num_values:]
+    return final[..., :num_values], final[..., num_values:]
 
 
 def _solve(a_kk: Tensor, k: Tensor, v: Tensor, beta: Tensor, around: Decays) -> Tensor:
     """``[u | y]`` of the module docstring: ``[L, B, H, C, V + K]``."""
     beta = beta.unsqueeze(-1)
     read = k if around.read is None else k * around.read
-    return _SolveUnitLower.apply(beta * a_kk, torch.cat([beta * v, -beta * read], -1))
+    return solve_unit_lower(beta * a_kk, torch.cat([beta * v, -beta * read], -1))
 
 
-def _chunk_action(k: Tensor, solved: Tensor, around: Decays) -> tuple[Tensor, Tensor]:
-    """What a chunk does to a memory: ``[L, B, H, K, K]`` and ``[L, B, H, K, V]``."""
+def chunk_action(k: Tensor, solved: Tensor, around: Decays) -> tuple[Tensor, Tensor]:
+    """What a chunk that writes ``k (u + y S)^T`` does to a memory: ``[L, B, H, K, K]`` and ``[L, B, H, K, V]``."""
     written = k if around.write is None else k * around.write
     num_keys = k.shape[-1]
     write, decay = (written.mT @ solved).split([solved.shape[-1] - num_keys, num_keys], -1)
     eye = torch.eye(num_keys, dtype=k.dtype, device=k.device)
     return decay + (eye if around.total is None else eye * around.total.unsqueeze(-1)), write
+
+
+def solve_unit_lower(a: Tensor, y: Tensor) -> Tensor:
+    """``x`` in ``(I + tril(a, -1)) x = y``; C a power of two."""
+    return _SolveUnitLower.apply(a, y)
 
 
 class _SolveUnitLower(torch.autograd.Function):

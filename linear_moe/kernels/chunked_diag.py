@@ -62,7 +62,8 @@ def per_token(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
     """A constant per head, ``[H]``, as ``[B, T, H]``: packing pads it, and a padded slot must not decay."""
     if log_decay is None or log_decay.ndim > 1:
         return log_decay
-    return log_decay.expand(v.shape[:3])
+    # wide before the expansion: its gradient is a sum over all tokens, and rounds once, after the sum
+    return log_decay.to(torch.promote_types(log_decay.dtype, torch.float32)).expand(v.shape[:3])
 
 
 def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -83,7 +84,7 @@ def _diag_core(
 ) -> tuple[Tensor, Tensor]:
     num_heads = v.shape[2]
     q = q * scale
-    (a,), around = scores([q], k, log_decay, num_heads, read_first=bonus is not None)
+    (a,), around = scores([q], [k], log_decay, num_heads, read_first=bonus is not None)
     q, k = repeat_heads(q, num_heads), repeat_heads(k, num_heads)
 
     read_v = write_v = total_v = None

@@ -64,27 +64,28 @@ class Halves:
 
 def scores(
     queries: Sequence[Tensor],
-    k: Tensor,
+    keys: Sequence[Tensor],
     log_decay: Tensor | None,
     num_heads: int,
     *,
     read_first: bool = False,
 ) -> tuple[list[Tensor], Decays]:
-    """Decayed scores of several queries against the same keys, and the decays around the chunk.
+    """Decayed scores of several queries against several keys, and the decays around the chunk.
 
     Args:
         queries: ``[L, B, G, C, K]`` each.
-        k: ``[L, B, G, C, K]``.
+        keys: ``[L, B, G, C, K]`` each.
         log_decay: ``None``, ``[L, B, H, C]`` or ``[L, B, H, C, K]``.
         num_heads: H, a multiple of G.
         read_first: a query reads before its own token decays and writes the memory, so i = j scores 0.
 
     Returns:
-        ``[L, B, H, C, C]`` for each query, 0 above the diagonal, and the decays.
+        ``[L, B, H, C, C]`` for each query and key (all keys of the first query first), 0 above the diagonal, and
+        the decays.
     """
-    if log_decay is not None and log_decay.ndim == k.ndim:
-        return _vector_scores(queries, k, log_decay, num_heads, read_first)
-    plain = [repeat_heads(q @ k.mT, num_heads) for q in queries]
+    if log_decay is not None and log_decay.ndim == keys[0].ndim:
+        return _vector_scores(queries, keys, log_decay, num_heads, read_first)
+    plain = [repeat_heads(q @ k.mT, num_heads) for q in queries for k in keys]
     if log_decay is None:
         return [a.tril(-1 if read_first else 0) for a in plain], Decays(None, None, None)
     decay, around = _scalar_decays(log_decay, read_first)
@@ -107,18 +108,19 @@ def _scalar_decays(log_decay: Tensor, read_first: bool) -> tuple[Tensor, Decays]
 
 
 def _vector_scores(
-    queries: Sequence[Tensor], k: Tensor, log_decay: Tensor, num_heads: int, read_first: bool
+    queries: Sequence[Tensor], keys: Sequence[Tensor], log_decay: Tensor, num_heads: int, read_first: bool
 ) -> tuple[list[Tensor], Decays]:
     queries = [repeat_heads(q, num_heads) for q in queries]
-    k = repeat_heads(k, num_heads)
+    keys = [repeat_heads(k, num_heads) for k in keys]
     halves = Halves.of(log_decay, read_first=read_first)
     if read_first:
-        blocks = [torch.zeros_like(k[..., :1]).unsqueeze(-1) for _ in queries]
+        blocks = [torch.zeros_like(k[..., :1]).unsqueeze(-1) for _ in queries for k in keys]
     else:
-        blocks = [(q * k).sum(-1)[..., None, None] for q in queries]
+        blocks = [(q * k).sum(-1)[..., None, None] for q in queries for k in keys]
     for level, (read, write) in enumerate(halves.levels):
-        keys = (_pairs(k, level)[0] * write).mT
-        across = [(_pairs(q, level)[1] * read) @ keys for q in queries]
+        reads = [_pairs(q, level)[1] * read for q in queries]
+        writes = [(_pairs(k, level)[0] * write).mT for k in keys]
+        across = [q @ k for q in reads for k in writes]
         blocks = [merge_blocks(block, a) for block, a in zip(blocks, across)]
     return [block.squeeze(-3) for block in blocks], halves.whole
 

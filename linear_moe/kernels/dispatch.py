@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
-from linear_moe.kernels import chunked_delta, chunked_diag, conv, reference
+from linear_moe.kernels import chunked_delta, chunked_diag, chunked_dplr, conv, reference
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
 
@@ -44,6 +46,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "delta_rule": _backends(chunked_delta.delta_rule, reference.delta_rule),
     "diag_decay_segment": _backends(chunked_diag.diag_decay_segment, reference.diag_decay_segment),
     "delta_rule_segment": _backends(chunked_delta.delta_rule_segment, reference.delta_rule_segment),
+    "dplr_delta_rule": _backends(chunked_dplr.dplr_delta_rule, reference.dplr_delta_rule),
+    "dplr_delta_rule_segment": _backends(
+        chunked_dplr.dplr_delta_rule_segment, reference.dplr_delta_rule_segment
+    ),
     "short_conv": _backends(conv.short_conv, reference.short_conv),
 }
 
@@ -73,3 +79,19 @@ def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """One line for the start-up log, such as ``diag_decay: chunked (torch operations, any device and dtype)``."""
     backend, reason = pick(op, device, dtype)
     return f"{op}: {backend.name} ({reason})"
+
+
+def warn_if_unfused(op: str, backend: Backend, device: torch.device) -> None:
+    """Say, once for each operation, that a GPU runs it without a fused kernel; quiet where somebody chose so."""
+    if device.type == "cuda" and backend.name == "chunked" and not os.environ.get(ENVIRONMENT_VARIABLE):
+        _warn_of_torch_once(op)
+
+
+@cache
+def _warn_of_torch_once(op: str) -> None:
+    warnings.warn(
+        f"{op} has no fused kernel for this device and runs on chunked torch: the same results, but every operation, "
+        f"and every step from chunk to chunk, is a launch of its own with intermediates in GPU memory, so it is "
+        f"slower than a fused kernel; {ENVIRONMENT_VARIABLE}=chunked chooses it without this notice",
+        stacklevel=2,
+    )

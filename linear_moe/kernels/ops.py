@@ -2,6 +2,7 @@
 
     diagonal   S_t = a_t * S_{t-1} + k_t v_t^T                          o_t = scale * S_t^T q_t
     delta      S'  = a_t * S_{t-1},  S_t = S' - beta_t k_t (k_t^T S') + beta_t k_t v_t^T
+    dplr       S_t = exp(log_decay_t) * S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
 
 Letters: B batch, T tokens, Hqk query/key heads (a divisor of H: head h uses h // (H // Hqk)), H heads, K key dim,
 V value dim, N documents (B when not packed), W convolution width, C channels (any number of dims).
@@ -82,6 +83,31 @@ def delta_rule(
     return _run("delta_rule", v, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
 
 
+def dplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read a memory whose transition is a diagonal plus a low-rank (here rank-1) part, as in RWKV7.
+
+    As :func:`diag_decay`, with ``a`` and ``b`` ``[B, T, Hqk, K]`` in any float dtype: what the memory holds under
+    ``a``, read before the decay of this token, is added under ``b``. RWKV7 (arXiv:2503.14456) passes
+    ``a = -kappa_hat`` and ``b = kappa_hat * iclr``. They are used as they are: a transition that stretches makes the
+    memory grow without bound.
+    """
+    checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
+    checks.check_low_rank(k, a, b)
+    options = dict(scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return _run("dplr_delta_rule", v, q, k, v, a, b, log_decay, **options)
+
+
 def diag_decay_segment(
     k: Tensor,
     v: Tensor,
@@ -113,6 +139,26 @@ def delta_rule_segment(
     checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
     checks.check_beta(v, beta)
     return _run("delta_rule_segment", v, k, v, beta, log_decay, cu_seqlens=cu_seqlens)
+
+
+def dplr_delta_rule_segment(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Segment:
+    """What each row, or each packed document, does to any memory; arguments as in :func:`dplr_delta_rule`.
+
+    Returns:
+        ``state`` ``[N, H, K, V]`` and the dense ``decay`` ``[N, H, K, K]``, such that ``carry(state)`` is the memory
+        that :func:`dplr_delta_rule` would return. Empty documents give the identity.
+    """
+    checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
+    checks.check_low_rank(k, a, b)
+    return _run("dplr_delta_rule_segment", v, k, v, a, b, log_decay, cu_seqlens=cu_seqlens)
 
 
 def short_conv(
@@ -148,4 +194,5 @@ def short_conv(
 
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     backend, _ = dispatch.pick(op, like.device, like.dtype)
+    dispatch.warn_if_unfused(op, backend, like.device)
     return backend.run(*args, **kwargs)

@@ -4,6 +4,7 @@
                o_t = scale * S_t^T q_t                    with bonus: scale * (S_{t-1} + (u * k_t) v_t^T)^T q_t
     delta      S'  = a_t * S_{t-1}
                S_t = S' - beta_t k_t (k_t^T S') + beta_t k_t v_t^T,      o_t = scale * S_t^T q_t
+    dplr       S_t = a_t * S_{t-1} + b_t (a'_t^T S_{t-1}) + k_t v_t^T,   o_t = scale * S_t^T q_t    (a' is argument a)
 
 Nothing here is shared with the chunked code. Slow: one Python step for each token.
 
@@ -99,6 +100,43 @@ def delta_rule(
     return o.to(v.dtype), memory
 
 
+def dplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Diagonal plus low-rank transition; shapes as in :func:`linear_moe.kernels.dplr_delta_rule`."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    num_heads = v.shape[2]
+    log_decay = _per_token(log_decay, v)
+
+    def run(tokens: TokenInputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+        q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_a = (None if x is None else x.to(dtype) for x in tokens)
+        assert q_BTHK is not None and k_BTHK is not None and v_BTHV is not None
+        assert a_BTHK is not None and b_BTHK is not None
+        outputs = []
+        for t in range(v_BTHV.shape[1]):
+            stored_BHV = torch.einsum("bhk,bhkv->bhv", a_BTHK[:, t], memory)
+            if log_a is not None:
+                memory = memory * _column(log_a[:, t]).exp()
+            memory = memory + b_BTHK[:, t, :, :, None] * stored_BHV[:, :, None, :]
+            memory = memory + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
+            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_BTHK[:, t], memory))
+        return torch.stack(outputs, 1), memory
+
+    q, k, a, b = (_repeat_heads(x, num_heads) for x in (q, k, a, b))
+    memory = _initial(state, k, v, cu_seqlens, dtype)
+    o, memory = _each_document(run, (q, k, v, a, b, log_decay), memory, cu_seqlens)
+    return o.to(v.dtype), memory
+
+
 def diag_decay_segment(
     k: Tensor,
     v: Tensor,
@@ -128,6 +166,24 @@ def delta_rule_segment(
     nothing = v.new_zeros(*v.shape[:3], num_keys)
     identity = torch.eye(num_keys, dtype=state.dtype, device=v.device).expand(*state.shape[:2], -1, -1)
     _, decay = delta_rule(k, k, nothing, beta, log_decay, state=identity, cu_seqlens=cu_seqlens)
+    return Segment(state, decay=decay)
+
+
+def dplr_delta_rule_segment(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Segment:
+    """The memory a run leaves when it starts empty, and what it makes of the identity when it writes nothing."""
+    _, state = dplr_delta_rule(k, k, v, a, b, log_decay, cu_seqlens=cu_seqlens)
+    num_keys = k.shape[-1]
+    nothing = v.new_zeros(*v.shape[:3], num_keys)
+    identity = torch.eye(num_keys, dtype=state.dtype, device=v.device).expand(*state.shape[:2], -1, -1)
+    _, decay = dplr_delta_rule(k, k, nothing, a, b, log_decay, state=identity, cu_seqlens=cu_seqlens)
     return Segment(state, decay=decay)
 
 

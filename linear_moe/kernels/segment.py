@@ -1,10 +1,10 @@
 """What a run of tokens does to any memory, and how two runs compose.
 
-Both recurrence families are affine in the memory ``S`` (``K x V`` per head), so a run of tokens is the pair
+Every recurrence family is affine in the memory ``S`` (``K x V`` per head), so a run of tokens is the pair
 (decay, state):
 
     diagonal   S_out = exp(log_decay) * S_in + state      log_decay broadcasts against [N, H, K, V]
-    dense      S_out = decay @ S_in + state               decay [N, H, K, K]
+    dense      S_out = decay @ S_in + state               decay [N, H, K, K]: both delta rules
 
 Composition is associative; LASP-2 (arXiv:2502.07563) needs nothing else.
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.kernels import chunked_delta, chunked_diag, reference
+from linear_moe.kernels import chunked_delta, chunked_diag, chunked_dplr, reference
 
 # Not set by cu_seqlens alone: two empty documents at the start, one in the middle, two at the end, one of one token.
 PACKED = (0, 0, 0, 1, 8, 8, 72, 137, 200, 200, 200)
 DECAYS = ("none", "head", "scalar", "vector")
+OPS = ("diag_decay", "delta_rule", "dplr_delta_rule")
 
 
 class Chunked:
@@ -25,6 +26,8 @@ class Chunked:
     delta_rule = staticmethod(chunked_delta.delta_rule)
     diag_decay_segment = staticmethod(chunked_diag.diag_decay_segment)
     delta_rule_segment = staticmethod(chunked_delta.delta_rule_segment)
+    dplr_delta_rule = staticmethod(chunked_dplr.dplr_delta_rule)
+    dplr_delta_rule_segment = staticmethod(chunked_dplr.dplr_delta_rule_segment)
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Inputs:
         return Inputs(self.op, leaves, self.scale)
 
     def segment(self, module: ModuleType | type) -> Any:
-        names = ("k", "v", "beta", "log_decay", "log_decay_v", "cu_seqlens")
+        names = ("k", "v", "beta", "a", "b", "log_decay", "log_decay_v", "cu_seqlens")
         return getattr(module, self.op + "_segment")(
             **{n: self.tensors[n] for n in names if n in self.tensors}
         )
@@ -94,6 +97,10 @@ def make(
     if op == "delta_rule":
         tensors["k"] = torch.nn.functional.normalize(tensors["k"], dim=-1)
         tensors["beta"] = uniform(*shape)
+    if op == "dplr_delta_rule":  # as in RWKV7
+        removed = torch.nn.functional.normalize(normal(batch, num_tokens, groups, num_keys), dim=-1)
+        tensors["a"] = -removed
+        tensors["b"] = removed * uniform(batch, num_tokens, groups, num_keys)
     if extra == "log_decay_v":
         tensors["log_decay_v"] = -strength * uniform(*shape, num_values)
     if extra == "bonus":

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from scan_cases import OPS
 
-from linear_moe.kernels import delta_rule, diag_decay, reference, short_conv
+from linear_moe import kernels
+from linear_moe.kernels import reference, short_conv
 
 pytestmark = pytest.mark.gpu
 
@@ -24,8 +26,11 @@ def inputs(op, decay, packed):
         "k": unit(B, T, H, K),
         "v": torch.randn(B, T, H, V, dtype=torch.float64),
     }
-    if op == "delta":
+    if op == "delta_rule":
         tensors["beta"] = torch.rand(B, T, H, dtype=torch.float64)
+    if op == "dplr_delta_rule":
+        removed = unit(B, T, H, K)
+        tensors["a"], tensors["b"] = -removed, removed * torch.rand(B, T, H, K, dtype=torch.float64)
     log_decay = DECAYS[decay]((B, T, H, K))
     if log_decay is not None:
         tensors["log_decay"] = log_decay
@@ -44,9 +49,9 @@ def run(fn, tensors, cu_seqlens, device, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("op", ["diag", "delta"])
+@pytest.mark.parametrize("op", OPS)
 def test_cuda_equals_the_token_loop(op, decay, packed, dtype):
-    fast, loop = (diag_decay, reference.diag_decay) if op == "diag" else (delta_rule, reference.delta_rule)
+    fast, loop = getattr(kernels, op), getattr(reference, op)
     tensors, cu_seqlens = inputs(op, decay, packed)
     tensors = {
         name: x.to(dtype).double() for name, x in tensors.items()

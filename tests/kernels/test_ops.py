@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -66,6 +67,19 @@ def test_delta_rule_and_segments_refuse() -> None:
         kernels.diag_decay_segment(k, v, log_decay_v=beta)
 
 
+def test_dplr_and_its_segment_refuse() -> None:
+    inputs = make("dplr_delta_rule", num_tokens=8)
+    k, v, a, b = (inputs.tensors[name] for name in ("k", "v", "a", "b"))
+    with pytest.raises(
+        ValueError, match=r"a has shape \[2, 8, 2, 5\]. Pass \[B, T, Hqk, K\], as k = \[2, 8, 2, 6\]"
+    ):
+        inputs.run(kernels, a=a[..., :5])
+    with pytest.raises(ValueError, match=r"b is torch.int64. Pass a floating-point tensor"):
+        inputs.run(kernels, b=b.long())
+    with pytest.raises(ValueError, match="b has shape"):
+        kernels.dplr_delta_rule_segment(k, v, a, b[:, :, :1])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -95,6 +109,29 @@ def test_backend_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINEAR_MOE_KERNELS", "cuda")
     with pytest.raises(ValueError, match=r"LINEAR_MOE_KERNELS=cuda .* one of: chunked, reference"):
         inputs.run(kernels)
+
+
+def test_a_gpu_without_a_fused_kernel_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LINEAR_MOE_KERNELS", raising=False)
+    dispatch._warn_of_torch_once.cache_clear()
+    cuda = torch.device("cuda")
+
+    def notices(op: str, device: torch.device) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dispatch.warn_if_unfused(op, dispatch.pick(op, device, torch.bfloat16)[0], device)
+        return [str(warning.message) for warning in caught]
+
+    try:
+        assert not notices("dplr_delta_rule", CPU)
+        (message,) = notices("dplr_delta_rule", cuda)
+        assert message.startswith("dplr_delta_rule has no fused kernel") and "slower" in message
+        assert not notices("dplr_delta_rule", cuda)
+        assert len(notices("delta_rule", cuda)) == 1
+        monkeypatch.setenv("LINEAR_MOE_KERNELS", "chunked")
+        assert not notices("diag_decay", cuda)
+    finally:
+        dispatch._warn_of_torch_once.cache_clear()
 
 
 def test_every_public_operation_has_a_backend() -> None:

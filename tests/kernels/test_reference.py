@@ -53,6 +53,26 @@ def test_delta_rule_decays_then_erases_then_writes() -> None:
     assert state.item() == pytest.approx(second)
 
 
+def test_dplr_reads_before_the_decay_and_leaves_the_write_alone() -> None:
+    o, state = reference.dplr_delta_rule(
+        Q, K, V, row(-1, 0.5), row(0.25, 2), row(HALF, HALF), scale=0.1, state=STATE
+    )
+    first = 0.5 * 100 - 0.25 * 100 + 3 * 7
+    second = 0.5 * first + 2 * 0.5 * first + 5 * 11
+    assert o.flatten().tolist() == pytest.approx([0.1 * 2 * first, 0.1 * 10 * second])
+    assert state.item() == pytest.approx(second)
+
+
+def test_dplr_reads_under_a_and_adds_under_b() -> None:
+    """Two keys, so that a and b, and rows and columns, cannot be confused."""
+    x, y = torch.eye(2, dtype=torch.float64)
+    memory = torch.tensor([[10.0, 20], [30, 40]], dtype=torch.float64).view(1, 1, 2, 2)
+    zero = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
+    a, b, log_decay = x.expand(1, 1, 1, 2), y.expand(1, 1, 1, 2), torch.tensor([HALF, 0.0]).double()
+    _, state = reference.dplr_delta_rule(zero, zero, zero, a, b, log_decay.view(1, 1, 1, 2), state=memory)
+    assert state.squeeze().flatten().tolist() == pytest.approx([5, 10, 30 + 10, 40 + 20])
+
+
 def test_heads_share_the_keys_of_their_group() -> None:
     q = k = torch.eye(2, dtype=torch.float64).view(1, 1, 2, 2)
     v = torch.arange(1.0, 5.0, dtype=torch.float64).view(1, 1, 4, 1)

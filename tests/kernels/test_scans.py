@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scan_cases import DECAYS, PACKED, Chunked, Inputs, check, error, make, poison_empty, results
+from scan_cases import DECAYS, OPS, PACKED, Chunked, Inputs, check, error, make, poison_empty, results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +14,7 @@ from linear_moe.kernels import chunks, reference
 EXACT, SINGLE = 1e-10, 1e-5
 VARIANTS = [
     *[("diag_decay", decay, extra) for decay in DECAYS for extra in ("", "log_decay_v", "bonus")],
-    *[("delta_rule", decay, "") for decay in DECAYS],
+    *[(op, decay, "") for op in ("delta_rule", "dplr_delta_rule") for decay in DECAYS],
 ]
 
 
@@ -32,7 +32,14 @@ def test_equals_token_loop(op: str, decay: str, extra: str, layout: str) -> None
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 64, 257])
 @pytest.mark.parametrize(
-    ("op", "decay"), [("diag_decay", "scalar"), ("diag_decay", "vector"), ("delta_rule", "vector")]
+    ("op", "decay"),
+    [
+        ("diag_decay", "scalar"),
+        ("diag_decay", "vector"),
+        ("delta_rule", "vector"),
+        ("dplr_delta_rule", "scalar"),
+        ("dplr_delta_rule", "vector"),
+    ],
 )
 def test_any_length(op: str, decay: str, num_tokens: int) -> None:
     check(make(op, decay, num_tokens=num_tokens, batch=1 + num_tokens % 2), EXACT)
@@ -42,11 +49,11 @@ def test_any_length(op: str, decay: str, num_tokens: int) -> None:
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 def test_any_chunk_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "preferred_chunk_size", lambda device, num_keys: size)
-    for op in ("diag_decay", "delta_rule"):
+    for op in OPS:
         check(make(op, "vector", num_tokens=PACKED[-1], cu_seqlens=PACKED), EXACT)
 
 
-@pytest.mark.parametrize("op", ["diag_decay", "delta_rule"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("groups", "num_keys", "num_values"), [(1, 9, 3), (4, 3, 17), (2, 1, 1)])
 def test_head_groups_and_dims(op: str, groups: int, num_keys: int, num_values: int) -> None:
     sizes = dict(num_tokens=70, groups=groups, num_keys=num_keys, num_values=num_values, has_state=False)
@@ -61,7 +68,8 @@ def test_float32(op: str, decay: str, extra: str, strength: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "extra"), [("diag_decay", ""), ("diag_decay", "log_decay_v"), ("delta_rule", "")]
+    ("op", "extra"),
+    [("diag_decay", ""), ("diag_decay", "log_decay_v"), ("delta_rule", ""), ("dplr_delta_rule", "")],
 )
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_sudden_and_total_forgetting(op: str, extra: str, decay: str) -> None:
@@ -91,7 +99,51 @@ def test_delta_rule_with_adversarial_gates() -> None:
     check(inputs, EXACT)
 
 
-@pytest.mark.parametrize(("op", "decay", "extra"), [*VARIANTS[-4:], ("diag_decay", "vector", "bonus")])
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+def test_dplr_with_adversarial_gates(decay: str) -> None:
+    """One direction removed from every token on: not at all, wholly, and turned round; then by chance."""
+    inputs = make("dplr_delta_rule", decay, num_tokens=130, strength=0.0)
+    removed = -inputs.tensors["a"][:, :1].expand(-1, 130, -1, -1)
+    inputs.tensors["a"] = -removed
+    for strength in (0.0, 1.0, 2.0):
+        inputs.tensors["b"] = strength * removed
+        check(inputs, EXACT)
+        check(inputs, SINGLE if strength < 2.0 else 3 * SINGLE, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    inputs.tensors["b"] = removed * torch.randint(0, 2, removed.shape, generator=generator)
+    if decay != "none":
+        inputs.tensors["log_decay"] = torch.full_like(inputs.tensors["log_decay"], -30.0)
+    check(inputs, EXACT)
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_dplr_with_unrelated_factors(layout: str) -> None:
+    """``a`` and ``b`` of any sign and direction, which no mixer's parametrisation ties together."""
+    packed = dict(cu_seqlens=PACKED) if layout == "packed" else {}
+    inputs = make("dplr_delta_rule", "vector", num_tokens=PACKED[-1], **packed)
+    generator = torch.Generator().manual_seed(3)
+    for name in ("a", "b"):
+        like = inputs.tensors[name]
+        inputs.tensors[name] = 0.4 * torch.randn(like.shape, generator=generator, dtype=like.dtype)
+    check(inputs, EXACT)
+    inputs.tensors["log_decay"] *= 30.0
+    check(inputs, EXACT)
+
+
+def test_dplr_contains_the_delta_rule() -> None:
+    """With ``a = -decayed k``, ``b = beta k`` and ``beta k v^T`` written, both definitions are one."""
+    inputs = make("delta_rule", "vector", groups=4, num_tokens=100)
+    truth, truth_state = inputs.run(reference)
+    x = inputs.tensors
+    b = x["beta"][..., None] * x["k"]
+    a = -x["k"] * x["log_decay"].exp()
+    tensors = {"q": x["q"], "k": b, "v": x["v"], "a": a, "b": x["k"] * x["beta"][..., None]}
+    tensors |= {"log_decay": x["log_decay"], "state": x["state"]}
+    o, state = Inputs("dplr_delta_rule", tensors).run(Chunked)
+    assert error(o, truth) <= EXACT and error(state, truth_state) <= EXACT
+
+
+@pytest.mark.parametrize(("op", "decay", "extra"), [*VARIANTS[-8:], ("diag_decay", "vector", "bonus")])
 def test_bfloat16_inputs(op: str, decay: str, extra: str) -> None:
     """Results round once, at the end; nothing inside is bfloat16, so nothing else is lost."""
     given = make(op, decay, extra=extra, num_tokens=130, num_keys=16).to(torch.bfloat16)
@@ -104,9 +156,10 @@ def test_bfloat16_inputs(op: str, decay: str, extra: str) -> None:
         assert error(found[name], value) <= 2**-8 + SINGLE, name  # half of the last of 8 bits
 
 
-def test_mixed_dtypes_keep_float32_decays_and_states() -> None:
-    given = make("delta_rule", "vector", strength=1e-3, num_tokens=200).to(torch.float32)
-    low = {name: given.tensors[name].to(torch.bfloat16) for name in ("q", "k", "v", "beta")}
+@pytest.mark.parametrize(("op", "gates"), [("delta_rule", ("beta",)), ("dplr_delta_rule", ("a",))])
+def test_mixed_dtypes_keep_float32_decays_and_states(op: str, gates: tuple[str, ...]) -> None:
+    given = make(op, "vector", strength=1e-3, num_tokens=200).to(torch.float32)
+    low = {name: given.tensors[name].to(torch.bfloat16) for name in ("q", "k", "v", *gates)}
     given.tensors.update(low)
     found = results(given, Chunked)
     assert found["grad log_decay"].dtype == found["grad state"].dtype == torch.float32
@@ -115,20 +168,19 @@ def test_mixed_dtypes_keep_float32_decays_and_states() -> None:
     assert error(found["state_out"], truth["state_out"]) <= SINGLE
 
 
-@pytest.mark.parametrize("op", ["diag_decay", "delta_rule"])
+@pytest.mark.parametrize("op", OPS)
 def test_strided_inputs(op: str) -> None:
-    """q, k, v as slices of one fused projection in Megatron's [T, B, ...] order."""
+    """q, k, v (and a, b) as slices of one fused projection in Megatron's [T, B, ...] order."""
     inputs = make(op, "scalar", groups=4, num_values=6)
-    fused_TBHP = (
-        torch.cat([inputs.tensors[name] for name in ("q", "k", "v")], -1).transpose(0, 1).contiguous()
-    )
-    for name, x_TBHD in zip(("q", "k", "v"), fused_TBHP.split(6, -1)):
+    names = [name for name in ("q", "k", "v", "a", "b") if name in inputs.tensors]
+    fused_TBHP = torch.cat([inputs.tensors[name] for name in names], -1).transpose(0, 1).contiguous()
+    for name, x_TBHD in zip(names, fused_TBHP.split(6, -1)):
         inputs.tensors[name] = x_TBHD.transpose(0, 1)
         assert not inputs.tensors[name].is_contiguous()
     check(inputs, EXACT)
 
 
-@pytest.mark.parametrize("op", ["diag_decay", "delta_rule"])
+@pytest.mark.parametrize("op", OPS)
 def test_documents_never_see_each_other(op: str) -> None:
     inputs = make(op, "vector", num_tokens=200, cu_seqlens=PACKED)
     o, state = inputs.run(Chunked)
@@ -140,7 +192,7 @@ def test_documents_never_see_each_other(op: str) -> None:
     assert torch.equal(state[:6], changed_state[:6]) and torch.equal(state[7:], changed_state[7:])
 
 
-@pytest.mark.parametrize("op", ["diag_decay", "delta_rule"])
+@pytest.mark.parametrize("op", OPS)
 def test_tokens_after_the_last_document_read_zero(op: str) -> None:
     inputs = make(op, "vector", num_tokens=200, cu_seqlens=(0, 64, 64, 150))
     check(inputs, EXACT)
@@ -150,7 +202,7 @@ def test_tokens_after_the_last_document_read_zero(op: str) -> None:
     assert (o == 0).all() and torch.equal(state, no_documents.tensors["state"])
 
 
-@pytest.mark.parametrize("op", ["diag_decay", "delta_rule"])
+@pytest.mark.parametrize("op", OPS)
 def test_gradient_through_one_result_only(op: str) -> None:
     inputs = make(op, "vector").differentiable()
     leaves = {name: x for name, x in inputs.tensors.items() if name not in ("q", "state")}
@@ -163,7 +215,8 @@ def test_gradient_through_one_result_only(op: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "decay", "extra"), [("diag_decay", "head", "bonus"), ("delta_rule", "vector", "")]
+    ("op", "decay", "extra"),
+    [("diag_decay", "head", "bonus"), ("delta_rule", "vector", ""), ("dplr_delta_rule", "vector", "")],
 )
 def test_training_keeps_inputs_only(op: str, decay: str, extra: str) -> None:
     inputs = make(op, decay, extra=extra, num_tokens=257).differentiable()
@@ -196,7 +249,7 @@ class _RefuseToWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", ["diag_decay", "delta_rule"])
+@pytest.mark.parametrize("op", OPS)
 def test_packed_documents_need_no_host_synchronisation(op: str) -> None:
     inputs = make(op, "vector", num_tokens=200, cu_seqlens=PACKED).differentiable()
     with _RefuseToWait():
@@ -227,13 +280,14 @@ def _shapes(inputs: Inputs) -> dict[str, torch.Size]:
     return {**grads, "v": o.shape, "state": state.shape}
 
 
-def test_token_by_token_equals_the_whole_run() -> None:
-    inputs = make("delta_rule", "vector", num_tokens=20)
+@pytest.mark.parametrize("op", ["delta_rule", "dplr_delta_rule"])
+def test_token_by_token_equals_the_whole_run(op: str) -> None:
+    inputs = make(op, "vector", num_tokens=20)
     o, final = inputs.run(kernels)
     state, outputs = inputs.tensors["state"], []
     for t in range(20):
         token = {name: x[:, t : t + 1] for name, x in inputs.tensors.items() if name != "state"}
-        o_t, state = Inputs("delta_rule", token).run(kernels, state=state)
+        o_t, state = Inputs(op, token).run(kernels, state=state)
         outputs.append(o_t)
     assert error(torch.cat(outputs, 1), o) <= EXACT
     assert error(state, final) <= EXACT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scan_cases import DECAYS, PACKED, Chunked, Inputs, error, gradients, make, poison_empty
+from scan_cases import DECAYS, OPS, PACKED, Chunked, Inputs, error, gradients, make, poison_empty
 from torch import Tensor
 
 from linear_moe.kernels import Segment, reference
@@ -12,7 +12,7 @@ from linear_moe.kernels import Segment, reference
 EXACT = 1e-10
 VARIANTS = [
     *[("diag_decay", decay, extra) for decay in DECAYS for extra in ("", "log_decay_v")],
-    *[("delta_rule", decay, "") for decay in DECAYS],
+    *[(op, decay, "") for op in ("delta_rule", "dplr_delta_rule") for decay in DECAYS],
 ]
 
 
@@ -62,7 +62,7 @@ def test_runs_compose(op: str, decay: str, extra: str) -> None:
 
 def test_empty_documents_are_the_identity() -> None:
     memory = torch.randn(3, 4, 6, 5, dtype=torch.float64)
-    for op in ("diag_decay", "delta_rule"):
+    for op in OPS:
         segment = make(op, "vector", num_tokens=10, cu_seqlens=(0, 0, 10, 10)).segment(Chunked)
         carried = segment.carry(memory)
         assert torch.equal(carried[[0, 2]], memory[[0, 2]])
@@ -70,9 +70,10 @@ def test_empty_documents_are_the_identity() -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows", "packed"])
-def test_total_forgetting(layout: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_total_forgetting(op: str, layout: str) -> None:
     packed = dict(cu_seqlens=PACKED) if layout == "packed" else {}
-    inputs = make("diag_decay", "vector", num_tokens=200, **packed)
+    inputs = make(op, "vector", num_tokens=200, **packed)
     inputs.tensors["log_decay"][:, 80:90] = float("-inf")
     segment = inputs.segment(Chunked)
     _, final = inputs.run(reference)
@@ -83,5 +84,6 @@ def test_total_forgetting(layout: str) -> None:
 def test_dtypes() -> None:
     segment = make("diag_decay", "vector").to(torch.bfloat16).segment(Chunked)
     assert segment.state.dtype == segment.log_decay.dtype == torch.float32
-    segment = make("delta_rule", "none").to(torch.bfloat16).segment(Chunked)
-    assert segment.state.dtype == segment.decay.dtype == torch.float32
+    for op in ("delta_rule", "dplr_delta_rule"):
+        segment = make(op, "none").to(torch.bfloat16).segment(Chunked)
+        assert segment.state.dtype == segment.decay.dtype == torch.float32
