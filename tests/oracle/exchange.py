@@ -22,7 +22,7 @@ from linear_moe import lsm
 from linear_moe.lsm import Mixer, Placement
 
 Weights = dict[str, Tensor]
-"""Ours by name: ``q`` etc. ``[H * width, D]``, ``a.down``, ``a.up``, ``a.bias`` of a low-rank one, parameters, ``out``."""
+"""Ours by name: projections ``[H * width, D]``, ``a.down``, ``a.up``, ``a.bias`` if of low rank, parameters, ``out``."""
 
 BATCH, TOKENS = 2, 70
 """More than 64 tokens: below, fla's layers take another path."""

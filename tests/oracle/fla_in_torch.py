@@ -1,12 +1,9 @@
 """Layers of flash-linear-attention 0.6.0 on a CPU in float64: its own torch functions in place of its Triton kernels.
 
-Its layers are Python around Triton operators. ``in_torch`` puts, where a layer looks an operator up, the naive function
-that the library publishes beside that operator (``fla/ops/*/naive.py``, ``*_ref``), or torch's own function where there
-is none (convolution, SiLU, L2 norm). What those functions do inside an operator's flags (gate, beta, norm of q and k) is
-spelt out here from the operator's documentation. Nothing of ours is called. ``test_oracle_kernels.py`` runs the same
-layers unmodified, kernels and all, in Triton's interpreter: both agree, so nothing is lost by the exchange.
-
-The naive functions convert to float32; ``Double`` lets them have float64 instead, so that a difference of an epsilon shows.
+Its layers are Python around Triton operators. ``in_torch`` puts, where a layer looks an operator up, the naive
+function that the library publishes beside that operator (``fla/ops/*/naive.py``, ``*_ref``), or torch's own function
+where there is none (convolution, SiLU, L2 norm). What an operator's flags add to it (gate, beta, unit q and k) is
+spelt out here from its documentation. Nothing of ours is called.
 """
 
 from __future__ import annotations
@@ -21,7 +18,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from tests.oracle.double import in_double
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # "Triton is not supported on current platform"
@@ -46,22 +44,6 @@ with warnings.catch_warnings():
     from fla.ops.rwkv7.fused_addcmul import torch_addcmul_rwkv7
     from fla.ops.rwkv7.fused_k_update import k_update_ref
     from fla.ops.rwkv7.gate_output_correction import gate_output_correction_ref
-
-
-class Double(TorchFunctionMode):
-    """Whoever asks torch for float32 gets float64."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.float:
-            func = Tensor.double
-        kwargs = {name: _wide(value) for name, value in (kwargs or {}).items()}
-        return func(*(_wide(arg) for arg in args), **kwargs)
-
-
-def _wide(argument: Any) -> Any:
-    return torch.float64 if argument is torch.float32 else argument
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -262,7 +244,6 @@ REPLACED: dict[str, dict[str, Callable]] = {
 @contextmanager
 def in_torch() -> Iterator[None]:
     """Inside, layers of the library are built, run and differentiated in float64 without Triton."""
-    default = torch.get_default_dtype()
     with ExitStack() as stack:
         for module, changes in REPLACED.items():
             for name, function in changes.items():
@@ -271,8 +252,6 @@ def in_torch() -> Iterator[None]:
         stack.enter_context(
             mock.patch.dict(activations.ACT2FN, swish=F.silu, silu=F.silu, sigmoid=torch.sigmoid)
         )
-        stack.enter_context(Double())
+        stack.enter_context(in_double())
         stack.enter_context(warnings.catch_warnings(action="ignore"))
-        torch.set_default_dtype(torch.float64)
-        stack.callback(torch.set_default_dtype, default)
         yield
