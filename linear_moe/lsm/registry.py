@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable
 
 from linear_moe.lsm.mixer import Mixer
@@ -14,7 +15,12 @@ def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
     """Class decorator: make a mixer available under ``name``."""
 
     def add(mixer: type[Mixer]) -> type[Mixer]:
-        assert name not in _MIXERS, f"mixer {name} is registered twice"
+        if name in _MIXERS:
+            raise ValueError(
+                f"mixer {name!r} is registered twice\n"
+                f"  why: {_MIXERS[name].__module__} and {mixer.__module__} both have one\n"
+                f"  try: another name for yours"
+            )
         mixer.name = name
         _MIXERS[name] = mixer
         return mixer
@@ -37,3 +43,20 @@ def get(name: str) -> type[Mixer]:
             f"  try: {near[0] if near else names()[0]}"
         )
     return _MIXERS[name]
+
+
+def import_mixers(modules: str) -> None:
+    """Import ``modules``, comma separated, so that the mixers in them are registered.
+
+    Raises:
+        ValueError: a module is not there, or fails to import.
+    """
+    for module in filter(None, (part.strip() for part in modules.split(","))):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(
+                f"mixer module {module!r} cannot be imported\n"
+                f"  why: {error}\n"
+                f"  try: PYTHONPATH=<the folder that holds {module.split('.')[0]}>, or correct the name"
+            ) from error

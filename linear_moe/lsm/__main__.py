@@ -1,0 +1,149 @@
+"""``python -m linear_moe.lsm``: every registered mixer, what it remembers, where it comes from, which layouts it takes.
+
+The figures are those of a model of 1024 channels with 8 heads of 128, every option at its default. A mixer takes every
+layout, since layouts follow from its contract; one that cannot says so in ``Mixer.unsupported``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import textwrap
+from dataclasses import dataclass
+
+from linear_moe import lsm
+from linear_moe.lsm.registry import import_mixers
+
+HIDDEN, HEADS, HEAD_DIM = 1024, 8, 128
+"""Shape of the model that the figures are for."""
+
+LAYOUTS = {
+    "TP": "tensor parallel",
+    "SP": "sequence parallel",
+    "CP": "context parallel",
+    "PP": "pipeline parallel",
+    "VPP": "virtual pipeline stages",
+    "EP": "expert parallel",
+    "packed": "documents packed in one sequence",
+    "decode": "generation from a recurrent state",
+    "recompute": "activations computed again in the backward pass",
+}
+"""What a mixer may be asked to work under, by the keys of ``Mixer.unsupported``."""
+
+WIDTH = 160
+"""Characters of a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the list says of one mixer."""
+
+    name: str
+    """As LA_MODULE spells it."""
+    family: str
+    """Its recurrence."""
+    heads: int
+    """Heads of its layer in the model of the figures."""
+    memory_shapes: tuple[tuple[int, int], ...]
+    """Key and value dims of each matrix memory of a head."""
+    elements: int
+    """Numbers that one head remembers of a sequence, short convolution and token shift aside."""
+    unsupported: dict[str, str]
+    """Layouts it cannot take, and why."""
+    source: str
+    """Paper and section."""
+
+    @property
+    def memory(self) -> str:
+        """``4 x 64x128 + 128x128``: equal neighbours counted."""
+        groups = [(shape, len(list(same))) for shape, same in itertools.groupby(self.memory_shapes)]
+        return " + ".join(f"{f'{n} x ' if n > 1 else ''}{k}x{v}" for (k, v), n in groups)
+
+
+def entries() -> list[Entry]:
+    """Every registered mixer, by name."""
+    return [entry(name) for name in lsm.names()]
+
+
+def entry(name: str) -> Entry:
+    """What the registered mixer ``name`` says of itself at its defaults."""
+    mixer_class = lsm.get(name)
+    shape = mixer_class.Config.shape(HIDDEN, HEADS, HEAD_DIM)
+    mixer = mixer_class(mixer_class.Config(hidden_size=HIDDEN, **shape))
+    unknown = set(mixer.unsupported) - set(LAYOUTS)
+    assert not unknown, f"{name} names layouts that do not exist: {unknown}"
+    return Entry(
+        name=name,
+        family=mixer.family,
+        heads=mixer.cfg.num_heads,
+        memory_shapes=mixer.memory_shapes(),
+        elements=sum(k * v for k, v in mixer.memory_shapes()),
+        unsupported=dict(mixer.unsupported),
+        source=mixer.source,
+    )
+
+
+def table(found: list[Entry]) -> str:
+    """One aligned line per mixer (its source may take more), a heading above, exceptions below."""
+    heading = ["mixer", "family", "heads", "memory per head", "elements", *LAYOUTS]
+    rows = [
+        [e.name, e.family, str(e.heads), e.memory, f"{e.elements:,}"]
+        + ["-" if layout in e.unsupported else "yes" for layout in LAYOUTS]
+        for e in found
+    ]
+    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
+    numbers = {heading.index("heads"), heading.index("elements")}
+
+    def line(cells: list[str], source: str) -> str:
+        padded = [
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        start = "  ".join(padded) + "  "
+        first, *rest = textwrap.wrap(source, max(WIDTH - len(start), 20)) or [""]
+        return "\n".join([start + first, *(" " * len(start) + more for more in rest)])
+
+    lines = [line(heading, "source"), *(line(row, e.source) for row, e in zip(rows, found, strict=True))]
+    lines += ["", *_notes(found)]
+    return "\n".join(text.rstrip() for text in "\n".join(lines).split("\n"))
+
+
+def _notes(found: list[Entry]) -> list[str]:
+    figures = (
+        f"Figures: {HIDDEN} channels, {HEADS} heads of {HEAD_DIM}, default options; memories are float32, "
+        f"of the same size after any number of tokens."
+    )
+    names = "; ".join(f"{layout} {meaning}" for layout, meaning in LAYOUTS.items())
+    notes = [figures, f"Layouts: {names}."]
+    notes += [f"{e.name}, {layout}: {why}" for e in found for layout, why in e.unsupported.items()]
+    return [part for note in notes for part in textwrap.wrap(note, WIDTH, subsequent_indent="  ")]
+
+
+def as_json(found: list[Entry]) -> str:
+    """The same, for programs."""
+    rows = [
+        vars(e) | {"layouts": [layout for layout in LAYOUTS if layout not in e.unsupported]} for e in found
+    ]
+    return json.dumps(rows, indent=2)
+
+
+def main(argv: list[str]) -> int:
+    """Write the list; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m linear_moe.lsm", description="List the token mixers.")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--mixer-module", default="", help="modules with more mixers, comma separated")
+    args = parser.parse_args(argv)
+    try:
+        import_mixers(args.mixer_module)
+    except ValueError as error:
+        sys.stderr.write(f"linear_moe: {error}\n")
+        return 2
+    found = entries()
+    sys.stdout.write((as_json(found) if args.json else table(found)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

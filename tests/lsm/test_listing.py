@@ -1,0 +1,103 @@
+"""``python -m linear_moe.lsm`` names every registered mixer, with the figures that the mixers themselves give."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linear_moe import lsm
+from linear_moe.lsm import __main__ as listing
+from linear_moe.lsm import registry
+from linear_moe.lsm.gla import GatedLinearAttention
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def hermit():
+    """A registered mixer that cannot do everything, and remembers two kinds of matrices."""
+
+    class Hermit(GatedLinearAttention):
+        source = "arXiv:0000.00000, " + ", ".join(f"section {n}" for n in range(1, 20))
+        unsupported = {"CP": "it looks at the whole sequence", "decode": "and at the future"}  # noqa: RUF012
+
+        def memory_shapes(self):
+            return ((64, 32), (64, 32), (64, 33))
+
+    registry._MIXERS["hermit"] = Hermit
+    try:
+        yield Hermit
+    finally:
+        del registry._MIXERS["hermit"]
+
+
+def mixer(name):
+    kind = lsm.get(name)
+    shape = kind.Config.shape(1024, 8, 128)
+    return kind(kind.Config(hidden_size=1024, **shape))
+
+
+def test_every_mixer_with_its_own_figures():
+    found = {e.name: e for e in listing.entries()}
+    assert tuple(found) == lsm.names()
+    for name, e in found.items():
+        assert e.memory_shapes == mixer(name).memory_shapes(), name
+        assert e.elements == sum(math.prod(shape) for shape in mixer(name).memory_shapes()), name
+        assert e.heads == mixer(name).cfg.num_heads, name
+        assert (e.family, e.source) == (lsm.get(name).family, lsm.get(name).source)
+    assert found["gated_deltanet"].memory == "128x128" and found["gated_deltanet"].elements == 16384
+    assert found["gla"].memory == "64x128", "half-width keys by default"
+
+
+def test_the_table_has_every_figure(hermit):
+    found = listing.entries()
+    text = listing.table(found)
+    assert all(len(line) <= listing.WIDTH for line in text.splitlines())
+    assert text.isascii() and "planned" not in text
+    head, *lines = text.splitlines()
+    for e in found:
+        (line,) = [line for line in lines if line.startswith(f"{e.name} ")]
+        for figure in (e.family, e.memory, f"{e.elements:,}", e.source.split(",")[0]):
+            assert figure in line, (e.name, figure)
+    # one column per layout, under its own heading
+    (line,) = [line for line in lines if line.startswith("hermit ")]
+    for layout in listing.LAYOUTS:
+        column = head.index(f" {layout} ") + 1
+        marked = line[column:].split()[0]
+        assert marked == ("-" if layout in hermit.unsupported else "yes"), layout
+    assert "2 x 64x32 + 64x33" in line
+    assert "hermit, CP: it looks at the whole sequence" in lines
+    assert "section 19" in text, "a long source is wrapped, not cut"
+
+
+def test_layouts_that_do_not_exist_are_refused(hermit):
+    hermit.unsupported = {"CPP": "a typo would hide a restriction"}
+    with pytest.raises(AssertionError, match="CPP"):
+        listing.entry("hermit")
+
+
+def test_the_command(capsys):
+    """In a process of its own: nothing but the table, the same as from within; and JSON."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "linear_moe.lsm"]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == listing.table(listing.entries()) + "\n"
+    assert listing.main(["--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == list(lsm.names())
+    for row in rows:
+        shapes = [list(shape) for shape in mixer(row["name"]).memory_shapes()]
+        assert (row["memory_shapes"], row["elements"]) == (shapes, sum(math.prod(s) for s in shapes))
+        assert set(row["layouts"]) == set(listing.LAYOUTS) - set(row["unsupported"])
+
+
+def test_a_module_that_is_not_there(capsys):
+    assert listing.main(["--mixer-module", "no_such.mixer"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("linear_moe: mixer module 'no_such.mixer' cannot be imported\n  why: ")
+    assert "\n  try: PYTHONPATH=<the folder that holds no_such>" in error
