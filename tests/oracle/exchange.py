@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from linear_moe import lsm
 from linear_moe.lsm import Mixer, Placement
 
 Weights = dict[str, Tensor]
-"""Ours by name: projections ``[H * width, D]``, ``a.down``, ``a.up``, ``a.bias`` if of low rank, parameters, ``out``."""
+"""Ours by name: projections ``[H * width, D]``, ``a.down``, ``a.up``, ``a.bias`` of low rank, parameters, ``out``."""
 
 BATCH, TOKENS = 2, 70
 """More than 64 tokens: below, fla's layers take another path."""
@@ -41,6 +41,7 @@ class Case:
         place: where our mixer stands.
         context: in which the other layer is built, run and differentiated.
         unused: parameters of the other layer that its forward pass does not use.
+        training: mode of the other layer.
     """
 
     mixer: str
@@ -50,7 +51,8 @@ class Case:
     run: Callable[[Any, Tensor], Tensor] = lambda layer, x: layer(x)[0]
     place: Placement | None = None
     context: Callable[[], AbstractContextManager] = nullcontext
-    unused: frozenset[str] = field(default_factory=frozenset)
+    unused: frozenset[str] = frozenset()
+    training: bool = True
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
@@ -77,46 +79,73 @@ def layer(mixer: Mixer, weights: Weights, x_BTD: Tensor, place: Placement) -> Te
     return F.linear(o_BTHV.flatten(2), out)
 
 
-def randomize(module: nn.Module, seed: int = 0) -> None:
+MEANS = {"A_log": -3.0}
+"""Of parameters by the end of their name; the memory should last longer than a few tokens. Other vectors: 1."""
+
+
+def randomize(module: nn.Module) -> None:
     """Every parameter away from where its initialisation hides mistakes (zeros, ones)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
+            mean = MEANS.get(name.split(".")[-1], float(parameter.ndim == 1))
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(drawn * fan_in**-0.5 + (parameter.ndim == 1))
+            parameter.copy_(drawn * fan_in**-0.5 + mean)
 
 
-def both(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Output and gradients by name: ours, theirs."""
-    with case.context():
-        other = case.build().double()
+def other_layer(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The layer of the other library, with random weights."""
+    other = case.build().to(dtype)
     randomize(other)
+    return other.train(case.training)
+
+
+def inputs(case: Case, other: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """What is differentiated, the input first, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (BATCH, TOKENS, case.options["hidden_size"])
+    dtype = next(other.parameters()).dtype
+    x, drawn = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    parameters = {name: p for name, p in other.named_parameters() if name not in case.unused}
+    return {"x": x.requires_grad_()} | parameters, drawn
+
+
+def differentiated(output: Tensor, leaves: dict[str, Tensor], drawn: Tensor) -> dict[str, Tensor]:
+    """The output and its gradients by name."""
+    gradients = torch.autograd.grad(output, list(leaves.values()), drawn)
+    named = {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"output": output.detach()} | named
+
+
+def theirs(case: Case, dtype: torch.dtype = torch.float64, plain: bool = False) -> dict[str, Tensor]:
+    """Output and gradients of the other layer; ``plain``: as the library runs it."""
+    with nullcontext() if plain else case.context():
+        other = other_layer(case, dtype)
+        leaves, drawn = inputs(case, other)
+        return differentiated(case.run(other, leaves["x"]), leaves, drawn)
+
+
+def ours(case: Case) -> dict[str, Tensor]:
+    """Output and gradients of our layer with the other's weights, with respect to those."""
+    with case.context():
+        other = other_layer(case)
+    leaves, drawn = inputs(case, other)
     mixer = lsm.get(case.mixer)(lsm.get(case.mixer).Config(**case.options))
     place = case.place or Placement(num_heads=mixer.cfg.num_heads)
-    generator = torch.Generator().manual_seed(1)
-    shape = (BATCH, TOKENS, mixer.cfg.hidden_size)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-    leaves = {"x": x} | {name: p for name, p in other.named_parameters() if name not in case.unused}
+    return differentiated(layer(mixer, case.weights(other), leaves["x"], place), leaves, drawn)
 
-    with case.context():
-        theirs = case.run(other, x)
-        their_gradients = torch.autograd.grad(theirs, list(leaves.values()), drawn)
-    ours = layer(mixer, case.weights(other), x, place)
-    our_gradients = torch.autograd.grad(ours, list(leaves.values()), drawn)
-    return (
-        {"output": ours} | {f"grad {name}": grad for name, grad in zip(leaves, our_gradients, strict=True)},
-        {"output": theirs}
-        | {f"grad {name}": grad for name, grad in zip(leaves, their_gradients, strict=True)},
-    )
+
+def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference by name, relative to the largest true value; NaN counts as infinite."""
+    assert found.keys() == truth.keys()
+    return {
+        name: ((found[name] - x).abs().max() / x.abs().max().clamp(min=1e-30)).nan_to_num(torch.inf).item()
+        for name, x in truth.items()
+    }
 
 
 def check(case: Case, tolerance: float = 1e-10) -> None:
-    """Same output, same gradient of the input and of every parameter of theirs, relative to the largest value."""
-    ours, theirs = both(case)
-    errors = {
-        name: ((ours[name] - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
-        for name, truth in theirs.items()
-    }
-    assert all(error <= tolerance for error in errors.values()), errors
+    """Same output, same gradient of the input and of every parameter of theirs."""
+    found = errors(ours(case), theirs(case))
+    assert all(error <= tolerance for error in found.values()), found
