@@ -10,27 +10,21 @@ Source: arXiv:2412.06464, sections 3.1 and 3.4; initialisation of A_log and dt_b
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection, widen
+from linear_moe.lsm.gating import init_dt_bias, unit, write_strength
+from linear_moe.lsm.mixer import Mixer
 from linear_moe.lsm.recurrence import DeltaRule
 from linear_moe.lsm.registry import register
+from linear_moe.lsm.tables import Parameter, Placement, Projection, widen
 
 
 def init_log_rate(x: Tensor) -> None:
     """``A_log``: the logarithm of a rate drawn uniformly from (0, 16]."""
     x.uniform_(0, 16).clamp_min_(1e-4).log_()
-
-
-def init_dt_bias(x: Tensor) -> None:
-    """``dt_bias``: softplus of it is log-uniform between 0.001 and 0.1."""
-    dt = x.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_min_(1e-4)
-    x.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 @register("gated_deltanet")
@@ -67,17 +61,10 @@ class GatedDeltaNet(DeltaRule):
         q, k, v = (p[name] if self.cfg.conv_size else F.silu(p[name]) for name in "qkv")
         rate_H = widen(w["A_log"]).exp()
         log_decay_BTH = -rate_H * F.softplus(widen(p["a"]).squeeze(-1) + widen(w["dt_bias"]))
-        beta_BTH = torch.sigmoid(widen(p["b"]).squeeze(-1)) * (2 if self.cfg.allow_neg_eigval else 1)
         return {
-            "q": _unit(q),
-            "k": _unit(k),
+            "q": unit(q),
+            "k": unit(k),
             "v": v,
-            "beta": beta_BTH,
+            "beta": write_strength(p["b"], self.cfg.allow_neg_eigval),
             "log_decay": log_decay_BTH,
         }
-
-
-def _unit(x: Tensor) -> Tensor:
-    """L2 norm 1 over the last dimension; 1e-6 under the root, as in the common library."""
-    wide = widen(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

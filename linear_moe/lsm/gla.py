@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.mixer import Mixer, Placement, Projection, widen
+from linear_moe.lsm.mixer import Mixer, Placement, Projection
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
+from linear_moe.lsm.tables import widen
 
 
 @register("gla")

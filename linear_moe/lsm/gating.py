@@ -1,0 +1,34 @@
+"""Element-wise maths that several mixers' gates share: unit keys, decay from a rate and a step, write strength.
+
+    a_t    = exp(-exp(A_log) softplus(x_t + dt_bias))      A_log per head, dt_bias per head or per channel
+    beta_t = sigmoid(b_t), or twice that
+
+Letters: B runs, T tokens, H heads, K key dim.
+Source: arXiv:2312.00752 (rate and step); initialisation as in the common library.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from linear_moe.lsm.tables import widen
+
+
+def init_dt_bias(x: Tensor) -> None:
+    """``dt_bias``: softplus of it is log-uniform between 0.001 and 0.1."""
+    dt = x.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_min_(1e-4)
+    x.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2 norm 1 over the last dimension, in x's dtype; 1e-6 under the root, as in the common library."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def write_strength(b_BTH1: Tensor, allow_neg_eigval: bool) -> Tensor:
+    """``[B, T, H]`` in float32 at least: in (0, 1), or in (0, 2), where the transition may flip a direction."""
+    return torch.sigmoid(widen(b_BTH1).squeeze(-1)) * (2 if allow_neg_eigval else 1)
