@@ -3,35 +3,30 @@
     S_t = S_{t-1} + phi(k_t) v_t^T
     o_t = K^-1/2 S_t^T phi(q_t)                    normalised: divided by phi(q_t) . sum_{s <= t} phi(k_s)
 
-Letters: B runs, T tokens, H heads, K key dim, V value dim.
+phi is one of :mod:`linear_moe.lsm.feature_maps`; norm_q and norm_k divide phi(q_t), phi(k_t) by their sums of channels.
+
+Letters: B runs, T tokens, H heads, K key dim (after phi), V value dim.
 Source: arXiv:2006.16236, section 3.2 (elu + 1 and the normaliser); output norm instead of the normaliser by default, as
-arXiv:2210.10340 and the common library do.
+arXiv:2210.10340 and the common library do. The library's default map is elementwise_product and it has no output gate;
+here elu and a swish gate, as in the earlier Linear-MoE system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.mixer import Memory, Mixer, Placement, Projection
-from linear_moe.lsm.options import one_of
-from linear_moe.lsm.recurrence import DiagonalDecay
+from linear_moe.lsm.feature_maps import FEATURE_MAPS, FeatureMap
+from linear_moe.lsm.mixer import Mixer
+from linear_moe.lsm.normalizer import NormalizedSum
+from linear_moe.lsm.options import kernel_width, one_of
 from linear_moe.lsm.registry import register
-
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "elu": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-    "swish": F.silu,
-}
+from linear_moe.lsm.tables import Parameter, Placement, Projection, widen
 
 
 @register("linear_attention")
-class LinearAttention(DiagonalDecay):
+class LinearAttention(NormalizedSum):
     """One matrix memory per head that sums outer products of mapped keys and values."""
 
     source = "arXiv:2006.16236, section 3.2"
@@ -41,13 +36,28 @@ class LinearAttention(DiagonalDecay):
         """Options of basic linear attention."""
 
         feature_map: str = "elu"
-        """phi of keys and queries: identity, elu (plus 1), relu or swish."""
+        """phi of queries and keys: identity, elu (plus 1), relu, swish, hedgehog, t2r, elementwise_product or dpfp."""
+        tie_feature_map_qk: bool = False
+        """One set of weights of a learned phi for queries and keys."""
+        norm_q: bool = False
+        """Divide mapped queries by the sum of their channels; wants a positive feature map."""
+        norm_k: bool = False
+        """Divide mapped keys by the sum of their channels; wants a positive feature map."""
         normalize: bool = False
         """Divide by the sum of the attention weights; wants a positive feature map."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
             one_of("feature_map", self.feature_map, tuple(FEATURE_MAPS))
+            attempt = "a map that keeps the width (elu), or a smaller expand_k"
+            kernel_width("feature_map", self.feature_map, self.mapped_k_dim, attempt)
+            num_values = self.head_v_dim + self.normalize
+            kernel_width("normalize", self.normalize, num_values, "False, or a smaller expand_v")
+
+        @property
+        def mapped_k_dim(self) -> int:
+            """K: channels of phi."""
+            return self.head_k_dim * FEATURE_MAPS[self.feature_map].expansion
 
     cfg: Config
 
@@ -55,33 +65,49 @@ class LinearAttention(DiagonalDecay):
         """q, k and v."""
         return self.qkv(conv=self.cfg.conv_size > 0)
 
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The weights of a learned phi, the same for all heads."""
+        prefixes = dict.fromkeys(self._prefix(name) for name in "qk")
+        return tuple(x for prefix in prefixes for x in self.phi.parameters(prefix, self.cfg.head_k_dim))
+
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Map q and k; the normaliser is one more value channel that is always 1."""
-        phi = FEATURE_MAPS[self.cfg.feature_map]
-        v = p["v"]
-        if self.cfg.normalize:
-            v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        return {"q": phi(p["q"]), "k": phi(p["k"]), "v": v}
+        q, k = (self.phi(p[name], w, self._prefix(name)) for name in "qk")
+        return {
+            "q": _sum_norm(q) if self.cfg.norm_q else q,
+            "k": _sum_norm(k) if self.cfg.norm_k else k,
+            "v": self.with_ones(p["v"]),
+        }
 
-    def scan(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """``[B, T, H, V]`` outputs and the memory after every run."""
-        o, memory = super().scan(state=state, cu_seqlens=cu_seqlens, **gated)
-        return self._normalized(o), memory
+    @property
+    def phi(self) -> FeatureMap:
+        """The feature map."""
+        return FEATURE_MAPS[self.cfg.feature_map]
 
-    def reference(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """The definition above."""
-        o, memory = super().reference(state=state, cu_seqlens=cu_seqlens, **gated)
-        return self._normalized(o), memory
+    @property
+    def is_normalized(self) -> bool:
+        """Whether outputs are divided by the sum of the weights."""
+        return self.cfg.normalize
+
+    @property
+    def scale(self) -> float:
+        """Of the mapped keys, as in the common library."""
+        return self.cfg.mapped_k_dim**-0.5
 
     def memory_shapes(self) -> tuple[tuple[int, int], ...]:
-        """K x V, with a column for the normaliser."""
-        return ((self.cfg.head_k_dim, self.cfg.head_v_dim + int(self.cfg.normalize)),)
+        """Mapped keys x V, with a column for the normaliser."""
+        return ((self.cfg.mapped_k_dim, self.cfg.head_v_dim + int(self.cfg.normalize)),)
 
-    def _normalized(self, o: Tensor) -> Tensor:
-        if not self.cfg.normalize:
-            return o
-        return o[..., :-1] / (o[..., -1:] + 1e-6)
+    def scan_flops_per_token(self) -> int:
+        """The recurrence, and the matrices of phi for q and for k."""
+        maps = 2 * len(self.phi.matrices) * 2 * self.cfg.head_k_dim**2
+        return super().scan_flops_per_token() + maps
+
+    def _prefix(self, name: str) -> str:
+        return "feature_map" if self.cfg.tie_feature_map_qk else f"feature_map_{name}"
+
+
+def _sum_norm(x: Tensor) -> Tensor:
+    """Channels that sum to 1; 1e-4 is the common library's."""
+    wide = widen(x)
+    return (wide / (wide.sum(-1, keepdim=True) + 1e-4)).to(x.dtype)

@@ -6,6 +6,8 @@ import dataclasses
 import math
 import typing
 
+from linear_moe.kernels.checks import MAX_HEAD_DIM
+
 SIMPLE = (int, float, bool, str, type(None))
 
 
@@ -37,6 +39,16 @@ def positive(field: str, value: float, why: str, default: object) -> None:
     """Refuse zero and less."""
     if value <= 0:
         raise ValueError(f"{field} is {value}\n  why: {why}\n  try: {default}")
+
+
+def kernel_width(field: str, value: object, width: int, attempt: str) -> None:
+    """Refuse an option that gives wider keys or values than the kernels take."""
+    if width > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{field} {value} gives a head of {width} channels\n"
+            f"  why: the kernels take keys and values of up to {MAX_HEAD_DIM}\n"
+            f"  try: {attempt}"
+        )
 
 
 def _default(field: dataclasses.Field) -> str:

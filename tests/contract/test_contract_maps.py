@@ -1,0 +1,61 @@
+"""Feature maps: widths that the kernels take, what learned maps start as, and the weights that quadratic maps give."""
+
+import math
+
+import pytest
+import torch
+
+from linear_moe import lsm
+from linear_moe.lsm.feature_maps import FEATURE_MAPS, second_order
+from tests.contract.cases import SHAPE, make
+from tests.contract.test_contract_tables import THREE_PARTS
+
+WIDE = {
+    "dpfp": ("linear_attention", {"feature_map": "dpfp", "head_dim": 40}),
+    "hedgehog": ("linear_attention", {"feature_map": "hedgehog", "head_dim": 136}),
+    "keys": ("linear_attention", {"head_dim": 264}),
+    "values": ("linear_attention", {"normalize": True, "head_dim": 256}),
+}
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_too_wide_for_the_kernels(case):
+    """Refused with the model, not at the first step."""
+    name, given = WIDE[case]
+    with pytest.raises(ValueError, match=THREE_PARTS) as refused:
+        lsm.get(name).Config(**(SHAPE | given))
+    assert "up to 256" in str(refused.value)
+
+
+def test_widths_that_just_fit():
+    config = lsm.get("linear_attention").Config
+    assert config(**(SHAPE | {"feature_map": "dpfp", "head_dim": 32})).mapped_k_dim == 256
+    assert config(**(SHAPE | {"feature_map": "hedgehog", "head_dim": 128})).mapped_k_dim == 256
+
+
+def test_learned_maps_start_as_published():
+    """Hedgehog as the identity; the others as torch's linear layers, queries and keys apart."""
+    x = torch.randn(5, 8).double()
+    for name in ("hedgehog", "t2r", "elementwise_product"):
+        mixer = make("linear_attention", {"feature_map": name}).mixer
+        w = {p.name: torch.full(p.shape, math.nan).double() for p in mixer.parameters()}
+        assert {key.split("_")[2] for key in w} == {"q", "k"}
+        for p in mixer.parameters():
+            p.init(w[p.name])
+        q = FEATURE_MAPS[name](x, w, "feature_map_q")
+        if name == "hedgehog":
+            truth = torch.cat([2 * x, -2 * x], -1).softmax(-1)
+            assert torch.allclose(q, truth)
+        else:
+            assert all(0 < value.abs().max() <= 8**-0.5 for value in w.values())
+            assert not torch.equal(q, FEATURE_MAPS[name](x, w, "feature_map_k"))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 16])
+def test_second_order_has_every_pair_once(width):
+    x = torch.randn(3, width).double()
+    squares, pairs = second_order(x)
+    truth = torch.stack([x[:, i] * x[:, j] for i in range(width) for j in range(i)] or [x[:, 0]], -1)
+    assert torch.allclose(squares, x**2) and pairs.shape[-1] == width * (width - 1) // 2
+    if width > 1:
+        assert torch.allclose(pairs.sort(-1)[0], truth.sort(-1)[0])
