@@ -12,24 +12,58 @@ import torch
 from torch import Tensor
 
 from linear_moe import lsm
-from tests.contract.cases import EVERY_CASE, assert_close, make, mixer_class, options
+from linear_moe.lsm import MixerState, split
+from tests.contract.cases import EVERY_CASE, PLACE, assert_close, make, mixer_class, options
 
 Definition = Callable[..., tuple[Tensor, Tensor]]
 
 
+def plain(cfg, x: Tensor) -> Tensor:
+    """phi without weights."""
+    return {
+        "identity": lambda: x,
+        "elu": lambda: torch.where(x > 0, x + 1, x.exp()),
+        "relu": lambda: x.clamp(min=0),
+        "swish": lambda: x / (1 + (-x).exp()),
+    }[cfg.feature_map]()
+
+
+def silu(cfg, x: Tensor) -> Tensor:
+    """SiLU where the convolution has not applied it."""
+    return x if cfg.conv_size else x * torch.sigmoid(x)
+
+
+def normed(x: Tensor) -> Tensor:
+    """Of unit length; 1e-6 as in the common library."""
+    return x / (x.norm() ** 2 + 1e-6).sqrt()
+
+
+def mapped(cfg, x: Tensor, w, side: str) -> Tensor:
+    """phi of one query or key; learned maps from their papers, sizes and biases as in the common library."""
+    learned = "feature_map_" if cfg.tie_feature_map_qk else f"feature_map_{side}_"
+    W = {key.removeprefix(learned): value for key, value in w.items() if key.startswith(learned)}
+    match cfg.feature_map:
+        case "hedgehog":
+            y = torch.stack([2 * (row @ x + bias) for row, bias in zip(W["weight"], W["bias"], strict=True)])
+            return torch.cat([y.exp(), (-y).exp()]) / (y.exp() + (-y).exp()).sum()
+        case "t2r":
+            return (W["weight"] @ x).clamp(min=0)
+        case "elementwise_product":
+            return (W["weight1"] @ x + W["bias1"]) * (W["weight2"] @ x + W["bias2"])
+        case "dpfp":
+            y = [*x.clamp(min=0), *(-x).clamp(min=0)]
+            return torch.stack([y[i] * y[i - j] for j in (1, 2, 3, 4) for i in range(len(y))])
+    return plain(cfg, x)
+
+
 def linear_attention(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
     """arXiv:2006.16236, equations 16 to 20, without the division by default."""
-    phi = {
-        "elu": lambda x: torch.where(x > 0, x + 1, x.exp()),
-        "identity": lambda x: x,
-        "relu": lambda x: x.clamp(min=0),
-        "swish": lambda x: x / (1 + (-x).exp()),
-    }[cfg.feature_map]
-    S, z, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), 0, []
+    S, z, outputs = 0, 0, []
     for t in range(tokens):
-        q, k, v = phi(p["q"][t]), phi(p["k"][t]), p["v"][t]
+        q, k, v = mapped(cfg, p["q"][t], w, "q"), mapped(cfg, p["k"][t], w, "k"), p["v"][t]
+        q, k = q / (q.sum() + 1e-4 if cfg.norm_q else 1), k / (k.sum() + 1e-4 if cfg.norm_k else 1)
         S, z = S + torch.outer(k, v), z + k
-        read, weight = q @ S / math.sqrt(cfg.head_k_dim), q @ z / math.sqrt(cfg.head_k_dim)
+        read, weight = q @ S / math.sqrt(len(k)), q @ z / math.sqrt(len(k))
         outputs.append(read / (weight + 1e-6) if cfg.normalize else read)
     return torch.stack(outputs), torch.cat([S, z[:, None]], 1) if cfg.normalize else S
 
@@ -49,10 +83,8 @@ def gla(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, T
 def gated_deltanet(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
     """arXiv:2412.06464, equation 10; SiLU on q, k, v with and without the convolution (section 3.4)."""
     S, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), []
-    silu = (lambda x: x) if cfg.conv_size else (lambda x: x * torch.sigmoid(x))
     for t in range(tokens):
-        q, k, v = silu(p["q"][t]), silu(p["k"][t]), silu(p["v"][t])
-        q, k = q / (q.norm() ** 2 + 1e-6).sqrt(), k / (k.norm() ** 2 + 1e-6).sqrt()
+        q, k, v = normed(silu(cfg, p["q"][t])), normed(silu(cfg, p["k"][t])), silu(cfg, p["v"][t])
         step = torch.log1p((p["a"][t] + w["dt_bias"][head]).exp())
         alpha = torch.exp(-w["A_log"][head].exp() * step)
         beta = torch.sigmoid(p["b"][t]) * (2 if cfg.allow_neg_eigval else 1)
@@ -61,10 +93,101 @@ def gated_deltanet(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tupl
     return torch.stack(outputs), S
 
 
+def lightning_attention(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2405.17381, section 3; the slopes of arXiv:2307.14995, equation 5, and arXiv:2501.08313."""
+    H, layer, layers = cfg.num_heads, PLACE.layer, PLACE.num_layers
+    rate = 8 * head / H * (1 - layer / layers)
+    if cfg.slopes == "alibi":
+        rate = (2 ** (-8 / H)) ** (head + 1) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
+    S, outputs = 0, []
+    for t in range(tokens):
+        S = math.exp(-rate) * S + torch.outer(plain(cfg, p["k"][t]), p["v"][t])
+        outputs.append(plain(cfg, p["q"][t]) @ S / math.sqrt(cfg.head_k_dim))
+    return torch.stack(outputs), S
+
+
+def deltanet(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2406.06484, equation 1 and section 3.3."""
+    S, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), []
+    for t in range(tokens):
+        q, k, v = (silu(cfg, p[name][t]) for name in "qkv")
+        if cfg.qk_norm == "l2":
+            q, k = normed(q), normed(k)
+        else:
+            q, k = q / q.abs().sum(), k / k.abs().sum()
+        beta = (torch.sigmoid(p["b"][t]) if cfg.use_beta else 1) * (2 if cfg.allow_neg_eigval else 1)
+        S = S - beta * torch.outer(k, k @ S) + beta * torch.outer(k, v)
+        outputs.append(q @ S / math.sqrt(cfg.head_k_dim))
+    return torch.stack(outputs), S
+
+
+def kda(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2510.26692, equation 1; the gate of the common library, with and without a lower bound."""
+    S, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), []
+    rate = w["A_log"][head].exp()
+    for t in range(tokens):
+        q, k, v = normed(silu(cfg, p["q"][t])), normed(silu(cfg, p["k"][t])), silu(cfg, p["v"][t])
+        logit = p["f"][t] + w["dt_bias"][head]
+        alpha = (1 + logit.exp()) ** -rate
+        if cfg.lower_bound is not None:
+            alpha = torch.exp(cfg.lower_bound / (1 + (-rate * logit).exp()))
+        beta = torch.sigmoid(p["b"][t]) * (2 if cfg.allow_neg_eigval else 1)
+        S = (torch.eye(len(k)) - beta * torch.outer(k, k)) @ torch.diag(alpha) @ S + beta * torch.outer(k, v)
+        outputs.append(q @ S / math.sqrt(cfg.head_k_dim))
+    return torch.stack(outputs), S
+
+
+def products(x: Tensor) -> list[Tensor]:
+    """Every product of two different channels, by their distance on a ring."""
+    found = {}
+    for distance in range(1, len(x) // 2 + 1):
+        for i in range(len(x)):
+            j = (i + distance) % len(x)
+            found.setdefault(frozenset((i, j)), x[i] * x[j])
+    return list(found.values())
+
+
+def softmax_like(weight, phi, cfg, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention by its T x T weights, and the memory by the features of the keys."""
+    weights = torch.stack([torch.stack([weight(a @ b / math.sqrt(len(a))) for b in k]) for a in q]).tril()
+    S = sum(torch.outer(torch.stack([*phi(b)]), torch.cat([c, torch.ones(1)])) for b, c in zip(k, v))
+    return weights @ v / (weights.sum(1, keepdim=True) + cfg.eps), S
+
+
+def based(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2402.18668, section 4.1: 1 + x + x^2 / 2 instead of exp x."""
+
+    def phi(x: Tensor) -> list[Tensor]:
+        d = len(x)
+        quadratic = [x_i**2 / math.sqrt(2 * d) for x_i in x] + [y / math.sqrt(d) for y in products(x)]
+        return [torch.tensor(1.0), *(x / d**0.25), *quadratic]
+
+    return softmax_like(lambda s: 1 + s + s**2 / 2, phi, cfg, p["q"], p["k"], p["v"])
+
+
+def rebased(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2402.10644, section 4, scaled as in the common library."""
+
+    def phi(x: Tensor) -> list[Tensor]:
+        return [x_i**2 / math.sqrt(len(x)) for x_i in x] + [y * math.sqrt(2 / len(x)) for y in products(x)]
+
+    def affine(x: Tensor) -> Tensor:
+        if cfg.normalize:
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return x * (w["gamma"] if cfg.use_gamma else 1) + (w["beta"] if cfg.use_beta else 0)
+
+    return softmax_like(lambda s: s**2, phi, cfg, affine(p["q"]), affine(p["k"]), p["v"])
+
+
 DEFINITIONS: dict[str, Definition] = {
     "linear_attention": linear_attention,
     "gla": gla,
     "gated_deltanet": gated_deltanet,
+    "lightning_attention": lightning_attention,
+    "deltanet": deltanet,
+    "kda": kda,
+    "based": based,
+    "rebased": rebased,
 }
 
 
@@ -79,8 +202,7 @@ def test_formulas(name, case):
     inputs = make(name, options(name)[case] | {"output_norm": "identity", "output_gate": "none"}, tokens=6)
     mixer = inputs.mixer
     o, state = inputs.mix()
-    p, _ = mixer._split(inputs.x, inputs.w, None, None)
-    p |= inputs.low_rank
+    p, _ = split.split(mixer, inputs.x, inputs.others, inputs.w, inputs.place, MixerState(()), None)
     truth_o, truth_memory = torch.zeros_like(o), torch.zeros_like(state.memory[0])
     for b, h in itertools.product(range(2), range(mixer.cfg.num_heads)):
         own = {key: x[b, :, h] for key, x in p.items()}
