@@ -71,7 +71,7 @@ def entry(name: str) -> Entry:
     """What the registered mixer ``name`` says of itself at its defaults."""
     mixer_class = lsm.get(name)
     shape = mixer_class.Config.shape(HIDDEN, HEADS, HEAD_DIM)
-    mixer = mixer_class(mixer_class.Config(hidden_size=HIDDEN, **shape))
+    mixer = mixer_class(mixer_class.Config(hidden_size=HIDDEN, **shape))  # type: ignore[arg-type]
     unknown = set(mixer.unsupported) - set(LAYOUTS)
     assert not unknown, f"{name} names layouts that do not exist: {unknown}"
     return Entry(
