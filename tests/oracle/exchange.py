@@ -9,9 +9,10 @@ Letters: B batch, T tokens, D hidden, H heads, W fused width per head, V value d
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe import lsm
-from linear_moe.lsm import Mixer, Placement
+from linear_moe.lsm import Mixer, Placement, Projection
 
 Weights = dict[str, Tensor]
 """Ours by name: projections ``[H * width, D]``, ``a.down``, ``a.up``, ``a.bias`` of low rank, parameters, ``out``."""
 
+WAISTS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
 BATCH, TOKENS = 2, 70
 """More than 64 tokens: below, fla's layers take another path."""
 
@@ -37,6 +43,7 @@ class Case:
         build: makes the other layer.
         weights: ours in terms of its parameters.
         options: of our Config.
+        changes: attributes of our mixer's class that no option sets: what differs.
         run: calls the other layer.
         place: where our mixer stands.
         context: in which the other layer is built, run and differentiated.
@@ -48,11 +55,17 @@ class Case:
     build: Callable[[], nn.Module]
     weights: Callable[[Any], Weights]
     options: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)
     run: Callable[[Any, Tensor], Tensor] = lambda layer, x: layer(x)[0]
     place: Placement | None = None
     context: Callable[[], AbstractContextManager] = nullcontext
     unused: frozenset[str] = frozenset()
     training: bool = True
+
+
+def named(other: nn.Module, **names: str) -> Weights:
+    """Ours = theirs."""
+    return {ours: other.get_parameter(theirs) for ours, theirs in names.items()}
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
@@ -62,20 +75,34 @@ def heads(x: Tensor, num_heads: int) -> Tensor:
 
 def layer(mixer: Mixer, weights: Weights, x_BTD: Tensor, place: Placement) -> Tensor:
     """Input projections, :meth:`Mixer.mix`, output projection."""
-    cfg, weights = mixer.cfg, dict(weights)
-    fused = [heads(weights.pop(p.name), cfg.num_heads) for p in mixer.fused_projections()]
-    in_proj_WD = torch.cat(fused, dim=1).flatten(0, 1)
-    x_BTHW = F.linear(x_BTD, in_proj_WD).unflatten(-1, (cfg.num_heads, -1))
-    low_rank = {}
-    for p in mixer.low_rank_projections():
-        down, up = weights.pop(f"{p.name}.down"), weights.pop(f"{p.name}.up")
-        projected = F.linear(F.linear(x_BTD, down), up, weights.pop(f"{p.name}.bias") if p.bias else None)
-        low_rank[p.name] = projected.unflatten(-1, (cfg.num_heads, -1))
-    out = weights.pop("out")
-    assert weights.keys() == {table.name for table in mixer.all_parameters()}
+    weights = dict(weights)
+    parameters = {table.name: weights.pop(table.name) for table in mixer.all_parameters()}
     for table in mixer.all_parameters():
-        assert weights[table.name].shape == table.shape, (table, weights[table.name].shape)
-    o_BTHV, _ = mixer.mix(x_BTHW, low_rank, weights, place)
+        assert parameters[table.name].shape == table.shape, (table, parameters[table.name].shape)
+    inputs = defaultdict(lambda: x_BTD)
+    if mixer.token_shift:
+        before_BTD = F.pad(x_BTD, (0, 0, 1, -1))
+        inputs |= mixer.inputs(x_BTD, before_BTD, parameters)
+
+    def project(p: Projection, number: int) -> Tensor:
+        projected = inputs[p.name]
+        if p.rank is not None:
+            projected = WAISTS[p.waist](F.linear(projected, weights.pop(f"{p.name}.down")))
+            bias = weights.pop(f"{p.name}.bias") if p.bias else None
+            projected = F.linear(projected, weights.pop(f"{p.name}.up"), bias)
+        else:
+            projected = F.linear(projected, weights.pop(p.name))
+        return projected.unflatten(-1, (number, p.width))
+
+    num_heads = mixer.cfg.num_heads
+    x_BTHW = torch.cat([project(p, num_heads) for p in mixer.fused_projections()], dim=-1)
+    others = {p.name: project(p, num_heads) for p in mixer.low_rank_projections()}
+    if mixer.grouped_projections():
+        groups = [project(p, mixer.num_groups) for p in mixer.grouped_projections()]
+        others["groups"] = torch.cat(groups, dim=-1)
+    out = weights.pop("out")
+    assert not weights, weights.keys()
+    o_BTHV, _ = mixer.mix(x_BTHW, others, parameters, place)
     return F.linear(o_BTHV.flatten(2), out)
 
 
@@ -113,9 +140,11 @@ def inputs(case: Case, other: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
 
 def differentiated(output: Tensor, leaves: dict[str, Tensor], drawn: Tensor) -> dict[str, Tensor]:
     """The output and its gradients by name."""
-    gradients = torch.autograd.grad(output, list(leaves.values()), drawn)
-    named = {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {"output": output.detach()} | named
+    output.backward(drawn)
+    gradients = {f"grad {name}": leaf.grad for name, leaf in leaves.items()}
+    without = [name for name, gradient in gradients.items() if gradient is None]
+    assert not without, f"not used: {without}"
+    return {"output": output.detach()} | gradients
 
 
 def theirs(case: Case, dtype: torch.dtype = torch.float64, plain: bool = False) -> dict[str, Tensor]:
@@ -131,7 +160,8 @@ def ours(case: Case) -> dict[str, Tensor]:
     with case.context():
         other = other_layer(case)
     leaves, drawn = inputs(case, other)
-    mixer = lsm.get(case.mixer)(lsm.get(case.mixer).Config(**case.options))
+    kind = lsm.get(case.mixer)
+    mixer = type(kind.__name__, (kind,), case.changes)(kind.Config(**case.options))
     place = case.place or Placement(num_heads=mixer.cfg.num_heads)
     return differentiated(layer(mixer, case.weights(other), leaves["x"], place), leaves, drawn)
 

@@ -44,6 +44,7 @@ with warnings.catch_warnings():
     from fla.ops.rwkv7.fused_addcmul import torch_addcmul_rwkv7
     from fla.ops.rwkv7.fused_k_update import k_update_ref
     from fla.ops.rwkv7.gate_output_correction import gate_output_correction_ref
+    from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -67,6 +68,12 @@ def linear_attn(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, normalize: bool, **_: Any
 ) -> tuple[Tensor, None]:
     return naive_recurrent_linear_attn(q, k, v, scale=scale, normalize=normalize)
+
+
+def simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, *, g_gamma: Tensor, scale: float, **_: Any
+) -> tuple[Tensor, None]:
+    return naive_recurrent_simple_gla(q, k, v, g_gamma.expand(q.shape[:3]), scale)
 
 
 def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -233,6 +240,7 @@ REPLACED: dict[str, dict[str, Callable]] = {
         "fused_k_rwkv7": k_update_ref,
         "gate_output_correction": gate_output_correction_ref,
     },
+    "fla.ops.lightning_attn.chunk": {"chunk_simple_gla": simple_gla},
     "fla.modules.feature_map": {"layer_norm": layernorm.layer_norm_ref, "swish": F.silu},
     "fla.modules.norm.fused_norm_gate": {"rms_norm_gated": rms_norm_gated},
     "fla.modules.norm.layernorm": {"rms_norm": rms_norm, "group_norm": group_norm},
