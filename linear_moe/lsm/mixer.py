@@ -6,14 +6,17 @@ they become the arguments of the recurrence, the recurrence itself, and its defi
     Config         a dataclass, a doc string under every field       -> flags, validation, config.json
     projections    a table of named projections                      -> one fused TP-sharded GEMM, names, counts
     parameters     a table of per-head and shared parameters         -> TP sharding, float32 upkeep, checkpoint keys
+    inputs         only with token_shift: what each projection reads -> halo, decoding
     gates          element-wise maths on projected tensors           -> dtype policy, recompute
     scan           outputs and final memory                          -> training, prefill, decode, packed documents
     segment        what a run of tokens does to any memory           -> context parallelism in any layout
     reference      the definition, one token at a time               -> every test
+    read_out       norm and gate of the output                       -> full-width norms under TP
 
 No mixer knows about tensor or context parallelism, packing, decoding or checkpoints.
 
-Letters: B rows of runs, T tokens of a run row, H heads here, K key dim, V value dim, W fused width per head.
+Letters: B rows of runs, T tokens of a run row, N runs, H heads here, G groups of heads here, D hidden, K key dim,
+V value dim, W fused width per head.
 """
 
 from __future__ import annotations
@@ -21,87 +24,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.kernels import Segment, short_conv
+from linear_moe.kernels import Segment
+from linear_moe.lsm import output, split
 from linear_moe.lsm.options import check_types, one_of, positive
+from linear_moe.lsm.tables import Memory, MixerState, Parameter, Placement, Projection, widen
 
-
-@dataclass(frozen=True)
-class Projection:
-    """A named linear map of the layer's input, ``num_heads * width`` channels.
-
-    Attributes:
-        name: key of the projected tensor ``[B, T, H, width]`` in ``gates``.
-        width: channels per head.
-        bias: add a learned bias.
-        rank: low rank: input -> ``rank`` channels (replicated over TP) -> heads; ``None``: part of the fused GEMM.
-        conv: passes through the layer's short convolution; such projections come first in the table.
-    """
-
-    name: str
-    width: int
-    bias: bool = False
-    rank: int | None = None
-    conv: bool = False
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A learned tensor that is not a projection.
-
-    Attributes:
-        name: key in ``gates`` and in the checkpoint.
-        shape: of the whole tensor; starts with ``num_heads`` when ``per_head``.
-        init: fills the tensor (this rank's heads of it) in place.
-        per_head: sharded over tensor-parallel ranks by head; otherwise one copy serves all heads.
-        keep_float32: stays float32 in a half-precision model.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    init: Callable[[Tensor], object]
-    per_head: bool = True
-    keep_float32: bool = False
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which heads of which layer are computed here: decays by head or depth use global indices.
-
-    Attributes:
-        num_heads: heads here.
-        first_head: global index of the first of them.
-        layer: global index of the layer, from 0.
-        num_layers: layers of the model.
-    """
-
-    num_heads: int
-    first_head: int = 0
-    layer: int = 0
-    num_layers: int = 1
-
-
-Memory = tuple[Tensor, ...]
-"""``[N, H, K, V]`` float32 for each matrix memory of a mixer; most have one."""
-
-
-@dataclass(frozen=True)
-class MixerState:
-    """What decoding carries from one call to the next.
-
-    Attributes:
-        memory: the memories after the last token.
-        conv: ``[N, conv_size - 1, H, channels]``, the last inputs of the short convolution, or ``None``.
-    """
-
-    memory: Memory
-    conv: Tensor | None = None
-
+__all__ = ["Memory", "MemorySource", "Mixer", "MixerState", "Parameter", "Placement", "Projection", "widen"]
 
 MemorySource = Callable[[Sequence[Segment]], Memory]
 
@@ -113,6 +46,16 @@ class Mixer:
     family: ClassVar[Literal["diagonal decay", "delta rule"]]
     source: ClassVar[str]
     """The paper that defines it: arXiv id and section."""
+    unsupported: ClassVar[dict[str, str]] = {}
+    """What this mixer cannot do, and why; everything else works (``python -m linear_moe.lsm`` lists it)."""
+    token_shift: ClassVar[bool] = False
+    """Projections read a mix of a token and the one before it: the mixer has :meth:`inputs`."""
+    uses_positions: ClassVar[bool] = False
+    """``gates`` gets ``p["positions"]``, ``[B, T]`` int64: the place of each token in its document."""
+    first_value: ClassVar[str | None] = None
+    """Projection whose output in the first layer of this mixer all later ones get, as ``p["first_" + name]``."""
+    uses_hidden: ClassVar[bool] = False
+    """``others["hidden"]`` is the layer's input ``[B, T, D]`` (mixtures of memories)."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -124,6 +67,8 @@ class Mixer:
         """Heads of the whole layer, before tensor parallelism."""
         head_dim: int
         """Channels per head that ``expand_k`` and ``expand_v`` multiply."""
+        layers_of_kind: int = 1
+        """Layers of this mixer in the model."""
         expand_k: float = 1.0
         """Key dim per head is ``expand_k * head_dim``."""
         expand_v: float = 1.0
@@ -132,17 +77,26 @@ class Mixer:
         """Learned bias on q, k and v (Qwen2)."""
         conv_size: int = 0
         """Width of the causal short convolution on q, k and v; 0: none."""
+        conv_bias: bool = False
+        """Learned bias of the short convolution."""
         output_norm: str = "rmsnorm"
-        """Per-head norm of the output: rmsnorm or identity."""
+        """Norm of the output: rmsnorm, groupnorm (mean and bias too) or identity."""
         output_gate: str = "swish"
         """Activation of the output gate: swish, sigmoid or none."""
         norm_eps: float = 1e-5
         """Epsilon of the output norm."""
 
+        @classmethod
+        def from_model(
+            cls, *, hidden_size: int, num_heads: int, head_dim: int, **options: Any
+        ) -> Mixer.Config:
+            """The config in a model whose softmax layers have ``num_heads`` of ``head_dim``; some mixers differ."""
+            return cls(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, **options)
+
         def __post_init__(self) -> None:
             check_types(self)
-            for name in ("hidden_size", "num_heads", "head_dim"):
-                positive(name, getattr(self, name), "it counts channels or heads", 64)
+            for name in ("hidden_size", "num_heads", "head_dim", "layers_of_kind"):
+                positive(name, getattr(self, name), "it counts channels, heads or layers", 64)
             positive("norm_eps", self.norm_eps, "an output of zeros is divided by its root", 1e-5)
             for name in ("expand_k", "expand_v"):
                 width = getattr(self, name) * self.head_dim
@@ -158,7 +112,7 @@ class Mixer:
                     f"  why: it is the number of tokens that the short convolution sees, itself included\n"
                     f"  try: 4, or 0 for none"
                 )
-            one_of("output_norm", self.output_norm, ("rmsnorm", "identity"))
+            one_of("output_norm", self.output_norm, ("rmsnorm", "groupnorm", "identity"))
             one_of("output_gate", self.output_gate, ("swish", "sigmoid", "none"))
 
         @property
@@ -184,6 +138,10 @@ class Mixer:
         """Learned tensors that are not projections; the output norm and the convolution come by themselves."""
         return ()
 
+    def inputs(self, x_BTD: Tensor, before_BTD: Tensor, w: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With ``token_shift``: what each projection reads, ``[B, T, D]``, from every token and the one before it."""
+        raise NotImplementedError
+
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Element-wise maths: projected tensors ``p`` and parameters ``w`` to the arguments of ``scan``."""
         raise NotImplementedError
@@ -204,10 +162,27 @@ class Mixer:
         """The definition of ``scan``, one token at a time; tests trust only this."""
         raise NotImplementedError
 
+    def read_out(
+        self, o_BTHV: Tensor, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement
+    ) -> Tensor:
+        """Norm the output and gate it: ``[B, T, H, V]`` to the same."""
+        wide = output.norm(o_BTHV, w, self.cfg, self.num_norm_groups, place)
+        return output.gate(wide, p.get("g"), self.cfg.output_gate).to(o_BTHV.dtype)
+
     @property
     def scale(self) -> float:
         """What the read is multiplied with."""
         return self.cfg.head_k_dim**-0.5
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of heads that share each grouped projection."""
+        return 1
+
+    @property
+    def num_norm_groups(self) -> int:
+        """Groups of heads that share the statistics of the output norm; 1: one norm over the full width."""
+        return self.cfg.num_heads
 
     def memory_shapes(self) -> tuple[tuple[int, int], ...]:
         """Key and value dims of each matrix memory of a head."""
@@ -230,7 +205,11 @@ class Mixer:
 
     def fused_projections(self) -> tuple[Projection, ...]:
         """The projections that share one GEMM, in the order of their channels inside a head."""
-        return tuple(p for p in self.all_projections() if p.rank is None)
+        return tuple(p for p in self.all_projections() if p.rank is None and not p.grouped)
+
+    def grouped_projections(self) -> tuple[Projection, ...]:
+        """The projections for groups of heads, which share another."""
+        return tuple(p for p in self.all_projections() if p.grouped)
 
     def low_rank_projections(self) -> tuple[Projection, ...]:
         """The projections through a narrow waist."""
@@ -243,37 +222,71 @@ class Mixer:
     def all_parameters(self) -> tuple[Parameter, ...]:
         """The whole table, with the biases, the convolution and the output norm that the options ask for."""
         cfg = self.cfg
-        parameters = list(self.parameters())
-        shape: tuple[int, ...]
-        for p in self.fused_projections():
-            if p.bias:
-                shape = (cfg.num_heads, p.width)
-                parameters.append(Parameter(f"{p.name}_bias", shape, torch.nn.init.zeros_))
-        if self.conv_channels:
-            shape = (cfg.num_heads, self.conv_channels, cfg.conv_size)
-            bound = 1 / math.sqrt(cfg.conv_size)
-            parameters.append(Parameter("conv_weight", shape, lambda x: x.uniform_(-bound, bound)))
-        if cfg.output_norm == "rmsnorm":
-            shape = (cfg.head_v_dim,)
-            parameters.append(Parameter("norm_weight", shape, torch.nn.init.ones_, per_head=False))
-        return tuple(parameters)
+        biases = [
+            Parameter(f"{p.name}_bias", (cfg.num_heads, p.width), torch.nn.init.zeros_)
+            for p in self.fused_projections()
+            if p.bias
+        ]
+        return (*self.parameters(), *biases, *self._conv_parameters(), *self._norm_parameters())
+
+    def _conv_parameters(self) -> list[Parameter]:
+        found = []
+        bound = 1 / math.sqrt(max(self.cfg.conv_size, 1))
+        for name, shape, per_head in (
+            ("conv", (self.cfg.num_heads, self.conv_channels), True),
+            ("group_conv", (self.num_groups, self.group_conv_channels), False),
+        ):
+            if shape[1] == 0:
+                continue
+            weight = (*shape, self.cfg.conv_size)
+            found.append(Parameter(f"{name}_weight", weight, lambda x: x.uniform_(-bound, bound), per_head))
+            if self.cfg.conv_bias:
+                found.append(Parameter(f"{name}_bias", shape, torch.nn.init.zeros_, per_head))
+        return found
+
+    def _norm_parameters(self) -> list[Parameter]:
+        if self.cfg.output_norm == "identity":
+            return []
+        # A norm per head has one weight for all heads, as in the common library; a wider one a weight per channel.
+        whole = self.num_norm_groups < self.cfg.num_heads or self.cfg.output_norm == "groupnorm"
+        shape = (self.cfg.num_heads, self.cfg.head_v_dim) if whole else (self.cfg.head_v_dim,)
+        found = [Parameter("norm_weight", shape, torch.nn.init.ones_, per_head=whole)]
+        if self.cfg.output_norm == "groupnorm":
+            found.append(Parameter("norm_bias", shape, torch.nn.init.zeros_))
+        return found
 
     @property
     def conv_channels(self) -> int:
         """Channels per head that pass through the short convolution."""
-        if self.cfg.conv_size == 0:
-            return 0
-        return sum(p.width for p in self.fused_projections() if p.conv)
+        return sum(p.width for p in self.fused_projections() if p.conv) if self.cfg.conv_size else 0
+
+    @property
+    def group_conv_channels(self) -> int:
+        """Channels per group of heads that pass through it."""
+        return sum(p.width for p in self.grouped_projections() if p.conv) if self.cfg.conv_size else 0
 
     @property
     def fused_width(self) -> int:
         """W: channels per head of the fused projection."""
         return sum(p.width for p in self.fused_projections())
 
+    @property
+    def grouped_width(self) -> int:
+        """Channels per group of the fused grouped projection."""
+        return sum(p.width for p in self.grouped_projections())
+
+    def groups_here(self, place: Placement) -> slice:
+        """The groups that the heads of ``place`` belong to."""
+        return place.groups(self.num_groups, self.cfg.num_heads)
+
+    def conv_input(self, x_BTHW: Tensor, w: dict[str, Tensor]) -> Tensor:
+        """What the short convolution reads and a :class:`MixerState` keeps: the first channels, biased."""
+        return split.conv_input(self.fused_projections(), x_BTHW[..., : self.conv_channels], w)
+
     def mix(
         self,
         x_BTHW: Tensor,
-        low_rank: dict[str, Tensor],
+        others: dict[str, Tensor],
         w: dict[str, Tensor],
         place: Placement,
         *,
@@ -285,7 +298,8 @@ class Mixer:
 
         Args:
             x_BTHW: ``[B, T, H, W]`` fused projections.
-            low_rank: the low-rank projections by name, ``[B, T, H, width]``.
+            others: the low-rank projections by name, ``[B, T, H, width]``; ``"groups"``, the fused grouped ones
+                ``[B, T, G, width]``; ``"first_" + name``, see ``first_value``.
             w: the parameters by name, those per head with this placement's heads only.
             place: the heads and the layer computed here.
             state: memory and convolution tail before the first token of every run; ``None``: empty.
@@ -295,64 +309,31 @@ class Mixer:
         Returns:
             ``[B, T, H, V]`` outputs, normed and gated, and the state after the last token of every run.
         """
-        p, conv_tail = self._split(x_BTHW, w, state.conv if state else None, cu_seqlens)
-        gated = self.gates(p | low_rank, w, place)
-        memory = state.memory if state and state.memory else None
+        o_BTHV, p, state = self.recall(
+            x_BTHW, others, w, place, state=state, memory_from=memory_from, cu_seqlens=cu_seqlens
+        )
+        return self.read_out(o_BTHV, p, w, place), state
+
+    def recall(
+        self,
+        x_BTHW: Tensor,
+        others: dict[str, Tensor],
+        w: dict[str, Tensor],
+        place: Placement,
+        *,
+        state: MixerState | None = None,
+        memory_from: MemorySource | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], MixerState]:
+        """:meth:`mix` up to the output norm: what was read from the memory, the projections by name, the state."""
+        before = state or MixerState(())
+        p, tails = split.split(self, x_BTHW, others, w, place, before, cu_seqlens)
+        length = None
+        if self.uses_positions and "positions" not in p:
+            p["positions"], length = split.positions(x_BTHW, before.length, cu_seqlens)
+        gated = self.gates(p, w, place)
+        memory = before.memory or None
         if memory_from is not None:
             memory = memory_from(self.segment(cu_seqlens=cu_seqlens, **gated))
         o_BTHV, memory = self.scan(state=memory, cu_seqlens=cu_seqlens, **gated)
-        return self.read_out(o_BTHV, p, w), MixerState(memory, conv_tail)
-
-    def conv_input(self, x_BTHW: Tensor, w: dict[str, Tensor]) -> Tensor:
-        """What the short convolution reads and a :class:`MixerState` keeps: the first channels, biased."""
-        head = x_BTHW[..., : self.conv_channels]
-        convolved = [p for p in self.fused_projections() if p.conv]
-        if not any(p.bias for p in convolved):
-            return head
-        zeros = head.new_zeros(())
-        biases = [
-            w[f"{p.name}_bias"] if p.bias else zeros.expand(x_BTHW.shape[2], p.width) for p in convolved
-        ]
-        return head + torch.cat(biases, dim=-1)
-
-    def _split(
-        self, x_BTHW: Tensor, w: dict[str, Tensor], conv_tail: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Named views of the fused projections, biased and convolved."""
-        fused = self.fused_projections()
-        if self.conv_channels:
-            tail = x_BTHW[..., self.conv_channels :]
-            head, conv_tail = short_conv(
-                self.conv_input(x_BTHW, w),
-                w["conv_weight"],
-                activation="silu",
-                state=conv_tail,
-                cu_seqlens=cu_seqlens,
-            )
-            convolved = [p for p in fused if p.conv]
-            plain = [p for p in fused if not p.conv]
-            views = [*head.split([p.width for p in convolved], -1), *tail.split([p.width for p in plain], -1)]
-        else:
-            convolved, plain = [], list(fused)
-            views = list(x_BTHW.split([p.width for p in fused], dim=-1))
-        named = dict(zip([p.name for p in convolved + plain], views, strict=True))
-        for p in plain:
-            if p.bias:
-                named[p.name] = named[p.name] + w[f"{p.name}_bias"]
-        return named, conv_tail
-
-    def read_out(self, o_BTHV: Tensor, p: dict[str, Tensor], w: dict[str, Tensor]) -> Tensor:
-        """Norm the output per head and gate it; statistics in float32 at least."""
-        dtype = o_BTHV.dtype
-        if self.cfg.output_norm == "rmsnorm":
-            wide = widen(o_BTHV)
-            o_BTHV = F.rms_norm(wide, (wide.shape[-1],), w["norm_weight"].to(wide.dtype), self.cfg.norm_eps)
-        if self.cfg.output_gate != "none":
-            act = F.silu if self.cfg.output_gate == "swish" else torch.sigmoid
-            o_BTHV = o_BTHV * act(p["g"].to(o_BTHV.dtype))
-        return o_BTHV.to(dtype)
-
-
-def widen(x: Tensor) -> Tensor:
-    """``x`` in float32, or as it is when it is wider: gates and long sums never run in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return o_BTHV, p, MixerState(memory, *tails, length=length)

@@ -51,7 +51,8 @@ def mixer_config(kind: str, config: LinearMoEConfig) -> Mixer.Config:
         "hidden_size": config.hidden_size,
         "num_heads": config.num_attention_heads,
         "head_dim": config.kv_channels,
+        "layers_of_kind": max(1, config.layer_kinds.count(kind)),
         "qkv_bias": config.add_qkv_bias,
         "norm_eps": config.layernorm_epsilon,
     }
-    return config_class(**(defaults | options))  # type: ignore[arg-type]
+    return config_class.from_model(**(defaults | options))  # type: ignore[arg-type]

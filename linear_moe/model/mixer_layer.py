@@ -1,79 +1,54 @@
 """A mixer as the ``self_attention`` of a Megatron ``TransformerLayer``: projections, parallelism, packing, decoding.
 
-    hidden -> one fused column-parallel GEMM (+ low-rank gates) -> Mixer.mix -> row-parallel GEMM -> hidden
+    hidden -> one fused column-parallel GEMM (+ low-rank gates ..) -> Mixer.mix -> row-parallel GEMM -> hidden
 
 The fused weight is laid out head by head ([q k v .. of head 0][q k v .. of head 1] ..), so a tensor-parallel shard is a
 contiguous slice of it: checkpoints reshard like any column-parallel weight, and every projection is a strided view of
-the GEMM's output. Per-head parameters are sharded with the heads; parameters that all heads share are replicated, and
-their gradients summed over tensor-parallel ranks, with and without sequence parallelism. Context parallelism hands the
-mixer the memory before its tokens (LASP-2) and the tail of the left neighbour (short convolution).
+the GEMM's output. Context parallelism hands the mixer the memory before its tokens (LASP-2) and the tail of the left
+neighbour (short convolution, token shift).
 
 Letters: T local tokens, B batch, D hidden, H heads here, W fused width per head, V value dim.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from linear_moe import lsm
-from linear_moe.lsm import Mixer, MixerState, Parameter, Placement
+from linear_moe.lsm import Mixer, MixerState, Placement
+from linear_moe.lsm.split import token_before
 from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.mixer_parameters import ModelTables, TableModule
+from linear_moe.model.mixer_projections import GroupLinear, LowRankLinear, shifted, whole_sequence
 from linear_moe.model.sequence import layout_of
-from linear_moe.parallel.halo import tokens_before
+from linear_moe.parallel.halo import lengths_before, tokens_before
 from linear_moe.parallel.lasp2 import initial_states
 from linear_moe.parallel.layout import SequenceLayout
 
 
-class LowRankLinear(MegatronModule):
-    """hidden -> ``rank`` channels, replicated -> heads, column-parallel: a gate through a narrow waist."""
+@dataclass
+class FirstValue:
+    """What the first layer of a mixer hands to the later ones of the same micro-batch (``Mixer.first_value``)."""
 
-    def __init__(
-        self,
-        config: LinearMoEConfig,
-        rank: int,
-        out_features: int,
-        bias: bool,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(config)
-        # Replicated, and fed a slice of the sequence under sequence parallelism: Megatron sums such gradients.
-        self.down = _empty((rank, config.hidden_size), config.params_dtype)
-        config.init_method(self.down.data)
-        setattr(self.down, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-        self.up = ColumnParallelLinear(
-            rank,
-            out_features,
-            config=config,
-            init_method=config.init_method,
-            bias=bias,
-            gather_output=False,
-            tp_group=pg_collection.tp,
-        )
-
-    def forward(self, hidden_TBD: Tensor) -> Tensor:
-        """``[T, B, D]`` (``T / TP`` under sequence parallelism) to ``[T, B, out_features / TP]``."""
-        out, _ = self.up(F.linear(hidden_TBD, self.down.to(hidden_TBD.dtype)))
-        return out
+    x_BTHV: Tensor | None = None
 
 
-class MixerLayer(MegatronModule):
+class MixerLayer(TableModule):
     """A token mixer in Megatron's attention slot.
 
     Args:
@@ -101,39 +76,45 @@ class MixerLayer(MegatronModule):
         pp_layer_offset: int | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(config)
         assert pg_collection is not None
+        super().__init__(config, pg_collection)
         self.layer_number = layer_number
-        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.cp_group = pg_collection.cp
         self.mixer: Mixer = lsm.get(mixer)(mixer_config(mixer, config))
-        cfg = self.mixer.cfg
-        tp = self.tp_group.size()
+        cfg, tp = self.mixer.cfg, self.tp_group.size()
         assert cfg.num_heads % tp == 0, f"{cfg.num_heads} heads on {tp} tensor-parallel ranks"
         self.place = Placement(
             num_heads=cfg.num_heads // tp,
             first_head=self.tp_group.rank() * (cfg.num_heads // tp),
             layer=layer_number - 1,
             num_layers=config.num_layers,
+            layer_of_kind=config.layer_kinds[: layer_number - 1].count(mixer),
+            sum_over_ranks=self._sum_over_ranks,
         )
-        column = partial(
-            ColumnParallelLinear,
+        self.in_proj = ColumnParallelLinear(
+            config.hidden_size,
+            cfg.num_heads * self.mixer.fused_width,
             config=config,
             init_method=config.init_method,
             bias=False,
             gather_output=False,
             tp_group=self.tp_group,
         )
-        self.in_proj = column(config.hidden_size, cfg.num_heads * self.mixer.fused_width)
+        low_rank = self.mixer.low_rank_projections()
         self.low_rank = torch.nn.ModuleDict(
-            {
-                p.name: LowRankLinear(
-                    config, cast(int, p.rank), cfg.num_heads * p.width, p.bias, pg_collection
-                )
-                for p in self.mixer.low_rank_projections()
-            }
+            {p.name: LowRankLinear(config, p, cfg.num_heads, pg_collection) for p in low_rank}
         )
-        for parameter in self.mixer.all_parameters():
-            self.register_parameter(parameter.name, self._create(parameter))
+        self.group_proj: GroupLinear | None = None
+        if self.mixer.grouped_width:
+            width = self.mixer.num_groups * self.mixer.grouped_width
+            self.group_proj = GroupLinear(config, width, pg_collection)
+        tables = self.mixer.all_parameters()
+        self.create([table for table in tables if not table.per_model])
+        self.model_tables: ModelTables | None = None
+        if shared := [table for table in tables if table.per_model]:
+            # On its own; the builder gives all layers of a model the same.
+            self.model_tables = ModelTables(config, shared, pg_collection)
+        self.first_value = FirstValue()
         self.out_proj = RowParallelLinear(
             cfg.num_heads * cfg.head_v_dim,
             config.hidden_size,
@@ -145,41 +126,19 @@ class MixerLayer(MegatronModule):
             tp_group=self.tp_group,
         )
 
-    def _create(self, table: Parameter) -> torch.nn.Parameter:
-        shape = (self.place.num_heads, *table.shape[1:]) if table.per_head else table.shape
-        parameter = _empty(shape, torch.float32 if table.keep_float32 else self.config.params_dtype)
-        if table.per_head:
-            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                table.init(parameter.data)
-        else:
-            table.init(parameter.data)
-            # With sequence parallelism Megatron sums the gradients of such parameters over tensor-parallel ranks.
-            setattr(parameter, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010
-        return parameter
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MixerLayer:
-        """Keep the float32 parameters float32 when the model is cast (Float16Module, ``.bfloat16()``)."""
-        names = [table.name for table in self.mixer.all_parameters() if table.keep_float32]
-        exact = {name: getattr(self, name).data for name in names}
-        super()._apply(fn, recurse)
-        for name, data in exact.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        return self
+    def share(self, tables: ModelTables | None, first_value: FirstValue) -> None:
+        """Use what the layers of one model share instead of this layer's own."""
+        if self.model_tables is not None:
+            assert tables is not None
+            del self.model_tables
+            # Not a submodule: the model owns it, and saves it once.
+            self.__dict__["model_tables"] = tables
+        self.first_value = first_value
 
     def weights(self) -> dict[str, Tensor]:
-        """The mixer's parameters by name, shared ones routed so that their gradients are whole."""
-        sum_here = self.tp_group.size() > 1 and not self.config.sequence_parallel
-        weights = {}
-        for table in self.mixer.all_parameters():
-            weight = getattr(self, table.name)
-            if sum_here and not table.per_head:
-                # Each rank sees its own heads only: without sequence parallelism nobody else sums this gradient.
-                weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-            weights[table.name] = weight
-        return weights
+        """The mixer's parameters by name, those of the whole model included."""
+        shared = {} if self.model_tables is None else self.model_tables.weights()
+        return super().weights() | shared
 
     def forward(
         self,
@@ -195,37 +154,98 @@ class MixerLayer(MegatronModule):
         sequence_len_offset: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """``[T, B, D]`` to ``[T, B, D]`` and the bias that the caller adds (Megatron's contract)."""
-        fused_TBC, _ = self.in_proj(hidden_states)
-        low_rank = [self._heads(module(hidden_states)) for module in self.low_rank.values()]
-        x_BTHW = self._heads(fused_TBC)
-        batch, length = x_BTHW.shape[:2]
+        length, batch = hidden_states.shape[:2]
+        if self.config.sequence_parallel:
+            length *= self.tp_group.size()
         layout = layout_of(packed_seq_params, batch=batch, local_length=length, cp_group=self.cp_group)
+        state = None
         if inference_context is not None:
-            o_BTHV = self._decode(x_BTHW, low_rank, layout, inference_context)
+            state = self._state(layout, inference_context)
+        weights = self.weights()
+        x_BTHW, others, last_hidden = self._project(hidden_states, layout, weights, state)
+        if inference_context is not None:
+            o_BTHV, state = self.mixer.mix(x_BTHW, others, weights, self.place, state=state)
+            states = inference_context.key_value_memory_dict
+            states[self.layer_number] = replace(state, hidden=last_hidden)
         elif self.config.lsm_recompute and self.training:
-            o_BTHV = tensor_parallel.checkpoint(partial(self._mix, layout), False, x_BTHW, *low_rank)
+            mix = partial(self._mix, layout, tuple(others))
+            o_BTHV = tensor_parallel.checkpoint(mix, False, x_BTHW, *others.values())
         else:
-            o_BTHV = self._mix(layout, x_BTHW, *low_rank)
+            o_BTHV = self._mix(layout, tuple(others), x_BTHW, *others.values())
         o_TBC = o_BTHV.transpose(0, 1).flatten(2)
         return self.out_proj(o_TBC)
 
-    def _heads(self, x_TBC: Tensor) -> Tensor:
-        """``[T, B, H * width]`` to ``[B, T, H, width]``, a view."""
-        return x_TBC.unflatten(2, (self.place.num_heads, -1)).transpose(0, 1)
+    # ---- projections ----
 
-    def _mix(self, layout: SequenceLayout, x_BTHW: Tensor, *low_rank: Tensor) -> Tensor:
+    def _project(
+        self, hidden_TBD: Tensor, layout: SequenceLayout, w: dict[str, Tensor], state: MixerState | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """``[B, T, H, W]``, the other projections by name, and the layer's last input for a token shift."""
+        last_hidden = None
+        if self.mixer.token_shift:
+            hidden_BTD = self._whole(hidden_TBD)
+            before_BTD, last_hidden = self._before(hidden_BTD, layout, state)
+            inputs = self.mixer.inputs(hidden_BTD, before_BTD, w)
+            table = self.mixer.fused_projections()
+            x_BTHW = shifted(table, self.in_proj.weight, inputs, self.place.num_heads)
+            sum_here = self.tp_group.size() > 1 and not self.config.sequence_parallel
+            others = {
+                name: module.of_whole(inputs[name], sum_here).unflatten(-1, (self.place.num_heads, -1))
+                for name, module in self.low_rank.items()
+            }
+        else:
+            x_BTHW = self._heads(self.in_proj(hidden_TBD)[0])
+            others = {name: self._heads(module(hidden_TBD)) for name, module in self.low_rank.items()}
+        if self.group_proj is not None:
+            groups_BTGW = self._heads(self.group_proj(hidden_TBD), self.mixer.num_groups)
+            others["groups"] = groups_BTGW[:, :, self.mixer.groups_here(self.place)]
+        if self.mixer.uses_hidden:
+            others["hidden"] = self._whole(hidden_TBD)
+        if self.mixer.first_value is not None:
+            if self.place.layer_of_kind == 0:
+                self.first_value.x_BTHV = self._named(x_BTHW, self.mixer.first_value, w)
+            else:
+                assert self.first_value.x_BTHV is not None, "no earlier layer of this mixer has run"
+                others[f"first_{self.mixer.first_value}"] = self.first_value.x_BTHV
+        return x_BTHW, others, last_hidden
+
+    def _heads(self, x_TBC: Tensor, num_heads: int | None = None) -> Tensor:
+        """``[T, B, H * width]`` to ``[B, T, H, width]``, a view."""
+        return x_TBC.unflatten(2, (num_heads or self.place.num_heads, -1)).transpose(0, 1)
+
+    def _whole(self, hidden_TBD: Tensor) -> Tensor:
+        """All local tokens on every tensor-parallel rank, ``[B, T, D]``."""
+        return whole_sequence(hidden_TBD, self.config, self.tp_group).transpose(0, 1)
+
+    def _named(self, x_BTHW: Tensor, name: str, w: dict[str, Tensor]) -> Tensor:
+        """One of the fused projections."""
+        table = self.mixer.fused_projections()
+        position = [p.name for p in table].index(name)
+        part = x_BTHW.split([p.width for p in table], dim=-1)[position]
+        return part + w[f"{name}_bias"] if table[position].bias else part
+
+    def _before(
+        self, hidden_BTD: Tensor, layout: SequenceLayout, state: MixerState | None
+    ) -> tuple[Tensor, Tensor]:
+        """The token before each one, ``[B, T, D]``, and the last one of every run."""
+        if layout.cp_size > 1:
+            state = MixerState((), hidden=tokens_before(hidden_BTD, 1, layout, self.cp_group))
+        before, last_hidden = token_before(layout.runs(hidden_BTD), state, layout.run_cu_seqlens)
+        return layout.tokens(before), last_hidden
+
+    # ---- mixing ----
+
+    def _mix(self, layout: SequenceLayout, names: tuple[str, ...], x_BTHW: Tensor, *others: Tensor) -> Tensor:
         """The mixer over this rank's runs, started from the memory that earlier ranks leave."""
         weights = self.weights()
+        named = dict(zip(names, others, strict=True))
         state, memory_from = None, None
         if layout.cp_size > 1:
             memory_from = partial(initial_states, layout=layout, group=self.cp_group)
-            if self.mixer.conv_channels:
-                conv_input = self.mixer.conv_input(x_BTHW, weights)
-                reach = self.mixer.cfg.conv_size - 1
-                state = MixerState((), tokens_before(conv_input, reach, layout, self.cp_group))
+            state = self._state_before(layout, x_BTHW, named, weights)
         o, _ = self.mixer.mix(
             layout.runs(x_BTHW),
-            {name: layout.runs(x) for name, x in zip(self.low_rank, low_rank, strict=True)},
+            {name: layout.runs(x) for name, x in named.items()},
             weights,
             self.place,
             state=state,
@@ -234,42 +254,48 @@ class MixerLayer(MegatronModule):
         )
         return layout.tokens(o)
 
-    def _decode(
-        self, x_BTHW: Tensor, low_rank: list[Tensor], layout: SequenceLayout, inference_context: Any
-    ) -> Tensor:
-        """Prefill or one step, with the state kept where Megatron keeps keys and values."""
+    def _state_before(
+        self, layout: SequenceLayout, x_BTHW: Tensor, others: dict[str, Tensor], w: dict[str, Tensor]
+    ) -> MixerState:
+        """What the tokens on other ranks leave for this rank's runs, except the memory."""
+        mixer, reach = self.mixer, self.mixer.cfg.conv_size - 1
+        conv = group_conv = length = None
+        if mixer.conv_channels and not mixer.uses_hidden:
+            conv = tokens_before(mixer.conv_input(x_BTHW, w), reach, layout, self.cp_group)
+        if mixer.group_conv_channels:
+            convolved = others["groups"][..., : mixer.group_conv_channels]
+            group_conv = tokens_before(convolved, reach, layout, self.cp_group)
+        if mixer.uses_positions:
+            length = lengths_before(layout, x_BTHW.device)
+        return MixerState((), conv, group_conv, length=length)
+
+    def _state(self, layout: SequenceLayout, inference_context: Any) -> MixerState | None:
+        """Where decoding left off, kept where Megatron keeps keys and values."""
         if layout.cp_size > 1 or layout.is_packed or not inference_context.is_static_batching():
             raise ValueError(
                 "a mixer decodes with static batching, without context parallelism or packed documents\n"
                 "  why: its state is one matrix per sequence and layer\n"
                 "  try: a StaticInferenceContext on a model built with context parallel size 1"
             )
-        states = inference_context.key_value_memory_dict
-        o, states[self.layer_number] = self.mixer.mix(
-            x_BTHW,
-            dict(zip(self.low_rank, low_rank, strict=True)),
-            self.weights(),
-            self.place,
-            state=states.get(self.layer_number),
-        )
-        return o
+        state: MixerState | None = inference_context.key_value_memory_dict.get(self.layer_number)
+        return state
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Over tensor-parallel ranks, forward and backward."""
+        total = reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(total, group=self.tp_group)
+
+    # ---- checkpoints ----
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """Per-head parameters are sharded on axis 0; everything else as Megatron does."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        tables = self.mixer.all_parameters()
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            {table.name: getattr(self, table.name) for table in tables},
-            prefix,
-            {table.name: 0 for table in tables if table.per_head},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        children = {"in_proj": self.in_proj, "out_proj": self.out_proj}
+        sharded = self.sharded_tables(prefix, sharded_offsets, metadata)
+        children: dict[str, Any] = {"in_proj": self.in_proj, "out_proj": self.out_proj}
         children |= {f"low_rank.{name}": module for name, module in self.low_rank.items()}
+        optional = {name: self._modules.get(name) for name in ("group_proj", "model_tables")}
+        children |= {name: module for name, module in optional.items() if module is not None}
         for name, module in children.items():
             sharded |= sharded_state_dict_default(
                 module, f"{prefix}{name}.", sharded_offsets, metadata, self.tp_group
@@ -278,7 +304,3 @@ class MixerLayer(MegatronModule):
 
     def backward_dw(self) -> None:
         """Nothing is delayed: weight gradients are computed with the others."""
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))

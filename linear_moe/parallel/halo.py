@@ -49,3 +49,14 @@ def tokens_before(x_BT: Tensor, count: int, layout: SequenceLayout, group: dist.
     before_BJ = before_BJ * inside.view(*inside.shape, *(1,) * (before_BJ.ndim - 3))
     num_runs = layout.batch * layout.chunks_per_rank * (layout.cu_seqlens.shape[1] - 1)
     return first_runs(before_BJ, layout, num_runs)
+
+
+def lengths_before(layout: SequenceLayout, device: torch.device) -> Tensor:
+    """How many tokens of its document come before each local run, ``[runs]`` int64; ``cp_size > 1``."""
+    if not layout.is_packed:
+        starts = torch.tensor(layout.local_chunks, device=device) * layout.chunk_length
+        return starts.repeat(layout.batch)
+    assert layout.cu_seqlens is not None
+    inside_BJ = layout.starts_BJ - layout.document_start(layout.first_document_BJ)
+    num_runs = layout.batch * layout.chunks_per_rank * (layout.cu_seqlens.shape[1] - 1)
+    return first_runs(inside_BJ, layout, num_runs)

@@ -22,7 +22,7 @@ from linear_moe.model.config import LinearMoEConfig
 from linear_moe.model.pattern import layer_kinds
 from linear_moe.training import engine
 
-SHAPE_FIELDS = ("hidden_size", "num_heads", "head_dim", "qkv_bias")
+SHAPE_FIELDS = ("hidden_size", "num_heads", "head_dim", "layers_of_kind", "qkv_bias")
 """Fields of every mixer's Config that follow from the model."""
 
 SHARED_FLAGS = {

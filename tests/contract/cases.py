@@ -27,8 +27,8 @@ for module in filter(None, os.environ.get("CONTRACT_MODULES", "").split(",")):
     importlib.import_module(module)
 
 MIXERS = (*lsm.names(), "outsider")
-SHAPE = {"hidden_size": 16, "num_heads": 4, "head_dim": 8}
-PLACE = Placement(num_heads=4, layer=1, num_layers=3)
+SHAPE = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "layers_of_kind": 3}
+PLACE = Placement(num_heads=4, layer=1, num_layers=3, layer_of_kind=1)
 
 COMMON: dict[str, dict[str, Any]] = {
     "bias": {"qkv_bias": True},
@@ -41,9 +41,25 @@ COMMON: dict[str, dict[str, Any]] = {
 """Options that every mixer has."""
 
 OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "linear_attention": {
+        "tied": {"feature_map": "hedgehog", "tie_feature_map_qk": True},
+        "tied_product": {"feature_map": "elementwise_product", "tie_feature_map_qk": True},
+        "normalized_map": {"feature_map": "hedgehog", "normalize": True, "norm_q": True, "norm_k": True},
+    },
+    "based": {"odd_keys": {"feature_dim": 5}, "normed": {"output_norm": "rmsnorm", "output_gate": "swish"}},
+    "rebased": {"odd_keys": {"feature_dim": 5}, "bare_keys": {"use_gamma": False, "normalize": False}},
+    "deltanet": {
+        "overwrite": {"use_beta": False, "allow_neg_eigval": True},
+        "gated": {"output_gate": "swish"},
+    },
+    "kda": {"bounded": {"lower_bound": -2.0}, "narrow": {"gate_rank": 3}},
     "gla": {"clamp": {"gate_clamp_min": -0.03}, "wide_keys": {"expand_k": 1.0}},
 }
 """Options that cannot be found from the types of a Config: flags are flipped and words tried by themselves."""
+
+
+IN_MODEL: dict[str, dict[str, Any]] = {}
+"""Options with which a mixer that chooses its own heads has four in the layers of the tests (hidden size 16)."""
 
 
 def mixer_class(name: str) -> type[Mixer]:
@@ -101,28 +117,28 @@ class Inputs:
 
     mixer: Mixer
     x: Tensor
-    low_rank: dict[str, Tensor]
+    others: dict[str, Tensor]
     w: dict[str, Tensor]
     state: MixerState | None
     place: Placement = PLACE
 
     def tensors(self) -> dict[str, Tensor]:
         """Every differentiable input by name."""
-        found = {"x": self.x} | {f"low_rank {n}": x for n, x in self.low_rank.items()} | self.w
+        others = {f"others {name}": x for name, x in self.others.items() if x.is_floating_point()}
+        found = {"x": self.x} | others | self.w
         if self.state is not None:
             found |= {f"memory {i}": memory for i, memory in enumerate(self.state.memory)}
-            if self.state.conv is not None:
-                found["conv"] = self.state.conv
+            found |= tails(self.state)
         return found
 
     def tokens(self, start: int, end: int) -> Inputs:
         """Some of the tokens of every row, without a state."""
-        low_rank = {name: x[:, start:end] for name, x in self.low_rank.items()}
-        return dataclasses.replace(self, x=self.x[:, start:end], low_rank=low_rank, state=None)
+        others = {name: x[:, start:end] for name, x in self.others.items()}
+        return dataclasses.replace(self, x=self.x[:, start:end], others=others, state=None)
 
     def mix(self, **changes: Any) -> tuple[Tensor, MixerState]:
         changes = {"state": self.state} | changes
-        return self.mixer.mix(self.x, self.low_rank, self.w, self.place, **changes)
+        return self.mixer.mix(self.x, self.others, self.w, self.place, **changes)
 
 
 def make(
@@ -157,24 +173,37 @@ def make(
             torch.rand(runs, heads, *shape, generator=generator, dtype=torch.float64).to(exact)
             for shape in mixer.memory_shapes()
         )
-        conv = None
+        conv = group_conv = length = None
         if mixer.conv_channels:
             conv = leaf(runs, mixer.cfg.conv_size - 1, heads, mixer.conv_channels)
-        state = MixerState(tuple(m.requires_grad_() for m in memory), conv)
-    return Inputs(
-        mixer,
-        leaf(batch, tokens, heads, mixer.fused_width),
-        {p.name: leaf(batch, tokens, heads, p.width) for p in mixer.low_rank_projections()},
-        w,
-        state,
-    )
+        if mixer.group_conv_channels:
+            group_conv = leaf(runs, mixer.cfg.conv_size - 1, mixer.num_groups, mixer.group_conv_channels)
+        if mixer.uses_positions:
+            length = torch.arange(runs) + 3
+        memory = tuple(m.requires_grad_() for m in memory)
+        state = MixerState(memory, conv, group_conv, length=length)
+    x = leaf(batch, tokens, heads, mixer.fused_width)
+    others = {p.name: leaf(batch, tokens, heads, p.width) for p in mixer.low_rank_projections()}
+    if mixer.grouped_width:
+        others["groups"] = leaf(batch, tokens, mixer.num_groups, mixer.grouped_width)
+    if mixer.first_value is not None:
+        width = {p.name: p.width for p in mixer.fused_projections()}[mixer.first_value]
+        others[f"first_{mixer.first_value}"] = leaf(batch, tokens, heads, width)
+    return Inputs(mixer, x, others, w, state)
+
+
+def tails(state: MixerState) -> dict[str, Tensor]:
+    """What a state remembers of the convolutions, by name."""
+    found = {"conv": state.conv, "group conv": state.group_conv}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def outputs(result: tuple[Tensor, MixerState]) -> dict[str, Tensor]:
     """What :meth:`Mixer.mix` returned, by name."""
     o, state = result
     found = {"o": o} | {f"final memory {i}": memory for i, memory in enumerate(state.memory)}
-    return found if state.conv is None else found | {"final conv": state.conv}
+    lengths = {} if state.length is None else {"final length": state.length}
+    return found | {f"final {name}": x for name, x in tails(state).items()} | lengths
 
 
 def gradients(found: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.contract.cases import PLACE, mixer_class, registered
+from tests.contract.cases import IN_MODEL, PLACE, mixer_class, registered
 from tests.workers import with_model_parallel
 
 LENGTH, BATCH = 24, 2
@@ -44,7 +44,7 @@ def config_of(name: str, layout: Layout, **changes: Any) -> Any:
         num_attention_heads=PLACE.num_heads,
         kv_channels=8,
         layer_kinds=[name] * PLACE.num_layers,
-        mixer_options={name: RICH},
+        mixer_options={name: RICH | IN_MODEL.get(name, {})},
         tensor_model_parallel_size=layout.tp,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
@@ -125,6 +125,7 @@ def run(name: str, layout: Layout) -> dict[str, Any]:
     if layout.packed:
         cu_seqlens = torch.tensor(DOCUMENTS, dtype=torch.int32)
         packed = PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    first = first_value(layer, layout)
     out, bias = layer(hidden, packed_seq_params=packed)
     assert bias is None
     (out * here(2)).sum().backward()
@@ -134,12 +135,42 @@ def run(name: str, layout: Layout) -> dict[str, Any]:
     gradients = {key: (split_dim(p), p.grad) for key, p in layer.named_parameters()}
     for _, grad in gradients.values():
         torch.distributed.all_reduce(grad, group=layer.cp_group)  # Megatron's data-parallel reduction does it
+    if first is not None:
+        # all heads and tokens of the gradient, on every rank: a parameter of one process, so to say
+        gradients["first value"] = (None, _whole_gradient(first, layer, sequence))
     return {
         "tp": tp_rank,
         "cp": cp_rank,
         "tokens": {"out": out.detach(), "grad hidden": hidden.grad},
         "grads": gradients,
     }
+
+
+def first_value(layer: Any, layout: Layout) -> Tensor | None:
+    """What an earlier layer would have left, this rank's tokens and heads ``[B, T, H, V]`` of one global tensor."""
+    from linear_moe.parallel.layout import SequenceLayout
+
+    if layer.mixer.first_value is None:
+        return None
+    sequence = SequenceLayout(BATCH, LENGTH, layout.cp, layer.cp_group.rank())
+    generator = torch.Generator().manual_seed(3)
+    shape = (BATCH, LENGTH, PLACE.num_heads, layer.mixer.cfg.head_v_dim)
+    whole = torch.randn(shape, generator=generator, dtype=torch.float64)
+    place = layer.place
+    here = sequence.take(whole)[:, :, place.first_head : place.first_head + place.num_heads]
+    layer.first_value.x_BTHV = here.clone().requires_grad_(torch.is_grad_enabled())
+    return layer.first_value.x_BTHV
+
+
+def _whole_gradient(first: Tensor, layer: Any, sequence: Any) -> Tensor:
+    """Gradient of the global first value from this rank's and the others' pieces."""
+    positions = sequence.take(torch.arange(LENGTH)[None])[0]
+    whole = torch.zeros(BATCH, LENGTH, PLACE.num_heads, first.shape[-1], dtype=first.dtype)
+    heads = torch.arange(layer.place.num_heads) + layer.place.first_head
+    whole[:, positions[:, None], heads] = first.grad
+    torch.distributed.all_reduce(whole, group=layer.tp_group)
+    torch.distributed.all_reduce(whole, group=layer.cp_group)
+    return whole
 
 
 def reshard(rank: int, world: int, names: list[str], steps: list[int], folder: str) -> dict[str, Any]:
@@ -203,12 +234,17 @@ def half_precision(rank: int, world: int, name: str) -> dict[str, Any]:
         wrapped = Float16Module(made(bf16=True, params_dtype=torch.bfloat16).config, layer)
         kept = [key for key, p in layer.named_parameters() if torch.equal(p, before[key])]
         hidden = torch.randn(LENGTH, BATCH, 16).bfloat16().requires_grad_()
+        if layer.mixer.first_value is not None:
+            layer.first_value.x_BTHV = first_value(layer, Layout(1)).detach().bfloat16()
         out, _ = layer(hidden)
         out.float().sum().backward()
         assert out.dtype == torch.bfloat16 and hidden.grad.isfinite().all()
         assert all(p.grad is not None and p.grad.dtype == p.dtype for p in layer.parameters())
         return {
-            "table": {p.name: p.keep_float32 for p in layer.mixer.all_parameters()},
+            "table": {
+                f"model_tables.{p.name}" if p.per_model else p.name: p.keep_float32
+                for p in layer.mixer.all_parameters()
+            },
             "kept": kept,
             "Float16Module": dtypes(wrapped.module),
             "bfloat16()": dtypes(made().bfloat16()),
@@ -232,13 +268,29 @@ def by_hand(rank: int, world: int, name: str) -> dict[str, Tensor]:
         def heads(x_TBC: Tensor) -> Tensor:
             return x_TBC.unflatten(-1, (PLACE.num_heads, -1)).transpose(0, 1)
 
-        low_rank = {}
-        for p in layer.mixer.low_rank_projections():
+        mixer = layer.mixer
+        tables = {key.removeprefix("model_tables."): x for key, x in w.items()}
+        read = dict.fromkeys([p.name for p in mixer.all_projections()], hidden_TBD)
+        if mixer.token_shift:
+            before_TBD = torch.cat([torch.zeros_like(hidden_TBD[:1]), hidden_TBD[:-1]])
+            read = mixer.inputs(hidden_TBD.transpose(0, 1), before_TBD.transpose(0, 1), tables)
+            read = {key: x.transpose(0, 1) for key, x in read.items()}
+        waists = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+        others = {}
+        for p in mixer.low_rank_projections():
             up, down = w[f"low_rank.{p.name}.up.weight"], w[f"low_rank.{p.name}.down"]
-            low_rank[p.name] = heads(hidden_TBD @ down.T @ up.T + w.get(f"low_rank.{p.name}.up.bias", 0))
-        tables = {table.name: w[table.name] for table in layer.mixer.all_parameters()}
-        x = heads(hidden_TBD @ w["in_proj.weight"].T)
-        o, _ = loop(Inputs(layer.mixer, x, low_rank, tables, None, PLACE))
+            waist = waists[p.waist](read[p.name] @ down.T)
+            others[p.name] = heads(waist @ up.T + w.get(f"low_rank.{p.name}.up.bias", 0))
+        if mixer.grouped_width:
+            groups_TBC = hidden_TBD @ w["group_proj.weight"].T
+            others["groups"] = groups_TBC.unflatten(-1, (mixer.num_groups, -1)).transpose(0, 1)
+        if mixer.first_value is not None:
+            others[f"first_{mixer.first_value}"] = first_value(layer, layout)
+        weight_HWD = w["in_proj.weight"].unflatten(0, (PLACE.num_heads, -1))
+        pieces = weight_HWD.split([p.width for p in mixer.fused_projections()], 1)
+        named = zip(mixer.fused_projections(), pieces, strict=True)
+        x = torch.cat([torch.einsum("tbd,hwd->bthw", read[p.name], piece) for p, piece in named], -1)
+        o, _ = loop(Inputs(mixer, x, others, tables, None, PLACE))
         return {"found": layer(hidden_TBD)[0], "truth": o.transpose(0, 1).flatten(2) @ w["out_proj.weight"].T}
 
 
@@ -251,10 +303,13 @@ def decode(rank: int, world: int, name: str) -> dict[str, Tensor]:
         layer = build(name, layout).eval()
         fill(layer, layout)
         hidden = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64)
+        first = first_value(layer, layout)
         whole, _ = layer(hidden)
         context = StaticInferenceContext(max_batch_size=BATCH, max_sequence_length=LENGTH)
         pieces = []
         for piece in hidden.split([7, *[1] * 5, LENGTH - 12]):
+            start = context.sequence_len_offset
+            layer.first_value.x_BTHV = None if first is None else first[:, start : start + len(piece)]
             pieces.append(layer(piece, inference_context=context)[0])
             context.sequence_len_offset += len(piece)
         return {"whole": whole, "pieces": torch.cat(pieces)}

@@ -5,7 +5,7 @@ Megatron does not have, show that segments know nothing of the layout.
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -46,15 +46,10 @@ def results(inputs: Inputs, o: Tensor) -> dict[str, Tensor]:
 
 def local(inputs: Inputs, layout: SequenceLayout, group: object) -> Tensor:
     """What :class:`MixerLayer` does on one rank between its projections, ``[B, T, H, V]``."""
-    layer = SimpleNamespace(
-        mixer=inputs.mixer,
-        place=inputs.place,
-        low_rank=list(inputs.low_rank),
-        cp_group=group,
-        weights=lambda: inputs.w,
-    )
-    low_rank = [layout.take(x) for x in inputs.low_rank.values()]
-    return MixerLayer._mix(layer, layout, layout.take(inputs.x), *low_rank)
+    layer = SimpleNamespace(mixer=inputs.mixer, place=inputs.place, cp_group=group, weights=lambda: inputs.w)
+    layer._state_before = partial(MixerLayer._state_before, layer)
+    others = [layout.take(x) for x in inputs.others.values()]
+    return MixerLayer._mix(layer, layout, tuple(inputs.others), layout.take(inputs.x), *others)
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +91,8 @@ def test_contiguous_is_one_rank(name, case, size, packed):
 
 def _contiguous(inputs: Inputs, b: int, boundaries: list[int], size: int) -> Tensor:
     """Sequence ``b``, its documents packed, on ``size`` ranks of equal length."""
-    low_rank = {name: x[b : b + 1] for name, x in inputs.low_rank.items()}
-    row = replace(inputs, x=inputs.x[b : b + 1], low_rank=low_rank)
+    others = {name: x[b : b + 1] for name, x in inputs.others.items()}
+    row = replace(inputs, x=inputs.x[b : b + 1], others=others)
     done: list[list[Segment]] = []
     pieces = []
     for start in range(0, LENGTH, LENGTH // size):
@@ -113,11 +108,17 @@ def _contiguous(inputs: Inputs, b: int, boundaries: list[int], size: int) -> Ten
             done.append([_run(segment, last).forgetting(resets) for segment in found])
             return tuple(continued[:, None, None, None] * memory for memory in before)
 
-        conv = None
+        conv = group_conv = length = None
+        document = boundaries[nonempty[0]]
         if row.mixer.conv_channels:
-            tail = _inputs_before(row, start, boundaries[nonempty[0]])
-            conv = is_first[:, None, None, None] * tail
-        state = MixerState((), conv)
+            convolved = row.mixer.conv_input(row.x, row.w)
+            conv = is_first[:, None, None, None] * _inputs_before(row, convolved, start, document)
+        if row.mixer.group_conv_channels:
+            convolved = row.others["groups"][..., : row.mixer.group_conv_channels]
+            group_conv = is_first[:, None, None, None] * _inputs_before(row, convolved, start, document)
+        if row.mixer.uses_positions:
+            length = is_first * max(start - document, 0)
+        state = MixerState((), conv, group_conv, length=length)
         pieces.append(row.tokens(start, end).mix(state=state, memory_from=memory_from, cu_seqlens=cut)[0])
     return torch.cat(pieces, 1)
 
@@ -138,8 +139,8 @@ def _run(segment: Segment, n: int) -> Segment:
     return Segment(*[None if x is None else x[n : n + 1] for x in fields])
 
 
-def _inputs_before(row: Inputs, start: int, document: int) -> Tensor:
+def _inputs_before(row: Inputs, convolved_BTHC: Tensor, start: int, document: int) -> Tensor:
     """Inputs of the convolution before ``start``, ``[W - 1, H, C]``; zero before the start of the document."""
-    head_THC = row.mixer.conv_input(row.x, row.w)[0]
+    head_THC = convolved_BTHC[0]
     positions = range(start - row.mixer.cfg.conv_size + 1, start)
     return torch.stack([head_THC[t] if t >= document else torch.zeros_like(head_THC[0]) for t in positions])

@@ -96,7 +96,11 @@ def test_shards_are_of_heads(ranks_of, name):
     for p in mixer.low_rank_projections():
         expected |= {f"low_rank.{p.name}.down": None, f"low_rank.{p.name}.up.weight": 0}
         expected |= {f"low_rank.{p.name}.up.bias": 0} if p.bias else {}
-    expected |= {table.name: 0 if table.per_head else None for table in mixer.all_parameters()}
+    expected |= {"group_proj.weight": None} if mixer.grouped_width else {}
+    expected |= {"first value": None} if mixer.first_value else {}
+    for table in mixer.all_parameters():
+        key = f"model_tables.{table.name}" if table.per_model else table.name
+        expected[key] = 0 if table.per_head else None
     for rank in ranks_of(LAYOUTS["tp2"], name):
         assert {key: dim for key, (dim, _) in rank["grads"].items()} == expected
 

@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.lsm import MixerState
+from linear_moe.lsm import MixerState, split
 from tests.contract.cases import EVERY_CASE, MIXERS, Inputs, assert_close, error, gradients, make, outputs
 from tests.contract.loop import loop
+from tests.parallel import ranks
 
 DOCUMENTS = torch.tensor([0, 0, 1, 3, 30, 30, 48, 48], dtype=torch.int32)
 """Empty documents at both ends and inside, documents shorter than the convolution."""
@@ -35,10 +37,7 @@ def test_packed_documents_are_the_loop_over_each(name, case):
 @pytest.mark.parametrize("name", MIXERS)
 def test_no_state_is_an_empty_one(name):
     inputs = make(name, runs=2)
-    empty = MixerState(
-        tuple(torch.zeros_like(m) for m in inputs.state.memory),
-        None if inputs.state.conv is None else torch.zeros_like(inputs.state.conv),
-    )
+    empty = _each(inputs.state, torch.zeros_like)
     assert_close(outputs(inputs.mix(state=None)), outputs(inputs.mix(state=empty)), 0.0)
 
 
@@ -76,9 +75,9 @@ def test_gates_are_of_one_token(name):
 
 
 def _gates(inputs: Inputs) -> dict[str, Tensor]:
-    widths = [p.width for p in inputs.mixer.fused_projections()]
-    names = [p.name for p in inputs.mixer.fused_projections()]
-    p = dict(zip(names, inputs.x.split(widths, -1), strict=True)) | inputs.low_rank
+    p, _ = split.split(inputs.mixer, inputs.x, inputs.others, inputs.w, inputs.place, MixerState(()), None)
+    if inputs.mixer.uses_positions:
+        p["positions"], _ = split.positions(inputs.x, None, None)
     return inputs.mixer.gates(p, inputs.w, inputs.place)
 
 
@@ -98,7 +97,7 @@ def test_documents_are_as_if_alone(name):
         alone, alone_state = inputs.tokens(start, end).mix()
         truth = {"o": alone} | _named(alone_state.memory)
         assert_close({"o": o[:, start:end]} | _named(m[n : n + 1] for m in state.memory), truth)
-        for x in (inputs.x, *inputs.low_rank.values()):
+        for x in (inputs.x, *inputs.others.values()):
             (grad,) = torch.autograd.grad(o[:, start:end].sum(), x, retain_graph=True)
             assert not grad[:, :start].any() and not grad[:, end:].any()
 
@@ -110,12 +109,14 @@ def test_left_padding_is_invisible(name, pad):
     padded = make(name, batch=1, tokens=pad + 20)
     text = padded.tokens(pad, pad + 20)
     o, state = padded.mix(cu_seqlens=torch.tensor([0, pad, pad + 20]))
-    found = outputs((o[:, pad:], MixerState(tuple(m[1:] for m in state.memory), _last(state.conv))))
-    assert_close(found, outputs(text.mix()))
+    assert_close(outputs((o[:, pad:], _each(state, lambda x: x[1:]))), outputs(text.mix()))
 
 
-def _last(conv: Tensor | None) -> Tensor | None:
-    return None if conv is None else conv[1:]
+def _each(state: MixerState, change: Callable[[Tensor], Tensor]) -> MixerState:
+    """Every tensor of a state changed."""
+    others = (state.conv, state.group_conv, state.hidden, state.length)
+    memory = tuple(change(m) for m in state.memory)
+    return MixerState(memory, *(None if x is None else change(x) for x in others))
 
 
 @pytest.mark.parametrize("name, case", EVERY_CASE)
@@ -142,17 +143,40 @@ def test_heads_are_independent(name):
     inputs = make(name, runs=2)
     o, state = inputs.mix()
     per_head = {table.name for table in inputs.mixer.all_parameters() if table.per_head}
-    for first in (0, 2):
+    halves = [_heads(inputs, first, per_head) for first in (0, 2)]
+    if inputs.mixer.num_norm_groups < 4 and inputs.mixer.cfg.output_norm != "identity":
+        # The norm needs the other half: two threads that add up what they have.
+        results = ranks.on_ranks(2, lambda group: _with_sum(halves[group.rank()], group).mix())
+    else:
+        results = [half.mix() for half in halves]
+    for first, (o_half, state_half) in zip((0, 2), results):
         here = slice(first, first + 2)
-        conv = None if inputs.state.conv is None else inputs.state.conv[:, :, here]
-        half = dataclasses.replace(
-            inputs,
-            x=inputs.x[:, :, here],
-            low_rank={key: x[:, :, here] for key, x in inputs.low_rank.items()},
-            w={key: x[here] if key in per_head else x for key, x in inputs.w.items()},
-            state=MixerState(tuple(m[:, here] for m in inputs.state.memory), conv),
-            place=dataclasses.replace(inputs.place, num_heads=2, first_head=first),
-        )
-        o_half, state_half = half.mix()
         memory = _named(m[:, here] for m in state.memory)
         assert_close({"o": o_half} | _named(state_half.memory), {"o": o[:, :, here]} | memory)
+
+
+def _heads(inputs: Inputs, first: int, per_head: set[str]) -> Inputs:
+    """Two of the four heads, as a tensor-parallel rank has them."""
+    here = slice(first, first + 2)
+    place = dataclasses.replace(inputs.place, num_heads=2, first_head=first)
+    groups = inputs.mixer.groups_here(place)
+    conv, group_conv = inputs.state.conv, inputs.state.group_conv
+    state = dataclasses.replace(
+        inputs.state,
+        memory=tuple(m[:, here] for m in inputs.state.memory),
+        conv=None if conv is None else conv[:, :, here],
+        group_conv=None if group_conv is None else group_conv[:, :, groups],
+    )
+    return dataclasses.replace(
+        inputs,
+        x=inputs.x[:, :, here],
+        others={key: x[:, :, groups if key == "groups" else here] for key, x in inputs.others.items()},
+        w={key: x[here] if key in per_head else x for key, x in inputs.w.items()},
+        state=state,
+        place=place,
+    )
+
+
+def _with_sum(half: Inputs, group: ranks.ThreadGroup) -> Inputs:
+    place = dataclasses.replace(half.place, sum_over_ranks=lambda x: ranks.all_gather(x, group).sum(0))
+    return dataclasses.replace(half, place=place)

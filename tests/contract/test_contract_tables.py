@@ -22,6 +22,7 @@ BAD = {
     "hidden_size": (0, -8),
     "num_heads": (0,),
     "head_dim": (0,),
+    "layers_of_kind": (0,),
     "expand_k": (0.0, -1.0, 0.3),
     "expand_v": (0.0, -1.0, 0.3),
     "conv_size": (-1, 1),
@@ -29,6 +30,9 @@ BAD = {
     "gate_rank": (0, -1),
     "gate_logit_normalizer": (0.0, -16.0),
     "gate_clamp_min": (0.5,),
+    "feature_dim": (0, -1, 24),
+    "eps": (0.0, -1e-6),
+    "lower_bound": (0.0, 0.5, -6.0),
 }
 """Values of the right type that cannot work; others are made from the type."""
 
@@ -103,13 +107,15 @@ def test_projections(name, case):
     names = [p.name for p in table]
     assert len(set(names)) == len(names)
     assert all(p.width >= 1 and re.fullmatch(r"[a-z]\w*", p.name) for p in table)
-    assert [p.conv for p in mixer.fused_projections()] == sorted(
-        (p.conv for p in mixer.fused_projections()), reverse=True
-    ), "projections of the convolution come first"
+    for fused in (mixer.fused_projections(), mixer.grouped_projections()):
+        convolved = [p.conv for p in fused]
+        assert convolved == sorted(convolved, reverse=True), "projections of the convolution come first"
+    assert not any(p.bias or p.rank for p in mixer.grouped_projections())
+    assert mixer.cfg.num_heads % mixer.num_groups == 0 and mixer.cfg.num_heads % mixer.num_norm_groups == 0
     assert not any(p.conv for p in mixer.low_rank_projections())
-    assert (mixer.conv_channels > 0) == any(p.conv for p in table)
+    assert (mixer.conv_channels + mixer.group_conv_channels > 0) == any(p.conv for p in table)
     assert mixer.conv_channels == 0 or mixer.cfg.conv_size > 1
-    assert mixer.fused_width == sum(p.width for p in table if p.rank is None)
+    assert mixer.fused_width == sum(p.width for p in table if p.rank is None and not p.grouped)
     assert mixer.scan_flops_per_token() > 0
     if case == "bias":
         assert {p.name for p in table if p.bias} >= {"q", "k", "v"} & set(names)
@@ -122,7 +128,8 @@ def test_parameters(name, case):
     tables = mixer.all_parameters()
     names = [table.name for table in tables] + [f"low_rank.{p.name}" for p in mixer.low_rank_projections()]
     assert len(set(names)) == len(names)
-    assert not set(names) & {"in_proj", "out_proj", "low_rank"}, "keys of the layer's own modules"
+    own = {"in_proj", "out_proj", "low_rank", "group_proj", "model_tables"}
+    assert not set(names) & own, "keys of the layer's own modules"
     for table in tables:
         shapes = [table.shape]
         if table.per_head:
@@ -130,9 +137,12 @@ def test_parameters(name, case):
             shapes.append((1, *table.shape[1:]))
         for shape in shapes:
             x = torch.full(shape, math.nan)
+            if table.init is None:  # as the model's projections
+                continue
             table.init(x)
             assert x.isfinite().all(), table.name
-    assert ("norm_weight" in names) == (mixer.cfg.output_norm == "rmsnorm")
+    assert ("norm_weight" in names) == (mixer.cfg.output_norm != "identity")
+    assert ("norm_bias" in names) == (mixer.cfg.output_norm == "groupnorm")
     assert ("conv_weight" in names) == (mixer.conv_channels > 0)
 
 
@@ -182,7 +192,7 @@ def test_half_precision_loses_no_more_than_its_inputs(name):
     exact = dataclasses.replace(
         inputs,
         x=inputs.x.double(),
-        low_rank={key: x.double() for key, x in inputs.low_rank.items()},
+        others={key: x.double() if x.is_floating_point() else x for key, x in inputs.others.items()},
         w={key: x.double() for key, x in inputs.w.items()},
     )
     found, truth = outputs(inputs.mix()), outputs(exact.mix())

@@ -1,0 +1,108 @@
+"""From fused projections to named ones: biases, the short convolution, positions.
+
+Letters: B rows, T tokens, N runs, H heads here, G groups here, W fused width, C channels, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.kernels import short_conv
+from linear_moe.lsm.tables import MixerState, Placement, Projection
+
+if TYPE_CHECKING:
+    from linear_moe.lsm.mixer import Mixer
+
+
+def split(
+    mixer: Mixer,
+    x_BTHW: Tensor,
+    others: dict[str, Tensor],
+    w: dict[str, Tensor],
+    place: Placement,
+    state: MixerState,
+    cu_seqlens: Tensor | None,
+) -> tuple[dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Every projection by name, biased and convolved, and the tails of both convolutions."""
+    taps = w.get("conv_weight"), w.get("conv_bias")
+    named, tail = _convolved(mixer.fused_projections(), x_BTHW, w, taps, state.conv, cu_seqlens)
+    group_tail = None
+    if "groups" in others:
+        here = mixer.groups_here(place)
+        taps = tuple(
+            x if x is None else x[here] for x in (w.get("group_conv_weight"), w.get("group_conv_bias"))
+        )
+        table = mixer.grouped_projections()
+        grouped, group_tail = _convolved(table, others["groups"], w, taps, state.group_conv, cu_seqlens)
+        named |= grouped
+    return named | {name: x for name, x in others.items() if name != "groups"}, (tail, group_tail)
+
+
+def conv_input(table: Sequence[Projection], head_BTHC: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """The channels of the convolution with their projections' biases."""
+    convolved = [p for p in table if p.conv]
+    if not any(p.bias for p in convolved):
+        return head_BTHC
+    zeros = head_BTHC.new_zeros(())
+    biases = [w[f"{p.name}_bias"] if p.bias else zeros.expand(head_BTHC.shape[2], p.width) for p in convolved]
+    return head_BTHC + torch.cat(biases, dim=-1)
+
+
+def _convolved(
+    table: Sequence[Projection],
+    x_BTHW: Tensor,
+    w: dict[str, Tensor],
+    taps: tuple[Tensor | None, Tensor | None],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Named views of one fused tensor, the first ones through the convolution, and its tail."""
+    weight, bias = taps
+    first = [p for p in table if p.conv] if weight is not None else []
+    plain = [p for p in table if p not in first]
+    views, tail = [], None
+    if weight is not None:
+        width = sum(p.width for p in first)
+        head, tail = short_conv(
+            conv_input(first, x_BTHW[..., :width], w),
+            weight,
+            bias,
+            activation="silu",
+            state=state,
+            cu_seqlens=cu_seqlens,
+        )
+        views += head.split([p.width for p in first], dim=-1)
+        x_BTHW = x_BTHW[..., width:]
+    if plain:
+        views += x_BTHW.split([p.width for p in plain], dim=-1)
+    named = dict(zip([p.name for p in (*first, *plain)], views, strict=True))
+    for p in plain:
+        if p.bias:
+            named[p.name] = named[p.name] + w[f"{p.name}_bias"]
+    return named, tail
+
+
+def positions(x_BTHW: Tensor, length_N: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Place of each token ``[B, T]`` in its document, after ``length_N`` earlier ones, and the new lengths."""
+    batch, tokens = x_BTHW.shape[:2]
+    place_T = torch.arange(tokens, device=x_BTHW.device)
+    if cu_seqlens is None:
+        if length_N is None:
+            length_N = place_T.new_zeros(batch)
+        return length_N[:, None] + place_T, length_N + tokens
+    cu = cu_seqlens.long()
+    if length_N is None:
+        length_N = cu.new_zeros(cu.shape[0] - 1)
+    run_T = torch.searchsorted(cu[1:].contiguous(), place_T, right=True).clamp(max=cu.shape[0] - 2)
+    return (place_T + (length_N - cu[:-1])[run_T])[None], length_N + cu.diff()
+
+
+def token_before(x_BTD: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The token before each one in its document, ``[B, T, D]``, and the last one of every run, ``[N, 1, D]``."""
+    taps = F.pad(x_BTD.new_ones(x_BTD.shape[-1], 1), (0, 1))
+    return short_conv(x_BTD, taps, state=state.hidden if state else None, cu_seqlens=cu_seqlens)
