@@ -12,10 +12,16 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.kimi_linear import configuration_kimi_linear, modeling_kimi_linear
+from transformers.models.minimax import configuration_minimax, modeling_minimax
+from transformers.models.olmo_hybrid import configuration_olmo_hybrid, modeling_olmo_hybrid
 from transformers.models.qwen3_next import configuration_qwen3_next, modeling_qwen3_next
 
+from linear_moe.lsm import Placement
 from tests.oracle.double import in_double
-from tests.oracle.exchange import Case, Weights, check, heads
+from tests.oracle.exchange import Case, Weights, check, heads, named
 
 HIDDEN, HEADS = 16, 2
 SHAPE = {"hidden_size": HIDDEN, "num_heads": HEADS, "head_dim": HIDDEN // HEADS}
@@ -56,7 +62,7 @@ def qwen3_next() -> Case:
         linear_value_head_dim=value,
     )
 
-    def weights(layer: torch.nn.Module) -> Weights:
+    def weights(layer: nn.Module) -> Weights:
         qkvz = split_heads(layer.in_proj_qkvz.weight, ("q", key), ("k", key), ("v", value), ("g", value))
         return (
             qkvz
@@ -76,7 +82,135 @@ def qwen3_next() -> Case:
     )
 
 
-CASES = {"gated_deltanet-qwen3_next": qwen3_next()}
+def olmo_hybrid() -> Case:
+    """``OlmoHybridGatedDeltaNet``: write strengths up to 2, and every projection for itself."""
+    key, value = 8, 12
+    config = configuration_olmo_hybrid.OlmoHybridConfig(
+        hidden_size=HIDDEN,
+        linear_num_value_heads=HEADS,
+        linear_num_key_heads=HEADS,
+        linear_key_head_dim=key,
+        linear_value_head_dim=value,
+        linear_allow_neg_eigval=True,
+    )
+    projections = {name: f"{name}_proj.weight" for name in "qkvabg"}
+
+    def weights(layer: nn.Module) -> Weights:
+        return named(
+            layer,
+            **projections,
+            A_log="A_log",
+            dt_bias="dt_bias",
+            norm_weight="o_norm.weight",
+            out="o_proj.weight",
+        ) | {"conv_weight": convolution(layer.conv1d.weight, key, key, value)}
+
+    return Case(
+        "gated_deltanet",
+        lambda: modeling_olmo_hybrid.OlmoHybridGatedDeltaNet(config, layer_idx=0),
+        weights,
+        SHAPE | {"expand_v": value / key, "allow_neg_eigval": True},
+        run=lambda layer, x: layer(x),
+        context=lambda: in_torch(modeling_olmo_hybrid),
+    )
+
+
+def kimi_linear() -> Case:
+    """``KimiLinearDeltaAttention``: its output gate has no bias, ours has one (as flash-linear-attention's)."""
+    config = configuration_kimi_linear.KimiLinearConfig(
+        hidden_size=HIDDEN,
+        linear_num_heads=HEADS,
+        linear_head_dim=SHAPE["head_dim"],
+        num_hidden_layers=1,
+    )
+    low_rank = {
+        "f.down": "forget_gate.f_a_proj.weight",
+        "f.up": "forget_gate.f_b_proj.weight",
+        "g.down": "g_a_proj.weight",
+        "g.up": "g_b_proj.weight",
+    }
+    projections = {name: f"{name}_proj.weight" for name in "qkvb"}
+
+    def weights(layer: nn.Module) -> Weights:
+        gate = layer.forget_gate
+        return named(layer, **low_rank, **projections, norm_weight="o_norm.weight", out="o_proj.weight") | {
+            "g.bias": torch.zeros(HIDDEN, dtype=torch.float64),
+            "A_log": gate.A_log.flatten(),
+            "dt_bias": heads(gate.dt_bias, HEADS),
+            "conv_weight": convolution(layer.conv1d.weight, *[SHAPE["head_dim"]] * 3),
+        }
+
+    return Case(
+        "kda",
+        lambda: modeling_kimi_linear.KimiLinearDeltaAttention(config, layer_idx=0),
+        weights,
+        SHAPE | {"norm_eps": config.rms_norm_eps},
+        run=lambda layer, x: layer(x),
+        context=lambda: in_torch(modeling_kimi_linear),
+    )
+
+
+class HeadNorm(nn.Module):
+    """``MiniMaxRMSNorm`` over each head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = modeling_minimax.MiniMaxRMSNorm(width)
+
+    def forward(self, o: torch.Tensor) -> torch.Tensor:
+        return self.norm(o.unflatten(-1, (HEADS, -1))).flatten(-2)
+
+
+class QueryKeyActivation(nn.Module):
+    """SiLU of the queries and keys of every head."""
+
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.unflatten(-1, (HEADS, 3, -1)).unbind(-2)
+        return torch.stack([F.silu(q), F.silu(k), v], dim=-2).flatten(-3)
+
+
+def minimax() -> Case:
+    """``MiniMaxLightningAttention``, changed where ours differs by design: a norm per head, and no SiLU on values.
+
+    It does not scale the queries by K^-1/2. The norm takes that out again but for its epsilon, which is K times ours.
+    """
+    head_dim, number, depth = SHAPE["head_dim"], 2, 5
+    config = configuration_minimax.MiniMaxConfig(
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        head_dim=head_dim,
+        num_hidden_layers=depth,
+        block_size=32,
+    )
+
+    def build() -> nn.Module:
+        layer = modeling_minimax.MiniMaxLightningAttention(config, layer_idx=number)
+        layer.norm, layer.act_fn = HeadNorm(head_dim), QueryKeyActivation()
+        return layer
+
+    def weights(layer: nn.Module) -> Weights:
+        qkv = split_heads(layer.qkv_proj.weight, *((name, head_dim) for name in "qkv"))
+        return qkv | named(
+            layer, g="output_gate.weight", norm_weight="norm.norm.weight", out="out_proj.weight"
+        )
+
+    return Case(
+        "lightning_attention",
+        build,
+        weights,
+        SHAPE | {"slopes": "alibi", "output_gate": "sigmoid", "norm_eps": 1e-6 / head_dim},
+        run=lambda layer, x: layer(x, position_embeddings=None, attention_mask=None)[0],
+        place=Placement(HEADS, layer=number, num_layers=depth),
+        context=lambda: in_torch(modeling_minimax),
+    )
+
+
+CASES = {
+    "gated_deltanet-qwen3_next": qwen3_next(),
+    "gated_deltanet-olmo_hybrid": olmo_hybrid(),
+    "kda-kimi_linear": kimi_linear(),
+    "lightning_attention-minimax": minimax(),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
