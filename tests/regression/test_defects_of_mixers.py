@@ -278,6 +278,18 @@ def test_d16_a_batch_of_two_is_two_samples(gloo):
 # D17: A_log, dt_bias and the router ran in bfloat16
 
 
+def recorded(owner: Any, method: str) -> list[Any]:
+    """Everything that a method of ``owner`` returns from now on."""
+    stock, returned = getattr(owner, method), []
+
+    def recording(*args: Any) -> Any:
+        returned.append(stock(*args))
+        return returned[-1]
+
+    setattr(owner, method, recording)
+    return returned
+
+
 def in_bfloat16(rank: int, world: int, names: list[str]) -> dict[str, dict[str, Any]]:
     from megatron.core.transformer.module import Float16Module
 
@@ -290,21 +302,14 @@ def in_bfloat16(rank: int, world: int, names: list[str]) -> dict[str, dict[str, 
         layer, router = model.decoder.layers[0].self_attention, model.decoder.layers[0].mlp.router
         before = {key: p.detach().clone() for key, p in layer.named_parameters()}
         model = Float16Module(model.config, model).module.eval()
-        gated, gates, routed = {}, layer.mixer.gates, []
-
-        def recorded(*args: Any, gates: Any = gates, gated: dict = gated) -> dict[str, Tensor]:
-            gated |= gates(*args)
-            return gated
-
-        layer.mixer.gates = recorded
-        router.gating, gating = lambda x: routed.append(gating(x)) or routed[-1], router.gating
+        gated, routed = recorded(layer.mixer, "gates"), recorded(router, "gating")
         decoder = Decoder(model, 2, 8)
         decoder.feed(random_tokens(2, 8))
         memory = decoder.context.key_value_memory_dict[1].memory
         found[name] = {
             "exact": [key for key, p in layer.named_parameters() if torch.equal(p, before[key])],
             "table": [table.name for table in layer.mixer.all_parameters() if table.keep_float32],
-            "gates": {key: str(gated[key].dtype) for key in gated if key.startswith(("log_decay", "beta"))},
+            "gates": {k: str(x.dtype) for k, x in gated[0].items() if k.startswith(("log_decay", "beta"))},
             "memory": {str(m.dtype) for m in memory},
             "router": {str(x.dtype) for x in routed},
             "activations": str(layer.in_proj.weight.dtype),

@@ -97,6 +97,14 @@ def stepwise(model: Any, tokens_BT: Tensor) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
+def backward_of_nothing(model: Any, tokens_BT: Tensor) -> None:
+    """Gradients of 0 times the logits: what is left comes from losses that layers add by themselves."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as a training does, for which it stays set
+    (logits(model, tokens_BT).sum() * 0.0).backward()
+
+
 def changed(tokens_BT: Tensor, *where: Any) -> Tensor:
     """A copy with other tokens at ``where``."""
     copy = tokens_BT.clone()
