@@ -38,7 +38,7 @@ class Based(QuadraticAttention):
         @property
         def num_features(self) -> int:
             """Constant, linear and quadratic terms."""
-            return 1 + self.feature_dim + super().num_features
+            return 1 + self.head_k_dim + super().num_features
 
     cfg: Config
 

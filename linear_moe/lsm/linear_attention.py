@@ -90,13 +90,14 @@ class LinearAttention(NormalizedSum):
         return self.cfg.normalize
 
     @property
+    def num_keys(self) -> int:
+        """Channels of phi."""
+        return self.cfg.mapped_k_dim
+
+    @property
     def scale(self) -> float:
         """Of the mapped keys, as in the common library."""
-        return self.cfg.mapped_k_dim**-0.5
-
-    def memory_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Mapped keys x V, with a column for the normaliser."""
-        return ((self.cfg.mapped_k_dim, self.cfg.head_v_dim + int(self.cfg.normalize)),)
+        return self.num_keys**-0.5
 
     def scan_flops_per_token(self) -> int:
         """The recurrence, and the matrices of phi for q and for k."""

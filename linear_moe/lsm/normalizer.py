@@ -6,7 +6,7 @@
 So z is started, decayed, packed, gathered and kept like the rest of the memory. Wants weights phi(q) . phi(k) >= 0. In
 float16 the sum of the weights must stay below 65504.
 
-Letters: B runs, T tokens, H heads, K key dim, V value dim.
+Letters: B runs, T tokens, H heads, K channels of phi, V value dim.
 Source: arXiv:2006.16236, equation 9.
 """
 
@@ -32,6 +32,11 @@ class NormalizedSum(DiagonalDecay):
         """Whether outputs are divided."""
         return True
 
+    @property
+    def num_keys(self) -> int:
+        """Channels of phi."""
+        return self.cfg.head_k_dim
+
     def with_ones(self, v: Tensor) -> Tensor:
         """``[B, T, H, V]`` to ``[B, T, H, V + 1]``, if normalised."""
         return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) if self.is_normalized else v
@@ -52,7 +57,7 @@ class NormalizedSum(DiagonalDecay):
 
     def memory_shapes(self) -> tuple[tuple[int, int], ...]:
         """K x V, with a column for the normaliser."""
-        return ((self.cfg.head_k_dim, self.cfg.head_v_dim + int(self.is_normalized)),)
+        return ((self.num_keys, self.cfg.head_v_dim + int(self.is_normalized)),)
 
     def _divided(self, o: Tensor) -> Tensor:
         return o[..., :-1] / (o[..., -1:] + self.normalizer_eps) if self.is_normalized else o

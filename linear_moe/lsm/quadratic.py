@@ -23,7 +23,9 @@ class QuadraticAttention(NormalizedSum):
         """Short queries and keys; by default neither norm nor gate, as in the common library."""
 
         feature_dim: int = 16
-        """Channels of a query or key, before the feature map."""
+        """Channels of a query or key, before the feature map; not those of a softmax layer's head."""
+        expand_k: float = 1.0
+        """Queries and keys have ``expand_k * feature_dim`` channels."""
         eps: float = 1e-6
         """Added to the sum of the weights."""
         output_norm: str = "identity"
@@ -35,24 +37,25 @@ class QuadraticAttention(NormalizedSum):
             super().__post_init__()
             positive("feature_dim", self.feature_dim, "queries and keys have that many channels", 16)
             positive("eps", self.eps, "outputs are divided by it where all weights are 0", 1e-6)
-            if self.expand_k != 1.0:
+            width = self.expand_k * self.feature_dim
+            if width != int(width):
                 raise ValueError(
-                    f"expand_k is {self.expand_k}\n"
-                    f"  why: queries and keys of this mixer have feature_dim {self.feature_dim} channels\n"
-                    f"  try: leave expand_k out, and set feature_dim"
+                    f"expand_k {self.expand_k} gives queries and keys of {width} channels\n"
+                    f"  why: it multiplies feature_dim {self.feature_dim} and must give a whole number\n"
+                    f"  try: expand_k 1.0"
                 )
             kernel_width("feature_dim", self.feature_dim, self.num_features, "feature_dim 16")
             kernel_width("expand_v", self.expand_v, self.head_v_dim + 1, "a smaller expand_v, or more heads")
 
         @property
         def head_k_dim(self) -> int:
-            """K: ``feature_dim``."""
-            return self.feature_dim
+            """K."""
+            return int(self.expand_k * self.feature_dim)
 
         @property
         def num_features(self) -> int:
             """F."""
-            return self.feature_dim * (self.feature_dim + 1) // 2
+            return self.head_k_dim * (self.head_k_dim + 1) // 2
 
     cfg: Config
 
@@ -70,6 +73,7 @@ class QuadraticAttention(NormalizedSum):
         """phi has it."""
         return 1.0
 
-    def memory_shapes(self) -> tuple[tuple[int, int], ...]:
-        """F x V, with a column for the normaliser."""
-        return ((self.cfg.num_features, self.cfg.head_v_dim + 1),)
+    @property
+    def num_keys(self) -> int:
+        """F: channels of phi."""
+        return self.cfg.num_features

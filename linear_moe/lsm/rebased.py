@@ -48,7 +48,7 @@ class ReBased(QuadraticAttention):
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Scale and shift, shared by queries, keys and heads."""
-        shape = (self.cfg.feature_dim,)
+        shape = (self.cfg.head_k_dim,)
         gamma = Parameter("gamma", shape, torch.nn.init.ones_, per_head=False)
         beta = Parameter("beta", shape, torch.nn.init.zeros_, per_head=False)
         return (*((gamma,) if self.cfg.use_gamma else ()), *((beta,) if self.cfg.use_beta else ()))

@@ -46,7 +46,11 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "tied_product": {"feature_map": "elementwise_product", "tie_feature_map_qk": True},
         "normalized_map": {"feature_map": "hedgehog", "normalize": True, "norm_q": True, "norm_k": True},
     },
-    "based": {"odd_keys": {"feature_dim": 5}, "normed": {"output_norm": "rmsnorm", "output_gate": "swish"}},
+    "based": {
+        "odd_keys": {"feature_dim": 5},
+        "narrow": {"expand_k": 0.25},
+        "normed": {"output_norm": "rmsnorm", "output_gate": "swish"},
+    },
     "rebased": {"odd_keys": {"feature_dim": 5}, "bare_keys": {"use_gamma": False, "normalize": False}},
     "deltanet": {
         "overwrite": {"use_beta": False, "allow_neg_eigval": True},

@@ -14,6 +14,8 @@ WIDE = {
     "dpfp": ("linear_attention", {"feature_map": "dpfp", "head_dim": 40}),
     "hedgehog": ("linear_attention", {"feature_map": "hedgehog", "head_dim": 136}),
     "keys": ("linear_attention", {"head_dim": 264}),
+    "features": ("based", {"expand_k": 1.5}),
+    "values of based": ("based", {"head_dim": 256}),
     "values": ("linear_attention", {"normalize": True, "head_dim": 256}),
 }
 
@@ -49,6 +51,23 @@ def test_learned_maps_start_as_published():
         else:
             assert all(0 < value.abs().max() <= 8**-0.5 for value in w.values())
             assert not torch.equal(q, FEATURE_MAPS[name](x, w, "feature_map_k"))
+
+
+def test_sizes_of_the_common_library():
+    """Features of 16 channels; kda's waists are as wide as a value head, and its rate starts in (1, 16)."""
+    assert [make(name).mixer.memory_shapes() for name in ("based", "rebased")] == [((153, 9),), ((136, 9),)]
+    mixer = make("kda", {"expand_v": 2.0}).mixer
+    assert {p.name: (p.rank, p.bias) for p in mixer.low_rank_projections()} == {
+        "f": (16, False),
+        "g": (16, True),
+    }
+    assert {p.rank for p in make("kda", {"gate_rank": 3}).mixer.low_rank_projections()} == {3}
+    for given, bounds in ({}, (1, 16)), ({"lower_bound": -5.0}, (1, 1)):
+        table = {p.name: p for p in make("kda", given).mixer.parameters()}
+        rate = torch.empty(4096)
+        table["A_log"].init(rate)
+        low, high = rate.exp().aminmax()
+        assert math.isclose(low, bounds[0], abs_tol=0.1) and math.isclose(high, bounds[1], abs_tol=0.1)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 16])

@@ -37,8 +37,15 @@ FLAGS = {
 }
 """Ours, but for the options of single mixers. A flag that goes, goes with a note to the people who type it."""
 
-WORDS = {"output_norm": "identity", "output_gate": "sigmoid", "feature_map": "relu"}
+WORDS = {
+    "output_norm": "identity",
+    "output_gate": "sigmoid",
+    "feature_map": "relu",
+    "slopes": "alibi",
+    "qk_norm": "sum",
+}
 NUMBERS = {"expand_k": 0.25, "expand_v": 2.0, "conv_size": 3, "norm_eps": 1e-3, "gate_clamp_min": -0.25}
+NUMBERS |= {"feature_dim": 8, "gate_rank": 5, "lower_bound": -2.0}
 """Values unlike the defaults; other numbers are doubled, flags flipped."""
 
 
@@ -87,6 +94,7 @@ def test_every_field_but_the_shape_has_a_flag():
             "num_heads",
             "head_dim",
             "qkv_bias",
+            "layers_of_kind",
         }
 
 

@@ -24,6 +24,11 @@ SHORT = ["--seq-length", "16", "--max-position-embeddings", "16"]
 CASES = {
     "gla": (["gla"], ["--gla-expand-k", "0.75"]),
     "linear_attention": (["linear_attention"], ["--expand-v", "2", "--linear-attention-normalize", "true"]),
+    "learned map": (["linear_attention"], ["--la-feature-map", "elementwise_product"]),
+    "normalized map": (
+        ["linear_attention"],
+        ["--la-feature-map", "dpfp", "--linear-attention-normalize", "true"],
+    ),
     "gated_deltanet": (["gated_deltanet"], []),
     "softmax": (["softmax"], ["--num-query-groups", "2"]),
     "experts": (["gla", "softmax"], EXPERTS),
@@ -73,12 +78,12 @@ def measure(rank: int, world: int, kinds: list[str], extra: list[str]) -> dict[s
 def with_products() -> Iterator[None]:
     """Replace what multiplies element by element, or more than its definition does."""
     from linear_moe import kernels
-    from linear_moe.lsm import mixer
+    from linear_moe.lsm import split
     from linear_moe.model.attention import CoreAttention
 
     with (
         mock.patch.multiple(kernels, diag_decay=diag_decay, delta_rule=delta_rule),
-        mock.patch.object(mixer, "short_conv", convolution),
+        mock.patch.object(split, "short_conv", convolution),
         mock.patch.object(CoreAttention, "forward", softmax),
     ):
         yield
@@ -127,7 +132,7 @@ def _rows(x_BTGK: Tensor, heads: int) -> Tensor:
     return x.permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(2)
 
 
-def convolution(x: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, None]:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Tensor, None]:
     """One product of each channel's window with its taps."""
     width = weight.shape[-1]
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, width - 1, 0))
