@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.oracle.double import in_double
 
@@ -25,7 +26,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # "Triton is not supported on current platform"
     import fla.layers
     from fla.modules import activations
-    from fla.modules.norm import layernorm
+    from fla.modules.norm import layernorm, layernorm_gated
     from fla.modules.rotary.ops import rotary_embedding_ref
     from fla.modules.token_shift import token_shift_ref
     from fla.ops.based.naive import naive_parallel_based
@@ -220,6 +221,29 @@ def token_shift(
     return (shifted, None) if output_cache else shifted
 
 
+def rms_norm_group(
+    x: Tensor,
+    weight: Tensor,
+    bias: None,
+    z: Tensor,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    **_: Any,
+) -> Tensor:
+    return layernorm_gated.rms_norm_ref(x, weight, bias, z, eps, group_size, norm_before_gate)
+
+
+class StableSort(TorchFunctionMode):
+    """``argsort`` keeps the order of equals, as it does on a GPU: the tokens of a memory (``fla/layers/mom.py``)."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        stable = {"stable": True} if func is Tensor.argsort else {}
+        return func(*args, **(kwargs or {}), **stable)
+
+
 REPLACED: dict[str, dict[str, Callable]] = {
     "fla.layers.linear_attn": {"chunk_linear_attn": linear_attn, "elu_p1": lambda x: F.elu(x) + 1},
     "fla.layers.gla": {"chunk_gla": gla},
@@ -244,6 +268,7 @@ REPLACED: dict[str, dict[str, Callable]] = {
     "fla.modules.feature_map": {"layer_norm": layernorm.layer_norm_ref, "swish": F.silu},
     "fla.modules.norm.fused_norm_gate": {"rms_norm_gated": rms_norm_gated},
     "fla.modules.norm.layernorm": {"rms_norm": rms_norm, "group_norm": group_norm},
+    "fla.modules.norm.layernorm_gated": {"rmsnorm_fn": rms_norm_group},
     "fla.modules.rotary.ops": {"rotary_embedding": rotary},
 }
 """What each module of the library looks up, and what it finds instead."""
@@ -261,5 +286,6 @@ def in_torch() -> Iterator[None]:
             mock.patch.dict(activations.ACT2FN, swish=F.silu, silu=F.silu, sigmoid=torch.sigmoid)
         )
         stack.enter_context(in_double())
+        stack.enter_context(StableSort())
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         yield
