@@ -22,6 +22,7 @@ ALIASES = {
     "gated_delta_net": "gated_deltanet",
     "gated_delta_rule": "gated_deltanet",
     "delta_net": "deltanet",
+    "delta_rule": "deltanet",
     "lightning": "lightning_attention",
     "lightning_attn": "lightning_attention",
     "retnet": "retention",
