@@ -34,9 +34,8 @@ def split(
     group_tail = None
     if "groups" in others:
         here = mixer.groups_here(place)
-        taps = tuple(
-            x if x is None else x[here] for x in (w.get("group_conv_weight"), w.get("group_conv_bias"))
-        )
+        weight, bias = w.get("group_conv_weight"), w.get("group_conv_bias")
+        taps = None if weight is None else weight[here], None if bias is None else bias[here]
         table = mixer.grouped_projections()
         grouped, group_tail = _convolved(table, others["groups"], w, taps, state.group_conv, cu_seqlens)
         named |= grouped

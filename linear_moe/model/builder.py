@@ -20,7 +20,8 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from linear_moe.model.backend import make_backend
 from linear_moe.model.config import LinearMoEConfig
-from linear_moe.model.specs import block_spec, layer_spec, moe_layers
+from linear_moe.model.sharing import share
+from linear_moe.model.specs import block_spec, layer_spec, moe_layers, stage_layers
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,7 @@ class LinearMoEBuilder(GPTModelBuilder):
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
         pp_rank = pg_collection.pp.rank()
-        return GPTModel(
+        model = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(config, pp_rank=pp_rank, vp_stage=vp_stage),
             mtp_block_spec=_mtp_spec(config, pp_rank, vp_stage),
@@ -71,6 +72,8 @@ class LinearMoEBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        share(model, stage_layers(config, pp_rank=pp_rank, vp_stage=vp_stage), pg_collection, vp_stage)
+        return model
 
 
 def padded_vocab_size(model_config: GPTModelConfig) -> int:

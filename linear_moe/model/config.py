@@ -22,6 +22,8 @@ class LinearMoEConfig(TransformerConfig):
     """Options per mixer that differ from its defaults, by field name of its Config."""
     lsm_recompute: bool = False
     """Recompute everything between the projections of mixer layers in the backward pass."""
+    has_cond_embedder: bool = False
+    """Sum the gradients of tables that every pipeline stage has (Megatron's name for it)."""
     sequential_experts: bool = False
     """Use Megatron's loop over experts instead of grouped GEMM (for comparisons)."""
 
@@ -32,8 +34,23 @@ class LinearMoEConfig(TransformerConfig):
         # (TransformerBlock.sharded_state_dict); the second has no other use here.
         self.hetereogenous_dist_checkpoint = True
         self.linear_attention_freq = [int(kind != SOFTMAX) for kind in self.layer_kinds]
-        for kind in set(self.layer_kinds) - {SOFTMAX}:
-            mixer_config(kind, self)
+        for kind in sorted(set(self.layer_kinds) - {SOFTMAX}):
+            self._prepare(kind)
+
+    def _prepare(self, kind: str) -> None:
+        """What a mixer asks of Megatron."""
+        mixer = lsm.get(kind)(mixer_config(kind, self))
+        if any(table.per_model for table in mixer.all_parameters()):
+            self.has_cond_embedder = True
+        if mixer.first_value is not None and self.layer_kinds.count(kind) > 1:
+            if self.recompute_granularity == "full":
+                raise ValueError(
+                    f"{kind} does not train with full recomputation of layers\n"
+                    f"  why: its first layer hands a value to the later ones, which recomputing one layer would lose\n"
+                    f"  try: AC=sel (--recompute-granularity selective)"
+                )
+            if self.pipeline_model_parallel_size > 1:
+                self.variable_seq_lengths = True  # the value rides behind the hidden states: longer messages
 
 
 def mixer_config(kind: str, config: LinearMoEConfig) -> Mixer.Config:

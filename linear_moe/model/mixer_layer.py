@@ -47,6 +47,15 @@ class FirstValue:
 
     x_BTHV: Tensor | None = None
 
+    def message(self, hidden_tBD: Tensor) -> Tensor:
+        """The value cut like hidden states, ``[t, B, ...]``: any order of its elements will do on the way."""
+        assert self.x_BTHV is not None
+        return self.x_BTHV.reshape(*hidden_tBD.shape[:2], -1).to(hidden_tBD.dtype)
+
+    def receive(self, message_tBX: Tensor, shape_HV: tuple[int, int]) -> None:
+        """The inverse of :meth:`message`."""
+        self.x_BTHV = message_tBX.reshape(message_tBX.shape[1], -1, *shape_HV)
+
 
 class MixerLayer(TableModule):
     """A token mixer in Megatron's attention slot.
@@ -190,7 +199,9 @@ class MixerLayer(TableModule):
             x_BTHW = shifted(table, self.in_proj.weight, inputs, self.place.num_heads)
             sum_here = self.tp_group.size() > 1 and not self.config.sequence_parallel
             others = {
-                name: module.of_whole(inputs[name], sum_here).unflatten(-1, (self.place.num_heads, -1))
+                name: cast(LowRankLinear, module)
+                .of_whole(inputs[name], sum_here)
+                .unflatten(-1, (self.place.num_heads, -1))
                 for name, module in self.low_rank.items()
             }
         else:
