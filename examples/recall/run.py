@@ -1,0 +1,247 @@
+"""Recall against memory: train a tiny model of every mixer on MQAR, then write a table and a plot.
+
+    python examples/recall/run.py --quick                 a few mixers, on a CPU, about a minute
+    python examples/recall/run.py --minutes 8             everything, on one GPU
+
+Results go to `results/` beside this file as they come: `cells.jsonl` (one line for each model, size and seed; a run that
+is started again skips those), and `recall.json`, `recall.md` and `recall.png` made from it. README.md says what is
+measured and how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections import deque
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import mqar
+import tables
+
+HYBRIDS = ("linear_attention", "gla", "gated_deltanet", "mamba2")
+LADDER = ("linear_attention", "gla", "gated_deltanet")
+QUICK = ("linear_attention", "gated_deltanet")
+GRACE = 20
+"""Seconds after the deadline in which processes may test what they have."""
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="*", help="mixers, and softmax; default: all that are registered")
+    add("--hybrids", nargs="*", help=f"mixers in a stack with softmax; default: of {' '.join(HYBRIDS)}")
+    add("--ladder", nargs="*", help=f"mixers at a quarter and four times the size; default: of {' '.join(LADDER)}")
+    add("--state-size", type=int, default=2048, help="elements of memory per layer at equal size")
+    add("--seeds", type=int, default=3, help="models of each kind")
+    add("--pairs", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="numbers of pairs, trained as a mixture")
+    add("--length", type=int, default=256, help="tokens of a sequence")
+    add("--num-keys", type=int, default=128, help="keys in the vocabulary, and as many values")
+    add("--hidden-size", type=int, default=64, help="width of the two-layer model")
+    add("--conv-size", type=int, default=4, help="short convolution of every mixer that has one; 0: its own default")
+    add("--steps", type=int, default=1500, help="optimizer steps")
+    add("--per-pairs", type=int, default=16, help="sequences of each number of pairs in a batch")
+    add("--lr", type=float, default=3e-3, help="peak learning rate, the same for all")
+    add("--minutes", type=float, help="stop after so long with what there is")
+    add("--gang-seconds", type=float, help="stop one model's seeds after so long (marked in the table)")
+    add("--processes", type=int, help="models trained at a time; default: 6 on a GPU, half the cores on a CPU")
+    add("--no-graph", action="store_true", help="launch every kernel of every step instead of a recorded graph")
+    add("--results", type=Path, default=HERE / "results", help="folder of the results")
+    add("--report-only", action="store_true", help="train nothing, make table and plot anew")
+    add("--quick", action="store_true", help="a few mixers, few pairs, one seed, in results/quick")
+    given = parser.parse_args(argv)
+    if given.quick:
+        quick: dict[str, Any] = dict(
+            models=list(QUICK), hybrids=[], ladder=[], seeds=1, pairs=[1, 2, 4], length=24, num_keys=16,
+            state_size=512, steps=250, per_pairs=16, lr=6e-3, results=HERE / "results" / "quick",
+        )  # fmt: skip
+        for name, value in quick.items():
+            if getattr(given, name) == parser.get_default(name):
+                setattr(given, name, value)
+    return given
+
+
+def setup_of(given: argparse.Namespace) -> Any:
+    """The options that every cell shares."""
+    import cells
+
+    task = mqar.Task(pairs=tuple(sorted(given.pairs)), length=given.length, num_keys=given.num_keys)
+    return cells.Setup(
+        task=task,
+        hidden_size=given.hidden_size,
+        conv_size=given.conv_size,
+        steps=given.steps,
+        per_pairs=given.per_pairs,
+        lr=given.lr,
+    )
+
+
+def jobs_of(given: argparse.Namespace) -> list[Any]:
+    """What to train, the most telling first."""
+    import cells
+
+    from linear_moe import lsm
+
+    registered = lsm.names()
+    models = given.models or [*registered, cells.SOFTMAX]
+    trained = [model for model in models if model != cells.SOFTMAX]
+    for model in trained:
+        lsm.get(model)  # refuses an unknown one
+    hybrids = [m for m in HYBRIDS if m in trained] if given.hybrids is None else given.hybrids
+    ladder = [m for m in LADDER if m in trained] if given.ladder is None else given.ladder
+    return cells.plan(models, hybrids, given.state_size, ladder, tuple(range(given.seeds)))
+
+
+def worker(connection: Connection, setup: Any, limits: Any, threads: int) -> None:
+    """Train the jobs that come until none does; the first failure ends the process: its GPU may be unfit."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import gang
+    import torch
+
+    torch.set_num_threads(threads)
+    while (work := connection.recv()) is not None:
+        job, record = work
+        try:
+            found = gang.train_gang(job, setup, record=record, limits=limits, report=say)
+        except gang.CaptureFailed as error:
+            connection.send(("unrecorded", str(error).splitlines()[0]))
+            return
+        except Exception:
+            connection.send(("failed", traceback.format_exc()))
+            return
+        connection.send(("done", [cell.as_dict() for cell in found]))
+        del found
+        gc.collect()
+
+
+class Pool:
+    """Worker processes, a job each at a time."""
+
+    def __init__(self, setup: Any, limits: Any, processes: int) -> None:
+        self.setup, self.limits, self.processes = setup, limits, processes
+        self.context = multiprocessing.get_context("spawn")
+        self.busy: dict[Connection, tuple[Any, tuple[Any, bool]]] = {}
+        self.idle: list[tuple[Connection, Any]] = []
+
+    def run(self, work: deque[tuple[Any, bool]], store: tables.Store) -> None:
+        """Work through the jobs until the deadline, saving what comes."""
+        while (work or self.busy) and time.time() < self.limits.deadline + GRACE:
+            while work and len(self.busy) < self.processes and time.time() < self.limits.deadline:
+                self._give(work.popleft())
+            if not self.busy:
+                break
+            for connection in wait(list(self.busy), timeout=1.0):
+                self._take(connection, work, store)
+        for connection, process in [*self.idle, *((c, p) for c, (p, _) in self.busy.items())]:
+            if connection in self.busy:
+                process.terminate()
+            else:
+                connection.send(None)
+            process.join(10)
+
+    def _give(self, item: tuple[Any, bool]) -> None:
+        if self.idle:
+            connection, process = self.idle.pop()
+        else:
+            connection, theirs = self.context.Pipe()
+            threads = max(1, (os.cpu_count() or 1) // self.processes)
+            process = self.context.Process(
+                target=worker, args=(theirs, self.setup, self.limits, threads), daemon=True
+            )
+            process.start()
+            theirs.close()
+        connection.send(item)
+        self.busy[connection] = (process, item)
+
+    def _take(self, connection: Any, work: deque[tuple[Any, bool]], store: tables.Store) -> None:
+        process, (job, record) = self.busy.pop(connection)
+        try:
+            outcome, value = connection.recv()
+        except EOFError:
+            process.join(10)
+            outcome, value = "failed", f"the process ended with exit code {process.exitcode}"
+        if outcome == "done":
+            self.idle.append((connection, process))
+            store.add(value)
+            scores = " | ".join(" ".join(f"{x:.2f}" for x in cell["accuracy"].values()) for cell in value)
+            say(f"{job.model} {job.size}: done in {value[0]['seconds']} s, {value[0]['steps']} steps: {scores}")
+            return
+        process.join(10)
+        if outcome == "unrecorded":
+            say(f"{job.model} {job.size}: no graph ({value}); trained again without, several times slower")
+            work.appendleft((job, False))
+            return
+        say(f"{job.model} {job.size}: FAILED\n{value}")
+        last = value.strip().splitlines()[-1]
+        fingerprint = self.setup.fingerprint()
+        store.add(
+            [dict(model=job.model, size=job.size, seed=s, setup=fingerprint, error=last) for s in job.seeds]
+        )
+
+
+def train(given: argparse.Namespace, store: tables.Store) -> None:
+    """Everything that is not in the store yet."""
+    start = time.time()
+    warnings.filterwarnings("ignore")
+    jobs, setup = jobs_of(given), setup_of(given)
+    import cells
+    import gang
+
+    from linear_moe.training import cpu
+
+    is_gpu = not cpu.needed()
+    processes = given.processes or (6 if is_gpu else max(1, (os.cpu_count() or 2) // 2))
+    limits = gang.Limits(
+        deadline=start + 60 * given.minutes if given.minutes else float("inf"),
+        seconds=given.gang_seconds or float("inf"),
+    )
+    finished = store.finished(setup.fingerprint())
+    work: deque[tuple[Any, bool]] = deque()
+    for job in jobs:
+        seeds = tuple(seed for seed in job.seeds if (job.model, job.size, seed) not in finished)
+        if seeds:
+            work.append((cells.Job(job.model, job.size, seeds), is_gpu and not given.no_graph))
+    total = sum(len(job.seeds) for job in jobs)
+    left = sum(len(job.seeds) for job, _ in work)
+    say(f"{total} cells, {total - left} of them finished before; {left} to train on {processes} processes")
+    Pool(setup, limits, min(processes, max(1, len(work)))).run(work, store)
+    if work:
+        say(f"out of time: {len(work)} models not begun; the same command goes on from here")
+    say(f"{(time.time() - start) / 60:.1f} minutes")
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+def main() -> None:
+    """Train what is missing, then write table and plot."""
+    given = arguments()
+    store = tables.Store(given.results)
+    if not given.report_only:
+        train(given, store)
+    for path in tables.write(store, setup_of(given)):
+        say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,241 @@
+"""The results: cells as they come, the table, the plot, and whether the claims of the papers show in them.
+
+The mean over the seeds has an interval of 95 % by Student's t; claims are differences between two models on the same
+seeds (hence the same data), with the interval of the paired difference: a claim shows if the interval lies above zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, 97.5 % point, by degrees of freedom."""
+
+DELTA_OVER = (
+    ("deltanet", "linear_attention"),
+    ("gated_deltanet", "gla"),
+    ("gated_deltanet", "mamba2"),
+    ("gated_deltanet", "retention"),
+    ("kda", "gla"),
+)
+"""A delta-rule mixer, and one that only decays."""
+
+Row = dict[str, Any]
+
+
+class Store:
+    """``cells.jsonl``: a line for each cell, the last one counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "cells.jsonl"
+
+    def add(self, found: Iterable[dict[str, Any]]) -> None:
+        """Append; a run that ends at any moment loses nothing that was added."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            for cell in found:
+                file.write(json.dumps(cell) + "\n")
+
+    def cells(self, fingerprint: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+        """The cells of a setup by model, size and seed; a line cut off by a crash is skipped."""
+        found = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                cell = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if cell["setup"] == fingerprint:
+                found[cell["model"], cell["size"], cell["seed"]] = cell
+        return found
+
+    def finished(self, fingerprint: str) -> set[tuple[str, str, int]]:
+        """The cells that need not be trained: neither failed nor cut off."""
+        return {key for key, cell in self.cells(fingerprint).items() if cell.get("complete")}
+
+
+def write(store: Store, setup: Any) -> list[Path]:
+    """Make ``recall.json``, ``recall.md`` and ``recall.png`` from the cells of this setup."""
+    cells = store.cells(setup.fingerprint())
+    table, pairs = rows(cells), [str(n) for n in setup.task.pairs]
+    found = claims(cells)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    paths = [store.folder / f"recall.{ending}" for ending in ("json", "md", "png")]
+    paths[0].write_text(json.dumps({"setup": asdict(setup), "rows": table, "claims": found}, indent=1) + "\n")
+    paths[1].write_text(markdown(table, found, pairs, setup))
+    plot(table, pairs, paths[2])
+    return paths
+
+
+def rows(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[Row]:
+    """One row for each model and size, seeds pooled, best first within a size."""
+    table = []
+    for model, size in dict.fromkeys((model, size) for model, size, _ in cells):
+        group = [cell for (m, s, _), cell in cells.items() if (m, s) == (model, size)]
+        good = [cell for cell in group if not cell.get("error")]
+        row: Row = {"model": model, "size": size, "seeds": len(good), "accuracy": {}}
+        row["failed"] = next((cell["error"] for cell in group if cell.get("error")), None)
+        if good:
+            facts = good[0]["facts"]
+            row |= {name: facts[name] for name in ("state_size", "parameters", "options")}
+            row["steps"] = [cell["steps"] for cell in good]
+            row["is_short_of_time"] = any(cell["short_of_time"] for cell in good)
+            row["seconds"] = good[0]["seconds"]
+            for n in good[0]["accuracy"]:
+                row["accuracy"][n] = interval([cell["accuracy"][n] for cell in good])
+            row["mean"] = interval([score(cell) for cell in good])
+        table.append(row)
+    return sorted(table, key=lambda row: (row["size"], -row.get("mean", [-1])[0]))
+
+
+def score(cell: dict[str, Any]) -> float:
+    """Accuracy averaged over the numbers of pairs, each counting the same."""
+    return statistics.fmean(cell["accuracy"].values())
+
+
+def interval(values: list[float]) -> list[float]:
+    """Mean and half of its 95 % interval; NaN for one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return [mean, math.nan]
+    t = T_95.get(len(values) - 1, 1.96)
+    return [mean, t * statistics.stdev(values) / math.sqrt(len(values))]
+
+
+def claims(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[Row]:
+    """Every claim for which both sides were trained: the paired difference of the mean accuracy, and the verdict."""
+    models = {model for model, _, _ in cells}
+    sizes = sorted({size for _, size, _ in cells if size != "default"}, key=int)
+    wanted = []
+    for model in sorted(models):
+        of_model = [size for size in sizes if any((model, size, seed) in cells for _, _, seed in cells)]
+        if len(of_model) > 1:
+            wanted.append(("memory size matters", (model, of_model[-1]), (model, of_model[0])))
+    for size in (*sizes, "default"):
+        wanted += [("delta rule over decay", (a, size), (b, size)) for a, b in DELTA_OVER]
+        for model in sorted(models):
+            if model.startswith("mom_"):
+                wanted.append(("MoM over its mixer", (model, size), (model.removeprefix("mom_"), size)))
+            if "+" in model:
+                wanted.append(("hybrid over pure", (model, size), (model.split("+")[0], size)))
+    found = []
+    for claim, better, worse in wanted:
+        seeds = [s for m, z, s in cells if (m, z) == better and (*worse, s) in cells]
+        pairs = [(cells[(*better, s)], cells[(*worse, s)]) for s in seeds]
+        pairs = [(a, b) for a, b in pairs if not a.get("error") and not b.get("error")]
+        if pairs:
+            mean, half = interval([score(a) - score(b) for a, b in pairs])
+            found.append(
+                {
+                    "claim": claim,
+                    "better": list(better),
+                    "worse": list(worse),
+                    "difference": [mean, half],
+                    "verdict": verdict(mean, half),
+                }
+            )
+    return found
+
+
+def verdict(mean: float, half: float) -> str:
+    """What an interval of a difference says about the claim that it is positive."""
+    if math.isnan(half):
+        return "one seed"
+    if mean - half > 0:
+        return "shown"
+    return "the opposite" if mean + half < 0 else "not shown"
+
+
+def markdown(table: list[Row], found: list[Row], pairs: list[str], setup: Any) -> str:
+    """The table and the claims."""
+    lines = [
+        "# Multi-query associative recall",
+        "",
+        f"Accuracy in % by number of key-value pairs, mean and 95 % interval over seeds. {setup.num_layers} layers, "
+        f"width {setup.hidden_size}, {setup.task.length} tokens, {setup.task.num_keys} keys and values, "
+        f"{setup.steps} steps of {setup.per_pairs * len(setup.task.pairs)} sequences, learning rate {setup.lr:g}. "
+        "State: elements of recurrent memory per layer. Fewer steps than planned: every number of pairs was solved, "
+        "or, marked *, time was up. A hybrid ends in softmax attention, whose cache grows with the sequence.",
+    ]
+    for size in dict.fromkeys(row["size"] for row in table):
+        title = "Default size" if size == "default" else f"Equal state, {size} elements wanted"
+        lines += ["", f"## {title}", ""]
+        lines += [f"| model | state | parameters | steps | {' | '.join(pairs)} | mean |"]
+        lines += ["|---" * (5 + len(pairs)) + "|"]
+        lines += [_line(row, pairs) for row in table if row["size"] == size]
+    lines += ["", "## What the papers claim", ""]
+    lines += ["Difference of the mean accuracy, in points, paired by seed; shown: its 95 % interval is above 0.", ""]
+    lines += ["| claim | model | against | difference | verdict |", "|---|---|---|---|---|"]
+    for row in found:
+        better, worse = (f"{model} ({size})" for model, size in (row["better"], row["worse"]))
+        difference = percent(row["difference"])
+        lines.append(f"| {row['claim']} | {better} | {worse} | {difference} | {row['verdict']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row, pairs: list[str]) -> str:
+    if not row["seeds"]:
+        return f"| {row['model']} | failed: {row['failed']} |" + " |" * (3 + len(pairs))
+    steps = f"{min(row['steps'])}-{max(row['steps'])}" if len(set(row["steps"])) > 1 else str(row["steps"][0])
+    scores = " | ".join(percent(row["accuracy"][n]) for n in pairs)
+    state = row["state_size"] if row["state_size"] is not None else "KV cache"
+    mark = "*" if row["is_short_of_time"] else ""
+    return f"| {row['model']} | {state} | {row['parameters']} | {steps}{mark} | {scores} | {percent(row['mean'])} |"
+
+
+def percent(value: list[float]) -> str:
+    """A share and its interval in percent."""
+    mean, half = value
+    return f"{100 * mean:.1f}" if math.isnan(half) else f"{100 * mean:.1f} +- {100 * half:.1f}"
+
+
+def plot(table: list[Row], pairs: list[str], path: Path) -> None:
+    """Accuracy against the number of pairs, a panel for each kind of size, and against the size of the memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    good = [row for row in table if row["seeds"]]
+    counts = {size: sum(row["size"] == size for row in good) for size in {row["size"] for row in good}}
+    equal = max((size for size in counts if size != "default"), key=lambda size: counts[size], default=None)
+    models = sorted({row["model"] for row in good})
+    colors = {model: plt.get_cmap("tab20")(i % 20) for i, model in enumerate(models)}
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5))
+    for axis, size, title in (
+        (axes[0], equal, f"equal state: about {equal} elements per layer"),
+        (axes[1], "default", "default size"),
+    ):
+        x = [int(n) for n in pairs]
+        for row in good:
+            if row["size"] == size or row["model"] == "softmax":
+                means, halves = zip(*(row["accuracy"][n] for n in pairs))
+                style = "--" if "softmax" in row["model"] else "-"
+                axis.plot(x, means, style, marker=".", color=colors[row["model"]], label=row["model"])
+                low = [max(0.0, m - h) for m, h in zip(means, halves)]
+                high = [min(1.0, m + h) for m, h in zip(means, halves)]
+                axis.fill_between(x, low, high, color=colors[row["model"]], alpha=0.12, linewidth=0)
+        axis.set(xscale="log", title=title, xlabel="key-value pairs", ylabel="accuracy", ylim=(-0.02, 1.02))
+        axis.set_xticks(x, pairs)
+        axis.minorticks_off()
+    for model in models:
+        points = sorted(
+            (row["state_size"], *row["mean"]) for row in good if row["model"] == model and row["state_size"]
+        )
+        if points:
+            sizes, means, halves = zip(*points)
+            errors = [0.0 if math.isnan(half) else half for half in halves]
+            axes[2].errorbar(sizes, means, errors, marker="o", capsize=2, color=colors[model], label=model)
+    title = "accuracy against size of the memory"
+    axes[2].set(xscale="log", title=title, xlabel="elements per layer", ylabel="mean accuracy", ylim=(-0.02, 1.02))
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="center right", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 0.87, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""The recall experiment: its data, its rule of equal memory, its training and its bookkeeping."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+RECALL = Path(__file__).parents[2] / "examples" / "recall"
+sys.path.insert(0, str(RECALL))
+
+import mqar
+import tables
+
+TASK = mqar.Task(pairs=(2, 5, 16), length=80, num_keys=24, num_fillers=4)
+
+
+def test_every_answer_is_the_value_of_its_key() -> None:
+    tokens, targets = mqar.mixture(TASK, 40, (1,))
+    assert tokens.shape == targets.shape == (120, 80)
+    for row, (sequence, answers) in enumerate(zip(tokens.tolist(), targets.tolist())):
+        num_pairs = TASK.pairs[row % 3]
+        written = sequence[: 2 * num_pairs]
+        value_of = dict(zip(written[::2], written[1::2]))
+        assert len(value_of) == num_pairs, "a key is written twice"
+        assert all(key < 24 <= value < 48 for key, value in value_of.items())
+        assert answers[: 2 * num_pairs] == [mqar.IGNORE] * (2 * num_pairs)
+        asked = []
+        for token, answer in zip(sequence[2 * num_pairs :], answers[2 * num_pairs :]):
+            if token >= 48:
+                assert answer == mqar.IGNORE, "filler has no answer"
+            else:
+                assert value_of[token] == answer
+                asked.append(token)
+        assert sorted(asked) == sorted(value_of), "every key is asked once"
+
+
+def test_the_same_seed_gives_the_same_sequences() -> None:
+    first, again, other = (mqar.mixture(TASK, 3, seed) for seed in ((1, 7), (1, 7), (1, 8)))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_queries_come_early_and_late_by_the_power_law() -> None:
+    task = mqar.Task(pairs=(1,), length=66, num_keys=4)
+    _, targets = mqar.mixture(task, 20000, (0,))
+    slots = (np.nonzero(targets != mqar.IGNORE)[1] - 2) // 2
+    weight = np.arange(1, 33) ** (task.power - 1.0)
+    share = np.bincount(slots, minlength=32) / len(slots)
+    np.testing.assert_allclose(share, weight / weight.sum(), atol=0.015)
+
+
+def test_a_task_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="try: --length 64"):
+        mqar.Task(pairs=(16,), length=60)
+
+
+def test_claims_and_intervals_are_what_they_say() -> None:
+    mean, half = tables.interval([0.4, 0.5, 0.6])
+    assert mean == pytest.approx(0.5) and half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    cells = {}
+    for seed, (delta, gla) in enumerate(zip((0.9, 0.92, 0.91), (0.5, 0.55, 0.5))):
+        for model, accuracy in (("gated_deltanet", delta), ("gla", gla), ("gla+softmax", gla)):
+            cells[model, "64", seed] = {"accuracy": {"4": accuracy, "8": accuracy}}
+    found = {row["claim"]: row["verdict"] for row in tables.claims(cells)}
+    assert found == {"delta rule over decay": "shown", "hybrid over pure": "not shown"}
+
+
+def test_memory_of_equal_size() -> None:
+    import cells
+
+    from linear_moe import lsm
+
+    setup = cells.Setup()
+    for kind in lsm.names():
+        for wanted in (512, 2048):
+            mixer = cells.make(kind, cells.options(kind, str(wanted), setup), setup)
+            assert abs(math.log2(cells.state_size(mixer) / wanted)) < 0.35, (kind, wanted)
+            assert mixer.cfg.hidden_size == setup.hidden_size
+    plain = cells.make("linear_attention", cells.options("linear_attention", "2048", setup), setup)
+    assert (plain.cfg.num_heads, plain.memory_shapes()) == (2, ((32, 32),)), "as wide as the model"
+    assert plain.cfg.conv_size == setup.conv_size
+
+
+def run(folder: Path, *flags: str) -> str:
+    """The command line on a task of seconds."""
+    command = [sys.executable, "-W", "ignore", str(RECALL / "run.py"), "--results", str(folder), "--processes", "1"]
+    sizes = "--pairs 1 2 --length 8 --num-keys 4 --hidden-size 32 --state-size 128 --steps 4 --per-pairs 4 --seeds 2"
+    done = subprocess.run([*command, *sizes.split(), *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Cells that are there are not trained again, one that failed or was cut off is; table and plot are made."""
+    flags = ("--models", "gla", "softmax", "--hybrids", "--ladder")
+    assert "6 cells, 0 of them finished before" in run(tmp_path, *flags)
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(c["model"], c["seed"], c["steps"]) for c in found].count(("softmax", 1, 4)) == 1
+    cut_off: dict[str, Any] = found[0] | {"complete": False}
+    (tmp_path / "cells.jsonl").write_text("\n".join([json.dumps(cut_off), *lines[1:], '{"half a li']) + "\n")
+    again = run(tmp_path, *flags)
+    assert "5 of them finished before; 1 to train" in again
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == len(lines) + 2
+    table = json.loads((tmp_path / "recall.json").read_text())
+    assert [row["seeds"] for row in table["rows"]] == [2, 2, 2]
+    assert "| softmax | KV cache |" in (tmp_path / "recall.md").read_text()
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+    assert "6 cells, 0 of them" in run(tmp_path, *flags, "--lr", "1e-3", "--minutes", "0.0001"), "another setup"
+
+
+def test_gated_deltanet_learns_to_recall() -> None:
+    import cells
+    import gang
+
+    task = mqar.Task(pairs=(2, 3, 4), length=18, num_keys=8, num_fillers=2)
+    setup = cells.Setup(task=task, num_layers=1, steps=400, per_pairs=16, lr=1e-2, test_per_pairs=64)
+    (cell,) = gang.train_gang(
+        cells.Job("gated_deltanet", "default", (0,)), setup, record=False, limits=gang.Limits(seconds=60)
+    )
+    assert min(cell.accuracy.values()) > 0.9, cell
