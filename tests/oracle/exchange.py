@@ -44,7 +44,8 @@ class Case:
         weights: ours in terms of its parameters.
         options: of our Config.
         changes: attributes of our mixer's class that no option sets: what differs.
-        run: calls the other layer.
+        run: calls the other layer with the input, and with the value of the first layer if ``has_first``.
+        has_first: the layer is a later one whose first passes a value on.
         place: where our mixer stands.
         context: in which the other layer is built, run and differentiated.
         unused: parameters of the other layer that its forward pass does not use.
@@ -56,7 +57,8 @@ class Case:
     weights: Callable[[Any], Weights]
     options: dict[str, Any]
     changes: dict[str, Any] = field(default_factory=dict)
-    run: Callable[[Any, Tensor], Tensor] = lambda layer, x: layer(x)[0]
+    run: Callable[..., Tensor] = lambda layer, x: layer(x)[0]
+    has_first: bool = False
     place: Placement | None = None
     context: Callable[[], AbstractContextManager] = nullcontext
     unused: frozenset[str] = frozenset()
@@ -73,8 +75,10 @@ def heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(0, (num_heads, -1))
 
 
-def layer(mixer: Mixer, weights: Weights, x_BTD: Tensor, place: Placement) -> Tensor:
-    """Input projections, :meth:`Mixer.mix`, output projection."""
+def layer(
+    mixer: Mixer, weights: Weights, x_BTD: Tensor, place: Placement, first_BTC: Tensor | None = None
+) -> Tensor:
+    """Input projections, :meth:`Mixer.mix`, output projection; ``first_BTC``: see ``Mixer.first_value``."""
     weights = dict(weights)
     parameters = {table.name: weights.pop(table.name) for table in mixer.all_parameters()}
     for table in mixer.all_parameters():
@@ -96,7 +100,13 @@ def layer(mixer: Mixer, weights: Weights, x_BTD: Tensor, place: Placement) -> Te
 
     num_heads = mixer.cfg.num_heads
     x_BTHW = torch.cat([project(p, num_heads) for p in mixer.fused_projections()], dim=-1)
-    others = {p.name: project(p, num_heads) for p in mixer.low_rank_projections()}
+    others = {
+        p.name: project(p, num_heads)
+        for p in mixer.low_rank_projections()
+        if first_BTC is not None or not p.after_first
+    }
+    if first_BTC is not None:
+        others[f"first_{mixer.first_value}"] = first_BTC.unflatten(-1, (num_heads, -1))
     if mixer.grouped_projections():
         groups = [project(p, mixer.num_groups) for p in mixer.grouped_projections()]
         others["groups"] = torch.cat(groups, dim=-1)
@@ -106,7 +116,7 @@ def layer(mixer: Mixer, weights: Weights, x_BTD: Tensor, place: Placement) -> Te
     return F.linear(o_BTHV.flatten(2), out)
 
 
-MEANS = {"A_log": -3.0}
+MEANS = {"A_log": -3.0, "w_proj.linear.lora.2.bias": -3.0, "w_lora.lora.2.bias": -4.0}
 """Of parameters by the end of their name; the memory should last longer than a few tokens. Other vectors: 1."""
 
 
@@ -116,7 +126,7 @@ def randomize(module: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
-            mean = MEANS.get(name.split(".")[-1], float(parameter.ndim == 1))
+            mean = next((m for end, m in MEANS.items() if name.endswith(end)), float(parameter.ndim == 1))
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(drawn * fan_in**-0.5 + mean)
 
@@ -133,9 +143,11 @@ def inputs(case: Case, other: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (BATCH, TOKENS, case.options["hidden_size"])
     dtype = next(other.parameters()).dtype
-    x, drawn = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    parameters = {name: p for name, p in other.named_parameters() if name not in case.unused}
-    return {"x": x.requires_grad_()} | parameters, drawn
+    x, first, drawn = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)
+    )
+    sequences = {"x": x.requires_grad_()} | ({"first": first.requires_grad_()} if case.has_first else {})
+    return sequences | {name: p for name, p in other.named_parameters() if name not in case.unused}, drawn
 
 
 def differentiated(output: Tensor, leaves: dict[str, Tensor], drawn: Tensor) -> dict[str, Tensor]:
@@ -152,7 +164,8 @@ def theirs(case: Case, dtype: torch.dtype = torch.float64, plain: bool = False) 
     with nullcontext() if plain else case.context():
         other = other_layer(case, dtype)
         leaves, drawn = inputs(case, other)
-        return differentiated(case.run(other, leaves["x"]), leaves, drawn)
+        sequences = [leaves[name] for name in ("x", "first") if name in leaves]
+        return differentiated(case.run(other, *sequences), leaves, drawn)
 
 
 def ours(case: Case) -> dict[str, Tensor]:
@@ -163,7 +176,8 @@ def ours(case: Case) -> dict[str, Tensor]:
     kind = lsm.get(case.mixer)
     mixer = type(kind.__name__, (kind,), case.changes)(kind.Config(**case.options))
     place = case.place or Placement(num_heads=mixer.cfg.num_heads)
-    return differentiated(layer(mixer, case.weights(other), leaves["x"], place), leaves, drawn)
+    output = layer(mixer, case.weights(other), leaves["x"], place, leaves.get("first"))
+    return differentiated(output, leaves, drawn)
 
 
 def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:

@@ -262,6 +262,7 @@ REPLACED: dict[str, dict[str, Callable]] = {
         "token_shift": token_shift,
         "fused_addcmul_rwkv7": torch_addcmul_rwkv7,
         "fused_k_rwkv7": k_update_ref,
+        "l2_norm": _unit,
         "gate_output_correction": gate_output_correction_ref,
     },
     "fla.ops.lightning_attn.chunk": {"chunk_simple_gla": simple_gla},

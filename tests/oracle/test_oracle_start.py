@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_moe import lsm
+from tests.oracle import fla_shift
 from tests.oracle.exchange import named
 from tests.oracle.fla_in_torch import fla, in_torch
 
@@ -55,3 +56,32 @@ def test_starts(name: str):
         tables[ours].init(drawn)
         # chance makes it larger than that once in 1000 draws of 2000 numbers; the seed is fixed
         assert largest_gap(drawn.flatten(), theirs[ours].detach().double().flatten()) < 0.06, ours
+
+
+def checkpoint_key(name: str) -> str:
+    """Of a weight as cases name it, what ``Mixer.initialize`` calls it."""
+    if name in ("q", "k", "v"):
+        return f"in_proj.{name}"
+    projection, _, part = name.partition(".")
+    names = {"down": "down", "up": "up.weight", "bias": "up.bias"}
+    return f"low_rank.{projection}.{names[part]}" if part else {"out": "out_proj.weight"}.get(name, name)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_rwkv7_starts(number: int):
+    """All depends on the layer, nothing but directions on chance: matrices have the same singular values."""
+    case = fla_shift.rwkv7(number)
+    with in_torch():
+        theirs = case.weights(case.build())
+    kind = lsm.get("rwkv7")
+    mixer = kind(kind.Config(**case.options))
+    found = {checkpoint_key(name): torch.full(weight.shape, 9.0) for name, weight in theirs.items()}
+    found |= {key: x.unflatten(0, (mixer.cfg.num_heads, -1)) for key, x in found.items() if "in_proj" in key}
+    for table in mixer.all_parameters():
+        table.init(found[table.name])
+    mixer.initialize(found, case.place)
+    for name, weight in theirs.items():
+        ours, start = found[checkpoint_key(name)], weight.detach().float()
+        if name in ("q", "k", "v") or name.endswith((".up", ".down")):
+            ours, start = (torch.linalg.svdvals(x.reshape(weight.shape)) for x in (ours, start))
+        assert torch.allclose(ours, start, atol=1e-5), name
