@@ -110,6 +110,9 @@ def layer(
     if mixer.grouped_projections():
         groups = [project(p, mixer.num_groups) for p in mixer.grouped_projections()]
         others["groups"] = torch.cat(groups, dim=-1)
+    if mixer.uses_hidden:
+        _, weight, index = mixer.route(x_BTD, parameters)
+        others |= {"hidden": x_BTD, "memory_weight": weight, "memory_index": index}
     out = weights.pop("out")
     assert not weights, weights.keys()
     o_BTHV, _ = mixer.mix(x_BTHW, others, parameters, place)

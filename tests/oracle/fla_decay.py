@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from linear_moe.lsm import Placement
 from tests.oracle.exchange import Case, Weights, heads, named
 from tests.oracle.fla_in_torch import fla, in_torch
+from tests.oracle.mamba2_weights import mamba2_weights
 
 HIDDEN, HEADS = 16, 2
 SHAPE = {"hidden_size": HIDDEN, "num_heads": HEADS, "head_dim": HIDDEN // HEADS}
@@ -76,6 +77,97 @@ def gla(**options: Any) -> Case:
             | ({"conv_weight": convolution(layer)} if conv else {})
         ),
         SHAPE | {"conv_size": 4 if conv else 0, "gate_clamp_min": options.get("clamp_min")},
+        context=in_torch,
+    )
+
+
+def retention(xpos: bool = False, **options: Any) -> Case:
+    """The layer has no xPos, but its rotary module does."""
+
+    def build() -> nn.Module:
+        layer = fla.layers.MultiScaleRetention(hidden_size=HIDDEN, num_heads=HEADS, **options)
+        if xpos:
+            layer.rotary = fla.modules.RotaryEmbedding(layer.head_k_dim, scale_base=512)
+        return layer
+
+    conv = options.get("use_short_conv", False)
+    return Case(
+        "retention",
+        build,
+        lambda layer: (
+            named(layer, **QKV, g="g_proj.weight", norm_weight="g_norm_swish_gate.weight")
+            | ({"conv_weight": convolution(layer)} if conv else {})
+        ),
+        SHAPE | {"expand_v": 2, "conv_size": 4 if conv else 0, "rotary": "xpos" if xpos else "rope"},
+        context=in_torch,
+    )
+
+
+def gsa(**options: Any) -> Case:
+    slots, conv = 5, options.get("use_short_conv", False)
+    return Case(
+        "gsa",
+        lambda: fla.layers.GatedSlotAttention(
+            hidden_size=HIDDEN, num_heads=HEADS, num_slots=slots, layer_idx=0, **options
+        ),
+        lambda layer: (
+            named(layer, **QKV, f="f_proj.weight")
+            | {"norm_weight": heads(layer.g_norm.weight, HEADS)}
+            | ({"conv_weight": convolution(layer)} if conv else {})
+        ),
+        SHAPE | {"num_slots": slots, "conv_size": 4 if conv else 0},
+        context=in_torch,
+    )
+
+
+class BoundedHGRN2(nn.Module):
+    """The library's layer with the lower bounds that its model computes for all layers."""
+
+    def __init__(self, number: int, num_layers: int, **options: Any) -> None:
+        super().__init__()
+        self.number = number
+        self.lower_bounds = nn.Parameter(torch.zeros(num_layers, HIDDEN))
+        self.layer = fla.layers.HGRN2Attention(
+            hidden_size=HIDDEN, num_heads=HEADS, expand_ratio=HIDDEN // HEADS, layer_idx=number, **options
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.lower_bounds.softmax(0)
+        return self.layer(x, lower_bound=(share.cumsum(0) - share[0])[self.number])[0]
+
+
+def hgrn2(number: int, **options: Any) -> Case:
+    num_layers, conv = 3, options.get("use_short_conv", False)
+    projections = {"q": "q_proj", "f": "f_proj", "i": "i_proj", "out": "o_proj"}
+
+    def weights(layer: nn.Module) -> Weights:
+        bounds_HLK = layer.lower_bounds.unflatten(1, (HEADS, -1)).transpose(0, 1)
+        return (
+            named(layer.layer, **{ours: f"{theirs}.weight" for ours, theirs in projections.items()})
+            | {"lower_bounds": bounds_HLK, "norm_weight": heads(layer.layer.g_norm.weight, HEADS)}
+            | ({"conv_weight": convolution(layer.layer, "qfi")} if conv else {})
+        )
+
+    return Case(
+        "hgrn2",
+        lambda: BoundedHGRN2(number, num_layers, **options),
+        weights,
+        SHAPE | {"layers_of_kind": num_layers, "conv_size": 4 if conv else 0},
+        run=lambda layer, x: layer(x),
+        place=Placement(HEADS, layer=number, num_layers=num_layers, layer_of_kind=number),
+        context=in_torch,
+        unused=frozenset({"lower_bounds"} if number == 0 else ()),
+    )
+
+
+def mamba2() -> Case:
+    """With one group of heads: with more, its torch path gives heads the wrong group (transformers': the right one)."""
+    state, num_heads = 6, 4
+    return Case(
+        "mamba2",
+        lambda: fla.layers.Mamba2(hidden_size=HIDDEN, head_dim=8, state_size=state, num_heads=num_heads),
+        lambda layer: mamba2_weights(layer, num_heads, 1, state),
+        {"hidden_size": HIDDEN, "num_heads": num_heads, "head_dim": 8, "state_size": state},
         context=in_torch,
     )
 
@@ -151,6 +243,15 @@ CASES = {
     "gla": gla(),
     "gla-conv": gla(use_short_conv=True),
     "gla-clamp": gla(clamp_min=-0.05),
+    "retention": retention(),
+    "retention-conv": retention(use_short_conv=True),
+    "retention-xpos": retention(xpos=True),
+    "gsa": gsa(),
+    "gsa-conv": gsa(use_short_conv=True),
+    "hgrn2-first": hgrn2(0),
+    "hgrn2-later": hgrn2(1),
+    "hgrn2-conv": hgrn2(2, use_short_conv=True),
+    "mamba2": mamba2(),
     "based-parallel": based("parallel", eps=1e-6),
     "based-chunk": based("chunk", eps=1e-10),
     "rebased-parallel": rebased("parallel", eps=1e-5),

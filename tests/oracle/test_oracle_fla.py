@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.oracle import fla_decay, fla_delta, fla_shift
+from tests.oracle import fla_decay, fla_delta, fla_mom, fla_shift
 from tests.oracle.exchange import check
 
-CASES = fla_decay.CASES | fla_delta.CASES | fla_shift.CASES
+CASES = fla_decay.CASES | fla_delta.CASES | fla_shift.CASES | fla_mom.CASES
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,13 +19,16 @@ FAST = (
     "linear_attention-elu",
     "linear_attention-normalized",
     "lightning_attention",
+    "retention",
     "gla-conv",
+    "hgrn2-later",
+    "mamba2",
     "based-parallel",
     "rebased-parallel",
     "gated_deltanet-negative",
 )
-SLOW = ("kda",)
-"""10 seconds and more; with LINEAR_MOE_ALL_KERNELS=1 only. DeltaNet's operator takes no float32."""
+SLOW = ("gsa", "kda", "rwkv6", "rwkv7-later", "mom_gated_deltanet")
+"""From 5 to 30 seconds each; with LINEAR_MOE_ALL_KERNELS=1 only. DeltaNet's operator takes no float32."""
 INTERPRETED = (*FAST, *SLOW) if os.environ.get("LINEAR_MOE_ALL_KERNELS") else FAST
 
 

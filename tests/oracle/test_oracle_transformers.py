@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.kimi_linear import configuration_kimi_linear, modeling_kimi_linear
+from transformers.models.mamba2 import configuration_mamba2, modeling_mamba2
 from transformers.models.minimax import configuration_minimax, modeling_minimax
 from transformers.models.olmo_hybrid import configuration_olmo_hybrid, modeling_olmo_hybrid
 from transformers.models.qwen3_next import configuration_qwen3_next, modeling_qwen3_next
@@ -22,6 +23,7 @@ from transformers.models.qwen3_next import configuration_qwen3_next, modeling_qw
 from linear_moe.lsm import Placement
 from tests.oracle.double import in_double
 from tests.oracle.exchange import Case, Weights, check, heads, named
+from tests.oracle.mamba2_weights import mamba2_weights
 
 HIDDEN, HEADS = 16, 2
 SHAPE = {"hidden_size": HIDDEN, "num_heads": HEADS, "head_dim": HIDDEN // HEADS}
@@ -150,6 +152,31 @@ def kimi_linear() -> Case:
     )
 
 
+def mamba2(num_groups: int, limit: tuple[float, float] | None = None) -> Case:
+    """``Mamba2Mixer``."""
+    state, num_heads = 6, 4
+    config = configuration_mamba2.Mamba2Config(
+        hidden_size=HIDDEN,
+        num_heads=num_heads,
+        head_dim=8,
+        state_size=state,
+        n_groups=num_groups,
+        chunk_size=16,
+        **({"time_step_limit": limit} if limit else {}),
+    )
+    limits = {"dt_limit_min": limit[0], "dt_limit_max": limit[1]} if limit else {}
+    return Case(
+        "mamba2",
+        lambda: modeling_mamba2.Mamba2Mixer(config, layer_idx=0),
+        lambda layer: mamba2_weights(layer, num_heads, num_groups, state),
+        {"hidden_size": HIDDEN, "num_heads": num_heads, "head_dim": 8, "state_size": state}
+        | {"num_groups": num_groups, "norm_eps": config.layer_norm_epsilon}
+        | limits,
+        run=lambda layer, x: layer(x),
+        context=lambda: in_torch(modeling_mamba2),
+    )
+
+
 class HeadNorm(nn.Module):
     """``MiniMaxRMSNorm`` over each head."""
 
@@ -210,6 +237,9 @@ CASES = {
     "gated_deltanet-olmo_hybrid": olmo_hybrid(),
     "kda-kimi_linear": kimi_linear(),
     "lightning_attention-minimax": minimax(),
+    "mamba2-one_group": mamba2(1),
+    "mamba2-groups": mamba2(2),
+    "mamba2-limits": mamba2(2, limit=(0.5, 1.5)),
 }
 
 
