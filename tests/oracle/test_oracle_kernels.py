@@ -31,6 +31,9 @@ SLOW = ("gsa", "kda", "rwkv6", "rwkv7-later", "mom_gated_deltanet")
 """From 5 to 30 seconds each; with LINEAR_MOE_ALL_KERNELS=1 only. DeltaNet's operator takes no float32."""
 INTERPRETED = (*FAST, *SLOW) if os.environ.get("LINEAR_MOE_ALL_KERNELS") else FAST
 
+TOLERANCE = {"rwkv7-later": 2e-3}
+"""RWKV7's kernel for bounded decays inverts its matrices in float16."""
+
 
 def test_kernels(tmp_path: Path):
     results = tmp_path / "results.pt"
@@ -39,4 +42,4 @@ def test_kernels(tmp_path: Path):
     found = torch.load(results)
     for name in INTERPRETED:
         wrong = errors(found[name], theirs(CASES[name]))
-        assert all(error <= 1e-5 for error in wrong.values()), (name, wrong)
+        assert all(error <= TOLERANCE.get(name, 1e-5) for error in wrong.values()), (name, wrong)

@@ -28,6 +28,10 @@ STARTS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         {"conv_weight": "q_conv1d.weight"},
     ),
     "kda": (lambda: fla.layers.KimiDeltaAttention(**ONE), DELTA | {"conv_weight": "q_conv1d.weight"}),
+    "mamba2": (
+        lambda: fla.layers.Mamba2(hidden_size=8, head_dim=1, expand=MANY // 8, state_size=4),
+        DELTA | {"D": "D", "norm_weight": "norm.weight"},
+    ),
     "rebased": (
         lambda: fla.layers.ReBasedLinearAttention(16, num_heads=1, num_key_value_heads=1),
         {"gamma": "feature_map.gamma", "beta": "feature_map.beta"},
