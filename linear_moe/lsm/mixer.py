@@ -43,7 +43,7 @@ class Mixer:
     """Base of every token mixer: subclass it in one file, decorate it with :func:`register`."""
 
     name: ClassVar[str]
-    family: ClassVar[Literal["diagonal decay", "delta rule"]]
+    family: ClassVar[Literal["diagonal decay", "delta rule", "diagonal plus low rank"]]
     source: ClassVar[str]
     """The paper that defines it: arXiv id and section."""
     unsupported: ClassVar[dict[str, str]] = {}
@@ -54,6 +54,10 @@ class Mixer:
     """``gates`` gets ``p["positions"]``, ``[B, T]`` int64: the place of each token in its document."""
     first_value: ClassVar[str | None] = None
     """Projection whose output in the first layer of this mixer all later ones get, as ``p["first_" + name]``."""
+    conv_activation: ClassVar[str | None] = "silu"
+    """Activation of the short convolution."""
+    norm_weight_per_head: ClassVar[bool] = False
+    """The output norm has a weight per channel of every head, even where its statistics are of one head."""
     uses_hidden: ClassVar[bool] = False
     """``others["hidden"]`` is the layer's input ``[B, T, D]`` (mixtures of memories)."""
 
@@ -192,6 +196,19 @@ class Mixer:
         """Forward floating-point operations of the definition per token and head, matrix products only."""
         raise NotImplementedError
 
+    def extra_flops_per_token(self) -> int:
+        """The same of the whole layer, for products that no table shows."""
+        return 0
+
+    def initialize(self, found: dict[str, Tensor], place: Placement) -> None:
+        """Change, in place, how parameters start where that depends on the layer or the heads here.
+
+        Args:
+            found: what the tables made, by checkpoint key; of the fused projection, views ``in_proj.<name>``
+                ``[H, width, D]``. Copies on other tensor-parallel ranks must get the same values.
+            place: the heads and the layer.
+        """
+
     # ---- what follows ----
 
     def qkv(self, *, conv: bool = False) -> tuple[Projection, ...]:
@@ -211,9 +228,11 @@ class Mixer:
         """The projections for groups of heads, which share another."""
         return tuple(p for p in self.all_projections() if p.grouped)
 
-    def low_rank_projections(self) -> tuple[Projection, ...]:
-        """The projections through a narrow waist."""
-        return tuple(p for p in self.all_projections() if p.rank is not None)
+    def low_rank_projections(self, layer_of_kind: int | None = None) -> tuple[Projection, ...]:
+        """The projections through a narrow waist: of any layer, or of that one among the mixer's."""
+        is_first = layer_of_kind == 0
+        table = self.all_projections()
+        return tuple(p for p in table if p.rank is not None and not (is_first and p.after_first))
 
     def all_projections(self) -> tuple[Projection, ...]:
         """The whole table, output gate included."""
@@ -248,7 +267,8 @@ class Mixer:
         if self.cfg.output_norm == "identity":
             return []
         # A norm per head has one weight for all heads, as in the common library; a wider one a weight per channel.
-        whole = self.num_norm_groups < self.cfg.num_heads or self.cfg.output_norm == "groupnorm"
+        whole = self.norm_weight_per_head or self.num_norm_groups < self.cfg.num_heads
+        whole = whole or self.cfg.output_norm == "groupnorm"
         shape = (self.cfg.num_heads, self.cfg.head_v_dim) if whole else (self.cfg.head_v_dim,)
         found = [Parameter("norm_weight", shape, torch.nn.init.ones_, per_head=whole)]
         if self.cfg.output_norm == "groupnorm":
@@ -259,6 +279,11 @@ class Mixer:
     def conv_channels(self) -> int:
         """Channels per head that pass through the short convolution."""
         return sum(p.width for p in self.fused_projections() if p.conv) if self.cfg.conv_size else 0
+
+    @property
+    def conv_state_channels(self) -> int:
+        """Channels per head of ``MixerState.conv``."""
+        return self.conv_channels
 
     @property
     def group_conv_channels(self) -> int:

@@ -28,8 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from linear_moe.kernels.grouped_linear import can_group, grouped_linear, looped_linear
 from linear_moe.model.experts_checkpoint import ExpertShards
-from linear_moe.model.grouped_linear import can_group, grouped_linear, looped_linear
 
 _EXTRA_STATE = "_extra_state_"
 

@@ -31,8 +31,10 @@ from torch import Tensor
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer, MixerState, Placement
+from linear_moe.lsm.mom import MixtureOfMemories
 from linear_moe.lsm.split import token_before
 from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.memory_balance import MemoryBalance
 from linear_moe.model.mixer_parameters import ModelTables, TableModule
 from linear_moe.model.mixer_projections import GroupLinear, LowRankLinear, shifted, whole_sequence
 from linear_moe.model.sequence import layout_of
@@ -109,7 +111,7 @@ class MixerLayer(TableModule):
             gather_output=False,
             tp_group=self.tp_group,
         )
-        low_rank = self.mixer.low_rank_projections()
+        low_rank = self.mixer.low_rank_projections(self.place.layer_of_kind)
         self.low_rank = torch.nn.ModuleDict(
             {p.name: LowRankLinear(config, p, cfg.num_heads, pg_collection) for p in low_rank}
         )
@@ -124,6 +126,12 @@ class MixerLayer(TableModule):
             # On its own; the builder gives all layers of a model the same.
             self.model_tables = ModelTables(config, shared, pg_collection)
         self.first_value = FirstValue()
+        self.balance: MemoryBalance | None = None
+        if isinstance(self.mixer, MixtureOfMemories):
+            mixture = self.mixer.cfg
+            self.balance = MemoryBalance(
+                config, self.place.layer, mixture.num_memories, mixture.aux_loss_coeff, pg_collection
+            )
         self.out_proj = RowParallelLinear(
             cfg.num_heads * cfg.head_v_dim,
             config.hidden_size,
@@ -134,6 +142,15 @@ class MixerLayer(TableModule):
             skip_bias_add=True,
             tp_group=self.tp_group,
         )
+        with torch.no_grad(), tensor_parallel.get_cuda_rng_tracker().fork():
+            self.mixer.initialize(self._found(), self.place)
+
+    def _found(self) -> dict[str, Tensor]:
+        """This layer's parameters by checkpoint key, and the parts of the fused one."""
+        table = self.mixer.fused_projections()
+        weight_HWD = self.in_proj.weight.unflatten(0, (self.place.num_heads, -1))
+        parts = zip(table, weight_HWD.split([p.width for p in table], dim=1), strict=True)
+        return dict(self.named_parameters()) | {f"in_proj.{p.name}": part for p, part in parts}
 
     def share(self, tables: ModelTables | None, first_value: FirstValue) -> None:
         """Use what the layers of one model share instead of this layer's own."""
@@ -210,8 +227,8 @@ class MixerLayer(TableModule):
         if self.group_proj is not None:
             groups_BTGW = self._heads(self.group_proj(hidden_TBD), self.mixer.num_groups)
             others["groups"] = groups_BTGW[:, :, self.mixer.groups_here(self.place)]
-        if self.mixer.uses_hidden:
-            others["hidden"] = self._whole(hidden_TBD)
+        if isinstance(self.mixer, MixtureOfMemories):
+            others |= self._routed(self.mixer, self._whole(hidden_TBD), w)
         if self.mixer.first_value is not None:
             if self.place.layer_of_kind == 0:
                 self.first_value.x_BTHV = self._named(x_BTHW, self.mixer.first_value, w)
@@ -227,6 +244,15 @@ class MixerLayer(TableModule):
     def _whole(self, hidden_TBD: Tensor) -> Tensor:
         """All local tokens on every tensor-parallel rank, ``[B, T, D]``."""
         return whole_sequence(hidden_TBD, self.config, self.tp_group).transpose(0, 1)
+
+    def _routed(
+        self, mixer: MixtureOfMemories, hidden_BTD: Tensor, w: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The input of a mixture's memories and which of them each token chose."""
+        probs_BTE, weight_BTk, index_BTk = mixer.route(hidden_BTD, w)
+        if self.training and self.balance is not None:
+            weight_BTk = self.balance.attach(weight_BTk, probs_BTE, index_BTk)
+        return {"hidden": hidden_BTD, "memory_weight": weight_BTk, "memory_index": index_BTk}
 
     def _named(self, x_BTHW: Tensor, name: str, w: dict[str, Tensor]) -> Tensor:
         """One of the fused projections."""

@@ -2,7 +2,8 @@
 
 The architecture is said once: ``--layer-kinds`` names the mixer of every layer. Options of mixers come from the fields
 of their ``Config``: ``--<mixer>-<field>`` for one mixer (``--gla-gate-rank 32``), or an old ``--la-*`` flag for every
-mixer that has such a field.
+mixer that has such a field. Mixers of other packages come in by ``--mixer-module``; what they register is known before
+the other flags are declared, so such a mixer has all that the package's own have.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer
+from linear_moe.lsm.registry import import_mixers
 from linear_moe.model.builder import LinearMoEModelConfig
 from linear_moe.model.config import LinearMoEConfig
 from linear_moe.model.pattern import layer_kinds
@@ -37,9 +39,17 @@ SHARED_FLAGS = {
 """Flags of the earlier system, and the field they set on every mixer that has it."""
 
 
+def import_mixer_modules(argv: list[str]) -> None:
+    """Import what ``--mixer-module`` names in a command line; before :func:`add_arguments`, which lists all mixers."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_mixer_module(parser)
+    import_mixers(parser.parse_known_args(argv)[0].mixer_module)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Megatron's ``extra_args_provider``: add ours and the defaults of what this machine lacks."""
     group = parser.add_argument_group("linear_moe")
+    _add_mixer_module(group)
     group.add_argument(
         "--layer-kinds", default=None, help="mixer of every layer, comma separated; softmax is one"
     )
@@ -64,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             options.add_argument(flag, dest=f"{name}:{field}", default=None, type=kind, help=help_text)
     parser.set_defaults(**engine.defaults_without_te())
     return parser
+
+
+def _add_mixer_module(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--mixer-module", default="", help="modules that register more mixers, comma separated"
+    )
 
 
 def resolve(args: argparse.Namespace) -> None:

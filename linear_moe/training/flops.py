@@ -49,8 +49,10 @@ def flops_per_token(config: LinearMoEConfig, vocab_rows: int) -> FlopsPerToken:
     heads_width = config.num_attention_heads * (config.kv_channels or 0)
     return FlopsPerToken(
         mixers=sum(
-            _softmax_projections(config) if kind == SOFTMAX else mixer_flops(kind, config)
-            for kind in config.layer_kinds
+            _softmax_projections(config)
+            if kind == SOFTMAX
+            else mixer_flops(kind, config, config.layer_kinds[:layer].count(kind))
+            for layer, kind in enumerate(config.layer_kinds)
         ),
         feed_forward=sum(_experts(config) if is_moe else _dense(config) for is_moe in moe),
         head=2 * config.hidden_size * vocab_rows,
@@ -58,17 +60,18 @@ def flops_per_token(config: LinearMoEConfig, vocab_rows: int) -> FlopsPerToken:
     )
 
 
-def mixer_flops(kind: str, config: LinearMoEConfig) -> int:
-    """Forward operations of one mixer layer per token: projections, short convolution, recurrence."""
+def mixer_flops(kind: str, config: LinearMoEConfig, layer_of_kind: int) -> int:
+    """Forward operations of one layer of a mixer per token: projections, short convolution, recurrence."""
     mixer: Mixer = lsm.get(kind)(mixer_config(kind, config))
     cfg = mixer.cfg
     hidden, heads = config.hidden_size, cfg.num_heads
     total = 2 * hidden * heads * mixer.fused_width
-    for p in mixer.low_rank_projections():
+    for p in mixer.low_rank_projections(layer_of_kind):
         assert p.rank is not None
         total += 2 * p.rank * (hidden + heads * p.width)
-    total += 2 * heads * mixer.conv_channels * cfg.conv_size
-    total += heads * mixer.scan_flops_per_token()
+    total += 2 * hidden * mixer.num_groups * mixer.grouped_width
+    total += 2 * (heads * mixer.conv_channels + mixer.num_groups * mixer.group_conv_channels) * cfg.conv_size
+    total += heads * mixer.scan_flops_per_token() + mixer.extra_flops_per_token()
     return total + 2 * heads * cfg.head_v_dim * hidden
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from linear_moe.training import cpu
 from linear_moe.training.flops import FlopsPerToken
+from linear_moe.training.memory_load import MemoryLoad
 
 PEAK_FLOPS = {
     "H100": 989e12,
@@ -84,8 +85,10 @@ class ExpertLoad:
 class RunLog:
     """Replaces Megatron's ``training_log``: see the module's first line."""
 
-    def __init__(self, run_dir: Path | None, flops: FlopsPerToken, load: ExpertLoad | None) -> None:
-        self.run_dir, self.flops, self.load = run_dir, flops, load
+    def __init__(
+        self, run_dir: Path | None, flops: FlopsPerToken, loads: Sequence[ExpertLoad | MemoryLoad] = ()
+    ) -> None:
+        self.run_dir, self.flops, self.loads = run_dir, flops, loads
         self._file: TextIO | None = None
 
     def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +167,9 @@ class RunLog:
             "mfu": per_gpu / peak if peak else None,
             "peak_memory_gib": memory.item(),
         }
-        return step | (self.load.take() if self.load else {})
+        for load in self.loads:
+            step |= load.take()
+        return step
 
     def _write(self, step: dict[str, Any]) -> None:
         args = get_args()
@@ -208,6 +213,9 @@ def progress_line(step: dict[str, Any], train_iters: int, world_size: int) -> st
     ]
     if "moe_load_max_over_mean" in step:
         parts.append(f"imb {step['moe_load_max_over_mean']:.2f}")
+    if "memory_load" in step:
+        uneven = [max(load) * len(load) for load in step["memory_load"]]
+        parts.append(f"mem {sum(uneven) / len(uneven):.2f}")
     parts.append("SKIPPED" if step.get("skipped") else f"eta {left}")
     return "  ".join(parts)
 

@@ -21,17 +21,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron.training import get_timers, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from torch import Tensor, nn
 
+from linear_moe.lsm.mom import Memories
 from linear_moe.model.builder import padded_vocab_size
+from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.memory_balance import set_loss_scale
+from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training import arguments, engine
 from linear_moe.training.data import get_batch, train_valid_test_datasets
 from linear_moe.training.flops import FlopsPerToken, flops_per_token
+from linear_moe.training.memory_load import MemoryLoad
 from linear_moe.training.metrics import ExpertLoad, RunLog
 from linear_moe.training.run import write_config
 
@@ -42,12 +47,10 @@ def main(argv: list[str]) -> None:
     args = prepare_arguments(argv)
     config = arguments.model_config(args)
     flops = flops_per_token(config.transformer, padded_vocab_size(config))
-    load = None
-    if config.transformer.num_moe_experts is not None:
-        load = ExpertLoad(config.transformer.num_layers, config.transformer.num_moe_experts)
-        config.pre_wrap_hooks.append(partial(_watch, load))
+    loads = _loads(config.transformer)
+    config.pre_wrap_hooks.append(partial(_watch, loads))
     run_dir = Path(args.run_dir) if args.run_dir else None
-    run_log = RunLog(run_dir, flops, load)
+    run_log = RunLog(run_dir, flops, loads)
     engine.install(flops=partial(step_flops, flops), training_log=run_log.wrap)
     if run_dir is not None and args.rank == 0:
         write_config(run_dir, args, argv)
@@ -64,6 +67,7 @@ def main(argv: list[str]) -> None:
 
 def prepare_arguments(argv: list[str]) -> Any:
     """Parse and validate the command line, and set Megatron's global state."""
+    arguments.import_mixer_modules(argv)
     command_line, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron's parser reads no other
     try:
         args = parse_args(arguments.add_arguments)
@@ -80,9 +84,20 @@ def prepare_arguments(argv: list[str]) -> Any:
     return args
 
 
-def _watch(load: ExpertLoad, model: list[nn.Module]) -> list[nn.Module]:
-    for chunk in model:
-        load.watch(chunk)
+def _loads(config: LinearMoEConfig) -> list[ExpertLoad | MemoryLoad]:
+    """What the model routes: tokens to experts, tokens to memories."""
+    loads: list[ExpertLoad | MemoryLoad] = []
+    if config.num_moe_experts is not None:
+        loads.append(ExpertLoad(config.num_layers, config.num_moe_experts))
+    mixers = [None if kind == SOFTMAX else mixer_config(kind, config) for kind in config.layer_kinds]
+    mixtures = {i: cfg.num_memories for i, cfg in enumerate(mixers) if isinstance(cfg, Memories)}
+    return [*loads, MemoryLoad(config.num_layers, mixtures)] if mixtures else loads
+
+
+def _watch(loads: list[ExpertLoad | MemoryLoad], model: list[nn.Module]) -> list[nn.Module]:
+    for load in loads:
+        for chunk in model:
+            load.watch(chunk)
     return model
 
 
@@ -107,6 +122,7 @@ def forward_step(data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, Any
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = get_batch(data_iterator, vp_stage)
     timers("batch-generator").stop()
+    set_loss_scale(get_model_config(model))
     output = model(
         batch.tokens,
         batch.position_ids,

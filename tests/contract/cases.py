@@ -57,12 +57,32 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "gated": {"output_gate": "swish"},
     },
     "kda": {"bounded": {"lower_bound": -2.0}, "narrow": {"gate_rank": 3}},
+    "rwkv6": {
+        "narrow": {"shift_rank": 3, "decay_rank": 2, "expand_k": 1.0},
+        "rms": {"output_norm": "rmsnorm"},
+    },
+    "rwkv7": {
+        "narrow": {"decay_rank": 2, "iclr_rank": 3, "value_rank": 4, "gate_rank": 5},
+        "rms": {"output_norm": "rmsnorm"},
+        "half_keys": {"expand_k": 0.5},
+    },
+    "mamba2": {
+        "two_groups": {"num_groups": 2},
+        "four_groups": {"num_groups": 4},
+        "limits": {"dt_limit_min": 0.6, "dt_limit_max": 0.9, "state_size": 6},
+    },
+    "retention": {"narrow_keys": {"expand_k": 0.5, "rotary": "xpos", "rotary_base": 100.0}},
+    "gsa": {"few_slots": {"num_slots": 5, "gate_logit_normalizer": 2.0}},
+    "hgrn2": {"narrow_keys": {"expand_k": 0.5}},
     "gla": {"clamp": {"gate_clamp_min": -0.03}, "wide_keys": {"expand_k": 1.0}},
 }
 """Options that cannot be found from the types of a Config: flags are flipped and words tried by themselves."""
 
 
-IN_MODEL: dict[str, dict[str, Any]] = {}
+IN_MODEL: dict[str, dict[str, Any]] = {
+    "mamba2": {"ssm_head_dim": 8, "state_size": 12},
+    "hgrn2": {"expand_ratio": 4},
+}
 """Options with which a mixer that chooses its own heads has four in the layers of the tests (hidden size 16)."""
 
 
@@ -179,7 +199,7 @@ def make(
         )
         conv = group_conv = length = None
         if mixer.conv_channels:
-            conv = leaf(runs, mixer.cfg.conv_size - 1, heads, mixer.conv_channels)
+            conv = leaf(runs, mixer.cfg.conv_size - 1, heads, mixer.conv_state_channels)
         if mixer.group_conv_channels:
             group_conv = leaf(runs, mixer.cfg.conv_size - 1, mixer.num_groups, mixer.group_conv_channels)
         if mixer.uses_positions:
@@ -193,6 +213,11 @@ def make(
     if mixer.first_value is not None:
         width = {p.name: p.width for p in mixer.fused_projections()}[mixer.first_value]
         others[f"first_{mixer.first_value}"] = leaf(batch, tokens, heads, width)
+    if mixer.uses_hidden:
+        others["hidden"] = leaf(batch, tokens, mixer.cfg.hidden_size)
+        scores = torch.rand(batch, tokens, mixer.cfg.num_memories, generator=generator, dtype=torch.float64)
+        weight, others["memory_index"] = scores.topk(mixer.cfg.topk)
+        others["memory_weight"] = weight.to(exact).requires_grad_()
     return Inputs(mixer, x, others, w, state)
 
 

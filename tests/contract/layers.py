@@ -290,6 +290,14 @@ def by_hand(rank: int, world: int, name: str) -> dict[str, Tensor]:
         pieces = weight_HWD.split([p.width for p in mixer.fused_projections()], 1)
         named = zip(mixer.fused_projections(), pieces, strict=True)
         x = torch.cat([torch.einsum("tbd,hwd->bthw", read[p.name], piece) for p, piece in named], -1)
+        if mixer.uses_hidden:
+            probs = (hidden_TBD @ w["router"].T).softmax(-1).transpose(0, 1)
+            weight, others["memory_index"] = probs.sort(dim=-1, descending=True)
+            weight, others["memory_index"] = (
+                x[..., : mixer.cfg.topk] for x in (weight, others["memory_index"])
+            )
+            others["memory_weight"] = weight / weight.sum(-1, keepdim=True)
+            others["hidden"] = hidden_TBD.transpose(0, 1)
         o, _ = loop(Inputs(mixer, x, others, tables, None, PLACE))
         return {"found": layer(hidden_TBD)[0], "truth": o.transpose(0, 1).flatten(2) @ w["out_proj.weight"].T}
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.lsm import Mixer, MixerState, Projection
+from tests.contract import loop_memories
 from tests.contract.cases import Inputs
 
 
@@ -24,7 +25,8 @@ def loop(inputs: Inputs, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Mixe
         pieces = [(b, 0, inputs.x.shape[1]) for b in range(inputs.x.shape[0])]
     else:
         pieces = [(0, *bounds) for bounds in itertools.pairwise(cu_seqlens.tolist())]
-    results = [_run(inputs, n, b, start, end) for n, (b, start, end) in enumerate(pieces)]
+    run = loop_memories.run if inputs.mixer.uses_hidden else _run
+    results = [run(inputs, n, b, start, end) for n, (b, start, end) in enumerate(pieces)]
     dim = 0 if cu_seqlens is None else 1
     memory = tuple(torch.cat(parts) for parts in zip(*[state.memory for _, state in results]))
     tails = [_joined([getattr(s, name) for _, s in results]) for name in ("conv", "group_conv")]
@@ -41,13 +43,17 @@ def _run(inputs: Inputs, n: int, b: int, start: int, end: int) -> tuple[Tensor, 
     mixer, w, state = inputs.mixer, inputs.w, inputs.state or MixerState(())
     taps = w.get("conv_weight"), w.get("conv_bias")
     before = None if state.conv is None else state.conv[n]
-    projected, conv = _cut(mixer.fused_projections(), inputs.x[b, start:end], w, taps, before)
+    projected, conv = _cut(
+        mixer.fused_projections(), inputs.x[b, start:end], w, taps, before, mixer.conv_activation
+    )
     group_conv = None
     if mixer.grouped_width:
         taps = w.get("group_conv_weight"), w.get("group_conv_bias")
         before = None if state.group_conv is None else state.group_conv[n]
         groups = inputs.others["groups"][b, start:end]
-        grouped, group_conv = _cut(mixer.grouped_projections(), groups, w, taps, before)
+        grouped, group_conv = _cut(
+            mixer.grouped_projections(), groups, w, taps, before, mixer.conv_activation
+        )
         projected |= grouped
     length = None
     if mixer.uses_positions:
@@ -73,6 +79,7 @@ def _cut(
     w: dict[str, Tensor],
     taps: tuple[Tensor | None, Tensor | None],
     before: Tensor | None,
+    activation: str | None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Each projection of a fused tensor, biased, some convolved; and the inputs that the convolution remembers."""
     named, tails, offset, channel = {}, [], 0, 0
@@ -86,7 +93,7 @@ def _cut(
             if before is not None:
                 history = before[..., channels]
             bias = 0 if taps[1] is None else taps[1][:, channels]
-            x, tail = _convolve(x, history, taps[0][:, channels], bias)
+            x, tail = _convolve(x, history, taps[0][:, channels], bias, activation)
             tails.append(tail)
             channel += p.width
         named[p.name] = x
@@ -99,7 +106,7 @@ def _zeros(inputs: Inputs, shape: tuple[int, int]) -> Tensor:
 
 
 def _convolve(
-    x_THC: Tensor, history: Tensor, weight_HCW: Tensor, bias_HC: Tensor | int
+    x_THC: Tensor, history: Tensor, weight_HCW: Tensor, bias_HC: Tensor | int, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """Each token's output, from its own and the last W - 1 inputs; and the inputs to remember."""
     width = weight_HCW.shape[-1]
@@ -107,7 +114,7 @@ def _convolve(
     for x_HC in x_THC:
         window.append(x_HC)
         y_HC = bias_HC + sum(window[-width + j] * weight_HCW[..., j] for j in range(width))
-        outputs.append(y_HC * torch.sigmoid(y_HC))
+        outputs.append(y_HC * torch.sigmoid(y_HC) if activation == "silu" else y_HC)
     return torch.stack(outputs) if outputs else x_THC, torch.stack(window[len(window) - (width - 1) :])
 
 

@@ -4,6 +4,7 @@ Zigzag runs the layer's own code on ranks that are threads (``tests/parallel/ran
 Megatron does not have, show that segments know nothing of the layout.
 """
 
+import itertools
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -93,7 +94,7 @@ def _contiguous(inputs: Inputs, b: int, boundaries: list[int], size: int) -> Ten
     """Sequence ``b``, its documents packed, on ``size`` ranks of equal length."""
     others = {name: x[b : b + 1] for name, x in inputs.others.items()}
     row = replace(inputs, x=inputs.x[b : b + 1], others=others)
-    done: list[list[Segment]] = []
+    done: list[list[list[Segment]]] = []
     pieces = []
     for start in range(0, LENGTH, LENGTH // size):
         end = start + LENGTH // size
@@ -103,14 +104,19 @@ def _contiguous(inputs: Inputs, b: int, boundaries: list[int], size: int) -> Ten
         continued = is_first if boundaries[nonempty[0]] < start else torch.zeros_like(is_first)
         resets = torch.tensor([boundaries[nonempty[-1]] >= start])
 
-        def memory_from(found, continued=continued, last=nonempty[-1], resets=resets):
-            before = [_fold([segments[i] for segments in done], found[i]) for i in range(len(found))]
-            done.append([_run(segment, last).forgetting(resets) for segment in found])
+        calls = itertools.count()  # a mixture of memories first asks for the tails of its convolutions
+
+        def memory_from(found, continued=continued, last=nonempty[-1], resets=resets, calls=calls):
+            asked = next(calls)
+            if asked == len(done):
+                done.append([])
+            before = [_fold([segments[i] for segments in done[asked]], found[i]) for i in range(len(found))]
+            done[asked].append([_run(segment, last).forgetting(resets) for segment in found])
             return tuple(continued[:, None, None, None] * memory for memory in before)
 
         conv = group_conv = length = None
         document = boundaries[nonempty[0]]
-        if row.mixer.conv_channels:
+        if row.mixer.conv_channels and not row.mixer.uses_hidden:
             convolved = row.mixer.conv_input(row.x, row.w)
             conv = is_first[:, None, None, None] * _inputs_before(row, convolved, start, document)
         if row.mixer.group_conv_channels:

@@ -15,7 +15,7 @@ from linear_moe import lsm
 from linear_moe.lsm import MixerState, split
 from tests.contract.cases import EVERY_CASE, PLACE, assert_close, make, mixer_class, options
 
-Definition = Callable[..., tuple[Tensor, Tensor]]
+Definition = Callable[..., tuple[Tensor, ...]]
 
 
 def plain(cfg, x: Tensor) -> Tensor:
@@ -179,6 +179,95 @@ def rebased(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tenso
     return softmax_like(lambda s: s**2, phi, cfg, affine(p["q"]), affine(p["k"]), p["v"])
 
 
+def rwkv6(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2404.05892, section 4: the decay of a token applies after it was read, the bonus u instead of it."""
+    S, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), []
+    for t in range(tokens):
+        now = torch.outer(p["k"][t], p["v"][t])
+        outputs.append(p["q"][t] @ (S + torch.diag(w["bonus"][head]) @ now))
+        S = torch.diag(torch.exp(-torch.exp(p["w"][t]))) @ S + now
+    return torch.stack(outputs), S
+
+
+def rwkv7(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2503.14456, equations 4 to 17, of which S is the transpose."""
+    S, outputs = torch.zeros(cfg.head_v_dim, cfg.head_k_dim).double(), []
+    for t in range(tokens):
+        k, v, a = p["k"][t], p["v"][t], 1 / (1 + (-p["a"][t]).exp())
+        if "first_v" in p:
+            nu = 1 / (1 + (-p["mix"][t]).exp())
+            v = (1 - nu) * v + nu * p["first_v"][t]
+        kappa = normed(k * w["k_k"][head])
+        k = k * (1 - w["k_a"][head] + w["k_a"][head] * a)
+        decay = torch.exp(-math.exp(-0.5) / (1 + (-p["w"][t]).exp()))
+        S = S @ (torch.diag(decay) - torch.outer(kappa, a * kappa)) + torch.outer(v, k)
+        outputs.append(S @ p["q"][t])
+    return torch.stack(outputs), S.T
+
+
+def mamba2(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2405.21060, equation 1 with the discretisation of section 7; the skip belongs to the read-out."""
+    h, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), []
+    for t in range(tokens):
+        x, B, C = (silu(cfg, p[name][t]) for name in "xbc")
+        dt = torch.log1p((p["dt"][t] + w["dt_bias"][head]).exp())
+        dt = dt if dt > cfg.dt_limit_min else cfg.dt_limit_min
+        dt = dt if cfg.dt_limit_max is None or dt < cfg.dt_limit_max else cfg.dt_limit_max
+        h = (-w["A_log"][head].exp() * dt).exp() * h + dt * torch.outer(B, x)
+        outputs.append(C @ h)
+    return torch.stack(outputs), h
+
+
+def turned(cfg, x: Tensor, t: int) -> Tensor:
+    """Channels i and i + K/2 as a complex number, times exp(i t theta)."""
+    if cfg.rotary == "none":
+        return x
+    half = len(x) // 2
+    theta = torch.tensor([cfg.rotary_base ** (-2 * i / len(x)) for i in range(half)], dtype=torch.float64)
+    y = torch.complex(x[:half], x[half:]) * torch.exp(1j * t * theta)
+    return torch.cat([y.real, y.imag])
+
+
+def retention(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2307.08621, equation 5, and xPos by its powers (arXiv:2212.10554, equation 12), which overflow later."""
+    gamma, K = 1 - 2 ** (-5 - head), cfg.head_k_dim
+    q, k = (torch.stack([turned(cfg, p[name][t], t) for t in range(tokens)]) for name in "qk")
+    power = torch.zeros(K).double()
+    if cfg.rotary == "xpos":
+        zeta = torch.tensor([(i / (K / 2) + 0.4) / 1.4 for i in range(K // 2)] * 2, dtype=torch.float64)
+        power = zeta.log() / 512
+    t = torch.arange(tokens)[:, None]
+    q, k = q * torch.exp(t * power), k * torch.exp(-t * power)
+    D = (gamma ** (t - t.T).double()).tril()
+    S = (k * torch.exp((tokens - 1) * power)).T @ (D[-1][:, None] * p["v"])
+    return (q @ k.T / math.sqrt(K) * D) @ p["v"], S
+
+
+def gsa(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, ...]:
+    """arXiv:2409.07146, equation 8."""
+    K, V, outputs = 0, 0, []
+    for t in range(tokens):
+        q, k, v = (p[name][t] * torch.sigmoid(p[name][t]) for name in "qkv")
+        alpha = torch.sigmoid(p["f"][t]) ** (1 / cfg.gate_logit_normalizer)
+        K = torch.diag(alpha) @ K + torch.outer(1 - alpha, k) if t else torch.outer(1 - alpha, k)
+        V = torch.diag(alpha) @ V + torch.outer(1 - alpha, v) if t else torch.outer(1 - alpha, v)
+        weights = (K @ q).exp()
+        outputs.append(V.T @ (weights / weights.sum()))
+    return torch.stack(outputs), K.T, V
+
+
+def hgrn2(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """arXiv:2404.07904, equation 3, bounds of arXiv:2311.04823, section 3.3; the scale of the common library."""
+    weights = w["lower_bounds"][head].exp() / w["lower_bounds"][head].exp().sum(0)
+    bound = weights.cumsum(0)[PLACE.layer_of_kind] - weights[0]
+    S, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), []
+    for t in range(tokens):
+        g = bound + (1 - bound) * torch.sigmoid(p["f"][t])
+        S = torch.diag(g) @ S + torch.outer(1 - g, p["i"][t])
+        outputs.append(p["q"][t] * torch.sigmoid(p["q"][t]) @ S / math.sqrt(cfg.head_k_dim))
+    return torch.stack(outputs), S
+
+
 DEFINITIONS: dict[str, Definition] = {
     "linear_attention": linear_attention,
     "gla": gla,
@@ -188,6 +277,12 @@ DEFINITIONS: dict[str, Definition] = {
     "kda": kda,
     "based": based,
     "rebased": rebased,
+    "mamba2": mamba2,
+    "retention": retention,
+    "gsa": gsa,
+    "hgrn2": hgrn2,
+    "rwkv6": rwkv6,
+    "rwkv7": rwkv7,
 }
 
 
@@ -198,13 +293,17 @@ def test_every_mixer_of_the_package_has_its_formulas():
 
 @pytest.mark.parametrize("name, case", [pair for pair in EVERY_CASE if pair[0] in DEFINITIONS])
 def test_formulas(name, case):
-    """Outputs before the output norm and the final memory; the convolution is measured elsewhere, its SiLU is not."""
+    """Outputs before the output norm and the final memories; the convolution is measured elsewhere, its SiLU is not."""
     inputs = make(name, options(name)[case] | {"output_norm": "identity", "output_gate": "none"}, tokens=6)
     mixer = inputs.mixer
-    o, state = inputs.mix()
+    o, _, state = mixer.recall(inputs.x, inputs.others, inputs.w, inputs.place)
     p, _ = split.split(mixer, inputs.x, inputs.others, inputs.w, inputs.place, MixerState(()), None)
-    truth_o, truth_memory = torch.zeros_like(o), torch.zeros_like(state.memory[0])
+    truth_o, truth_memory = torch.zeros_like(o), tuple(torch.zeros_like(m) for m in state.memory)
     for b, h in itertools.product(range(2), range(mixer.cfg.num_heads)):
-        own = {key: x[b, :, h] for key, x in p.items()}
-        truth_o[b, :, h], truth_memory[b, h] = DEFINITIONS[name](mixer.cfg, own, inputs.w, h, 6)
-    assert_close({"o": o, "memory": state.memory[0]}, {"o": truth_o, "memory": truth_memory})
+        own = {key: x[b, :, h * x.shape[2] // mixer.cfg.num_heads] for key, x in p.items()}
+        truth_o[b, :, h], *memories = DEFINITIONS[name](mixer.cfg, own, inputs.w, h, 6)
+        for truth, memory in zip(truth_memory, memories, strict=True):
+            truth[b, h] = memory
+    truth = {f"memory {i}": memory for i, memory in enumerate(truth_memory)}
+    found = {f"memory {i}": memory for i, memory in enumerate(state.memory)}
+    assert_close({"o": o} | found, {"o": truth_o} | truth)

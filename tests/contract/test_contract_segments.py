@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import Segment
+from linear_moe.lsm import MixerState
 from tests.contract.cases import MIXERS, Inputs, assert_close, gradients, make
 
 DOCUMENTS = torch.tensor([0, 0, 5, 6, 20, 20])
@@ -23,8 +24,20 @@ def segments(inputs: Inputs, cu_seqlens: Tensor | None = None) -> tuple[Segment,
         seen.append(tuple(found))
         return tuple(torch.zeros_like(segment.state) for segment in found)
 
-    inputs.mix(state=None, memory_from=keep, cu_seqlens=cu_seqlens)
+    inputs.mix(state=_places(inputs), memory_from=keep, cu_seqlens=cu_seqlens)
     return seen[0]
+
+
+def piece_of(inputs: Inputs, start: int, end: int) -> Inputs:
+    """Some of the tokens, which know their places in the document and nothing else of those before them."""
+    length = None
+    if inputs.mixer.uses_positions:
+        length = torch.full((len(inputs.x),), start) + (inputs.state.length if inputs.state else 0)
+    return dataclasses.replace(inputs.tokens(start, end), state=MixerState((), length=length))
+
+
+def _places(inputs: Inputs) -> MixerState:
+    return MixerState((), length=inputs.state.length if inputs.state else None)
 
 
 def named(segment: Segment) -> dict[str, Tensor]:
@@ -57,7 +70,7 @@ def assert_shapes(segment: Segment, inputs: Inputs, i: int, runs: int) -> None:
     num_keys, num_values = inputs.mixer.memory_shapes()[i]
     heads = inputs.mixer.cfg.num_heads
     assert segment.state.shape == (runs, heads, num_keys, num_values)
-    dense = inputs.mixer.family == "delta rule"
+    dense = inputs.mixer.family in ("delta rule", "diagonal plus low rank")
     assert (segment.decay is not None) == dense, "the family says how a segment decays"
     if dense:
         assert segment.decay.shape == (runs, heads, num_keys, num_keys)
@@ -71,7 +84,7 @@ def assert_shapes(segment: Segment, inputs: Inputs, i: int, runs: int) -> None:
 def test_segments_compose(name):
     """Three pieces of a run, one of a single token: in either bracketing they are the run."""
     inputs = make(name, no_conv, tokens=20)
-    pieces = [segments(inputs.tokens(*piece)) for piece in PIECES]
+    pieces = [segments(piece_of(inputs, *piece)) for piece in PIECES]
     for whole, a, b, c in zip(segments(inputs), *pieces, strict=True):
         truth = named(whole)
         assert_close(named(a.then(b).then(c)), truth)
@@ -83,8 +96,8 @@ def test_segments_forget(name):
     """A memory that is reset before a piece: nothing earlier is left, however the pieces are composed."""
     inputs = make(name, no_conv, tokens=20, runs=2)
     reset = torch.tensor([False, True])
-    pieces = [segments(inputs.tokens(*piece)) for piece in PIECES]
-    late = dataclasses.replace(inputs.tokens(9, 20), state=None).mix()[1].memory
+    pieces = [segments(piece_of(inputs, *piece)) for piece in PIECES]
+    late = piece_of(inputs, 9, 20).mix()[1].memory
     whole = inputs.mix()[1].memory
     for i, (a, b, c) in enumerate(zip(*pieces, strict=True)):
         truth = {"memory": torch.where(reset[:, None, None, None], late[i], whole[i])}

@@ -28,8 +28,21 @@ BAD = {
     "conv_size": (-1, 1),
     "norm_eps": (0.0, -1e-5),
     "gate_rank": (0, -1),
+    "decay_rank": (0, -1),
+    "iclr_rank": (0, -1),
+    "value_rank": (0, -1),
+    "shift_rank": (0, -1),
     "gate_logit_normalizer": (0.0, -16.0),
     "gate_clamp_min": (0.5,),
+    "expand": (0.0, -2.0),
+    "ssm_head_dim": (0, -64),
+    "state_size": (0, -1, 257),
+    "num_groups": (0, -1, 3),
+    "dt_limit_min": (-0.1,),
+    "dt_limit_max": (0.0, -1.0),
+    "rotary_base": (0.0, -1.0),
+    "num_slots": (0, -1, 257),
+    "expand_ratio": (0, -1),
     "feature_dim": (0, -1, 24),
     "eps": (0.0, -1e-6),
     "lower_bound": (0.0, 0.5, -6.0),
@@ -54,7 +67,7 @@ def fields(name: str) -> list[tuple[str, typing.Any]]:
 def test_says_what_it_is(name):
     mixer = mixer_class(name)
     assert mixer.name == name
-    assert mixer.family in ("diagonal decay", "delta rule")
+    assert mixer.family in ("diagonal decay", "delta rule", "diagonal plus low rank")
     assert mixer.__module__.startswith("linear_moe.") <= bool(re.search(r"arXiv:\d{4}\.\d{5}", mixer.source))
     assert mixer.source and mixer.__doc__
     module = inspect.getdoc(inspect.getmodule(mixer))
@@ -144,6 +157,7 @@ def test_parameters(name, case):
     assert ("norm_weight" in names) == (mixer.cfg.output_norm != "identity")
     assert ("norm_bias" in names) == (mixer.cfg.output_norm == "groupnorm")
     assert ("conv_weight" in names) == (mixer.conv_channels > 0)
+    assert ("group_conv_weight" in names) == (mixer.group_conv_channels > 0)
 
 
 def test_gated_delta_net_starts_as_published():

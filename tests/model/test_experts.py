@@ -8,7 +8,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from linear_moe.model import experts, grouped_linear
+from linear_moe.kernels import grouped_linear
+from linear_moe.model import experts
 from linear_moe.model.backend import make_backend
 from linear_moe.model.experts import GroupedExperts
 from tests.workers import with_model_parallel

@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from linear_moe.model import grouped_linear
+from linear_moe.kernels import grouped_linear
 from linear_moe.model.attention import CoreAttention, _allowed
 from linear_moe.model.experts import _warn_of_loop_once
 from linear_moe.model.norm import RMSNorm

@@ -45,6 +45,13 @@ def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([F.linear(x_e, weight_e) for x_e, weight_e in zip(rows, weight, strict=True)])
 
 
+def linear_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """:func:`grouped_linear` where it runs, else :func:`looped_linear`, which reads ``ends`` on the host."""
+    if can_group(x, weight):
+        return grouped_linear(x, weight, ends)
+    return looped_linear(x, weight, F.pad(ends, (1, 0)).diff().tolist())
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

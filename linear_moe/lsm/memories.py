@@ -1,0 +1,150 @@
+"""The memories of a mixture beside each other: their projections, their runs in one packed row, their states.
+
+Letters: S tokens of all rows, N runs, E routed memories, F memories with the shared one, M slots, H heads here, C
+convolution channels, W width of the convolution, D hidden, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from linear_moe.kernels import Segment
+from linear_moe.kernels.grouped_linear import linear_by_group
+from linear_moe.lsm.routing import Slots
+from linear_moe.lsm.tables import Memory, MixerState, Parameter, Projection
+
+if TYPE_CHECKING:
+    from linear_moe.lsm.mixer import MemorySource
+    from linear_moe.lsm.mom import MixtureOfMemories
+
+WAISTS = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+
+
+def parameters(own: Sequence[Projection], cfg: MixtureOfMemories.Config) -> list[Parameter]:
+    """Weights (and biases) of the projections that every memory has its own of; heads come first, to be sharded."""
+    heads, count, hidden = cfg.num_heads, cfg.num_memories, cfg.hidden_size
+    found = []
+    for p in own:
+        inputs = hidden
+        if p.rank is not None:
+            inputs = p.rank
+            found.append(Parameter(f"memory_{p.name}_down", (count, p.rank, hidden), None, per_head=False))
+        found.append(Parameter(f"memory_{p.name}", (heads, count, p.width, inputs), None))
+        if p.bias:
+            found.append(Parameter(f"memory_{p.name}_bias", (heads, count, p.width), torch.nn.init.zeros_))
+    return found
+
+
+def project(p: Projection, x_MD: Tensor, w: dict[str, Tensor], slots: Slots, num_heads: int) -> Tensor:
+    """Sorted slots through the projection of their memory: ``[M, D]`` to ``[M, H, width]``."""
+    count = w[f"memory_{p.name}"].shape[1]
+    num_runs = (slots.cu_seqlens.shape[0] - 1) // count
+    # Dropped slots belong to nobody; any weight will do, since what they read is not used.
+    ends = slots.cu_seqlens[num_runs::num_runs].clone()
+    ends[-1] = x_MD.shape[0]
+    ends = ends.int()
+    if p.rank is not None:
+        down = w[f"memory_{p.name}_down"].to(x_MD.dtype)
+        x_MD = WAISTS[p.waist](linear_by_group(x_MD, down, ends))
+    weight_EOD = w[f"memory_{p.name}"].transpose(0, 1).flatten(1, 2)
+    out_MHw = linear_by_group(x_MD, weight_EOD.contiguous(), ends).unflatten(-1, (num_heads, p.width))
+    if p.bias:
+        bias_EHw = w[f"memory_{p.name}_bias"].transpose(0, 1)
+        out_MHw = out_MHw + bias_EHw[slots.memory.clamp(max=count - 1)]
+    return out_MHw
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The runs of the tokens.
+
+    Attributes:
+        run_S: ``[S]`` int64, the run of every token.
+        cu_seqlens: ``[N + 1]`` int64, their boundaries in one row of all tokens.
+    """
+
+    run_S: Tensor
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, batch: int, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Rows:
+        """Batch rows, or the packed runs of one row."""
+        token_S = torch.arange(batch * tokens, device=device)
+        if cu_seqlens is None:
+            return cls(token_S // tokens, torch.arange(batch + 1, device=device) * tokens)
+        cu = cu_seqlens.long()
+        run_S = torch.searchsorted(cu[1:].contiguous(), token_S, right=True)
+        return cls(run_S.clamp(max=cu.shape[0] - 2), cu)
+
+    @property
+    def num_runs(self) -> int:
+        """N."""
+        return self.cu_seqlens.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class Copies:
+    """F memories over N runs: inside, F * N runs of one memory; outside, N runs of F memories."""
+
+    count: int
+    num_runs: int
+
+    def split(self, state: MixerState) -> MixerState:
+        """A state from outside, for inside."""
+        memory = tuple(
+            torch.cat(state.memory[i : i + self.count]) for i in range(0, len(state.memory), self.count)
+        )
+        conv = state.conv
+        if conv is not None:
+            conv = conv.unflatten(-1, (self.count, -1)).movedim(-2, 0).flatten(0, 1)
+        return MixerState(memory, conv)
+
+    def join(self, state: MixerState) -> MixerState:
+        """The inverse."""
+        memory = tuple(part for x in state.memory for part in x.split(self.num_runs))
+        conv = state.conv
+        if conv is not None:
+            conv = conv.unflatten(0, (self.count, self.num_runs)).movedim(0, -2).flatten(-2)
+        return MixerState(memory, conv)
+
+    def through(self, memory_from: MemorySource | None) -> MemorySource | None:
+        """A source of memories from outside, for inside."""
+        if memory_from is None:
+            return None
+
+        def source(segments: Sequence[Segment]) -> Memory:
+            parts = [self._part(segment, f) for segment in segments for f in range(self.count)]
+            found = memory_from(parts)
+            return tuple(torch.cat(found[i : i + self.count]) for i in range(0, len(found), self.count))
+
+        return source
+
+    def _part(self, segment: Segment, f: int) -> Segment:
+        runs = slice(f * self.num_runs, (f + 1) * self.num_runs)
+        fields = (segment.state, segment.log_decay, segment.decay)
+        return Segment(*[None if x is None else x[runs] for x in fields])  # type: ignore[arg-type]
+
+
+def last_inputs(x_1THC: Tensor, reach: int, cu_seqlens: Tensor) -> Segment:
+    """What each packed run does to the last inputs of a convolution: shifts them, and puts its own behind.
+
+    Returns:
+        ``state`` ``[N, 1, reach, H * C]`` and a dense ``decay`` ``[N, 1, reach, reach]``.
+    """
+    x_TC = x_1THC[0].flatten(1)
+    exact = torch.promote_types(x_TC.dtype, torch.float32)
+    cu = cu_seqlens.long()
+    start_N1, end_N1 = cu[:-1, None], cu[1:, None]
+    slot_R = torch.arange(reach, device=cu.device)
+    index_NR = end_N1 - reach + slot_R
+    is_own_NR1 = (index_NR >= start_N1)[..., None]
+    inputs_NRC = x_TC.index_select(0, index_NR.clamp(min=0).flatten()).unflatten(0, index_NR.shape)
+    state = torch.where(is_own_NR1, inputs_NRC, 0).to(exact)
+    # Row i of the inputs after a run of n tokens is row i + n of those before it.
+    moved_NRR = slot_R[:, None] + (end_N1 - start_N1)[..., None] == slot_R
+    return Segment(state[:, None], decay=moved_NRR[:, None].to(exact))

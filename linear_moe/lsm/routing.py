@@ -1,0 +1,123 @@
+"""Tokens to memories and back: which slots each memory reads, in the order of time, without waiting for the device.
+
+A token fills ``k`` slots, one for each memory that it chose. Slots sorted by (memory, run), stably, are runs of their
+own: packed documents of one row. Every shape follows from the number of tokens, none from what was chosen.
+
+Letters: S tokens of all rows, N runs, E memories, k memories per token, M = S * k slots, D any channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where every slot of every token goes.
+
+    Attributes:
+        order: ``[M]`` int64, slots (``token * k + choice``) sorted by memory, run and time; dropped ones last.
+        place: ``[M]`` int64, the inverse: where each slot went.
+        memory: ``[M]`` int64, the memory of each sorted slot; E for dropped ones.
+        cu_seqlens: ``[E * N + 1]`` int64, runs of all memories, memory by memory; ends before dropped slots.
+        per_token: k.
+    """
+
+    order: Tensor
+    place: Tensor
+    memory: Tensor
+    cu_seqlens: Tensor
+    per_token: int
+
+    @classmethod
+    def sort(
+        cls, choice_Sk: Tensor, run_S: Tensor, num_memories: int, num_runs: int, limit_N: Tensor | None = None
+    ) -> Slots:
+        """Sort the slots of tokens in the order of time.
+
+        Args:
+            choice_Sk: memories that each token chose, int64, all different.
+            run_S: run of each token, never falling.
+            num_memories: E.
+            num_runs: N.
+            limit_N: slots that a memory takes of each run, the first ones; ``None``: all.
+        """
+        num_slots, per_token = choice_Sk.numel(), choice_Sk.shape[1]
+        keys = torch.arange(num_memories * num_runs + 1, device=run_S.device)
+        key_M = (choice_Sk * num_runs + run_S[:, None]).flatten()
+        order = torch.argsort(key_M, stable=True)
+        key_M = key_M[order]
+        if limit_N is not None:
+            starts = torch.searchsorted(key_M, keys)
+            rank_M = torch.arange(num_slots, device=run_S.device) - starts[key_M]
+            dropped = rank_M >= limit_N[key_M % num_runs]
+            key_M = key_M.masked_fill(dropped, num_memories * num_runs)
+            kept_first = torch.argsort(key_M, stable=True)
+            order, key_M = order[kept_first], key_M[kept_first]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(num_slots, device=run_S.device))
+        return cls(order, place, key_M // num_runs, torch.searchsorted(key_M, keys), per_token)
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[M]`` int64, the token of each sorted slot."""
+        return self.order // self.per_token
+
+    def gather(self, x_SD: Tensor) -> Tensor:
+        """``[S, ...]`` of tokens to ``[M, ...]`` of sorted slots."""
+        gathered: Tensor = _Gather.apply(x_SD, self.tokens, self.place, self.per_token)
+        return gathered
+
+    def scatter(self, x_MD: Tensor, weight_Sk: Tensor) -> Tensor:
+        """``[M, ...]`` of sorted slots to ``[S, ...]``: the weighted sum of each token's slots."""
+        x_SkD = _Permute.apply(x_MD, self.place, self.order).unflatten(0, (-1, self.per_token))
+        weight = weight_Sk.to(x_SkD.dtype).view(*weight_Sk.shape, *(1,) * (x_SkD.ndim - 2))
+        total: Tensor = (x_SkD * weight).sum(1)
+        return total
+
+
+class _Gather(torch.autograd.Function):
+    """Rows by token; the gradient adds up a token's slots in a fixed order instead of by atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, place: Tensor, per_token: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.per_token = per_token
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (place,) = ctx.saved_tensors
+        slots = grads[0].index_select(0, place).unflatten(0, (-1, ctx.per_token))
+        return slots.sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient is the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+def route(logits_BTE: Tensor, per_token: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities ``[B, T, E]``, and each token's memories with their weights, ``[B, T, k]``, which sum to 1.
+
+    A softmax over all memories in the logits' dtype (float32), its k largest, divided by their sum (arXiv:2502.13685,
+    section 3.1).
+    """
+    probs_BTE = logits_BTE.softmax(-1)
+    weight_BTk, choice_BTk = probs_BTE.topk(per_token, dim=-1)
+    return probs_BTE, weight_BTk / weight_BTk.sum(-1, keepdim=True), choice_BTk
