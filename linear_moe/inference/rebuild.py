@@ -114,8 +114,9 @@ def single_process_arguments(
         dtype: of the weights; ``None``: the run's.
 
     Raises:
-        ValueError: ``argv`` has arguments that do not exist here.
+        ValueError: ``argv`` has arguments that do not exist here, or a module of mixers that cannot be imported.
     """
+    arguments.import_mixer_modules(argv)
     parser = _Parser(allow_abbrev=False)
     arguments.add_arguments(add_megatron_arguments(parser))
     args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))

@@ -33,6 +33,8 @@ class RunSettings:
     """Named size of the family. Not set: the family's default size."""
     la_module: str = "gated_deltanet"
     """Mixer of the `L` layers, or several, "gla,gated_deltanet", chosen by the digits 1, 2, ... of LAYER_TYPE_LIST."""
+    mixer_modules: str | None = None
+    """Modules of yours that register mixers, "my_package.my_mixer,another"; found through PYTHONPATH."""
     layer_type_list: str | None = None
     """One symbol per layer: L linear, N softmax. A shorter pattern repeats. Not set: L everywhere."""
     hybrid_override_pattern: str | None = None

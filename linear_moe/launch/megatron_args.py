@@ -53,6 +53,8 @@ def _model(plan: RunPlan) -> list[str]:
         ",".join(plan.kinds),
     ]
     flags += ["--la-module", s.la_module]
+    if s.mixer_modules:
+        flags += ["--mixer-module", s.mixer_modules]
     if s.layer_type_list:
         flags += ["--layer-type-list", s.layer_type_list]
     return flags + megatron_arguments(plan.family, plan.size, moe_aux_loss_coeff=s.moe_aux_loss_coeff)

@@ -5,6 +5,7 @@ world = nodes x processes per node = TP x PP x CP x DP        experts: world = E
 
 import re
 import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def plan_run(settings: RunSettings, cuda_devices: int) -> RunPlan:
             settings.la_module,
             size.num_layers,
             settings.hybrid_override_pattern,
-            known=registered_mixers(),
+            known=registered_mixers(settings.mixer_modules),
         )
     except ValueError as error:
         raise PreflightError.of(error) from None
@@ -181,11 +182,30 @@ def _with_global_batch(plan: RunPlan) -> RunSettings:
     return replace(plan.settings, global_batch_size=-(-SMALLEST_GLOBAL_BATCH // each) * each)
 
 
-def registered_mixers() -> tuple[str, ...]:
-    """`linear_moe.lsm.names()`, read from the sources: importing the mixers would import torch."""
-    folder = Path(__file__).parent.parent / "lsm"
-    decorator = re.compile(r'^@register\("(\w+)"\)', re.MULTILINE)
-    return tuple(sorted(name for path in folder.glob("*.py") for name in decorator.findall(path.read_text())))
+def registered_mixers(modules: str | None = None) -> tuple[str, ...]:
+    """`linear_moe.lsm.names()`, read from the sources: importing the mixers would import torch.
+
+    `modules` are MIXER_MODULES. Raises PreflightError when one is not there.
+    """
+    sources = [*(Path(__file__).parent.parent / "lsm").glob("*.py")]
+    sources += [_module_source(name.strip()) for name in (modules or "").split(",") if name.strip()]
+    decorator = re.compile(r'^@(?:\w+\.)*register\("(\w+)"\)', re.MULTILINE)
+    return tuple(sorted({name for path in sources for name in decorator.findall(path.read_text())}))
+
+
+def _module_source(module: str) -> Path:
+    # The file alone, where Python would find it: importing it, or its package, would import torch.
+    *packages, name = module.split(".")
+    for folder in sys.path:
+        place = Path(folder, *packages)
+        for path in (place / f"{name}.py", place / name / "__init__.py"):
+            if path.is_file():
+                return path
+    raise PreflightError(
+        f"MIXER_MODULES={module} is not there.",
+        f"there is no {'/'.join([*packages, name])}.py in the folders that Python imports from.",
+        f"PYTHONPATH=<the folder that holds {(packages or [f'{name}.py'])[0]}>",
+    )
 
 
 def _nearest(size_name: str, family: Family) -> str:

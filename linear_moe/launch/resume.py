@@ -74,7 +74,8 @@ def _same_optimizer(plan: RunPlan) -> None:
 
 def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
     config = _read_config(run_dir)
-    saved = config.get("architecture", {}) | _mixer_options(config.get("arguments", []))
+    mixers = registered_mixers(plan.settings.mixer_modules)
+    saved = config.get("architecture", {}) | _mixer_options(config.get("arguments", []), mixers)
     if saved.get("norm_epsilon") is None:
         saved.pop("norm_epsilon", None)
     wanted = architecture(plan)
@@ -97,12 +98,13 @@ def architecture(plan: RunPlan) -> dict[str, Any]:
     """Everything that fixes the shapes and the meaning of a checkpoint, under its names in config.json."""
     sizes = {name: getattr(plan.size, name) for name in SIZE_FLAGS if name != "max_position_embeddings"}
     model = {"layer_kinds": list(plan.kinds), "padded_vocab_size": plan.padded_vocab_size}
-    return sizes | model | _mixer_options(list(plan.extra_args))
+    mixers = registered_mixers(plan.settings.mixer_modules)
+    return sizes | model | _mixer_options(list(plan.extra_args), mixers)
 
 
-def _mixer_options(arguments: list[str]) -> dict[str, Any]:
+def _mixer_options(arguments: list[str], mixers: tuple[str, ...]) -> dict[str, Any]:
     # `--gla-gate-rank 32`, `--expand-v 2`: the flags of linear_moe.training.arguments that change a mixer.
-    prefixes = (*tuple(f"--{name.replace('_', '-')}-" for name in registered_mixers()), "--expand-", "--la-")
+    prefixes = (*tuple(f"--{name.replace('_', '-')}-" for name in mixers), "--expand-", "--la-")
     words = [word for argument in arguments for word in argument.split("=", 1)]
     pairs = itertools.pairwise(words)
     return {flag: value for flag, value in pairs if flag.startswith(prefixes) and flag != "--la-module"}

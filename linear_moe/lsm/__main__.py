@@ -70,8 +70,7 @@ def entries() -> list[Entry]:
 def entry(name: str) -> Entry:
     """What the registered mixer ``name`` says of itself at its defaults."""
     mixer_class = lsm.get(name)
-    shape = mixer_class.Config.shape(HIDDEN, HEADS, HEAD_DIM)
-    mixer = mixer_class(mixer_class.Config(hidden_size=HIDDEN, **shape))  # type: ignore[arg-type]
+    mixer = mixer_class(mixer_class.Config(hidden_size=HIDDEN, num_heads=HEADS, head_dim=HEAD_DIM))
     unknown = set(mixer.unsupported) - set(LAYOUTS)
     assert not unknown, f"{name} names layouts that do not exist: {unknown}"
     return Entry(
@@ -101,7 +100,7 @@ def table(found: list[Entry]) -> str:
             cell.rjust(width) if i in numbers else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
-        start = "  ".join(padded) + "  "
+        start = "  ".join([*padded[: -len(LAYOUTS)], " ".join(padded[-len(LAYOUTS) :])]) + "  "
         first, *rest = textwrap.wrap(source, max(WIDTH - len(start), 20)) or [""]
         return "\n".join([start + first, *(" " * len(start) + more for more in rest)])
 

@@ -37,8 +37,7 @@ def hermit():
 
 def mixer(name):
     kind = lsm.get(name)
-    shape = kind.Config.shape(1024, 8, 128)
-    return kind(kind.Config(hidden_size=1024, **shape))
+    return kind(kind.Config(hidden_size=1024, num_heads=8, head_dim=128))
 
 
 def test_every_mixer_with_its_own_figures():

@@ -20,6 +20,7 @@ THREE_PARTS = r"(?s)^[^\n]+\n  why: [^\n]+\n  try: [^\n]+$"
 FLAGS = {
     "--layer-kinds",
     "--la-module",
+    "--mixer-module",
     "--layer-type-list",
     "--family",
     "--model-size",
