@@ -17,6 +17,11 @@ from torch import Tensor
 from linear_moe.lsm.tables import widen
 
 
+def init_log_rate(x: Tensor) -> None:
+    """``A_log``: the logarithm of a rate drawn uniformly from (1, 16)."""
+    x.uniform_(1, 16).log_()
+
+
 def init_dt_bias(x: Tensor) -> None:
     """``dt_bias``: softplus of it is log-uniform between 0.001 and 0.1."""
     dt = x.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_min_(1e-4)

@@ -19,17 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.gating import init_dt_bias, unit, write_strength
+from linear_moe.lsm.gating import init_dt_bias, init_log_rate, unit, write_strength
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DeltaRule
 from linear_moe.lsm.registry import register
 from linear_moe.lsm.tables import widen
-
-
-def init_log_rate(x: Tensor) -> None:
-    """``A_log``: the logarithm of a rate drawn uniformly from (1, 16)."""
-    x.uniform_(1, 16).log_()
 
 
 @register("kda")

@@ -13,9 +13,17 @@ SIMPLE = (int, float, bool, str, type(None))
 
 def check_types(config: typing.Any) -> None:
     """Refuse a field of another type than it declares, as config.json may hold; a whole number passes for a float."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    check_given(type(config), given)
+
+
+def check_given(config_class: type, given: dict[str, typing.Any]) -> None:
+    """The same of some fields, before there is a config."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name not in given:
+            continue
+        value, hint = given[field.name], hints[field.name]
         types = typing.get_args(hint) or (hint,)
         if not all(kind in SIMPLE for kind in types):
             continue
@@ -49,6 +57,18 @@ def kernel_width(field: str, value: object, width: int, attempt: str) -> None:
             f"  why: the kernels take keys and values of up to {MAX_HEAD_DIM}\n"
             f"  try: {attempt}"
         )
+
+
+def heads_in(channels: float, field: str, head_dim: int) -> int:
+    """How many heads of the option ``field`` make up ``channels``; refuses a number that is not whole."""
+    if head_dim < 1 or channels < head_dim or channels % head_dim:
+        fits = [width for width in range(1, 129) if channels >= width and channels % width == 0]
+        raise ValueError(
+            f"{field} is {head_dim}\n"
+            f"  why: {channels:g} channels must make a whole number of heads\n"
+            f"  try: {fits[-1] if fits else 'more channels'}"
+        )
+    return int(channels // head_dim)
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -18,20 +18,27 @@ if TYPE_CHECKING:
 
 
 def norm(
-    o_BTHV: Tensor, w: dict[str, Tensor], cfg: Mixer.Config, num_groups: int, place: Placement
+    o_BTHV: Tensor,
+    w: dict[str, Tensor],
+    cfg: Mixer.Config,
+    num_groups: int,
+    place: Placement,
+    *,
+    eps: float | None = None,
 ) -> Tensor:
-    """RMS or group norm by ``cfg.output_norm``, in float32 at least."""
+    """RMS or group norm by ``cfg.output_norm``, in float32 at least; ``eps`` instead of ``cfg.norm_eps``."""
+    eps = cfg.norm_eps if eps is None else eps
     if cfg.output_norm == "identity":
         return o_BTHV
     wide = widen(o_BTHV)
     weight = widen(w["norm_weight"])
     if cfg.output_norm == "groupnorm":
         assert num_groups == cfg.num_heads, "a mean over heads of several ranks is not needed by any mixer"
-        wide = F.layer_norm(wide, (wide.shape[-1],), eps=cfg.norm_eps) * weight + widen(w["norm_bias"])
-    elif num_groups == cfg.num_heads:
-        wide = F.rms_norm(wide, (wide.shape[-1],), weight, cfg.norm_eps)
+        wide = F.layer_norm(wide, (wide.shape[-1],), eps=eps) * weight + widen(w["norm_bias"])
+    elif num_groups == cfg.num_heads and weight.ndim == 1:
+        wide = F.rms_norm(wide, (wide.shape[-1],), weight, eps)
     else:
-        wide = wide * _inverse_rms(wide, cfg, num_groups, place) * weight
+        wide = wide * _inverse_rms(wide, cfg, num_groups, place, eps) * weight
     return wide
 
 
@@ -44,7 +51,7 @@ def gate(o_BTHV: Tensor, g_BTHV: Tensor | None, activation: str) -> Tensor:
     return o_BTHV * act(g_BTHV.to(o_BTHV.dtype))
 
 
-def _inverse_rms(wide: Tensor, cfg: Mixer.Config, num_groups: int, place: Placement) -> Tensor:
+def _inverse_rms(wide: Tensor, cfg: Mixer.Config, num_groups: int, place: Placement, eps: float) -> Tensor:
     """Of each head's group, ``[B, T, H, 1]``; groups are of the whole layer, so ranks may add to the same one."""
     heads = torch.arange(place.first_head, place.first_head + place.num_heads, device=wide.device)
     group_H = heads // (cfg.num_heads // num_groups)
@@ -53,4 +60,4 @@ def _inverse_rms(wide: Tensor, cfg: Mixer.Config, num_groups: int, place: Placem
     if num_groups % (cfg.num_heads // place.num_heads):  # some group lives on several ranks
         squares_BTG = place.sum_over_ranks(squares_BTG)
     mean_BTG = squares_BTG / (cfg.num_heads // num_groups * wide.shape[-1])
-    return torch.rsqrt(mean_BTG + cfg.norm_eps).index_select(2, group_H).unsqueeze(-1)
+    return torch.rsqrt(mean_BTG + eps).index_select(2, group_H).unsqueeze(-1)

@@ -30,14 +30,18 @@ def split(
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
     """Every projection by name, biased and convolved, and the tails of both convolutions."""
     taps = w.get("conv_weight"), w.get("conv_bias")
-    named, tail = _convolved(mixer.fused_projections(), x_BTHW, w, taps, state.conv, cu_seqlens)
+    named, tail = _convolved(
+        mixer.fused_projections(), x_BTHW, w, taps, state.conv, cu_seqlens, mixer.conv_activation
+    )
     group_tail = None
     if "groups" in others:
         here = mixer.groups_here(place)
         weight, bias = w.get("group_conv_weight"), w.get("group_conv_bias")
         taps = None if weight is None else weight[here], None if bias is None else bias[here]
         table = mixer.grouped_projections()
-        grouped, group_tail = _convolved(table, others["groups"], w, taps, state.group_conv, cu_seqlens)
+        grouped, group_tail = _convolved(
+            table, others["groups"], w, taps, state.group_conv, cu_seqlens, mixer.conv_activation
+        )
         named |= grouped
     return named | {name: x for name, x in others.items() if name != "groups"}, (tail, group_tail)
 
@@ -59,6 +63,7 @@ def _convolved(
     taps: tuple[Tensor | None, Tensor | None],
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Named views of one fused tensor, the first ones through the convolution, and its tail."""
     weight, bias = taps
@@ -71,7 +76,7 @@ def _convolved(
             conv_input(first, x_BTHW[..., :width], w),
             weight,
             bias,
-            activation="silu",
+            activation=activation,
             state=state,
             cu_seqlens=cu_seqlens,
         )
