@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -100,6 +101,12 @@ def run_all(rank: int, world: int, names: list[str], layout: Layout) -> dict[str
     """This rank's pieces of outputs and gradients, by mixer."""
     with with_model_parallel(tp=layout.tp, cp=layout.cp), registered():
         return for_each(names, lambda name: run(name, layout))
+
+
+def run_with(rank: int, world: int, name: str, options: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The same of one mixer with other options in its model."""
+    with patch.dict(IN_MODEL, {name: options}):
+        return run_all(rank, world, [name], layout)[name]
 
 
 def run(name: str, layout: Layout) -> dict[str, Any]:
