@@ -29,6 +29,8 @@ from linear_moe.model.config import LinearMoEConfig, mixer_config
 from linear_moe.model.pattern import SOFTMAX
 
 DEFAULT = "default"
+INIT_STD = {SOFTMAX: 0.05}
+"""Of the weights, by model; 0.02 for all others (README: why)."""
 NEAR = 0.15
 """A memory this much larger or smaller than asked for, in octaves, counts as equal."""
 
@@ -86,12 +88,18 @@ class Job:
 def plan(
     models: list[str], hybrids: list[str], equal: int, ladder: list[str], seeds: tuple[int, ...]
 ) -> list[Job]:
-    """Equal size first, then the ladder of sizes, then the defaults: what a short run leaves out matters least."""
-    jobs = [(model, str(equal)) for model in models if model != SOFTMAX]
+    """The most telling first, so that a short run leaves out what matters least.
+
+    Equal size, hybrids, ladder, defaults; then mixtures of memories over any mixer but those of ``hybrids``.
+    """
+    late = [m for m in models if m.startswith("mom_") and m.removeprefix("mom_") not in hybrids]
+    early = [m for m in models if m not in late and m != SOFTMAX]
+    jobs = [(model, str(equal)) for model in early]
     jobs += [(SOFTMAX, DEFAULT)] if SOFTMAX in models else []
     jobs += [(f"{mixer}+{SOFTMAX}", str(equal)) for mixer in hybrids]
     jobs += [(mixer, str(size)) for size in (equal // 4, equal * 4) for mixer in ladder]
-    jobs += [(model, DEFAULT) for model in models if model != SOFTMAX]
+    jobs += [(model, DEFAULT) for model in early]
+    jobs += [(model, size) for size in (str(equal), DEFAULT) for model in late]
     return [Job(model, size, seeds) for model, size in dict.fromkeys(jobs)]
 
 
@@ -106,7 +114,7 @@ def options(kind: str, size: str, setup: Setup) -> dict[str, Any]:
     Raises:
         ValueError: no combination of heads, widths and the mixer's own sizes comes near.
     """
-    base = _with_conv(kind, {}, setup)
+    base = _with_conv(kind, _fitting(kind, setup), setup)
     if size == DEFAULT:
         return base
     wanted = int(size)
@@ -135,7 +143,7 @@ def build(job: Job, setup: Setup, seed: int) -> tuple[torch.nn.Module, dict[str,
     model_parallel_cuda_manual_seed(seed)
     chosen = {kind: options(kind, job.size, setup) for kind in job.kinds if kind != SOFTMAX}
     config = LinearMoEModelConfig(
-        transformer=_transformer(job.kinds, chosen, setup),
+        transformer=_transformer(job.kinds, chosen, setup, INIT_STD.get(job.model, 0.02)),
         vocab_size=setup.task.vocab_size,
         seq_length=setup.task.length,
         should_pad_vocab=False,
@@ -153,7 +161,9 @@ def build(job: Job, setup: Setup, seed: int) -> tuple[torch.nn.Module, dict[str,
     return model, facts
 
 
-def _transformer(kinds: list[str], chosen: dict[str, dict[str, Any]], setup: Setup) -> LinearMoEConfig:
+def _transformer(
+    kinds: list[str], chosen: dict[str, dict[str, Any]], setup: Setup, init_std: float = 0.02
+) -> LinearMoEConfig:
     return LinearMoEConfig(
         num_layers=setup.num_layers,
         hidden_size=setup.hidden_size,
@@ -167,10 +177,30 @@ def _transformer(kinds: list[str], chosen: dict[str, dict[str, Any]], setup: Set
         activation_func=F.silu,
         add_bias_linear=False,
         bias_dropout_fusion=False,
+        init_method_std=init_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=torch.float32,
     )
+
+
+def _fitting(kind: str, setup: Setup) -> dict[str, Any]:
+    """Nothing; or the one size of the mixer's own that is too large for so narrow a model, halved until it fits."""
+    try:
+        make(kind, {}, setup)
+        return {}
+    except ValueError as error:
+        known = {f.name for f in dataclasses.fields(lsm.Mixer.Config)}
+        for option in dataclasses.fields(lsm.get(kind).Config):
+            value = option.default
+            while option.name not in known and type(value) is int and value >= 4:
+                value //= 2
+                try:
+                    make(kind, {option.name: value}, setup)
+                    return {option.name: value}
+                except ValueError:
+                    continue
+        raise error
 
 
 def _with_conv(kind: str, chosen: dict[str, Any], setup: Setup) -> dict[str, Any]:
@@ -183,12 +213,16 @@ def _with_conv(kind: str, chosen: dict[str, Any], setup: Setup) -> dict[str, Any
     return with_conv if setup.conv_size and mixer.conv_channels else chosen
 
 
-def _choices(kind: str, base: dict[str, Any], setup: Setup) -> Iterator[tuple[dict[str, Any], lsm.Mixer, float]]:
+def _choices(
+    kind: str, base: dict[str, Any], setup: Setup
+) -> Iterator[tuple[dict[str, Any], lsm.Mixer, float]]:
     """Options, their mixer, and how many octaves a size of the mixer's own is away from its default."""
     config = _transformer([kind], {kind: base}, setup)
+    grid = itertools.product((1, 2, 3, 4, 6, 8), (*range(4, 32, 4), *range(32, 136, 8)))
+    heads_and_widths: list[dict[str, Any]] = [{}, *({"num_heads": h, "head_dim": d} for h, d in grid)]
     for own, octaves in _own_sizes(kind, base, setup):
-        for heads, width in itertools.product((1, 2, 3, 4, 6, 8), (*range(4, 32, 4), *range(32, 136, 8))):
-            chosen = base | own | {"num_heads": heads, "head_dim": width}
+        for shape in heads_and_widths:
+            chosen = base | own | shape
             config.mixer_options = {kind: chosen}
             try:
                 mixer = lsm.get(kind)(mixer_config(kind, config))
@@ -208,7 +242,7 @@ def _own_sizes(kind: str, base: dict[str, Any], setup: Setup) -> Iterator[tuple[
         value = getattr(mixer.cfg, option.name)
         if option.name in known or type(value) is not int or value < 2:
             continue
-        for octaves in (-1, 1, -2, 2, -3):
+        for octaves in (-1, 1, -2, 2, -3, -4):
             other = int(value * 2**octaves)
             try:
                 changed = state_size(make(kind, base | {option.name: other}, setup)) != state_size(mixer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -149,6 +150,7 @@ def train_gang(
         CaptureFailed: with ``record``, a step that cannot be recorded.
     """
     start = time.time()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     learners = [Learner(job, setup, seed, record) for seed in job.seeds]
     device = learners[0].tokens_BT.device
     curve_set = _on(device, *mqar.mixture(setup.task, 32, (CURVE_SEED,)))

@@ -25,13 +25,13 @@ IGNORE = -100
 class Task:
     """What is recalled: the numbers of pairs that are mixed, and the room they have."""
 
-    pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
+    pairs: tuple[int, ...] = (2, 4, 8, 16, 32)
     """Numbers of pairs; a batch holds equally many sequences of each."""
-    length: int = 256
+    length: int = 128
     """T, tokens of a sequence."""
-    num_keys: int = 128
+    num_keys: int = 64
     """Keys of the vocabulary, and as many values."""
-    num_fillers: int = 32
+    num_fillers: int = 16
     """Tokens that mean nothing."""
     power: float = 0.01
     """A slot ``g`` after the pairs holds a query with weight ``g ** (power - 1)``."""
@@ -51,7 +51,9 @@ class Task:
         return 2 * self.num_keys + self.num_fillers
 
 
-def sequences(task: Task, num_pairs: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def sequences(
+    task: Task, num_pairs: int, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """``count`` sequences of ``num_pairs`` pairs: tokens and targets, both ``[N, T]`` int16."""
     shape = (count, task.length)
     first_filler = 2 * task.num_keys

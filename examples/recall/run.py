@@ -3,16 +3,15 @@
     python examples/recall/run.py --quick                 a few mixers, on a CPU, about a minute
     python examples/recall/run.py --minutes 8             everything, on one GPU
 
-Results go to `results/` beside this file as they come: `cells.jsonl` (one line for each model, size and seed; a run that
-is started again skips those), and `recall.json`, `recall.md` and `recall.png` made from it. README.md says what is
-measured and how to read it.
+Results go to `results/` beside this file as they come: `cells.jsonl` (one line for each model, size and seed; a
+run that is started again skips those), and `recall.json`, `recall.md` and `recall.png` made from it. README.md says
+what is measured and how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import sys
@@ -27,8 +26,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-import mqar
-import tables
+import mqar  # noqa: E402
+import tables  # noqa: E402
 
 HYBRIDS = ("linear_attention", "gla", "gated_deltanet", "mamba2")
 LADDER = ("linear_attention", "gla", "gated_deltanet")
@@ -45,29 +44,51 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="*", help="mixers, and softmax; default: all that are registered")
     add("--hybrids", nargs="*", help=f"mixers in a stack with softmax; default: of {' '.join(HYBRIDS)}")
-    add("--ladder", nargs="*", help=f"mixers at a quarter and four times the size; default: of {' '.join(LADDER)}")
-    add("--state-size", type=int, default=2048, help="elements of memory per layer at equal size")
+    add(
+        "--ladder",
+        nargs="*",
+        help=f"mixers at a quarter and four times the size; default: of {' '.join(LADDER)}",
+    )
+    add("--state-size", type=int, default=1024, help="elements of memory per layer at equal size")
     add("--seeds", type=int, default=3, help="models of each kind")
-    add("--pairs", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="numbers of pairs, trained as a mixture")
-    add("--length", type=int, default=256, help="tokens of a sequence")
-    add("--num-keys", type=int, default=128, help="keys in the vocabulary, and as many values")
+    add(
+        "--pairs",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8, 16, 32],
+        help="numbers of pairs, trained as a mixture",
+    )
+    add("--length", type=int, default=128, help="tokens of a sequence")
+    add("--num-keys", type=int, default=64, help="keys in the vocabulary, and as many values")
+    add("--num-fillers", type=int, default=16, help="tokens of the vocabulary that mean nothing")
     add("--hidden-size", type=int, default=64, help="width of the two-layer model")
-    add("--conv-size", type=int, default=4, help="short convolution of every mixer that has one; 0: its own default")
+    add(
+        "--conv-size",
+        type=int,
+        default=4,
+        help="short convolution of every mixer that has one; 0: its own default",
+    )
     add("--steps", type=int, default=1500, help="optimizer steps")
     add("--per-pairs", type=int, default=16, help="sequences of each number of pairs in a batch")
     add("--lr", type=float, default=3e-3, help="peak learning rate, the same for all")
     add("--minutes", type=float, help="stop after so long with what there is")
     add("--gang-seconds", type=float, help="stop one model's seeds after so long (marked in the table)")
-    add("--processes", type=int, help="models trained at a time; default: 6 on a GPU, half the cores on a CPU")
-    add("--no-graph", action="store_true", help="launch every kernel of every step instead of a recorded graph")
+    add(
+        "--processes", type=int, help="models trained at a time; default: 6 on a GPU, half the cores on a CPU"
+    )
+    add(
+        "--no-graph",
+        action="store_true",
+        help="launch every kernel of every step instead of a recorded graph",
+    )
     add("--results", type=Path, default=HERE / "results", help="folder of the results")
     add("--report-only", action="store_true", help="train nothing, make table and plot anew")
     add("--quick", action="store_true", help="a few mixers, few pairs, one seed, in results/quick")
     given = parser.parse_args(argv)
     if given.quick:
         quick: dict[str, Any] = dict(
-            models=list(QUICK), hybrids=[], ladder=[], seeds=1, pairs=[1, 2, 4], length=24, num_keys=16,
-            state_size=512, steps=250, per_pairs=16, lr=6e-3, results=HERE / "results" / "quick",
+            models=list(QUICK), hybrids=[], ladder=[], seeds=1, pairs=[2, 3, 4], length=18, num_keys=8, num_fillers=2,
+            state_size=512, steps=150, lr=5e-3, results=HERE / "results" / "quick",
         )  # fmt: skip
         for name, value in quick.items():
             if getattr(given, name) == parser.get_default(name):
@@ -79,7 +100,7 @@ def setup_of(given: argparse.Namespace) -> Any:
     """The options that every cell shares."""
     import cells
 
-    task = mqar.Task(pairs=tuple(sorted(given.pairs)), length=given.length, num_keys=given.num_keys)
+    task = mqar.Task(tuple(sorted(given.pairs)), given.length, given.num_keys, given.num_fillers)
     return cells.Setup(
         task=task,
         hidden_size=given.hidden_size,
@@ -169,7 +190,7 @@ class Pool:
         self.busy[connection] = (process, item)
 
     def _take(self, connection: Any, work: deque[tuple[Any, bool]], store: tables.Store) -> None:
-        process, (job, record) = self.busy.pop(connection)
+        process, (job, _) = self.busy.pop(connection)
         try:
             outcome, value = connection.recv()
         except EOFError:
@@ -179,7 +200,9 @@ class Pool:
             self.idle.append((connection, process))
             store.add(value)
             scores = " | ".join(" ".join(f"{x:.2f}" for x in cell["accuracy"].values()) for cell in value)
-            say(f"{job.model} {job.size}: done in {value[0]['seconds']} s, {value[0]['steps']} steps: {scores}")
+            say(
+                f"{job.model} {job.size}: done in {value[0]['seconds']} s, {value[0]['steps']} steps: {scores}"
+            )
             return
         process.join(10)
         if outcome == "unrecorded":

@@ -170,7 +170,10 @@ def markdown(table: list[Row], found: list[Row], pairs: list[str], setup: Any) -
         lines += ["|---" * (5 + len(pairs)) + "|"]
         lines += [_line(row, pairs) for row in table if row["size"] == size]
     lines += ["", "## What the papers claim", ""]
-    lines += ["Difference of the mean accuracy, in points, paired by seed; shown: its 95 % interval is above 0.", ""]
+    lines += [
+        "Difference of the mean accuracy, in points, paired by seed; shown: its 95 % interval is above 0.",
+        "",
+    ]
     lines += ["| claim | model | against | difference | verdict |", "|---|---|---|---|---|"]
     for row in found:
         better, worse = (f"{model} ({size})" for model, size in (row["better"], row["worse"]))
@@ -233,7 +236,9 @@ def plot(table: list[Row], pairs: list[str], path: Path) -> None:
             errors = [0.0 if math.isnan(half) else half for half in halves]
             axes[2].errorbar(sizes, means, errors, marker="o", capsize=2, color=colors[model], label=model)
     title = "accuracy against size of the memory"
-    axes[2].set(xscale="log", title=title, xlabel="elements per layer", ylabel="mean accuracy", ylim=(-0.02, 1.02))
+    axes[2].set(
+        xscale="log", title=title, xlabel="elements per layer", ylabel="mean accuracy", ylim=(-0.02, 1.02)
+    )
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="center right", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 0.87, 1))

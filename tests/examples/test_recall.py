@@ -15,8 +15,8 @@ import pytest
 RECALL = Path(__file__).parents[2] / "examples" / "recall"
 sys.path.insert(0, str(RECALL))
 
-import mqar
-import tables
+import mqar  # noqa: E402
+import tables  # noqa: E402
 
 TASK = mqar.Task(pairs=(2, 5, 16), length=80, num_keys=24, num_fillers=4)
 
@@ -79,7 +79,7 @@ def test_memory_of_equal_size() -> None:
 
     setup = cells.Setup()
     for kind in lsm.names():
-        for wanted in (512, 2048):
+        for wanted in (1024, 4096):
             mixer = cells.make(kind, cells.options(kind, str(wanted), setup), setup)
             assert abs(math.log2(cells.state_size(mixer) / wanted)) < 0.35, (kind, wanted)
             assert mixer.cfg.hidden_size == setup.hidden_size
@@ -90,7 +90,16 @@ def test_memory_of_equal_size() -> None:
 
 def run(folder: Path, *flags: str) -> str:
     """The command line on a task of seconds."""
-    command = [sys.executable, "-W", "ignore", str(RECALL / "run.py"), "--results", str(folder), "--processes", "1"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(RECALL / "run.py"),
+        "--results",
+        str(folder),
+        "--processes",
+        "1",
+    ]
     sizes = "--pairs 1 2 --length 8 --num-keys 4 --hidden-size 32 --state-size 128 --steps 4 --per-pairs 4 --seeds 2"
     done = subprocess.run([*command, *sizes.split(), *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -113,7 +122,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [row["seeds"] for row in table["rows"]] == [2, 2, 2]
     assert "| softmax | KV cache |" in (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").stat().st_size > 10_000
-    assert "6 cells, 0 of them" in run(tmp_path, *flags, "--lr", "1e-3", "--minutes", "0.0001"), "another setup"
+    assert "6 cells, 0 of them" in run(tmp_path, *flags, "--lr", "1e-3", "--minutes", "0.0001"), (
+        "another setup"
+    )
 
 
 def test_gated_deltanet_learns_to_recall() -> None:
@@ -121,7 +132,7 @@ def test_gated_deltanet_learns_to_recall() -> None:
     import gang
 
     task = mqar.Task(pairs=(2, 3, 4), length=18, num_keys=8, num_fillers=2)
-    setup = cells.Setup(task=task, num_layers=1, steps=400, per_pairs=16, lr=1e-2, test_per_pairs=64)
+    setup = cells.Setup(task=task, num_layers=1, steps=150, per_pairs=16, lr=1e-2, test_per_pairs=64)
     (cell,) = gang.train_gang(
         cells.Job("gated_deltanet", "default", (0,)), setup, record=False, limits=gang.Limits(seconds=60)
     )
