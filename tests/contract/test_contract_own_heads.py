@@ -81,6 +81,17 @@ def test_a_norm_over_heads_has_no_mean(name):
         lsm.get(name).Config(hidden_size=16, num_heads=4, head_dim=8, output_norm="groupnorm")
 
 
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_mamba2_norms_every_channel_with_its_own_weight(num_groups):
+    """Also where every head is a group: a norm per head has one weight for all heads in other mixers."""
+    (table,) = [
+        t
+        for t in make("mamba2", {"num_groups": num_groups}).mixer.all_parameters()
+        if t.name == "norm_weight"
+    ]
+    assert table.shape == (4, 8) and table.per_head
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("logit", [-200.0, 0.0, 200.0])
 @pytest.mark.parametrize("spread", [0.0, 300.0])
