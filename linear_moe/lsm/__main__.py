@@ -61,6 +61,11 @@ class Entry:
         groups = [(shape, len(list(same))) for shape, same in itertools.groupby(self.memory_shapes)]
         return " + ".join(f"{f'{n} x ' if n > 1 else ''}{k}x{v}" for (k, v), n in groups)
 
+    @property
+    def layouts(self) -> str:
+        """``all``, or ``all but CP, decode``."""
+        return f"all but {', '.join(self.unsupported)}" if self.unsupported else "all"
+
 
 def entries() -> list[Entry]:
     """Every registered mixer, by name."""
@@ -70,7 +75,7 @@ def entries() -> list[Entry]:
 def entry(name: str) -> Entry:
     """What the registered mixer ``name`` says of itself at its defaults."""
     mixer_class = lsm.get(name)
-    mixer = mixer_class(mixer_class.Config(hidden_size=HIDDEN, num_heads=HEADS, head_dim=HEAD_DIM))
+    mixer = mixer_class(mixer_class.Config.from_model(hidden_size=HIDDEN, num_heads=HEADS, head_dim=HEAD_DIM))
     unknown = set(mixer.unsupported) - set(LAYOUTS)
     assert not unknown, f"{name} names layouts that do not exist: {unknown}"
     return Entry(
@@ -86,21 +91,16 @@ def entry(name: str) -> Entry:
 
 def table(found: list[Entry]) -> str:
     """One aligned line per mixer (its source may take more), a heading above, exceptions below."""
-    heading = ["mixer", "family", "heads", "memory per head", "elements", *LAYOUTS]
-    rows = [
-        [e.name, e.family, str(e.heads), e.memory, f"{e.elements:,}"]
-        + ["-" if layout in e.unsupported else "yes" for layout in LAYOUTS]
-        for e in found
-    ]
+    heading = ["mixer", "family", "heads", "memory per head", "elements", "layouts"]
+    rows = [[e.name, e.family, str(e.heads), e.memory, f"{e.elements:,}", e.layouts] for e in found]
     widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-    numbers = {heading.index("heads"), heading.index("elements")}
 
     def line(cells: list[str], source: str) -> str:
         padded = [
-            cell.rjust(width) if i in numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.rjust(width) if name in ("heads", "elements") else cell.ljust(width)
+            for name, cell, width in zip(heading, cells, widths, strict=True)
         ]
-        start = "  ".join([*padded[: -len(LAYOUTS)], " ".join(padded[-len(LAYOUTS) :])]) + "  "
+        start = "  ".join(padded) + "  "
         first, *rest = textwrap.wrap(source, max(WIDTH - len(start), 20)) or [""]
         return "\n".join([start + first, *(" " * len(start) + more for more in rest)])
 
@@ -115,7 +115,7 @@ def _notes(found: list[Entry]) -> list[str]:
         f"of the same size after any number of tokens."
     )
     names = "; ".join(f"{layout} {meaning}" for layout, meaning in LAYOUTS.items())
-    notes = [figures, f"Layouts: {names}."]
+    notes = [figures, f"All layouts: {names}."]
     notes += [f"{e.name}, {layout}: {why}" for e in found for layout, why in e.unsupported.items()]
     return [part for note in notes for part in textwrap.wrap(note, WIDTH, subsequent_indent="  ")]
 

@@ -46,11 +46,13 @@ def get(name: str) -> type[Mixer]:
 
 
 def import_mixers(modules: str) -> None:
-    """Import ``modules``, comma separated, so that the mixers in them are registered.
+    """Import ``modules``, comma separated, so that the mixers in them are registered, and mixtures of them.
 
     Raises:
         ValueError: a module is not there, or fails to import.
     """
+    from linear_moe.lsm.mom import add_mixtures  # mixtures are mixers, and register themselves here
+
     for module in filter(None, (part.strip() for part in modules.split(","))):
         try:
             importlib.import_module(module)
@@ -60,3 +62,4 @@ def import_mixers(modules: str) -> None:
                 f"  why: {error}\n"
                 f"  try: PYTHONPATH=<the folder that holds {module.split('.')[0]}>, or correct the name"
             ) from error
+    add_mixtures()

@@ -42,7 +42,8 @@ def as_before() -> Iterator[None]:
     try:
         yield
     finally:
-        registry._MIXERS.pop("scalar_decay", None)
+        for name in ("scalar_decay", "mom_scalar_decay"):
+            registry._MIXERS.pop(name, None)
         for name in ("my_package", MODULE):
             sys.modules.pop(name, None)
 
@@ -77,8 +78,10 @@ def test_it_passes_the_contract(folder):
 def test_it_is_listed(folder, capsys):
     with as_before():
         assert listing.main(command_of(".venv/bin/python -m linear_moe.lsm").split()[3:]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scalar_decay "))
-    assert "diagonal decay" in line and "128x128" in line and "docs/new_mixer.md" in line
+    lines = {line.split(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    for part in ("diagonal decay", " 128x128 ", " all ", "docs/new_mixer.md"):
+        assert part in lines["scalar_decay"]
+    assert " 5 x 128x128 " in lines["mom_scalar_decay"]
 
 
 def train_outside(rank: int, world: int, argv: list[str]) -> None:
@@ -111,9 +114,8 @@ def test_it_trains_resumes_and_generates(folder, gloo, tmp_path):
     plan = make_plan(**where, TRAIN_ITERS="3")
     assert plan.kinds == (*["scalar_decay"] * 3, "softmax") and MODULE not in sys.modules
     gloo(1, train_outside, training_arguments(plan))
-    assert len(losses(tmp_path / "run")) == 3 and all(
-        math.isfinite(loss) for loss in losses(tmp_path / "run")
-    )
+    assert len(losses(tmp_path / "run")) == 3
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["architecture"]["mixer_options"] == {"scalar_decay": {"longest_memory": 2048.0}}
 
@@ -125,6 +127,14 @@ def test_it_trains_resumes_and_generates(folder, gloo, tmp_path):
     assert len(losses(tmp_path / "run")) == 5
     other = message(**where | {"EXTRA_ARGS": f"{OPTION} 64"}, TRAIN_ITERS="5")
     assert f"{OPTION}: 2048 -> 64" in other, other
+
+
+def test_a_mixture_of_its_memories_comes_with_it(folder, gloo, tmp_path):
+    small = {"SEQ_LEN": "32", "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "2", "PR": "fp32", "EVAL_ITERS": "0"}
+    where = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "run", "SAVE_INTERVAL": "0", **small}
+    plan = make_plan(MIXER_MODULES=MODULE, LA_MODULE="mom_scalar_decay", TRAIN_ITERS="2", **where)
+    gloo(1, train_outside, training_arguments(plan))
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_options_are_checked(folder):

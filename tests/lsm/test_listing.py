@@ -37,7 +37,7 @@ def hermit():
 
 def mixer(name):
     kind = lsm.get(name)
-    return kind(kind.Config(hidden_size=1024, num_heads=8, head_dim=128))
+    return kind(kind.Config.from_model(hidden_size=1024, num_heads=8, head_dim=128))
 
 
 def test_every_mixer_with_its_own_figures():
@@ -62,13 +62,14 @@ def test_the_table_has_every_figure(hermit):
         (line,) = [line for line in lines if line.startswith(f"{e.name} ")]
         for figure in (e.family, e.memory, f"{e.elements:,}", e.source.split(",")[0]):
             assert figure in line, (e.name, figure)
-    # one column per layout, under its own heading
+        column = line[head.index("layouts") :]
+        limits = f"all but {', '.join(e.unsupported)}  " if e.unsupported else "all  "
+        assert column.startswith(limits), (e.name, column)
+    assert all(
+        f" {layout} {meaning}" in " ".join(text.split()) for layout, meaning in listing.LAYOUTS.items()
+    )
     (line,) = [line for line in lines if line.startswith("hermit ")]
-    for layout in listing.LAYOUTS:
-        column = head.index(f" {layout} ") + 1
-        marked = line[column:].split()[0]
-        assert marked == ("-" if layout in hermit.unsupported else "yes"), layout
-    assert "2 x 64x32 + 64x33" in line
+    assert "2 x 64x32 + 64x33" in line and "all but CP, decode" in line
     assert "hermit, CP: it looks at the whole sequence" in lines
     assert "section 19" in text, "a long source is wrapped, not cut"
 
