@@ -182,7 +182,8 @@ class MixtureOfMemories(Mixer):
     def route(self, hidden_BTD: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities ``[B, T, E]`` float32, weights and indices of the chosen memories ``[B, T, k]``."""
         with torch.autocast(hidden_BTD.device.type, enabled=False):
-            logits_BTE = torch.nn.functional.linear(widen(hidden_BTD), widen(w["router"]))
+            wide_BTD = widen(hidden_BTD)
+            logits_BTE = torch.nn.functional.linear(wide_BTD, w["router"].to(wide_BTD.dtype))
         return routing.route(logits_BTE, self.cfg.topk)
 
     # ---- all memories ----
@@ -298,10 +299,11 @@ class MixtureOfMemories(Mixer):
         memory_from: MemorySource | None,
     ) -> MixerState:
         """What the runs of all memories start from; under context parallelism also of the convolution."""
-        if memory_from is None or not self.conv_channels or state.conv is not None:
+        source = copies.through(memory_from)
+        if source is None or not self.conv_channels or state.conv is not None:
             return state
         last = memories.last_inputs(x[..., : self.conv_channels], self.cfg.conv_size - 1, cu_seqlens)
-        (tails,) = copies.through(memory_from)([last])
+        (tails,) = source([last])
         return dataclasses.replace(state, conv=tails.unflatten(-1, (x.shape[2], -1)).squeeze(1).to(x.dtype))
 
 

@@ -89,8 +89,11 @@ def _loads(config: LinearMoEConfig) -> list[ExpertLoad | MemoryLoad]:
     loads: list[ExpertLoad | MemoryLoad] = []
     if config.num_moe_experts is not None:
         loads.append(ExpertLoad(config.num_layers, config.num_moe_experts))
-    mixers = [None if kind == SOFTMAX else mixer_config(kind, config) for kind in config.layer_kinds]
-    mixtures = {i: cfg.num_memories for i, cfg in enumerate(mixers) if isinstance(cfg, Memories)}
+    mixtures = {}
+    for layer, kind in enumerate(config.layer_kinds):
+        options: object = None if kind == SOFTMAX else mixer_config(kind, config)
+        if isinstance(options, Memories):
+            mixtures[layer] = options.num_memories
     return [*loads, MemoryLoad(config.num_layers, mixtures)] if mixtures else loads
 
 

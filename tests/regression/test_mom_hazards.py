@@ -30,7 +30,8 @@ from tests.regression.whole_models import (
 )
 from tests.training.tiny import ARGUMENTS, train
 
-MIXTURES = [name for name in lsm.names() if name.startswith("mom_")] or ["mom_gated_deltanet"]
+MIXTURES = ["mom_gated_deltanet", "mom_gla", "mom_gsa"]
+"""The two of the paper, and one with two matrices a memory; all share one file."""
 
 pytestmark = pytest.mark.skipif(
     "mom_gated_deltanet" not in lsm.names(), reason="no mixture of memories is registered"
@@ -161,7 +162,8 @@ def test_samples_of_a_batch_do_not_meet(gloo, name, train):
 
 def input_gradient(rank: int, world: int, name: str) -> Tensor:
     """Gradient of the first sample's 21st output in the embedding of every token, ``[B, T]`` by size."""
-    model, caught = build([name, name], train=True), []
+    no_loss = (f"--{name.replace('_', '-')}-aux-loss-coeff", "0")  # it looks at all tokens, as it should
+    model, caught = build([name, name], *no_loss, train=True), []
     model.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: caught.append(kwargs["hidden_states"]), with_kwargs=True
     )

@@ -18,6 +18,9 @@ ARGUMENTS = [
     *("--mock-data", "--split", "99,1,0", "--eval-iters", "0", "--eval-interval", "1000"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--padded-vocab-size", "128"),
     *("--no-create-attention-mask-in-dataloader", "--log-interval", "1", "--save-interval", "1000"),
+    # four heads also in mixers that choose their own
+    *("--hgrn2-expand-ratio", "16", "--mom-hgrn2-expand-ratio", "16"),
+    *("--mamba2-ssm-head-dim", "32", "--mamba2-state-size", "16"),
 ]
 
 EXPERTS = [
