@@ -129,7 +129,8 @@ class Learner:
         graph = torch.cuda.CUDAGraph()
         try:
             # A stream of its own also keeps cuBLAS's workspace apart from those of graphs that run beside it.
-            with torch.cuda.graph(graph, stream=self.stream):
+            # Other threads (NCCL's watchdog) may ask the device anything meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._step()
         except Exception as error:
             raise CaptureFailed(f"{type(error).__name__}: {error}") from error

@@ -67,10 +67,20 @@ def write(store: Store, setup: Any) -> list[Path]:
     found = claims(cells)
     store.folder.mkdir(parents=True, exist_ok=True)
     paths = [store.folder / f"recall.{ending}" for ending in ("json", "md", "png")]
-    paths[0].write_text(json.dumps({"setup": asdict(setup), "rows": table, "claims": found}, indent=1) + "\n")
+    results = {"setup": asdict(setup), "rows": table, "claims": found}
+    paths[0].write_text(json.dumps(_without_nan(results), indent=1) + "\n")
     paths[1].write_text(markdown(table, found, pairs, setup))
     plot(table, pairs, paths[2])
     return paths
+
+
+def _without_nan(value: Any) -> Any:
+    """For JSON, which has no NaN: the interval of a single seed is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def rows(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[Row]:
@@ -91,7 +101,12 @@ def rows(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[Row]:
                 row["accuracy"][n] = interval([cell["accuracy"][n] for cell in good])
             row["mean"] = interval([score(cell) for cell in good])
         table.append(row)
-    return sorted(table, key=lambda row: (row["size"], -row.get("mean", [-1])[0]))
+    return sorted(table, key=lambda row: (_order(row["size"]), -row.get("mean", [-1])[0]))
+
+
+def _order(size: str) -> float:
+    """Sizes by number, the default last."""
+    return math.inf if size == "default" else int(size)
 
 
 def score(cell: dict[str, Any]) -> float:
@@ -210,6 +225,7 @@ def plot(table: list[Row], pairs: list[str], path: Path) -> None:
     equal = max((size for size in counts if size != "default"), key=lambda size: counts[size], default=None)
     models = sorted({row["model"] for row in good})
     colors = {model: plt.get_cmap("tab20")(i % 20) for i, model in enumerate(models)}
+    marks = {model: "os^D"[i // 20 % 4] for i, model in enumerate(models)}
     figure, axes = plt.subplots(1, 3, figsize=(17, 5.5))
     for axis, size, title in (
         (axes[0], equal, f"equal state: about {equal} elements per layer"),
@@ -220,10 +236,18 @@ def plot(table: list[Row], pairs: list[str], path: Path) -> None:
             if row["size"] == size or row["model"] == "softmax":
                 means, halves = zip(*(row["accuracy"][n] for n in pairs))
                 style = "--" if "softmax" in row["model"] else "-"
-                axis.plot(x, means, style, marker=".", color=colors[row["model"]], label=row["model"])
+                axis.plot(
+                    x,
+                    means,
+                    style,
+                    marker=marks[row["model"]],
+                    ms=3,
+                    color=colors[row["model"]],
+                    label=row["model"],
+                )
                 low = [max(0.0, m - h) for m, h in zip(means, halves)]
                 high = [min(1.0, m + h) for m, h in zip(means, halves)]
-                axis.fill_between(x, low, high, color=colors[row["model"]], alpha=0.12, linewidth=0)
+                axis.fill_between(x, low, high, color=colors[row["model"]], alpha=0.07, linewidth=0)
         axis.set(xscale="log", title=title, xlabel="key-value pairs", ylabel="accuracy", ylim=(-0.02, 1.02))
         axis.set_xticks(x, pairs)
         axis.minorticks_off()
@@ -234,11 +258,21 @@ def plot(table: list[Row], pairs: list[str], path: Path) -> None:
         if points:
             sizes, means, halves = zip(*points)
             errors = [0.0 if math.isnan(half) else half for half in halves]
-            axes[2].errorbar(sizes, means, errors, marker="o", capsize=2, color=colors[model], label=model)
+            axes[2].errorbar(
+                sizes,
+                means,
+                errors,
+                marker=marks[model],
+                ms=4,
+                capsize=2,
+                lw=1,
+                color=colors[model],
+                label=model,
+            )
     title = "accuracy against size of the memory"
-    axes[2].set(
-        xscale="log", title=title, xlabel="elements per layer", ylabel="mean accuracy", ylim=(-0.02, 1.02)
-    )
+    axes[2].set(title=title, xlabel="elements per layer", ylabel="mean accuracy", ylim=(-0.02, 1.02))
+    axes[2].set_xscale("log", base=2)
+    axes[2].xaxis.set_major_formatter("{x:.0f}")
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="center right", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 0.87, 1))

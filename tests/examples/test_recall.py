@@ -88,43 +88,44 @@ def test_memory_of_equal_size() -> None:
     assert plain.cfg.conv_size == setup.conv_size
 
 
-def run(folder: Path, *flags: str) -> str:
-    """The command line on a task of seconds."""
+SMALL = (
+    "--pairs 1 2 --length 8 --num-keys 4 --hidden-size 32 --state-size 128 --steps 4 --per-pairs 4 --seeds 2"
+)
+FLAGS = [*SMALL.split(), "--models", "gla", "softmax", "--hybrids", "--ladder", "--results"]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cells that are there are not trained again, one that was cut off is; table and plot are made."""
     command = [
         sys.executable,
         "-W",
         "ignore",
         str(RECALL / "run.py"),
-        "--results",
-        str(folder),
+        *FLAGS,
+        str(tmp_path),
         "--processes",
         "1",
     ]
-    sizes = "--pairs 1 2 --length 8 --num-keys 4 --hidden-size 32 --state-size 128 --steps 4 --per-pairs 4 --seeds 2"
-    done = subprocess.run([*command, *sizes.split(), *flags], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Cells that are there are not trained again, one that failed or was cut off is; table and plot are made."""
-    flags = ("--models", "gla", "softmax", "--hybrids", "--ladder")
-    assert "6 cells, 0 of them finished before" in run(tmp_path, *flags)
+    assert "6 cells, 0 of them finished before" in done.stdout
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert [(c["model"], c["seed"], c["steps"]) for c in found].count(("softmax", 1, 4)) == 1
     cut_off: dict[str, Any] = found[0] | {"complete": False}
     (tmp_path / "cells.jsonl").write_text("\n".join([json.dumps(cut_off), *lines[1:], '{"half a li']) + "\n")
-    again = run(tmp_path, *flags)
-    assert "5 of them finished before; 1 to train" in again
+
+    import run
+
+    run.main([*FLAGS, str(tmp_path), "--processes", "0"])
+    assert "5 of them finished before; 1 to train" in capsys.readouterr().out
     assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == len(lines) + 2
     table = json.loads((tmp_path / "recall.json").read_text())
     assert [row["seeds"] for row in table["rows"]] == [2, 2, 2]
     assert "| softmax | KV cache |" in (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").stat().st_size > 10_000
-    assert "6 cells, 0 of them" in run(tmp_path, *flags, "--lr", "1e-3", "--minutes", "0.0001"), (
-        "another setup"
-    )
+    other = run.setup_of(run.arguments([*FLAGS, str(tmp_path), "--lr", "1e-3"]))
+    assert not tables.Store(tmp_path).finished(other.fingerprint()), "another learning rate is another table"
 
 
 def test_gated_deltanet_learns_to_recall() -> None:
