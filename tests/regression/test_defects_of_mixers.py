@@ -25,7 +25,9 @@ from tests.regression.whole_models import (
 )
 from tests.training.tiny import ARGUMENTS
 
-MIXERS = list(lsm.names())
+MIXTURES = ("mom_gated_deltanet", "mom_gla")
+"""Mixtures of memories share one file; these two are the paper's. Hazards of their own: test_mom_hazards.py."""
+MIXERS = [name for name in lsm.names() if name in MIXTURES or not name.startswith("mom_")]
 DELTA = [name for name in MIXERS if name in ("deltanet", "gated_deltanet")]
 BARE = ("output-norm", "identity"), ("output-gate", "none")
 
@@ -42,11 +44,15 @@ def hidden(*shape: int) -> Tensor:
 # D1: an RNN layer returned a bare tensor where Megatron unpacks (output, bias): rows 0 and 1 became output and bias
 
 
-def layer_by_steps(rank: int, world: int, name: str, length: int) -> dict[str, Any]:
+def layer_by_steps(rank: int, world: int, name: str) -> list[dict[str, Any]]:
+    layer = build([name]).decoder.layers[0]
+    layer.mlp.linear_fc2.weight.data.zero_()  # the layer adds what its mixer says, and nothing else
+    return [at_once_and_by_steps(layer, length) for length in (2, 7)]
+
+
+def at_once_and_by_steps(layer: Any, length: int) -> dict[str, Any]:
     from megatron.core.inference.contexts.static_context import StaticInferenceContext
 
-    layer = build([name], *options(name)).decoder.layers[0]
-    layer.mlp.linear_fc2.weight.data.zero_()  # the layer adds what its mixer says, and nothing else
     x_TBD, mixed = hidden(length, 3, 64), []
     context = StaticInferenceContext(3, length)
     with torch.no_grad():
@@ -64,17 +70,16 @@ def layer_by_steps(rank: int, world: int, name: str, length: int) -> dict[str, A
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("length", [2, 7])
-def test_d01_every_token_gets_its_own_output(gloo, name, length):
+def test_d01_every_token_gets_its_own_output(gloo, name):
     """D1: recurrent layers put o[0] + o[1] at every position, silently, and compile errors were hidden.
 
     Here a transformer layer adds to each token what its mixer says of that token, as in a loop over the tokens. Two
     tokens are the length at which a bare tensor unpacks into output and bias without an error.
     """
-    (seen,) = gloo(1, layer_by_steps, name, length)
-    assert difference(seen["found"], seen["truth"]) < 1e-10
-    assert difference(seen["found"][0], seen["found"][1]) > 1e-2, "tokens differ"
-    assert not seen["suppressed"]
+    for seen in gloo(1, layer_by_steps, name)[0]:
+        assert difference(seen["found"], seen["truth"]) < 1e-10
+        assert difference(seen["found"][0], seen["found"][1]) > 1e-2, "tokens differ"
+        assert not seen["suppressed"]
 
 
 # D2 and D3: LASP-2 saw only earlier blocks of 256 tokens, and its other form had no mask inside a tile of 64
@@ -107,10 +112,10 @@ def by_steps(rank: int, world: int, names: list[str], tokens_BT: Tensor) -> dict
 def test_d02_context_parallel_sees_every_block(gloo):
     """D2: LASP-2 left out the block of the token itself, so the first outputs were 0, and tails were never written.
 
-    Here two ranks with 36 tokens each (no multiple of any block, fewer than one) give what one process gives that
+    Here two ranks with 22 tokens each (no multiple of any block, fewer than one) give what one process gives that
     reads one token after the other.
     """
-    tokens_BS = random_tokens(2, 72)
+    tokens_BS = random_tokens(2, 44)
     found = gloo(2, over_ranks, MIXERS, [tokens_BS])[0]
     truth = gloo(1, by_steps, MIXERS, tokens_BS)[0]
     for name in MIXERS:
@@ -123,8 +128,8 @@ def test_d03_no_token_sees_a_later_one(gloo, world):
 
     Here outputs before an edited token stay as they are, in one process and over context-parallel ranks.
     """
-    tokens_BS = random_tokens(2, 100)
-    edits = (40, 63, 64)
+    tokens_BS = random_tokens(2, 72)
+    edits = (40, 64)
     sequences = [tokens_BS, *(changed(tokens_BS, slice(None), place) for place in edits)]
     found = gloo(world, over_ranks, MIXERS, sequences)[0]
     for name in MIXERS:
@@ -300,14 +305,15 @@ def in_bfloat16(rank: int, world: int, names: list[str]) -> dict[str, dict[str, 
     for name in names:
         model = build([name], "--bf16", moe=True, dtype=torch.float32, noise=0.1)
         layer, router = model.decoder.layers[0].self_attention, model.decoder.layers[0].mlp.router
-        before = {key: p.detach().clone() for key, p in layer.named_parameters()}
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
         model = Float16Module(model.config, model).module.eval()
-        gated, routed = recorded(layer.mixer, "gates"), recorded(router, "gating")
+        gated = recorded(getattr(layer.mixer, "core", layer.mixer), "gates")  # of a mixture: its inner mixer
+        routed = recorded(router, "gating")
         decoder = Decoder(model, 2, 8)
         decoder.feed(random_tokens(2, 8))
         memory = decoder.context.key_value_memory_dict[1].memory
         found[name] = {
-            "exact": [key for key, p in layer.named_parameters() if torch.equal(p, before[key])],
+            "exact": [k.split(".")[-1] for k, p in model.named_parameters() if torch.equal(p, before[k])],
             "table": [table.name for table in layer.mixer.all_parameters() if table.keep_float32],
             "gates": {k: str(x.dtype) for k, x in gated[0].items() if k.startswith(("log_decay", "beta"))},
             "memory": {str(m.dtype) for m in memory},
