@@ -83,6 +83,7 @@ IN_MODEL: dict[str, dict[str, Any]] = {
     "mamba2": {"ssm_head_dim": 8, "state_size": 12},
     "hgrn2": {"expand_ratio": 4},
 }
+IN_MODEL |= {f"mom_{name}": given for name, given in IN_MODEL.items()}
 """Options with which a mixer that chooses its own heads has four in the layers of the tests (hidden size 16)."""
 
 

@@ -21,6 +21,7 @@ from linear_moe import kernels
 from linear_moe.kernels import reference
 from linear_moe.lsm import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.mixer import Memory, widen
+from linear_moe.lsm.options import kernel_width, positive
 
 
 class Outsider(Mixer):
@@ -38,6 +39,11 @@ class Outsider(Mixer):
         """Rows of the second memory."""
         is_soft: bool = True
         """Softmax over the slots that are written."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            positive("num_slots", self.num_slots, "the second memory has that many rows", 6)
+            kernel_width("num_slots", self.num_slots, self.num_slots, "num_slots 6")
 
     cfg: Config
 
