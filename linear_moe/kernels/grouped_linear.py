@@ -47,9 +47,12 @@ def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
 
 def linear_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """:func:`grouped_linear` where it runs, else :func:`looped_linear`, which reads ``ends`` on the host."""
+    width = weight.shape[1]
+    if x.is_cuda and width % 8:
+        weight = F.pad(weight, (0, 0, 0, -width % 8))  # rows of whole words
     if can_group(x, weight):
-        return grouped_linear(x, weight, ends)
-    return looped_linear(x, weight, F.pad(ends, (1, 0)).diff().tolist())
+        return grouped_linear(x, weight, ends)[:, :width]
+    return looped_linear(x, weight, F.pad(ends, (1, 0)).diff().tolist())[:, :width]
 
 
 class _GroupedLinear(torch.autograd.Function):

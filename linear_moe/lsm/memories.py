@@ -26,37 +26,49 @@ WAISTS = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
 
 def parameters(own: Sequence[Projection], cfg: MixtureOfMemories.Config) -> list[Parameter]:
-    """Weights (and biases) of the projections that every memory has its own of; heads come first, to be sharded."""
+    """Weights (and biases) of the projections that every memory has its own of; heads come first, to be sharded.
+
+    Those that are not low-rank share one weight, as in the fused projection.
+    """
     heads, count, hidden = cfg.num_heads, cfg.num_memories, cfg.hidden_size
     found = []
+    if fused := sum(p.width for p in own if p.rank is None):
+        found.append(Parameter("memory_weight", (heads, count, fused, hidden), None))
     for p in own:
-        inputs = hidden
         if p.rank is not None:
-            inputs = p.rank
             found.append(Parameter(f"memory_{p.name}_down", (count, p.rank, hidden), None, per_head=False))
-        found.append(Parameter(f"memory_{p.name}", (heads, count, p.width, inputs), None))
+            found.append(Parameter(f"memory_{p.name}_up", (heads, count, p.width, p.rank), None))
         if p.bias:
             found.append(Parameter(f"memory_{p.name}_bias", (heads, count, p.width), torch.nn.init.zeros_))
     return found
 
 
-def project(p: Projection, x_MD: Tensor, w: dict[str, Tensor], slots: Slots, num_heads: int) -> Tensor:
-    """Sorted slots through the projection of their memory: ``[M, D]`` to ``[M, H, width]``."""
-    count = w[f"memory_{p.name}"].shape[1]
-    num_runs = (slots.cu_seqlens.shape[0] - 1) // count
-    # Dropped slots belong to nobody; any weight will do, since what they read is not used.
-    ends = slots.cu_seqlens[num_runs::num_runs].clone()
-    ends[-1] = x_MD.shape[0]
-    ends = ends.int()
-    if p.rank is not None:
-        down = w[f"memory_{p.name}_down"].to(x_MD.dtype)
-        x_MD = WAISTS[p.waist](linear_by_group(x_MD, down, ends))
-    weight_EOD = w[f"memory_{p.name}"].transpose(0, 1).flatten(1, 2)
-    out_MHw = linear_by_group(x_MD, weight_EOD.contiguous(), ends).unflatten(-1, (num_heads, p.width))
-    if p.bias:
-        bias_EHw = w[f"memory_{p.name}_bias"].transpose(0, 1)
-        out_MHw = out_MHw + bias_EHw[slots.memory.clamp(max=count - 1)]
-    return out_MHw
+def project(
+    own: Sequence[Projection], x_MD: Tensor, w: dict[str, Tensor], slots: Slots, num_heads: int
+) -> dict[str, Tensor]:
+    """Sorted slots through the projections of their memory: ``[M, D]`` to ``[M, H, width]`` by name."""
+    ends = slots.ends
+    fused = [p for p in own if p.rank is None]
+    found: dict[str, Tensor] = {}
+    if fused:
+        out_MHW = _by_memory(x_MD, w["memory_weight"], ends, num_heads)
+        parts = out_MHW.split([p.width for p in fused], dim=-1)
+        found = dict(zip([p.name for p in fused], parts, strict=True))
+    for p in own:
+        if p.rank is not None:
+            down = w[f"memory_{p.name}_down"].to(x_MD.dtype)
+            waist_MR = WAISTS[p.waist](linear_by_group(x_MD, down, ends))
+            found[p.name] = _by_memory(waist_MR, w[f"memory_{p.name}_up"], ends, num_heads)
+        if p.bias:
+            bias_EHw = w[f"memory_{p.name}_bias"].transpose(0, 1)
+            # Dropped slots belong to no memory; any bias will do, since what they hold is not used.
+            found[p.name] = found[p.name] + bias_EHw[slots.memory.clamp(max=bias_EHw.shape[0] - 1)]
+    return found
+
+
+def _by_memory(x_MI: Tensor, weight_HEwI: Tensor, ends: Tensor, num_heads: int) -> Tensor:
+    weight_EOI = weight_HEwI.to(x_MI.dtype).transpose(0, 1).flatten(1, 2).contiguous()
+    return linear_by_group(x_MI, weight_EOI, ends).unflatten(-1, (num_heads, -1))
 
 
 @dataclass(frozen=True)

@@ -270,14 +270,13 @@ class MixtureOfMemories(Mixer):
     ) -> dict[str, Tensor]:
         """Each projection of the core, ``[1, S + M, H, width]``: all tokens, then the slots of every memory."""
         core = {p.name: p for p in self.core.all_projections()}
-        own = {p.name: p for p in self._own}
-        x_MD = slots.gather(hidden_BTD.flatten(0, 1)) if own else hidden_BTD
+        own = {}
+        if self._own:
+            x_MD = slots.gather(hidden_BTD.flatten(0, 1))
+            own = memories.project(self._own, x_MD, w, slots, place.num_heads)
         packed = {}
         for name in [*core, *(["positions"] if self.uses_positions else [])]:
-            if name in own:
-                rows = memories.project(own[name], x_MD, w, slots, place.num_heads)
-            else:
-                rows = slots.gather(named[name].flatten(0, 1))
+            rows = own[name] if name in own else slots.gather(named[name].flatten(0, 1))
             if self.cfg.shared_memory:
                 rows = torch.cat([named[name].flatten(0, 1), rows])
             packed[name] = rows[None]

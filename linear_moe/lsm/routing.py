@@ -26,6 +26,7 @@ class Slots:
         memory: ``[M]`` int64, the memory of each sorted slot; E for dropped ones.
         cu_seqlens: ``[E * N + 1]`` int64, runs of all memories, memory by memory; ends before dropped slots.
         per_token: k.
+        num_memories: E.
     """
 
     order: Tensor
@@ -33,6 +34,7 @@ class Slots:
     memory: Tensor
     cu_seqlens: Tensor
     per_token: int
+    num_memories: int
 
     @classmethod
     def sort(
@@ -60,12 +62,24 @@ class Slots:
             kept_first = torch.argsort(key_M, stable=True)
             order, key_M = order[kept_first], key_M[kept_first]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(num_slots, device=run_S.device))
-        return cls(order, place, key_M // num_runs, torch.searchsorted(key_M, keys), per_token)
+        bounds = torch.searchsorted(key_M, keys)
+        return cls(order, place, key_M // num_runs, bounds, per_token, num_memories)
 
     @property
     def tokens(self) -> Tensor:
         """``[M]`` int64, the token of each sorted slot."""
         return self.order // self.per_token
+
+    @property
+    def ends(self) -> Tensor:
+        """``[E]`` int32, where each memory's sorted slots end; dropped ones count to the last."""
+        num_slots = self.order.shape[0]
+        ends = torch.searchsorted(
+            self.memory, torch.arange(self.num_memories, device=self.memory.device), right=True
+        )
+        return torch.where(
+            torch.arange(len(ends), device=ends.device) == len(ends) - 1, num_slots, ends
+        ).int()
 
     def gather(self, x_SD: Tensor) -> Tensor:
         """``[S, ...]`` of tokens to ``[M, ...]`` of sorted slots."""

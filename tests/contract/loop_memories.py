@@ -80,9 +80,9 @@ def _one(
     }
     gate = {"g": named["g"][None]} if "g" in named else {}
     if memory >= 0 and not mixer.cfg.single_projection:
-        for p in mixer.inner.projections():
-            if p.name not in ("q", "g"):
-                named[p.name] = _own(p, inputs.others["hidden"][b, start:end], w, memory)
+        own = [p for p in mixer.inner.projections() if p.name not in ("q", "g")]
+        for p in own:
+            named[p.name] = _own(p, own, inputs.others["hidden"][b, start:end], w, memory)
     chosen = {name: x[tokens] for name, x in named.items()}
     x = torch.cat([chosen[p.name] for p in core.fused_projections()], -1)
     taps = w.get("conv_weight"), w.get("conv_bias")
@@ -100,10 +100,15 @@ def _one(
     return o[0], MixerState(after, conv), gate
 
 
-def _own(p, hidden_TD: Tensor, w: dict[str, Tensor], memory: int) -> Tensor:
+def _own(p, own, hidden_TD: Tensor, w: dict[str, Tensor], memory: int) -> Tensor:
     """A memory's own projection of every token, ``[T, H, width]``."""
     waists = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
     if p.rank is not None:
         hidden_TD = waists[p.waist](hidden_TD @ w[f"memory_{p.name}_down"][memory].T)
-    out = torch.einsum("td,hwd->thw", hidden_TD, w[f"memory_{p.name}"][:, memory])
+        weight_HwI = w[f"memory_{p.name}_up"][:, memory]
+    else:
+        fused = [other for other in own if other.rank is None]
+        start = sum(other.width for other in fused[: fused.index(p)])
+        weight_HwI = w["memory_weight"][:, memory, start : start + p.width]
+    out = torch.einsum("ti,hwi->thw", hidden_TD, weight_HwI)
     return out + w[f"memory_{p.name}_bias"][:, memory] if p.bias else out

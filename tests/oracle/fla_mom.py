@@ -32,7 +32,7 @@ def mom(shared: bool, single: bool = False, **options: Any) -> Case:
         if shared or single:
             found |= named(layer, **{name: f"shared_{name}.weight" for name in "kvba"})
         if not single:
-            found |= {f"memory_{name}": of_memories(layer, f"{name}_proj") for name in "kvba"}
+            found["memory_weight"] = torch.cat([of_memories(layer, f"{name}_proj") for name in "kvab"], 2)
         return found | {"conv_weight": convolution(layer)}
 
     return Case(
