@@ -20,9 +20,9 @@ CASES = [
     ),
     case(
         "mixer_of_another_version",
-        """unknown mixer 'mega'; the nearest name is 'gla'.
+        """unknown mixer 'mega'; the nearest name is 'gsa'.
   why: the registered mixers are <mixers>.
-  try: LA_MODULE=gla""",
+  try: LA_MODULE=gsa""",
         LA_MODULE="mega",
     ),
     case(
