@@ -32,6 +32,7 @@ class Projection:
         grouped: ``width`` channels for each of the mixer's ``num_groups`` groups of heads, instead of each head:
             ``[B, T, G, width]`` in ``gates``, the groups that the heads here belong to. Computed on every
             tensor-parallel rank, so meant to be narrow; without bias.
+        after_first: low rank only: the first layer of the mixer is without it, as it is without a first value.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Projection:
     waist: Literal["tanh", "sigmoid"] | None = None
     conv: bool = False
     grouped: bool = False
+    after_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""RWKV6 (Finch): a memory that fades per key channel, read by a token shift that each token chooses for itself.
+
+    x'_t = x_{t-1} - x_t                           zero before the first token of a document
+    m_n  = b_n + U_n tanh(W_n (x_t + mu x'_t))     for each projection n of q, w, k, v, g
+    x_n  = x_t + m_n x'_t                          what that projection reads
+    S_t  = diag(a_t) S_{t-1} + k_t v_t^T           a_t = exp(-exp(w_t)), w_t = A tanh(B x_w) + b
+    o_t  = (S_{t-1} + diag(u) k_t v_t^T)^T q_t     y_t = GroupNorm(o_t) silu(g_t)
+
+Letters: B rows, T tokens, D hidden, S streams, R rank of the shift, H heads, K key dim, V value dim.
+Source: arXiv:2404.05892, sections 3 and 4 (q is its receptance r). Where the common library differs we follow it: keys
+of half width; mu, b and u start at zero, at every depth (the paper's code starts them by layer and channel); the norm
+has the epsilon it is given (the paper's code: 64 times that).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
+from linear_moe.lsm.options import positive
+from linear_moe.lsm.recurrence import DiagonalDecay
+from linear_moe.lsm.registry import register
+from linear_moe.lsm.tables import widen
+
+
+@register("rwkv6")
+class RWKV6(DiagonalDecay):
+    """One matrix memory per head with a decay per key channel and a bonus for the current token."""
+
+    source = "arXiv:2404.05892, sections 3 and 4"
+    token_shift = True
+
+    @dataclass(kw_only=True)
+    class Config(Mixer.Config):
+        """Options of RWKV6."""
+
+        expand_k: float = 0.5
+        """Key dim per head is ``expand_k * head_dim``."""
+        shift_rank: int = 32
+        """Waist of the map that chooses the token shift, for each projection."""
+        decay_rank: int = 64
+        """Waist of the low-rank decay projection."""
+        output_norm: str = "groupnorm"
+        """Norm of the output: rmsnorm, groupnorm (mean and bias too) or identity."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            positive("shift_rank", self.shift_rank, "the token shift passes through that many channels", 32)
+            positive("decay_rank", self.decay_rank, "the decay passes through that many channels", 64)
+
+    cfg: Config
+
+    def projections(self) -> tuple[Projection, ...]:
+        """q, k, v and the low-rank decay logit w."""
+        decay = Projection("w", self.cfg.head_k_dim, bias=True, rank=self.cfg.decay_rank, waist="tanh")
+        return (*self.qkv(conv=self.cfg.conv_size > 0), decay)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The bonus u, float32 in any model, and the maps of the token shift, which all heads share."""
+        cfg, zeros = self.cfg, torch.nn.init.zeros_
+        streams, hidden = len(self._streams), cfg.hidden_size
+        return (
+            Parameter("bonus", (cfg.num_heads, cfg.head_k_dim), zeros, keep_float32=True),
+            Parameter("x_mu", (hidden,), zeros, per_head=False),
+            Parameter("x_bias", (streams, hidden), zeros, per_head=False),
+            Parameter("x_down", (streams * cfg.shift_rank, hidden), None, per_head=False),
+            Parameter("x_up", (streams, hidden, cfg.shift_rank), None, per_head=False),
+        )
+
+    def inputs(self, x_BTD: Tensor, before_BTD: Tensor, w: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each projection reads its own mix of two tokens, channel by channel."""
+        mixed_BTD = torch.lerp(x_BTD, before_BTD, w["x_mu"])
+        waist_BTC = torch.tanh(F.linear(mixed_BTD, w["x_down"]))
+        found = {}
+        parts = waist_BTC.split(self.cfg.shift_rank, dim=-1)
+        for name, waist_BTR, up_DR, bias_D in zip(self._streams, parts, w["x_up"], w["x_bias"], strict=True):
+            found[name] = torch.lerp(x_BTD, before_BTD, F.linear(waist_BTR, up_DR, bias_D))
+        return found
+
+    def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
+        """The log decay in float32: it is summed over the whole sequence."""
+        bonus_HK = widen(w["bonus"])
+        return {"q": p["q"], "k": p["k"], "v": p["v"], "log_decay": -widen(p["w"]).exp(), "bonus": bonus_HK}
+
+    @property
+    def scale(self) -> float:
+        """The read is not scaled: a norm follows."""
+        return 1.0
+
+    def extra_flops_per_token(self) -> int:
+        """The two maps of the token shift."""
+        return 4 * len(self._streams) * self.cfg.shift_rank * self.cfg.hidden_size
+
+    @property
+    def _streams(self) -> tuple[str, ...]:
+        """The projections, in the order of the library's maps."""
+        return ("q", "w", "k", "v", "g") if self.cfg.output_gate != "none" else ("q", "w", "k", "v")
