@@ -339,6 +339,8 @@ def excluded(inner: type[Mixer]) -> str | None:
         return "its keys belong to groups of heads, which memories cannot have their own of"
     if not any(p.name == "q" for p in probe.fused_projections()):
         return "memories share the query, and it has none"
+    if any(p.bias for p in probe.fused_projections()):
+        return "its projections have biases of their own, besides those of qkv_bias"
     return None
 
 

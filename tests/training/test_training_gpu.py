@@ -64,3 +64,11 @@ def test_the_script_trains_and_resumes_in_bf16(tmp_path):
     resumed = train(tmp_path, "parts", PACK="true", AC="sel")
     for whole, part in zip(steps, resumed, strict=True):
         assert part["lm_loss"] == pytest.approx(whole["lm_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "mixers", ["mom_gated_deltanet,rwkv7,mamba2", "hgrn2,kda,gsa", "rwkv6,deltanet,mom_gla"]
+)
+def test_the_script_trains_every_kind_of_mixer(tmp_path, mixers):
+    steps = train(tmp_path, "run", PACK="true", LA_MODULE=mixers, SAVE_INTERVAL="0")
+    assert steps[-1]["lm_loss"] < steps[0]["lm_loss"]

@@ -1,0 +1,197 @@
+"""One forward and backward pass of MODEL_SIZE=A0.3B with every mixer, in float32 and in bfloat16, on one GPU.
+
+All twelve layers are the mixer. Per mixer: both losses, whether every gradient is finite, how far bfloat16's gradients
+are from those of float32 (same weights, rounded; same tokens), what stays float32, and seconds and memory of a pass.
+
+    PYTHONPATH=. python benchmarks/mixers_step.py OUTPUT.json [MIXER ...]
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linear_moe import lsm
+from linear_moe.model.mixer_layer import MixerLayer
+
+ROOT = Path(__file__).parents[1]
+TOKENS, LAYERS = 2048, 12
+
+
+def command_line() -> list[str]:
+    """What the run script would start for this size, without experts' or anybody's recomputation."""
+    variables = {
+        **{"LINEAR_MOE_DRY_RUN": "1", "MODEL_SIZE": "A0.3B", "LA_MODULE": "gla", "LAYER_TYPE_LIST": "L"},
+        **{"PR": "fp32", "SEQ_LEN": str(TOKENS), "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "1", "AC": "none"},
+        **{
+            "DATASET_PATH": "mock",
+            "TRAIN_ITERS": "1",
+            "PYTHON": sys.executable,
+            "OUTPUT_BASEPATH": "/tmp/step",
+        },
+    }
+    script = str(ROOT / "examples/linear_moe_qwen2/run_pretrain_qwen.sh")
+    run = subprocess.run(["sh", script], env=os.environ | variables, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return shlex.split(run.stdout.replace("\\\n", " ").split("linear_moe.training.pretrain", 1)[1])
+
+
+def prepare() -> Any:
+    """One process's groups, and the model config."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from linear_moe.training import arguments
+    from linear_moe.training.pretrain import prepare_arguments
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611", "RANK": "0", "WORLD_SIZE": "1"}
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+    config = arguments.model_config(prepare_arguments(command_line()))
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+    return config
+
+
+def build(config: Any, mixer: str) -> Any:
+    """The whole model with every layer this mixer, float32."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from linear_moe.model.builder import LinearMoEBuilder
+
+    transformer = copy.copy(config.transformer)
+    transformer.layer_kinds = [mixer] * LAYERS
+    transformer.mixer_options = {}
+    transformer._prepare(mixer)
+    torch.manual_seed(1)
+    model_config = dataclasses.replace(config, transformer=transformer)
+    return LinearMoEBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def in_bfloat16(model: Any) -> Any:
+    """As Megatron's Float16Module makes it: the config says so, and what must stay float32 does."""
+    model.zero_grad(set_to_none=True)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.bf16, module.config.params_dtype = True, torch.bfloat16
+    return model.bfloat16()
+
+
+def one_pass(model: Any) -> dict[str, Any]:
+    """Loss, gradients on the CPU's side of nothing: they stay where they are; seconds of the second pass."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 150_000, (1, TOKENS + 1), generator=generator).cuda()
+    positions = torch.arange(TOKENS, device="cuda")[None]
+    seconds = loss = None
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = (
+            model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+            .float()
+            .mean()
+        )
+        loss.backward()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return {"loss": loss.item(), "seconds": seconds}
+
+
+def watch(model: Any) -> dict[str, set[str]]:
+    """Dtypes of the gates and memories of every layer, as they pass."""
+    seen: dict[str, set[str]] = {"gates": set(), "memory": set()}
+    for layer in (module for module in model.modules() if isinstance(module, MixerLayer)):
+        mixer = getattr(layer.mixer, "core", layer.mixer)
+        gates, scan = mixer.gates, mixer.scan
+
+        def watched_gates(*arguments: Any, gates: Any = gates) -> Any:
+            gated = gates(*arguments)
+            exact = [x for key, x in gated.items() if key.startswith("log_decay") or key == "beta"]
+            seen["gates"].update(str(x.dtype) for x in exact)
+            return gated
+
+        def watched_scan(*, scan: Any = scan, **arguments: Any) -> Any:
+            o, memory = scan(**arguments)
+            seen["memory"].update(str(m.dtype) for m in memory)
+            return o, memory
+
+        mixer.gates, mixer.scan = watched_gates, watched_scan
+    return seen
+
+
+def measure(config: Any, mixer: str) -> dict[str, Any]:
+    """Both passes of one mixer."""
+    model = build(config, mixer)
+    exact = one_pass(model)
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    missing = [key for key, gradient in gradients.items() if gradient is None]
+    model = in_bfloat16(model)
+    seen = watch(model)
+    torch.cuda.reset_peak_memory_stats()
+    half = one_pass(model)
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    finite, difference, size = True, {"mixer": 0.0, "all": 0.0}, {"mixer": 0.0, "all": 0.0}
+    float32 = []
+    for key, p in model.named_parameters():
+        if p.grad is None or gradients[key] is None:
+            continue
+        finite = finite and bool(p.grad.isfinite().all())
+        if p.dtype == torch.float32:
+            float32.append(key.split("self_attention.")[-1])
+        true = gradients[key].float()
+        for part in ["all", *(["mixer"] if "self_attention" in key else [])]:
+            difference[part] += (p.grad.float() - true).square().sum().item()
+            size[part] += true.square().sum().item()
+    return {
+        "mixer": mixer,
+        "loss_float32": exact["loss"],
+        "loss_bfloat16": half["loss"],
+        "gradients_finite": finite and not missing,
+        "without_gradient": missing,
+        "gradient_error_mixers": (difference["mixer"] / max(size["mixer"], 1e-30)) ** 0.5,
+        "gradient_error_all": (difference["all"] / max(size["all"], 1e-30)) ** 0.5,
+        "gates": sorted(seen["gates"]),
+        "memory": sorted(seen["memory"]),
+        "float32_parameters": sorted(set(float32)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds_bfloat16": half["seconds"],
+        "seconds_float32": exact["seconds"],
+        "peak_gib_bfloat16": memory,
+    }
+
+
+def main() -> None:
+    output, *chosen = sys.argv[1:]
+    config = prepare()
+    mixers = chosen or [
+        name
+        for name in lsm.names()
+        if not name.startswith("mom_") or name in ("mom_gla", "mom_gated_deltanet")
+    ]
+    results = []
+    for mixer in mixers:
+        try:
+            results.append(measure(config, mixer))
+        except Exception:
+            results.append({"mixer": mixer, "error": traceback.format_exc()})
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(json.dumps(results[-1]), flush=True)
+        device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tokens": TOKENS}
+        Path(output).write_text(json.dumps(device | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
