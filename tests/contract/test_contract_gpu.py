@@ -22,6 +22,10 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 def truth(name: str, dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:
     """Inputs rounded to ``dtype``, and what the definition makes of them."""
     inputs = make(name, batch=1, tokens=130, runs=len(DOCUMENTS) - 1, dtype=dtype)
+    if "based" in name:
+        # A memory that no keys made may have sums of weights near 0, by which a normalised mixer divides.
+        for memory in inputs.state.memory:
+            memory.data.zero_()
     exact = moved(inputs, "cpu", lambda x: torch.float64)
     found = outputs(loop(exact, DOCUMENTS))
     return inputs, found | gradients(found, exact.tensors())
