@@ -22,6 +22,10 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 def truth(name: str, dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:
     """Inputs rounded to ``dtype``, and what the definition makes of them."""
     inputs = make(name, batch=1, tokens=130, runs=len(DOCUMENTS) - 1, dtype=dtype)
+    if "based" in name:
+        # They divide by sums of weights, which may be near 0 in a memory that no keys made.
+        for memory in inputs.state.memory:
+            memory.data.zero_()
     exact = moved(inputs, "cpu", lambda x: torch.float64)
     found = outputs(loop(exact, DOCUMENTS))
     return inputs, found | gradients(found, exact.tensors())
@@ -73,7 +77,7 @@ def test_mix_is_the_loop(name, dtype):
     errors = {}
     for key, true in expected.items():
         if "based" in name and key.startswith("grad memory"):
-            continue  # divided by sums of weights that may be near 0 where no keys made the memory
+            continue
         got = (found | drawn)[key].detach().double().cpu()
         scale = true.double().square().mean().sqrt().clamp(min=1e-3)
         errors[key] = ((got - true.double()).square().mean().sqrt() / scale).item()
