@@ -1,103 +1,74 @@
-"""Every layout trains the same model: losses of 6 steps and the gradient of every parameter equal one process's.
+"""Every layout trains the same model, whatever its mixers: losses of six steps and the gradient of every parameter.
 
-Gradients are read where they arrive, after Megatron's reduction: one step of plain gradient descent at learning rate
-1000 without clipping moves every weight by 1000 times its gradient, so the weights' rounding does not matter.
+Several mixers share a stack, so that a mixer's values and gradients also pass through the others.
 """
 
 import os
-from pathlib import Path
 
 import pytest
-import torch
 
-from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, losses, train, whole
+from linear_moe import lsm
+from tests.training.parity import DENSE, LAYOUTS, STACKS, Comparison, write_documents
+from tests.workers import Pool
 
-PATTERNS = {
-    "linear_attention": ["linear_attention"] * 4,
-    "gla": ["gla"] * 4,
-    "gated_deltanet": ["gated_deltanet"] * 4,
-    "hybrid": ["gated_deltanet", "gla", "linear_attention", "softmax"],
-}
-
-LAYOUTS = {
-    "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "pp2-vpp2": (2, ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]),
-    "ep2": (2, ["--expert-model-parallel-size", "2"]),
-    "cp2": (2, ["--context-parallel-size", "2"]),
-    "cp4": (4, ["--context-parallel-size", "4"]),
-    "tp2-cp2": (
-        4,
-        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--context-parallel-size", "2"],
-    ),
-    "pp2-ep2": (4, ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]),
-    "dp2-distributed-optimizer": (2, DISTRIBUTED_OPTIMIZER),
-}
-
-DENSE = {"tp2-no-sp": (2, ["--tensor-model-parallel-size", "2"])}
-
-# Every layout with all mixers and softmax in one stack; of the pure stacks those where a mixer meets other ranks. All
-# combinations: LINEAR_MOE_ALL_LAYOUTS=1 (make parity).
 EVERY = os.environ.get("LINEAR_MOE_ALL_LAYOUTS") == "1"
-PURE = ("tp2-sp", "cp2")
+"""All combinations (make parity) instead of a selection (make test)."""
+
+SELECTED = {
+    # every mixer, where a mixer meets other ranks
+    **{("tp2-sp", stack): ["plain"] for stack in STACKS},
+    **{("cp2", stack): ["packed"] for stack in STACKS},
+    **{("pp2", stack): ["plain"] for stack in ("rnns", "linear", "memories", "more memories")},
+    # some, where layouts meet each other
+    ("cp2", "hybrid"): ["plain", "packed"],
+    ("cp4", "hybrid"): ["plain"],
+    ("ep2", "memories"): ["packed"],
+    ("pp2-ep2", "hybrid"): ["packed"],
+    ("tp2-cp2", "rnns"): ["packed"],
+    ("tp2-no-sp", "rnns"): ["plain"],
+    ("tp2-no-sp", "memories"): ["packed"],
+    ("pp2-vpp2", "rnns"): ["plain"],
+    ("dp2-pp2-distributed-optimizer", "rnns"): ["plain"],
+    ("dp2-distributed-optimizer", "hybrid"): ["plain"],
+}
+
 CASES = [
-    (layout, pattern, layout not in DENSE)
-    for layout in LAYOUTS | DENSE
-    for pattern in PATTERNS
-    if EVERY or pattern == "hybrid" or layout in PURE
+    (stack, layout not in DENSE, packing, layout)
+    for stack in STACKS
+    for packing in ("plain", "packed")
+    for layout in LAYOUTS
+    if EVERY or packing in SELECTED.get((layout, stack), [])
 ]
+# Cases of one comparison one after the other: only one is kept.
+CASES.sort(key=lambda case: (list(STACKS).index(case[0]), case[1], case[2]))
 
 
-def arguments(pattern: str, moe: bool, run: Path, *extra: str) -> list[str]:
-    experts = EXPERTS if moe else []
-    return [*ARGUMENTS, *experts, "--layer-kinds", ",".join(PATTERNS[pattern]), "--run-dir", str(run), *extra]
-
-
-GRADIENT = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "1000", "--min-lr", "1000"]
-GRADIENT += ["--lr-warmup-iters", "0", "--clip-grad", "0", "--weight-decay", "0", "--train-iters", "1"]
-GRADIENT += ["--no-save-optim"]
+def test_every_mixer_is_in_a_stack():
+    assert {kind for stack in STACKS.values() for kind in stack} == {*lsm.names(), "softmax"}
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory, _pool):
-    """Per pattern: the checkpoint that all start from, and one process's losses and gradients from it."""
-    cache: dict = {}
-
-    def of(pattern: str, moe: bool):
-        if (pattern, moe) not in cache:
-            folder = tmp_path_factory.mktemp(f"{pattern}-{moe}")
-            start = folder / "start"
-            save = ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(start)]
-            _pool.run(1, train, arguments(pattern, moe, folder / "begin", *save))
-            load = ["--pretrained-checkpoint", str(start)]
-            _pool.run(1, train, arguments(pattern, moe, folder / "run", *load))
-            cache[pattern, moe] = (
-                start,
-                losses(folder / "run"),
-                gradients(_pool, 1, pattern, moe, folder, load),
-            )
-        return cache[pattern, moe]
-
-    return of
+def documents(tmp_path_factory: pytest.TempPathFactory, _pool: Pool) -> str:
+    prefix = str(tmp_path_factory.mktemp("documents") / "tokens")
+    _pool.run(1, write_documents, prefix)
+    return prefix
 
 
-def gradients(pool, world: int, pattern: str, moe: bool, folder: Path, extra: list[str]):
-    argv = arguments(pattern, moe, folder / "gradient", *extra, *GRADIENT)
-    return whole([seen["after"] for seen in pool.run(world, train, argv, True)])
+@pytest.fixture(scope="module")
+def comparison(
+    request: pytest.FixtureRequest, documents: str, tmp_path_factory: pytest.TempPathFactory, _pool: Pool
+) -> Comparison:
+    stack, moe, packing = request.param
+    folder = tmp_path_factory.mktemp("comparison")
+    return Comparison(_pool, folder, stack, moe, documents if packing == "packed" else None)
 
 
-@pytest.mark.parametrize("layout,pattern,moe", CASES)
-def test_a_layout_trains_the_same_model(layout, pattern, moe, single, gloo, _pool, tmp_path):
-    start, expected_losses, expected_weights = single(pattern, moe)
-    world, flags = (LAYOUTS | DENSE)[layout]
-    extra = [*flags, "--pretrained-checkpoint", str(start)]
-    gloo(world, train, arguments(pattern, moe, tmp_path / "run", *extra))
-    torch.testing.assert_close(
-        torch.tensor(losses(tmp_path / "run")), torch.tensor(expected_losses), rtol=1e-5, atol=0
-    )
-    if layout != "dp2-distributed-optimizer":  # it shards Adam only; its gradients are those of its losses
-        weights = gradients(_pool, world, pattern, moe, tmp_path, extra)
-        assert weights.keys() == expected_weights.keys()
-        for key, expected in expected_weights.items():
-            error = (weights[key] - expected).norm() / expected.norm()
-            assert error <= 1e-4, f"gradient of {key}: relative error {error:.1e}"
+@pytest.mark.parametrize(
+    "comparison,layout",
+    [(case[:3], case[3]) for case in CASES],
+    ids=[f"{layout}-{stack}-{'moe' if moe else 'dense'}-{packing}" for stack, moe, packing, layout in CASES],
+    indirect=["comparison"],
+    scope="module",
+)
+def test_a_layout_trains_the_same_model(comparison: Comparison, layout: str):
+    comparison.check(*LAYOUTS[layout], layout)
