@@ -14,7 +14,8 @@ Letters: B batch, T tokens, G query/key heads, H heads, K key dim, V value dim, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,20 +45,17 @@ def diag_decay(
     bonus = None if bonus is None else bonus.to(dtype)
 
     def run(tokens: TokenInputs, memory: Tensor) -> tuple[Tensor, Tensor]:
-        q_BTHK, k_BTHK, v_BTHV, log_a, log_a_v = (None if x is None else x.to(dtype) for x in tokens)
-        assert q_BTHK is not None and k_BTHK is not None and v_BTHV is not None
+        q, k, v, log_a, log_a_v = (None if x is None else x.to(dtype) for x in tokens)
+        a, a_v = _rows(_exp(log_a)), _columns(_exp(log_a_v))
         outputs = []
-        for t in range(v_BTHV.shape[1]):
-            write_BHKV = k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
+        for q_BHK1, k_BHK1, v_BH1V, a_t, a_v_t in _each_token(_rows(q), _rows(k), _columns(v), a, a_v):
+            write_BHKV = k_BHK1 * v_BH1V
             read_BHKV = None if bonus is None else memory + bonus[:, :, None] * write_BHKV
-            if log_a is not None:
-                memory = memory * _column(log_a[:, t]).exp()
-            if log_a_v is not None:
-                memory = memory * log_a_v[:, t, :, None, :].exp()
+            memory = memory if a_t is None else a_t * memory
+            memory = memory if a_v_t is None else a_v_t * memory
             memory = memory + write_BHKV
-            read_BHKV = memory if read_BHKV is None else read_BHKV
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_BTHK[:, t], read_BHKV))
-        return torch.stack(outputs, 1), memory
+            outputs.append((q_BHK1 * (memory if read_BHKV is None else read_BHKV)).sum(2))
+        return scale * torch.stack(outputs, 1), memory
 
     tokens = (_repeat_heads(q, num_heads), _repeat_heads(k, num_heads), v, log_decay, log_decay_v)
     o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens)
@@ -81,19 +79,15 @@ def delta_rule(
     log_decay = _per_token(log_decay, v)
 
     def run(tokens: TokenInputs, memory: Tensor) -> tuple[Tensor, Tensor]:
-        q_BTHK, k_BTHK, v_BTHV, beta_BTH, log_a = (None if x is None else x.to(dtype) for x in tokens)
-        assert q_BTHK is not None and k_BTHK is not None and v_BTHV is not None and beta_BTH is not None
+        q, k, v, beta, log_a = (None if x is None else x.to(dtype) for x in tokens)
+        a, inputs = _rows(_exp(log_a)), (_rows(q), _rows(k), _columns(v), _rows(beta))
         outputs = []
-        for t in range(v_BTHV.shape[1]):
-            if log_a is not None:
-                memory = memory * _column(log_a[:, t]).exp()
-            k_BHK, beta_BH11 = k_BTHK[:, t], beta_BTH[:, t, :, None, None]
-            stored_BHV = torch.einsum("bhk,bhkv->bhv", k_BHK, memory)
-            erase_BHKV = k_BHK[..., None] * stored_BHV[:, :, None, :]
-            write_BHKV = k_BHK[..., None] * v_BTHV[:, t, :, None, :]
-            memory = memory - beta_BH11 * erase_BHKV + beta_BH11 * write_BHKV
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_BTHK[:, t], memory))
-        return torch.stack(outputs, 1), memory
+        for q_BHK1, k_BHK1, v_BH1V, beta_BH11, a_t in _each_token(*inputs, a):
+            memory = memory if a_t is None else a_t * memory
+            erase_BHKV = k_BHK1 * (k_BHK1 * memory).sum(2, keepdim=True)
+            memory = memory - beta_BH11 * erase_BHKV + beta_BH11 * (k_BHK1 * v_BH1V)
+            outputs.append((q_BHK1 * memory).sum(2))
+        return scale * torch.stack(outputs, 1), memory
 
     tokens = (_repeat_heads(q, num_heads), _repeat_heads(k, num_heads), v, beta, log_decay)
     o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens)
@@ -118,18 +112,15 @@ def dplr_delta_rule(
     log_decay = _per_token(log_decay, v)
 
     def run(tokens: TokenInputs, memory: Tensor) -> tuple[Tensor, Tensor]:
-        q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_a = (None if x is None else x.to(dtype) for x in tokens)
-        assert q_BTHK is not None and k_BTHK is not None and v_BTHV is not None
-        assert a_BTHK is not None and b_BTHK is not None
+        q, k, v, a, b, log_a = (None if x is None else x.to(dtype) for x in tokens)
+        decay, inputs = _rows(_exp(log_a)), (_rows(q), _rows(k), _columns(v), _rows(a), _rows(b))
         outputs = []
-        for t in range(v_BTHV.shape[1]):
-            stored_BHV = torch.einsum("bhk,bhkv->bhv", a_BTHK[:, t], memory)
-            if log_a is not None:
-                memory = memory * _column(log_a[:, t]).exp()
-            memory = memory + b_BTHK[:, t, :, :, None] * stored_BHV[:, :, None, :]
-            memory = memory + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_BTHK[:, t], memory))
-        return torch.stack(outputs, 1), memory
+        for q_BHK1, k_BHK1, v_BH1V, a_BHK1, b_BHK1, decay_t in _each_token(*inputs, decay):
+            low_rank_BHKV = b_BHK1 * (a_BHK1 * memory).sum(2, keepdim=True)
+            memory = memory if decay_t is None else decay_t * memory
+            memory = memory + low_rank_BHKV + k_BHK1 * v_BH1V
+            outputs.append((q_BHK1 * memory).sum(2))
+        return scale * torch.stack(outputs, 1), memory
 
     q, k, a, b = (_repeat_heads(x, num_heads) for x in (q, k, a, b))
     memory = _initial(state, k, v, cu_seqlens, dtype)
@@ -150,9 +141,10 @@ def diag_decay_segment(
     dtype = torch.promote_types(v.dtype, torch.float32)
     total: Tensor | None = None
     if log_decay is not None:
-        total = _column(_document_sum(_per_token(log_decay, v).to(dtype), cu_seqlens))  # type: ignore[union-attr]
+        rows = _rows(_per_token(log_decay, v))
+        total = _document_sum(rows.to(dtype), cu_seqlens)  # type: ignore[union-attr]
     if log_decay_v is not None:
-        total_v = _document_sum(log_decay_v.to(dtype), cu_seqlens)[:, :, None, :]
+        total_v = _document_sum(log_decay_v.unsqueeze(-2).to(dtype), cu_seqlens)
         total = total_v if total is None else total + total_v
     return Segment(state, log_decay=total)
 
@@ -241,11 +233,12 @@ def _each_document(
     return torch.cat(outputs, 1), torch.cat(states)
 
 
-def _document_sum(x_BTH: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _document_sum(x_BT: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``[B, T, ...]`` to ``[N, ...]``."""
     if cu_seqlens is None:
-        return x_BTH.sum(1)
+        return x_BT.sum(1)
     bounds = cu_seqlens.tolist()
-    return torch.stack([x_BTH[0, start:end].sum(0) for start, end in itertools.pairwise(bounds)])
+    return torch.stack([x_BT[0, start:end].sum(0) for start, end in itertools.pairwise(bounds)])
 
 
 def _initial(
@@ -263,9 +256,23 @@ def _per_token(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
     return log_decay.expand(v.shape[:3])
 
 
-def _column(log_a: Tensor) -> Tensor:
-    """``[B, H]`` or ``[B, H, K]``, to scale the rows of ``[B, H, K, V]``."""
-    return log_a[:, :, None, None] if log_a.ndim == 2 else log_a[..., None]
+def _exp(log_decay: Tensor | None) -> Tensor | None:
+    return None if log_decay is None else log_decay.exp()
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """``[B, T, H]`` or ``[B, T, H, K]``, to multiply the rows of every token's ``[B, H, K, V]``."""
+    return x if x is None else x[..., None, None] if x.ndim == 3 else x[..., None]
+
+
+def _columns(x_BTHV: Tensor | None) -> Tensor | None:
+    """To multiply the columns of every token's ``[B, H, K, V]``."""
+    return None if x_BTHV is None else x_BTHV[..., None, :]
+
+
+def _each_token(*inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """``x[:, t]`` of every input for t = 0, 1, ..; its backward pass is one operation, not one for each token."""
+    return zip(*(itertools.repeat(None) if x is None else x.unbind(1) for x in inputs))
 
 
 def _repeat_heads(x_BTGK: Tensor, num_heads: int) -> Tensor:
