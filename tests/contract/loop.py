@@ -1,9 +1,9 @@
-"""The definition of ``Mixer.mix``: one run after another, one token after another.
+"""The definition of ``Mixer.mix``: one token after another.
 
 Taken from the mixer: its tables, its gates (element-wise, which is tested) and its ``reference``. Written here anew:
 how the fused projections are cut, biases, the short convolution, the output norm and gate.
 
-Letters: T tokens of a run, H heads, W fused width, C channels of the convolution, V value dim.
+Letters: B runs of equal length, T tokens of a run, H heads, W fused width, C channels of the convolution, V value dim.
 """
 
 from __future__ import annotations
@@ -21,31 +21,39 @@ from tests.contract.cases import Inputs
 
 def loop(inputs: Inputs, cu_seqlens: Tensor | None = None) -> tuple[Tensor, MixerState]:
     """``Mixer.mix`` by definition; runs are the batch rows, or the documents of one row."""
+    if inputs.mixer.uses_hidden:
+        return _joined([loop_memories.run(inputs, *run) for run in _runs(inputs, cu_seqlens)], cu_seqlens)
+    if cu_seqlens is None:  # rows of equal length, side by side
+        return _run(inputs, slice(None), slice(None), 0, inputs.x.shape[1])
+    runs = [(slice(n, n + 1), slice(0, 1), start, end) for n, _, start, end in _runs(inputs, cu_seqlens)]
+    return _joined([_run(inputs, *run) for run in runs], cu_seqlens)
+
+
+def _runs(inputs: Inputs, cu_seqlens: Tensor | None) -> list[tuple[int, int, int, int]]:
+    """Number, row, start and end of each run."""
     if cu_seqlens is None:
-        pieces = [(b, 0, inputs.x.shape[1]) for b in range(inputs.x.shape[0])]
-    else:
-        pieces = [(0, *bounds) for bounds in itertools.pairwise(cu_seqlens.tolist())]
-    run = loop_memories.run if inputs.mixer.uses_hidden else _run
-    results = [run(inputs, n, b, start, end) for n, (b, start, end) in enumerate(pieces)]
-    dim = 0 if cu_seqlens is None else 1
-    memory = tuple(torch.cat(parts) for parts in zip(*[state.memory for _, state in results]))
-    tails = [_joined([getattr(s, name) for _, s in results]) for name in ("conv", "group_conv")]
-    length = _joined([s.length for _, s in results])
-    return torch.cat([o for o, _ in results], dim), MixerState(memory, *tails, length=length)
+        return [(b, b, 0, inputs.x.shape[1]) for b in range(inputs.x.shape[0])]
+    return [(n, 0, start, end) for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist()))]
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
+def _joined(
+    results: list[tuple[Tensor, MixerState]], cu_seqlens: Tensor | None
+) -> tuple[Tensor, MixerState]:
+    states = [state for _, state in results]
+    memory = tuple(torch.cat(parts) for parts in zip(*[state.memory for state in states]))
+    others = [[getattr(state, name) for state in states] for name in ("conv", "group_conv", "length")]
+    conv, group_conv, length = (None if parts[0] is None else torch.cat(parts) for parts in others)
+    o = torch.cat([o for o, _ in results], 0 if cu_seqlens is None else 1)
+    return o, MixerState(memory, conv, group_conv, length=length)
 
 
-def _run(inputs: Inputs, n: int, b: int, start: int, end: int) -> tuple[Tensor, MixerState]:
-    """Run ``n``: tokens ``start`` to ``end`` of row ``b``."""
+def _run(inputs: Inputs, n: slice, b: slice, start: int, end: int) -> tuple[Tensor, MixerState]:
+    """Runs ``n`` of equal length: tokens ``start`` to ``end`` of rows ``b``."""
     mixer, w, state = inputs.mixer, inputs.w, inputs.state or MixerState(())
     taps = w.get("conv_weight"), w.get("conv_bias")
     before = None if state.conv is None else state.conv[n]
-    projected, conv = _cut(
-        mixer.fused_projections(), inputs.x[b, start:end], w, taps, before, mixer.conv_activation
-    )
+    x_BTHW = inputs.x[b, start:end]
+    projected, conv = _cut(mixer.fused_projections(), x_BTHW, w, taps, before, mixer.conv_activation)
     group_conv = None
     if mixer.grouped_width:
         taps = w.get("group_conv_weight"), w.get("group_conv_bias")
@@ -57,17 +65,16 @@ def _run(inputs: Inputs, n: int, b: int, start: int, end: int) -> tuple[Tensor, 
         projected |= grouped
     length = None
     if mixer.uses_positions:
-        read = 0 if state.length is None else int(state.length[n])
-        projected["positions"] = torch.tensor([read + t for t in range(end - start)], dtype=torch.int64)
-        length = torch.tensor([read + end - start])
-    memory = tuple(m[n : n + 1] for m in state.memory)
-    memory = memory or tuple(_zeros(inputs, shape) for shape in mixer.memory_shapes())
+        read = torch.zeros(len(x_BTHW), dtype=torch.int64) if state.length is None else state.length[n]
+        projected["positions"] = read[:, None] + torch.arange(end - start)
+        length = read + end - start
+    memory = tuple(m[n] for m in state.memory)
+    memory = memory or tuple(_zeros(inputs, len(x_BTHW), shape) for shape in mixer.memory_shapes())
     after = {"conv": conv, "group_conv": group_conv, "length": length}
     if start == end:
-        o = inputs.x.new_zeros(1, 0, mixer.cfg.num_heads, mixer.cfg.head_v_dim)
+        o = inputs.x.new_zeros(len(x_BTHW), 0, mixer.cfg.num_heads, mixer.cfg.head_v_dim)
         return o, MixerState(memory, **after)
     projected |= {name: x[b, start:end] for name, x in inputs.others.items() if name != "groups"}
-    projected = {name: x[None] for name, x in projected.items()}
     gated = mixer.gates(projected, w, inputs.place)
     o, memory = mixer.reference(state=memory, cu_seqlens=None, **gated)
     return _read_out(inputs, o, projected), MixerState(memory, **after)
@@ -75,7 +82,7 @@ def _run(inputs: Inputs, n: int, b: int, start: int, end: int) -> tuple[Tensor, 
 
 def _cut(
     table: Sequence[Projection],
-    x_THW: Tensor,
+    x_BTHW: Tensor,
     w: dict[str, Tensor],
     taps: tuple[Tensor | None, Tensor | None],
     before: Tensor | None,
@@ -84,12 +91,12 @@ def _cut(
     """Each projection of a fused tensor, biased, some convolved; and the inputs that the convolution remembers."""
     named, tails, offset, channel = {}, [], 0, 0
     for p in table:
-        x = x_THW[..., offset : offset + p.width]
+        x = x_BTHW[..., offset : offset + p.width]
         x = x + w[f"{p.name}_bias"] if p.bias else x
         offset += p.width
         if p.conv and taps[0] is not None:
             channels = slice(channel, channel + p.width)
-            history = x.new_zeros(taps[0].shape[-1] - 1, x.shape[1], p.width)
+            history = x.new_zeros(len(x), taps[0].shape[-1] - 1, *x.shape[2:])
             if before is not None:
                 history = before[..., channels]
             bias = 0 if taps[1] is None else taps[1][:, channels]
@@ -97,25 +104,22 @@ def _cut(
             tails.append(tail)
             channel += p.width
         named[p.name] = x
-    return named, torch.cat(tails, -1)[None] if tails else None
+    return named, torch.cat(tails, -1) if tails else None
 
 
-def _zeros(inputs: Inputs, shape: tuple[int, int]) -> Tensor:
+def _zeros(inputs: Inputs, runs: int, shape: tuple[int, int]) -> Tensor:
     dtype = torch.promote_types(inputs.x.dtype, torch.float32)
-    return torch.zeros(1, inputs.mixer.cfg.num_heads, *shape, dtype=dtype)
+    return torch.zeros(runs, inputs.mixer.cfg.num_heads, *shape, dtype=dtype)
 
 
 def _convolve(
-    x_THC: Tensor, history: Tensor, weight_HCW: Tensor, bias_HC: Tensor | int, activation: str | None
+    x_BTHC: Tensor, history: Tensor, weight_HCW: Tensor, bias_HC: Tensor | int, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """Each token's output, from its own and the last W - 1 inputs; and the inputs to remember."""
-    width = weight_HCW.shape[-1]
-    window, outputs = list(history), []
-    for x_HC in x_THC:
-        window.append(x_HC)
-        y_HC = bias_HC + sum(window[-width + j] * weight_HCW[..., j] for j in range(width))
-        outputs.append(y_HC * torch.sigmoid(y_HC) if activation == "silu" else y_HC)
-    return torch.stack(outputs) if outputs else x_THC, torch.stack(window[len(window) - (width - 1) :])
+    tokens, width = x_BTHC.shape[1], weight_HCW.shape[-1]
+    window = torch.cat([history, x_BTHC], 1)
+    y = bias_HC + sum(window[:, j : j + tokens] * weight_HCW[..., j] for j in range(width))
+    return y * torch.sigmoid(y) if activation == "silu" else y, window[:, tokens:]
 
 
 def _read_out(inputs: Inputs, o_BTHV: Tensor, projected: dict[str, Tensor]) -> Tensor:

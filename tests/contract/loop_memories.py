@@ -30,9 +30,9 @@ def run(inputs: Inputs, n: int, b: int, start: int, end: int) -> tuple[Tensor, M
         )
         memories.append(after.memory)
         convs.append(after.conv)
-        for slot, t in enumerate(tokens):
-            factor = 1.0 if memory < 0 else weight[t, choice[t].index(memory)]
-            total = total.index_add(0, torch.tensor([t]), factor * o[slot : slot + 1])
+        if memory >= 0 and tokens:
+            o = torch.stack([weight[t, choice[t].index(memory)] for t in tokens])[:, None, None] * o
+        total = total.index_add(0, torch.tensor(tokens, dtype=torch.int64), o)
     by_matrix = zip(*memories, strict=True)
     memory = tuple(m for matrix in by_matrix for m in matrix)
     conv = torch.cat(convs, -1) if convs[0] is not None else None
@@ -86,16 +86,15 @@ def _one(
     chosen = {name: x[tokens] for name, x in named.items()}
     x = torch.cat([chosen[p.name] for p in core.fused_projections()], -1)
     taps = w.get("conv_weight"), w.get("conv_bias")
-    before = None if state.conv is None else state.conv[0]
-    projected, conv = _cut(core.fused_projections(), x, w, taps, before, core.conv_activation)
-    projected |= {p.name: chosen[p.name] for p in core.low_rank_projections()}
+    projected, conv = _cut(core.fused_projections(), x[None], w, taps, state.conv, core.conv_activation)
+    projected |= {p.name: chosen[p.name][None] for p in core.low_rank_projections()}
     if mixer.uses_positions:
         read = 0 if inputs.state is None or inputs.state.length is None else int(inputs.state.length[n])
-        projected["positions"] = torch.tensor([read + t for t in tokens], dtype=torch.int64)
-    empty = state.memory or tuple(_zeros(inputs, shape) for shape in mixer.inner.memory_shapes())
+        projected["positions"] = torch.tensor([[read + t for t in tokens]], dtype=torch.int64)
+    empty = state.memory or tuple(_zeros(inputs, 1, shape) for shape in mixer.inner.memory_shapes())
     if not tokens:
         return inputs.x.new_zeros(0, mixer.cfg.num_heads, mixer.cfg.head_v_dim), MixerState(empty, conv), gate
-    gated = core.gates({name: x[None] for name, x in projected.items()}, w, inputs.place)
+    gated = core.gates(projected, w, inputs.place)
     o, after = core.reference(state=empty, cu_seqlens=None, **gated)
     return o[0], MixerState(after, conv), gate
 
