@@ -40,6 +40,13 @@ class LinearMoEConfig(TransformerConfig):
     def _prepare(self, kind: str) -> None:
         """What a mixer asks of Megatron."""
         mixer = lsm.get(kind)(mixer_config(kind, self))
+        if mixer.cfg.num_heads % self.tensor_model_parallel_size:
+            raise ValueError(
+                f"the {mixer.cfg.num_heads} heads of {kind} cannot be divided over tensor parallel size "
+                f"{self.tensor_model_parallel_size}\n"
+                f"  why: every rank computes whole heads\n"
+                f"  try: a TP that divides {mixer.cfg.num_heads}, or another head size (python -m linear_moe.lsm)"
+            )
         if any(table.per_model for table in mixer.all_parameters()):
             self.has_cond_embedder = True
         if mixer.first_value is not None and self.layer_kinds.count(kind) > 1:

@@ -21,7 +21,7 @@ from linear_moe.lsm import Mixer
 from linear_moe.lsm.registry import import_mixers
 from linear_moe.model.builder import LinearMoEModelConfig
 from linear_moe.model.config import LinearMoEConfig
-from linear_moe.model.pattern import layer_kinds
+from linear_moe.model.pattern import SOFTMAX, layer_kinds
 from linear_moe.training import engine
 
 SHAPE_FIELDS = ("hidden_size", "num_heads", "head_dim", "layers_of_kind", "qkv_bias")
@@ -35,8 +35,18 @@ SHARED_FLAGS = {
     "--la-gate-fn": "output_gate",
     "--la-norm-eps": "norm_eps",
     "--la-conv-size": "conv_size",
+    "--la-norm-q": "norm_q",
+    "--la-norm-k": "norm_k",
+    "--la-tie-feature-map-qk": "tie_feature_map_qk",
+    "--la-do-feature-map-norm": "normalize",
+    "--mom-num-memories": "num_memories",
+    "--mom-topk": "topk",
+    "--mom-capacity": "capacity",
+    "--mom-shared-memory": "shared_memory",
+    "--mom-single-projection": "single_projection",
+    "--mom-aux-loss-coeff": "aux_loss_coeff",
 }
-"""Flags of the earlier system, and the field they set on every mixer that has it."""
+"""Flags of the earlier system and those of mixtures, and the field they set on every mixer that has it."""
 
 
 def import_mixer_modules(argv: list[str]) -> None:
@@ -67,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--sequential-experts", action="store_true", help="Megatron's loop over experts")
     options = parser.add_argument_group("mixer options")
     for flag, field in SHARED_FLAGS.items():
-        options.add_argument(flag, dest=f"la_{field}", default=None, type=str, help=f"{field} of every mixer")
+        help_text = f"{field} of every mixer that has it; alone: true"
+        options.add_argument(flag, dest=f"la_{field}", default=None, nargs="?", const="true", help=help_text)
     for name in lsm.names():
         for field, kind, help_text in _options(lsm.get(name).Config):
             flag = f"--{name}-{field}".replace("_", "-")
@@ -89,7 +100,7 @@ def resolve(args: argparse.Namespace) -> None:
         args.layer_kinds = list(kinds)
     elif isinstance(args.layer_kinds, str):
         kinds = tuple(args.layer_kinds.split(","))
-        for kind in set(kinds) - {"softmax"}:
+        for kind in set(kinds) - {SOFTMAX}:
             lsm.get(kind)
         args.layer_kinds = list(kinds)
     if len(args.layer_kinds) != args.num_layers:
@@ -98,6 +109,7 @@ def resolve(args: argparse.Namespace) -> None:
             f"  why: every layer needs its kind\n"
             f"  try: --layer-type-list with one symbol per layer"
         )
+    _check_shared_flags(args)
     args.mixer_options = {name: _given(args, name) for name in lsm.names()}
     args.mixer_options = {name: given for name, given in args.mixer_options.items() if given}
     for name in lsm.names():
@@ -123,6 +135,19 @@ def model_config(args: argparse.Namespace) -> LinearMoEModelConfig:
     """The config from which Megatron builds the model; ``resolve`` comes first."""
     transformer = core_transformer_config_from_args(args, LinearMoEConfig)
     return gpt_config_from_args(args, config=transformer, model_config_cls=LinearMoEModelConfig)
+
+
+def _check_shared_flags(args: argparse.Namespace) -> None:
+    """Refuse an option that no layer of the model has: it would change nothing."""
+    kinds = sorted(set(args.layer_kinds) - {SOFTMAX})
+    known = {field for kind in kinds for field, _, _ in _options(lsm.get(kind).Config)}
+    for flag, field in SHARED_FLAGS.items():
+        if getattr(args, f"la_{field}", None) is not None and field not in known:
+            raise ValueError(
+                f"{flag} is set, but no layer of this model has {field}\n"
+                f"  why: the layers are {', '.join([*kinds, SOFTMAX])}\n"
+                f"  try: leave it out, or another LA_MODULE (python -m linear_moe.lsm lists all)"
+            )
 
 
 def _given(args: argparse.Namespace, mixer: str) -> dict[str, Any]:

@@ -35,6 +35,16 @@ FLAGS = {
     "--la-gate-fn",
     "--la-norm-eps",
     "--la-conv-size",
+    "--la-norm-q",
+    "--la-norm-k",
+    "--la-tie-feature-map-qk",
+    "--la-do-feature-map-norm",
+    "--mom-num-memories",
+    "--mom-topk",
+    "--mom-capacity",
+    "--mom-shared-memory",
+    "--mom-single-projection",
+    "--mom-aux-loss-coeff",
 }
 """Ours, but for the options of single mixers. A flag that goes, goes with a note to the people who type it."""
 
@@ -117,16 +127,29 @@ def test_options_of_a_mixer_reach_its_config(name, field):
 def test_flags_for_every_mixer(flag, field):
     """They set each mixer that has the field; a mixer's own flag wins."""
     have = [name for name in lsm.names() if (name, field) in own_options()]
-    value = (WORDS | NUMBERS)[field]
-    args = parse("--la-module", "gla", f"{flag}={value}")
+    stock = getattr(mixer_config(have[0], config_of(parse("--la-module", have[0]))), field)
+    value = other_value(stock, field)
+    args = parse("--la-module", have[0], f"{flag}={value}")
     assert args.mixer_options == {name: {field: value} for name in have}
-    assert have
-    own = {"output_norm": "rmsnorm", "output_gate": "none", "feature_map": "elu", "conv_size": 4}.get(
-        field, 1.0
-    )
     mine = f"--{have[0]}-{field}".replace("_", "-")
-    args = parse("--la-module", "gla", f"{flag}={value}", f"{mine}={own}")
+    args = parse("--la-module", have[0], f"{flag}={value}", *([] if stock is None else [f"{mine}={stock}"]))
+    own = value if stock is None else stock
     assert args.mixer_options == {name: {field: value} for name in have} | {have[0]: {field: own}}
+    without = next((name for name in lsm.names() if name not in have), None)
+    if without is not None:
+        with pytest.raises(ValueError, match="no layer of this model has"):
+            parse("--la-module", without, f"{flag}={value}")
+
+
+def test_a_flag_alone_is_true():
+    assert parse("--la-module", "linear_attention", "--la-norm-q").mixer_options["linear_attention"] == {
+        "norm_q": True
+    }
+
+
+def test_heads_that_tensor_parallelism_cannot_divide():
+    with pytest.raises(ValueError, match="2 heads of hgrn2.*\n  why: .*\n  try: "):
+        config_of(parse("--la-module", "hgrn2"), tensor_model_parallel_size=4)
 
 
 def test_shape_follows_the_model():
