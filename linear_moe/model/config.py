@@ -47,6 +47,12 @@ class LinearMoEConfig(TransformerConfig):
                 f"  why: every rank computes whole heads\n"
                 f"  try: a TP that divides {mixer.cfg.num_heads}, or another head size (python -m linear_moe.lsm)"
             )
+        if self.context_parallel_size > 1 and getattr(mixer.cfg, "capacity", None) is not None:
+            raise ValueError(
+                f"{kind} has a capacity, which context parallelism does not know\n"
+                f"  why: whether a memory still takes a token depends on the tokens of other ranks\n"
+                f"  try: CP=1, or no capacity (memories then take all their tokens)"
+            )
         if any(table.per_model for table in mixer.all_parameters()):
             self.has_cond_embedder = True
         if mixer.first_value is not None and self.layer_kinds.count(kind) > 1:

@@ -6,6 +6,7 @@ Letters: T tokens of a run, H heads, W fused width, D hidden, V value dim.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ def run(inputs: Inputs, n: int, b: int, start: int, end: int) -> tuple[Tensor, M
     memories, convs = [], []
     for i, memory in enumerate(copies):
         tokens = [t for t in range(end - start) if memory < 0 or memory in choice[t]]
+        if memory >= 0 and cfg.capacity is not None:
+            share = cfg.capacity * cfg.topk / cfg.num_memories * (end - start)
+            tokens = tokens[: math.ceil(share)]
         o, after, gate = _one(
             inputs, n, b, start, end, tokens, memory, _slice(inputs, state, n, i, len(copies))
         )
