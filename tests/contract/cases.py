@@ -2,6 +2,18 @@
 
 A mixer is tested by being registered. One that lives outside the package is imported by name:
 ``CONTRACT_MODULES=my_package.my_mixer pytest tests/contract``.
+
+Which cases run where, so that the suite stays within its 90 seconds:
+
+* Every mixer with its defaults runs every check. Exceptions are the mixtures of memories: all share one file, so the
+  two of the paper run every check and the others (``BRIEF``) what an inner mixer could upset: the tables, the token
+  loop, documents, decoding, packed context parallelism at one size, and two layouts of the layer.
+* Every option (``EVERY_CASE``) runs the token loop with all gradients, the formulas and the tables. What only changes
+  the output's norm or gate acts on single tokens after the memory was read: ``MEMORY_CASES`` leaves it out of packed
+  documents and decoding.
+* Across ranks one option case runs, at the size with the shortest chunks: another width of the convolution, with
+  biases. All other options end in ``gates``, which see one token at a time (``test_gates_are_of_one_token``, which
+  runs every case), or in the kernels, which the defaults send over ranks at every size.
 """
 
 from __future__ import annotations
@@ -14,6 +26,7 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +40,8 @@ for module in filter(None, os.environ.get("CONTRACT_MODULES", "").split(",")):
     importlib.import_module(module)
 
 MIXERS = (*lsm.names(), "outsider")
+MIXTURES = ("mom_gated_deltanet", "mom_gla")
+"""Of all mixtures of memories those that run every check, the paper's."""
 SHAPE = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "layers_of_kind": 3}
 PLACE = Placement(num_heads=4, layer=1, num_layers=3, layer_of_kind=1)
 
@@ -75,6 +90,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     "gsa": {"few_slots": {"num_slots": 5, "gate_logit_normalizer": 2.0}},
     "hgrn2": {"narrow_keys": {"expand_k": 0.5}},
     "gla": {"clamp": {"gate_clamp_min": -0.03}, "wide_keys": {"expand_k": 1.0}},
+    **{name: {"one_choice": {"topk": 1}, "alone": {"topk": 1, "shared_memory": False}} for name in MIXTURES},
 }
 """Options that cannot be found from the types of a Config: flags are flipped and words tried by themselves."""
 
@@ -120,6 +136,7 @@ def words(name: str, field: str) -> list[str]:
     raise AssertionError(f"{name} takes any {field}")
 
 
+@cache
 def options(name: str) -> dict[str, dict[str, Any]]:
     """The cases of a mixer: its defaults, the common options, its own flags flipped and each of its words."""
     config = mixer_class(name).Config(**SHAPE)
@@ -133,7 +150,20 @@ def options(name: str) -> dict[str, dict[str, Any]]:
     return {"defaults": {}} | changed
 
 
-EVERY_CASE = [(name, case) for name in MIXERS for case in options(name)]
+BRIEF = [name for name in MIXERS if mixer_class(name).uses_hidden and name not in MIXTURES]
+DISTINCT = [name for name in MIXERS if name not in BRIEF]
+"""Mixers with code of their own."""
+
+EVERY_CASE = [(name, case) for name in DISTINCT for case in options(name)]
+EVERY_CASE += [(name, "defaults") for name in BRIEF]
+
+
+def _reaches_the_memory(name: str, case: str) -> bool:
+    given = options(name)[case]
+    return not given or any(not field.startswith("output_") for field in given)
+
+
+MEMORY_CASES = [pair for pair in EVERY_CASE if _reaches_the_memory(*pair)]
 
 
 @dataclass

@@ -36,9 +36,7 @@ def _runs(inputs: Inputs, cu_seqlens: Tensor | None) -> list[tuple[int, int, int
     return [(n, 0, start, end) for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist()))]
 
 
-def _joined(
-    results: list[tuple[Tensor, MixerState]], cu_seqlens: Tensor | None
-) -> tuple[Tensor, MixerState]:
+def _joined(results: list[tuple[Tensor, MixerState]], cu_seqlens: Tensor | None) -> tuple[Tensor, MixerState]:
     states = [state for _, state in results]
     memory = tuple(torch.cat(parts) for parts in zip(*[state.memory for state in states]))
     others = [[getattr(state, name) for state in states] for name in ("conv", "group_conv", "length")]

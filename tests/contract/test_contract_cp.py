@@ -8,6 +8,7 @@ import itertools
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,35 @@ from linear_moe.lsm import MixerState
 from linear_moe.model.mixer_layer import MixerLayer
 from linear_moe.parallel import halo, lasp2
 from linear_moe.parallel.layout import SequenceLayout
-from tests.contract.cases import MIXERS, Inputs, assert_close, error, gradients, make, options
+from tests.contract.cases import (
+    BRIEF,
+    DISTINCT,
+    MIXTURES,
+    Inputs,
+    assert_close,
+    error,
+    gradients,
+    make,
+    options,
+)
 from tests.parallel import ranks
 
 LENGTH = 48  # at 8 ranks a chunk has 3 tokens: what a convolution of width 4 looks back
 DOCUMENTS = torch.tensor([[0, 1, 2, 13, 41, 48, 48], [0, 0, 24, 24, 36, 38, 48]], dtype=torch.int32)
 """Edges on chunks and inside them, short documents, one over many chunks, empty ones."""
 
-CASES = [(name, case) for name in MIXERS for case in ("defaults", "bias_conv") if case in options(name)]
+
+def cases(narrow: int, mixtures: tuple[int, ...], brief: int) -> list[Any]:
+    """Mixer, options, number of ranks and whether packed: everything with the defaults, see ``cases.py`` for the rest.
+
+    Another width of the convolution runs on ``narrow`` ranks, the mixtures with all checks on ``mixtures`` and the
+    others on ``brief``.
+    """
+    sizes = {name: mixtures if name in MIXTURES else (2, 3, 4, 8) for name in DISTINCT}
+    found = [(name, "defaults", n, packed) for name in sizes for n in sizes[name] for packed in (False, True)]
+    found += [(name, "bias_conv", narrow, True) for name in DISTINCT if "bias_conv" in options(name)]
+    found += [(name, "defaults", brief, True) for name in BRIEF]
+    return [pytest.param(*case, id="-".join(map(str, case[:3])) + "-packed" * case[3]) for case in found]
 
 
 @cache
@@ -59,9 +81,7 @@ def threads_for_ranks(monkeypatch):
         monkeypatch.setattr(module, "all_gather", ranks.all_gather)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("cp_size", [2, 3, 4, 8])
-@pytest.mark.parametrize("name, case", CASES)
+@pytest.mark.parametrize("name, case, cp_size, packed", cases(narrow=8, mixtures=(2, 8), brief=4))
 def test_zigzag_is_one_rank(name, case, cp_size, packed):
     inputs = inputs_of(name, case)
     cut = [SequenceLayout(2, LENGTH, cp_size, r, DOCUMENTS if packed else None) for r in range(cp_size)]
@@ -71,7 +91,7 @@ def test_zigzag_is_one_rank(name, case, cp_size, packed):
     assert_close(results(inputs, o), one_rank(name, case, packed))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_chunks_need_what_ranks_send(name):
     """Else the tests above would pass without any communication."""
     inputs = inputs_of(name, "defaults")
@@ -79,9 +99,7 @@ def test_chunks_need_what_ranks_send(name):
     assert error(torch.cat(alone, 1), one_rank(name, "defaults", False)["o"]) > 1e-3
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
-@pytest.mark.parametrize("name, case", CASES)
+@pytest.mark.parametrize("name, case, size, packed", cases(narrow=8, mixtures=(3,), brief=3))
 def test_contiguous_is_one_rank(name, case, size, packed):
     """Ranks one after another; each folds the segments of those before it, in both ways that are equal."""
     inputs = inputs_of(name, case)

@@ -10,21 +10,26 @@ from torch import Tensor
 
 from linear_moe.lsm import MixerState, split
 from tests.contract.cases import (
+    DISTINCT,
     EVERY_CASE,
-    MIXERS,
+    MEMORY_CASES,
     Inputs,
     assert_close,
     error,
     gradients,
     make,
     mixer_class,
+    options,
     outputs,
 )
 from tests.contract.loop import loop
 from tests.parallel import ranks
 
-DOCUMENTS = torch.tensor([0, 0, 1, 3, 30, 30, 48, 48], dtype=torch.int32)
-"""Empty documents at both ends and inside, documents shorter than the convolution."""
+DOCUMENTS = torch.tensor([0, 0, 1, 3, 38, 38, 48, 48], dtype=torch.int32)
+"""Empty documents at both ends and inside, some shorter than the convolution, one longer than a chunk."""
+
+PLAIN = [name for name in DISTINCT if not mixer_class(name).uses_hidden]
+"""The members of a mixture are those of its inner mixer."""
 
 
 @pytest.mark.parametrize("name, case", EVERY_CASE)
@@ -36,7 +41,7 @@ def test_mix_is_the_loop(name, case):
     assert_close(found | gradients(found, leaves), truth | gradients(truth, leaves))
 
 
-@pytest.mark.parametrize("name, case", EVERY_CASE)
+@pytest.mark.parametrize("name, case", MEMORY_CASES)
 def test_packed_documents_are_the_loop_over_each(name, case):
     inputs = make(name, case, batch=1, tokens=48, runs=len(DOCUMENTS) - 1)
     truth, found = outputs(loop(inputs, DOCUMENTS)), outputs(inputs.mix(cu_seqlens=DOCUMENTS))
@@ -44,14 +49,14 @@ def test_packed_documents_are_the_loop_over_each(name, case):
     assert_close(found | gradients(found, leaves), truth | gradients(truth, leaves))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_no_state_is_an_empty_one(name):
     inputs = make(name, runs=2)
     empty = _each(inputs.state, torch.zeros_like)
     assert_close(outputs(inputs.mix(state=None)), outputs(inputs.mix(state=empty)), 0.0)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_state_matters(name):
     """Else the other tests would pass on a mixer that forgets at once: outputs, after some tokens, see the state."""
     inputs = make(name, tokens=12, runs=2)
@@ -60,10 +65,9 @@ def test_the_state_matters(name):
     assert error(started[:, 6:], empty[:, 6:]) > 1e-6
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_scan_and_segment_of_gates(name):
     """The members themselves, on what ``gates`` makes: scan is reference, and both leave what segment says."""
-    skip_mixtures(name)
     inputs = make(name, {"conv_size": 0}, tokens=20, runs=2)
     mixer, gated = inputs.mixer, _gates(inputs)
     o, memory = mixer.scan(state=inputs.state.memory, cu_seqlens=None, **gated)
@@ -75,20 +79,14 @@ def test_scan_and_segment_of_gates(name):
     assert_close(_named(carried), _named(memory_true))
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_gates_are_of_one_token(name):
+@pytest.mark.parametrize("name, case", [pair for pair in EVERY_CASE if pair[0] in PLAIN])
+def test_gates_are_of_one_token(name, case):
     """Else decoding and context parallelism would differ: the gates of some tokens do not see the others."""
-    skip_mixtures(name)
-    inputs = make(name, {"conv_size": 0}, tokens=9)
+    inputs = make(name, options(name)[case] | {"conv_size": 0}, tokens=9)
     whole, part = _gates(inputs), _gates(inputs.tokens(3, 5), length=3)
     assert whole.keys() == part.keys()
     for key, x in whole.items():
         assert torch.equal(x[:, 3:5] if x.ndim > 2 and x.shape[1] == 9 else x, part[key]), key
-
-
-def skip_mixtures(name: str) -> None:
-    if mixer_class(name).uses_hidden:
-        pytest.skip("its members are those of its inner mixer")
 
 
 def _gates(inputs: Inputs, length: int = 0) -> dict[str, Tensor]:
@@ -103,7 +101,7 @@ def _named(memory) -> dict[str, Tensor]:
     return {f"memory {i}": m for i, m in enumerate(memory)}
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_documents_are_as_if_alone(name):
     """Nothing passes from one document to another, bit for bit in what they see: gradients of others are zero."""
     inputs = make(name, batch=1)
@@ -120,7 +118,7 @@ def test_documents_are_as_if_alone(name):
             assert not grad[:, :start].any() and not grad[:, end:].any()
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.parametrize("pad", [1, 2, 17])
 def test_left_padding_is_invisible(name, pad):
     """A left pad is a document before the text."""
@@ -137,7 +135,7 @@ def _each(state: MixerState, change: Callable[[Tensor], Tensor]) -> MixerState:
     return MixerState(memory, *(None if x is None else change(x) for x in others))
 
 
-@pytest.mark.parametrize("name, case", EVERY_CASE)
+@pytest.mark.parametrize("name, case", MEMORY_CASES)
 def test_decoding_is_prefill(name, case):
     """One token at a time, and in pieces of odd sizes, one of them longer than a chunk of the kernels."""
     inputs = make(name, case, tokens=82, runs=2)
@@ -155,7 +153,7 @@ def test_decoding_is_prefill(name, case):
             assert_close({"o": torch.cat(pieces, 1)}, {"o": truth["o"][:, :start]})
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_heads_are_independent(name):
     """Tensor parallelism in one process: two halves of the heads, each placed, give the whole."""
     inputs = make(name, runs=2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linear_moe.kernels import Segment
 from linear_moe.lsm import MixerState
-from tests.contract.cases import MIXERS, Inputs, assert_close, gradients, make
+from tests.contract.cases import DISTINCT, Inputs, assert_close, gradients, make
 
 DOCUMENTS = torch.tensor([0, 0, 5, 6, 20, 20])
 PIECES = ((0, 1), (1, 9), (9, 20))
@@ -45,7 +45,7 @@ def named(segment: Segment) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if x is not None}
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.parametrize("cu_seqlens", [None, DOCUMENTS], ids=["rows", "packed"])
 def test_carry_is_the_final_memory(name, cu_seqlens):
     """Of the scan, and with the scan's gradients; a run of no tokens changes nothing."""
@@ -80,7 +80,7 @@ def assert_shapes(segment: Segment, inputs: Inputs, i: int, runs: int) -> None:
         assert not (segment.log_decay > 0).any()
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_segments_compose(name):
     """Three pieces of a run, one of a single token: in either bracketing they are the run."""
     inputs = make(name, no_conv, tokens=20)
@@ -91,7 +91,7 @@ def test_segments_compose(name):
         assert_close(named(a.then(b.then(c))), truth)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_segments_forget(name):
     """A memory that is reset before a piece: nothing earlier is left, however the pieces are composed."""
     inputs = make(name, no_conv, tokens=20, runs=2)
@@ -110,7 +110,7 @@ def test_segments_forget(name):
         assert not grad.any()
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_memory_from_starts_the_scan(name):
     """``mix`` with a memory told by segments is ``mix`` started from it."""
     inputs = make(name, runs=2)

@@ -172,8 +172,12 @@ def test_gated_delta_net_starts_as_published():
     assert abs(step.log().mean().item() - math.log(1e-2)) < 0.1  # log-uniform
 
 
-@pytest.mark.parametrize("name, case", EVERY_CASE)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "name, case, dtype",
+    [(*pair, torch.bfloat16) for pair in EVERY_CASE]
+    + [(name, "defaults", dtype) for name in MIXERS for dtype in (torch.float32, torch.float64)],
+    ids=str,
+)
 def test_dtypes_and_shapes(name, case, dtype):
     """Outputs have the model's dtype; memories and log decays are float32, or float64, whatever it is."""
     exact = torch.promote_types(dtype, torch.float32)
