@@ -180,6 +180,12 @@ def _whole_gradient(first: Tensor, layer: Any, sequence: Any) -> Tensor:
     return whole
 
 
+def alone(rank: int, world: int, names: list[str], fn: Callable[[str], Any]) -> dict[str, Any]:
+    """``fn`` of every mixer on one rank."""
+    with with_model_parallel(), registered():
+        return for_each(names, fn)
+
+
 def reshard(rank: int, world: int, names: list[str], steps: list[int], folder: str) -> dict[str, Any]:
     """Save under the first size, load under the next, save that ..: every rank's weights at the start and the end.
 
@@ -225,7 +231,7 @@ def initial(rank: int, world: int, names: list[str], tp: int) -> dict[str, Any]:
         return for_each(names, lambda name: _snapshot(build(name, Layout(world, tp=tp))))
 
 
-def half_precision(rank: int, world: int, name: str) -> dict[str, Any]:
+def half_precision(name: str) -> dict[str, Any]:
     """Dtype of every parameter after each cast, and that the layer still runs and trains."""
     from megatron.core.transformer.module import Float16Module
 
@@ -235,99 +241,96 @@ def half_precision(rank: int, world: int, name: str) -> dict[str, Any]:
     def dtypes(layer: Any) -> dict[str, str]:
         return {key: str(p.dtype).removeprefix("torch.") for key, p in layer.named_parameters()}
 
-    with with_model_parallel(), registered():
-        layer = made()
-        before = {key: p.detach().clone() for key, p in layer.named_parameters()}
-        wrapped = Float16Module(made(bf16=True, params_dtype=torch.bfloat16).config, layer)
-        kept = [key for key, p in layer.named_parameters() if torch.equal(p, before[key])]
-        hidden = torch.randn(LENGTH, BATCH, 16).bfloat16().requires_grad_()
-        if layer.mixer.first_value is not None:
-            layer.first_value.x_BTHV = first_value(layer, Layout(1)).detach().bfloat16()
-        out, _ = layer(hidden)
-        out.float().sum().backward()
-        assert out.dtype == torch.bfloat16 and hidden.grad.isfinite().all()
-        assert all(p.grad is not None and p.grad.dtype == p.dtype for p in layer.parameters())
-        return {
-            "table": {
-                f"model_tables.{p.name}" if p.per_model else p.name: p.keep_float32
-                for p in layer.mixer.all_parameters()
-            },
-            "kept": kept,
-            "Float16Module": dtypes(wrapped.module),
-            "bfloat16()": dtypes(made().bfloat16()),
-            "half()": dtypes(made().half()),
-            "built": dtypes(made(params_dtype=torch.bfloat16)),
-        }
+    layer = made()
+    before = {key: p.detach().clone() for key, p in layer.named_parameters()}
+    wrapped = Float16Module(made(bf16=True, params_dtype=torch.bfloat16).config, layer)
+    kept = [key for key, p in layer.named_parameters() if torch.equal(p, before[key])]
+    hidden = torch.randn(LENGTH, BATCH, 16).bfloat16().requires_grad_()
+    if layer.mixer.first_value is not None:
+        layer.first_value.x_BTHV = first_value(layer, Layout(1)).detach().bfloat16()
+    out, _ = layer(hidden)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and hidden.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in layer.parameters())
+    return {
+        "table": {
+            f"model_tables.{p.name}" if p.per_model else p.name: p.keep_float32
+            for p in layer.mixer.all_parameters()
+        },
+        "kept": kept,
+        "Float16Module": dtypes(wrapped.module),
+        "bfloat16()": dtypes(made().bfloat16()),
+        "half()": dtypes(made().half()),
+        "built": dtypes(made(params_dtype=torch.bfloat16)),
+    }
 
 
-def by_hand(rank: int, world: int, name: str) -> dict[str, Tensor]:
+@torch.no_grad()
+def by_hand(name: str) -> dict[str, Tensor]:
     """The layer in one process, and its definition: products with its weights around the token loop."""
     from tests.contract.cases import Inputs
     from tests.contract.loop import loop
 
-    with with_model_parallel(), registered(), torch.no_grad():
-        layout = Layout(1)
-        layer = build(name, layout)
-        fill(layer, layout)
-        hidden_TBD = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64)
-        w = dict(layer.named_parameters())
+    layout = Layout(1)
+    layer = build(name, layout)
+    fill(layer, layout)
+    hidden_TBD = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64)
+    w = dict(layer.named_parameters())
 
-        def heads(x_TBC: Tensor) -> Tensor:
-            return x_TBC.unflatten(-1, (PLACE.num_heads, -1)).transpose(0, 1)
+    def heads(x_TBC: Tensor) -> Tensor:
+        return x_TBC.unflatten(-1, (PLACE.num_heads, -1)).transpose(0, 1)
 
-        mixer = layer.mixer
-        tables = {key.removeprefix("model_tables."): x for key, x in w.items()}
-        read = dict.fromkeys([p.name for p in mixer.all_projections()], hidden_TBD)
-        if mixer.token_shift:
-            before_TBD = torch.cat([torch.zeros_like(hidden_TBD[:1]), hidden_TBD[:-1]])
-            read = mixer.inputs(hidden_TBD.transpose(0, 1), before_TBD.transpose(0, 1), tables)
-            read = {key: x.transpose(0, 1) for key, x in read.items()}
-        waists = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-        others = {}
-        for p in mixer.low_rank_projections():
-            up, down = w[f"low_rank.{p.name}.up.weight"], w[f"low_rank.{p.name}.down"]
-            waist = waists[p.waist](read[p.name] @ down.T)
-            others[p.name] = heads(waist @ up.T + w.get(f"low_rank.{p.name}.up.bias", 0))
-        if mixer.grouped_width:
-            groups_TBC = hidden_TBD @ w["group_proj.weight"].T
-            others["groups"] = groups_TBC.unflatten(-1, (mixer.num_groups, -1)).transpose(0, 1)
-        if mixer.first_value is not None:
-            others[f"first_{mixer.first_value}"] = first_value(layer, layout)
-        weight_HWD = w["in_proj.weight"].unflatten(0, (PLACE.num_heads, -1))
-        pieces = weight_HWD.split([p.width for p in mixer.fused_projections()], 1)
-        named = zip(mixer.fused_projections(), pieces, strict=True)
-        x = torch.cat([torch.einsum("tbd,hwd->bthw", read[p.name], piece) for p, piece in named], -1)
-        if mixer.uses_hidden:
-            probs = (hidden_TBD @ w["router"].T).softmax(-1).transpose(0, 1)
-            weight, others["memory_index"] = probs.sort(dim=-1, descending=True)
-            weight, others["memory_index"] = (
-                x[..., : mixer.cfg.topk] for x in (weight, others["memory_index"])
-            )
-            others["memory_weight"] = weight / weight.sum(-1, keepdim=True)
-            others["hidden"] = hidden_TBD.transpose(0, 1)
-        o, _ = loop(Inputs(mixer, x, others, tables, None, PLACE))
-        return {"found": layer(hidden_TBD)[0], "truth": o.transpose(0, 1).flatten(2) @ w["out_proj.weight"].T}
+    mixer = layer.mixer
+    tables = {key.removeprefix("model_tables."): x for key, x in w.items()}
+    read = dict.fromkeys([p.name for p in mixer.all_projections()], hidden_TBD)
+    if mixer.token_shift:
+        before_TBD = torch.cat([torch.zeros_like(hidden_TBD[:1]), hidden_TBD[:-1]])
+        read = mixer.inputs(hidden_TBD.transpose(0, 1), before_TBD.transpose(0, 1), tables)
+        read = {key: x.transpose(0, 1) for key, x in read.items()}
+    waists = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+    others = {}
+    for p in mixer.low_rank_projections():
+        up, down = w[f"low_rank.{p.name}.up.weight"], w[f"low_rank.{p.name}.down"]
+        waist = waists[p.waist](read[p.name] @ down.T)
+        others[p.name] = heads(waist @ up.T + w.get(f"low_rank.{p.name}.up.bias", 0))
+    if mixer.grouped_width:
+        groups_TBC = hidden_TBD @ w["group_proj.weight"].T
+        others["groups"] = groups_TBC.unflatten(-1, (mixer.num_groups, -1)).transpose(0, 1)
+    if mixer.first_value is not None:
+        others[f"first_{mixer.first_value}"] = first_value(layer, layout)
+    weight_HWD = w["in_proj.weight"].unflatten(0, (PLACE.num_heads, -1))
+    pieces = weight_HWD.split([p.width for p in mixer.fused_projections()], 1)
+    named = zip(mixer.fused_projections(), pieces, strict=True)
+    x = torch.cat([torch.einsum("tbd,hwd->bthw", read[p.name], piece) for p, piece in named], -1)
+    if mixer.uses_hidden:
+        probs = (hidden_TBD @ w["router"].T).softmax(-1).transpose(0, 1)
+        weight, others["memory_index"] = probs.sort(dim=-1, descending=True)
+        weight, others["memory_index"] = (x[..., : mixer.cfg.topk] for x in (weight, others["memory_index"]))
+        others["memory_weight"] = weight / weight.sum(-1, keepdim=True)
+        others["hidden"] = hidden_TBD.transpose(0, 1)
+    o, _ = loop(Inputs(mixer, x, others, tables, None, PLACE))
+    return {"found": layer(hidden_TBD)[0], "truth": o.transpose(0, 1).flatten(2) @ w["out_proj.weight"].T}
 
 
-def decode(rank: int, world: int, name: str) -> dict[str, Tensor]:
+@torch.no_grad()
+def decode(name: str) -> dict[str, Tensor]:
     """Prefill of some tokens and one step for each of the others, through Megatron's inference context."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    with with_model_parallel(), registered(), torch.no_grad():
-        layout = Layout(1)
-        layer = build(name, layout).eval()
-        fill(layer, layout)
-        hidden = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64)
-        first = first_value(layer, layout)
-        whole, _ = layer(hidden)
-        context = StaticInferenceContext(max_batch_size=BATCH, max_sequence_length=LENGTH)
-        pieces = []
-        for piece in hidden.split([7, *[1] * 5, LENGTH - 12]):
-            start = context.sequence_len_offset
-            layer.first_value.x_BTHV = None if first is None else first[:, start : start + len(piece)]
-            pieces.append(layer(piece, inference_context=context)[0])
-            context.sequence_len_offset += len(piece)
-        return {"whole": whole, "pieces": torch.cat(pieces)}
+    layout = Layout(1)
+    layer = build(name, layout).eval()
+    fill(layer, layout)
+    hidden = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64)
+    first = first_value(layer, layout)
+    whole, _ = layer(hidden)
+    context = StaticInferenceContext(max_batch_size=BATCH, max_sequence_length=LENGTH)
+    pieces = []
+    for piece in hidden.split([7, *[1] * 5, LENGTH - 12]):
+        start = context.sequence_len_offset
+        layer.first_value.x_BTHV = None if first is None else first[:, start : start + len(piece)]
+        pieces.append(layer(piece, inference_context=context)[0])
+        context.sequence_len_offset += len(piece)
+    return {"whole": whole, "pieces": torch.cat(pieces)}
 
 
 def tables(name: str) -> Any:

@@ -1,5 +1,6 @@
 """``MixerLayer`` of every mixer over gloo: layouts give one process's results, and checkpoints reshard."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.contract import layers
-from tests.contract.cases import MIXERS, assert_close, error
+from tests.contract.cases import DISTINCT, MIXERS, assert_close, error
 from tests.contract.layers import BATCH, LENGTH, Layout
 
 LAYOUTS = {
@@ -21,20 +22,43 @@ LAYOUTS = {
 }
 
 
+BRIEFLY = ("tp2-sp", "tp2-sp-cp2-packed")
+"""Layouts that every mixture of memories runs in."""
+
+
 @pytest.fixture(scope="module")
 def ranks_of(_pool):
     """What every rank of a layout computed, by mixer; each layout runs once, all mixers in it."""
     cache: dict[Layout, list[dict[str, Any]]] = {}
+    of_all = [Layout(1), Layout(1, packed=True), *(LAYOUTS[layout] for layout in BRIEFLY)]
 
     def of(layout: Layout, name: str) -> list[dict[str, Any]]:
         if layout not in cache:
-            cache[layout] = _pool.run(layout.world, layers.run_all, list(MIXERS), layout)
-        for rank in cache[layout]:
-            if isinstance(rank[name], str):
-                pytest.fail(rank[name])
-        return [rank[name] for rank in cache[layout]]
+            names = list(MIXERS) if layout in of_all else DISTINCT
+            cache[layout] = _pool.run(layout.world, layers.run_all, names, layout)
+        return [_or_fail(rank[name]) for rank in cache[layout]]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def alone(_pool):
+    """What one rank computed with ``fn``, by mixer; one run for all mixers."""
+    cache: dict[Callable, dict[str, Any]] = {}
+
+    def of(fn: Callable[[str], Any], name: str) -> Any:
+        if fn not in cache:
+            (cache[fn],) = _pool.run(1, layers.alone, list(MIXERS), fn)
+        return _or_fail(cache[fn][name])
+
+    return of
+
+
+def _or_fail(found: Any) -> Any:
+    """``found``, unless it is a traceback."""
+    if isinstance(found, str):
+        pytest.fail(found)
+    return found
 
 
 def whole(ranks: list[dict[str, Any]], layout: Layout) -> dict[str, Tensor]:
@@ -66,8 +90,9 @@ def _copies(key: str, pieces: list[Tensor]) -> Tensor:
     return pieces[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "name, layout", [(n, layout) for n in MIXERS for layout in (LAYOUTS if n in DISTINCT else BRIEFLY)]
+)
 def test_layouts_are_one_process(ranks_of, name, layout):
     chosen = LAYOUTS[layout]
     single = Layout(1, packed=chosen.packed)
@@ -75,8 +100,8 @@ def test_layouts_are_one_process(ranks_of, name, layout):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_one_process_is_the_definition(gloo, name):
-    (found,) = gloo(1, layers.by_hand, name)
+def test_one_process_is_the_definition(alone, name):
+    found = alone(layers.by_hand, name)
     assert error(found["found"], found["truth"]) < 1e-10
 
 
@@ -101,17 +126,17 @@ def test_shards_are_of_heads(ranks_of, name):
     for table in mixer.all_parameters():
         key = f"model_tables.{table.name}" if table.per_model else table.name
         expected[key] = 0 if table.per_head else None
-    for rank in ranks_of(LAYOUTS["tp2"], name):
+    for rank in ranks_of(LAYOUTS["tp2-sp"], name):
         assert {key: dim for key, (dim, _) in rank["grads"].items()} == expected
 
 
 def test_checkpoints_reshard_bit_for_bit(gloo, tmp_path):
     """Saved by one rank, loaded by two, then by four, then by one: bfloat16 and float32 parameters of every mixer."""
     steps = [1, 2, 4, 1]
-    seen = gloo(4, layers.reshard, list(MIXERS), steps, str(tmp_path), timeout=300.0)
-    first = {name: seen[0]["0"][name] for name in MIXERS}
+    seen = gloo(4, layers.reshard, DISTINCT, steps, str(tmp_path), timeout=300.0)
+    first = {name: seen[0]["0"][name] for name in DISTINCT}
     for i, tp in enumerate(steps):
-        for name in MIXERS:
+        for name in DISTINCT:
             shards = [seen[rank][str(i)][name] for rank in range(tp)]
             for key, (dim, start) in first[name].items():
                 pieces = [shard[key][1] for shard in shards]
@@ -122,8 +147,8 @@ def test_checkpoints_reshard_bit_for_bit(gloo, tmp_path):
 
 def test_checkpoint_test_is_not_empty(gloo):
     """What that test loads into starts from other weights; shards differ from each other, and copies do not."""
-    ranks = gloo(2, layers.initial, list(MIXERS), 2)
-    for name in MIXERS:
+    ranks = gloo(2, layers.initial, DISTINCT, 2)
+    for name in DISTINCT:
         for key, (dim, shard) in ranks[0][name].items():
             other = ranks[1][name][key][1]
             is_constant = shard.numel() == 1 or bool((shard == shard.flatten()[0]).all())
@@ -132,8 +157,8 @@ def test_checkpoint_test_is_not_empty(gloo):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_exact_parameters_stay_float32(gloo, name):
-    (seen,) = gloo(1, layers.half_precision, name)
+def test_exact_parameters_stay_float32(alone, name):
+    seen = alone(layers.half_precision, name)
     exact = {key for key, keep in seen["table"].items() if keep}
     assert exact <= set(seen["kept"]), "their values survive the cast to the bit"
     for cast in ("Float16Module", "bfloat16()", "half()", "built"):
@@ -142,6 +167,6 @@ def test_exact_parameters_stay_float32(gloo, name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_decoding_through_megatrons_context(gloo, name):
-    (found,) = gloo(1, layers.decode, name)
+def test_decoding_through_megatrons_context(alone, name):
+    found = alone(layers.decode, name)
     assert error(found["pieces"], found["whole"]) < 1e-10
