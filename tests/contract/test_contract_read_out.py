@@ -45,7 +45,21 @@ def gsa(cfg, o: Tensor, p: dict[str, Tensor], w) -> Tensor:
     return normed(cfg, silu(o), w, 1) * gated(cfg, p)
 
 
-DEFINITIONS: dict[str, Definition] = {"mamba2": mamba2, "gsa": gsa}
+def rwkv7(cfg, o: Tensor, p: dict[str, Tensor], w) -> Tensor:
+    """arXiv:2503.14456, section 4.3: a norm per head, the bonus of the token's own value, the gate."""
+    y = o - o.mean(-1, keepdim=True) if cfg.output_norm == "groupnorm" else o
+    if cfg.output_norm != "identity":
+        variance = y.square().mean(-1, keepdim=True)
+        y = y / (variance + cfg.head_dim * cfg.norm_eps).sqrt() * w["norm_weight"]
+    y = y + w["norm_bias"] if cfg.output_norm == "groupnorm" else y
+    k = p["k"] * (1 - w["k_a"]) + p["k"] * torch.sigmoid(p["a"]) * w["k_a"]
+    v, share = p["v"], torch.sigmoid(p["mix"]) if "mix" in p else 0
+    v = v * (1 - share) + share * p["first_v"] if "first_v" in p else v
+    y = torch.stack([y[h] + (p["q"][h] * w["r_k"][h]) @ k[h] * v[h] for h in range(cfg.num_heads)])
+    return y * p["g"] if cfg.output_gate != "none" else y
+
+
+DEFINITIONS: dict[str, Definition] = {"mamba2": mamba2, "gsa": gsa, "rwkv7": rwkv7}
 
 
 def overrides(name: str) -> bool:

