@@ -1,6 +1,7 @@
 """One pool of gloo worker processes for the whole test session: importing Megatron in each test would cost seconds.
 
-A test writes ``gloo(world_size, fn, *args)`` (the fixture of ``conftest.py``), with a module-level
+Workers are forks of a process that has imported ``tests/worker_imports.py``, which saves four seconds for each. A test
+writes ``gloo(world_size, fn, *args)`` (the fixture of ``conftest.py``), with a module-level
 ``fn(rank, world_size, *args)``; it runs on the first `world_size` workers and the results come back by rank. The pool
 grows to the largest world asked for. The workers keep their world (process group) from test to test and make a new one
 when its size changes. Every worker is on the CPU platform, single-threaded, and talks over loopback.
@@ -21,10 +22,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from multiprocessing import connection, get_context, set_start_method
+from multiprocessing import connection, forkserver, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 LOG_TAIL = 3000  # characters of a worker's output shown with its error
 GRACE = 5.0  # seconds that the other ranks get to finish after one has failed
@@ -83,13 +85,15 @@ class Pool:
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             self.address = ("127.0.0.1", self.store.port)
             self.world = None
-        context = get_context("spawn")
+        context = _fork_server()
         for rank in range(len(self.workers), size):
             ours, theirs = context.Pipe()
             log = self.logs / f"worker{rank}.log"
             log.touch()
             # Not a daemon: those may have no children, and Megatron saves checkpoints in one.
-            process = context.Process(target=_work, args=(rank, theirs, log), name=f"gloo worker {rank}")
+            process = context.Process(
+                target=_work, args=(rank, theirs, log, dict(os.environ)), name=f"gloo worker {rank}"
+            )
             process.start()
             theirs.close()
             self.workers.append((process, ours, log))
@@ -152,15 +156,27 @@ class Pool:
         self.store = None
 
 
-def _work(index: int, pipe: Connection, log: Path) -> None:
+def _fork_server() -> Any:
+    """A multiprocessing context whose processes start with the imports done."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.worker_imports"])
+    path = os.pathsep.join(filter(None, sys.path))
+    with patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}):
+        forkserver.ensure_running()
+    return context
+
+
+def _work(index: int, pipe: Connection, log: Path, environment: dict[str, str]) -> None:
     """A worker's life: take a task, join its world, run it, leave no Megatron state behind, reply."""
+    os.environ.clear()  # the fork server's
+    os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setsid()  # a process group of its own, to end it whole
     set_start_method("fork", force=True)  # the default of an ordinary process, for data loaders
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"LOCAL_RANK": str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: also on a machine with a GPU
     import torch
@@ -194,10 +210,11 @@ def _work(index: int, pipe: Connection, log: Path) -> None:
         pipe.send(reply)
 
 
-def _end_with(parent: int) -> None:
-    """End this process once its parent is gone, even from within a collective that never returns."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with_parent() -> None:
+    """End this process once the test session is gone, even from within a collective that never returns."""
+    session = parent_process()
+    assert session is not None
+    session.join()
     os.killpg(0, signal.SIGKILL)  # with the process that Megatron keeps for its checkpoint queue
 
 
@@ -284,6 +301,9 @@ def leave_model_parallel() -> None:
     if random is not None:
         random._CUDA_RNG_STATE_TRACKER = None
         random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    moe = sys.modules.get("megatron.core.transformer.moe.moe_utils")
+    if moe is not None:
+        moe.MoEAuxLossAutoScaler.main_loss_backward_scale = None  # else copied into, whatever its shape was
     training = sys.modules.get("megatron.training.training")
     if (
         training is not None
