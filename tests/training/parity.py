@@ -1,9 +1,11 @@
 """What every layout is compared with: one process's losses, gradients and figures of the memories, from one start.
 
-Gradients are read where they arrive, after Megatron's reduction: one step of Adam with epsilon 1 and a learning rate of
-1000 moves a weight by 1000 g / (|g| + 1), so that rounding of the weights hardly matters.
+Losses are those of float32. Gradients are read where they arrive, after Megatron's reduction, of the same model in
+float64 (float32 where Megatron insists), so that rounding hides nothing: one step of Adam with epsilon 1 and a learning
+rate of 1000 moves a weight by 1000 g / (|g| + 1).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,9 @@ def write_documents(rank: int, world: int, prefix: str) -> None:
     draw = torch.Generator().manual_seed(11)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(128))
     for n in torch.randint(0, 40, (400,), generator=draw).tolist():
-        builder.add_document(torch.tensor([*torch.randint(0, 127, (n,), generator=draw).tolist(), 127]), [n + 1])
+        builder.add_document(
+            torch.tensor([*torch.randint(0, 127, (n,), generator=draw).tolist(), 127]), [n + 1]
+        )
     builder.finalize(f"{prefix}.idx")
 
 
@@ -112,20 +116,29 @@ class Comparison:
         self.argv += ["--layer-kinds", ",".join(kinds), "--num-layers", str(len(kinds))]
         for kind in {kind for kind in kinds if kind.startswith("mom_")}:
             self.argv += [f"--{kind.replace('_', '-')}-aux-loss-coeff", "0.1"]  # not lost in rounding
+        # Where a token remembers little but itself, ReBased divides two numbers near 0: its default shows rounding.
+        self.argv += ["--rebased-eps", "0.01", "--mom-rebased-eps", "0.01"]
         if documents is not None:
             self.argv.remove("--mock-data")
             self.argv += ["--data-path", documents, "--split", "1,0,0", "--dataloader-inter-document-masking"]
-            self.argv += ["--micro-batch-size", "2", "--global-batch-size", "8"]
+            self.argv += ["--micro-batch-size", "2"]
         self.argv += extra
         start = folder / "start"
         self._train(1, "begin", *START, "--save", str(start))
         self.load = ["--pretrained-checkpoint", str(start)]
         self.weights = pool.run(1, checkpoint_weights, start / "iter_0000003")[0]
         self.steps = self.run(1, [], "single")
-        self.changes = self.gradients(1, [], "single gradient")
+        self._changes: dict[bool, dict[str, torch.Tensor]] = {}
 
-    def _train(self, world: int, name: str, *extra: str, observe: bool = False) -> list[dict[str, Any]]:
-        return self.pool.run(world, train, [*self.argv, "--run-dir", str(self.folder / name), *extra], observe)
+    def _train(self, world: int, name: str, *extra: str, **options: bool) -> list[dict[str, Any]]:
+        argv = [*self.argv, "--run-dir", str(self.folder / name), *extra]
+        return self.pool.run(world, partial(train, **options), argv)
+
+    def changes(self, exact: bool) -> dict[str, torch.Tensor]:
+        """:meth:`gradients` of one process."""
+        if exact not in self._changes:
+            self._changes[exact] = self.gradients(1, [], f"single gradient {exact}", exact)
+        return self._changes[exact]
 
     def run(self, world: int, flags: list[str], name: str) -> list[dict[str, Any]]:
         """The figures of six steps."""
@@ -133,9 +146,10 @@ class Comparison:
         assert len(losses(self.folder / name)) == 6
         return metrics(self.folder / name)
 
-    def gradients(self, world: int, flags: list[str], name: str) -> dict[str, torch.Tensor]:
+    def gradients(self, world: int, flags: list[str], name: str, exact: bool) -> dict[str, torch.Tensor]:
         """How far one step moves every weight."""
-        seen = self._train(world, name, *flags, *self.load, *GRADIENT, observe=True)
+        extra = [*flags, *self.load, *GRADIENT]
+        seen = self._train(world, name, *extra, observe=True, exact=exact)
         after = whole([rank["after"] for rank in seen])
         assert after.keys() == self.weights.keys()
         return {key: after[key] - self.weights[key] for key in after}
@@ -155,20 +169,18 @@ class Comparison:
                 step.get("memory_load", []), expected.get("memory_load", []), strict=True
             ):
                 torch.testing.assert_close(torch.tensor(load), torch.tensor(expected_load), rtol=0, atol=1e-6)
-        changes = self.gradients(world, flags, f"{name} gradient")
-        wrong = [
-            f"{key}: relative error {self.error(changes, key):.1e}"
-            for key in changes
-            if not self.error(changes, key) <= 1e-4
-        ]
+        # Megatron's distributed optimizer refuses float64, and virtual stages mix it with what is always float32.
+        exact = not {DISTRIBUTED_OPTIMIZER[0], VPP2[0]} & set(flags)
+        changes, expected = self.gradients(world, flags, f"{name} gradient", exact), self.changes(exact)
+        errors = {key: relative_error(changes[key], expected[key]) for key in changes}
+        limit = 2e-6 if exact else 1e-3
+        wrong = [f"{key}: relative error {error:.1e}" for key, error in errors.items() if not error <= limit]
         assert not wrong, "gradients of " + "; ".join(wrong)
 
-    def error(self, changes: dict[str, torch.Tensor], key: str) -> float:
-        """Relative, beyond the rounding of the weight itself."""
-        expected = self.changes[key]
-        assert expected.norm() > 0, f"{key} has no gradient: nothing is compared"
-        rounding = 2**-23 * self.weights[key].norm()
-        return float((changes[key] - expected).norm().sub(rounding).clamp(min=0) / expected.norm())
+
+def relative_error(change: torch.Tensor, expected: torch.Tensor) -> float:
+    """NaN where there is nothing to compare."""
+    return float((change - expected).norm() / expected.norm())
 
 
 def checkpoint_weights(rank: int, world: int, folder: Path) -> dict[str, torch.Tensor]:

@@ -37,7 +37,9 @@ CASES = [
     for stack in STACKS
     for packing in ("plain", "packed")
     for layout in LAYOUTS
-    if EVERY or packing in SELECTED.get((layout, stack), [])
+    if (EVERY or packing in SELECTED.get((layout, stack), []))
+    # Two micro-batches are too few for it.
+    and not (packing == "packed" and layout == "dp2-pp2-vpp2-distributed-optimizer")
 ]
 # Cases of one comparison one after the other: only one is kept.
 CASES.sort(key=lambda case: (list(STACKS).index(case[0]), case[1], case[2]))

@@ -33,15 +33,20 @@ EXPERTS = [
 DISTRIBUTED_OPTIMIZER = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 
 
-def train(rank: int, world: int, argv: list[str], observe: bool = False) -> dict[str, Any]:
-    """Run ``main(argv)``; with ``observe`` return this rank's pieces of the weights before and after step 1."""
+def train(
+    rank: int, world: int, argv: list[str], observe: bool = False, exact: bool = False
+) -> dict[str, Any]:
+    """Run ``main(argv)``; with ``observe`` return this rank's pieces of the weights after step 1.
+
+    With ``exact`` the model is float64: Megatron has no flag for it, though little in it minds.
+    """
     from linear_moe.model.builder import LinearMoEBuilder
     from linear_moe.training import pretrain
     from linear_moe.training.metrics import RunLog
 
     seen: dict[str, Any] = {}
     chunks: list[torch.nn.Module] = []
-    build, measure = LinearMoEBuilder.build_model, RunLog._measure
+    build, measure, prepare = LinearMoEBuilder.build_model, RunLog._measure, pretrain.prepare_arguments
 
     def built(self: Any, *args: Any, **kwargs: Any) -> Any:
         chunks.append(build(self, *args, **kwargs))
@@ -52,13 +57,19 @@ def train(rank: int, world: int, argv: list[str], observe: bool = False) -> dict
             seen["after"] = [piece for i, chunk in enumerate(chunks) for piece in pieces(chunk, i)]
         return measure(self, iteration, *args, **kwargs)
 
-    LinearMoEBuilder.build_model, RunLog._measure = built, measured
+    def prepared(argv: list[str]) -> Any:
+        args = prepare(argv)
+        if exact:
+            args.params_dtype = torch.float64
+        return args
+
+    LinearMoEBuilder.build_model, RunLog._measure, pretrain.prepare_arguments = built, measured, prepared
     try:
         pretrain.main(argv)
     except SystemExit as stop:  # --exit-interval
         assert not stop.code, f"exit code {stop.code}"
     finally:
-        LinearMoEBuilder.build_model, RunLog._measure = build, measure
+        LinearMoEBuilder.build_model, RunLog._measure, pretrain.prepare_arguments = build, measure, prepare
     seen["rng"] = rng_states()
     return seen
 
@@ -105,7 +116,7 @@ def whole(
     """Every parameter of the model, unsharded, from the pieces of all ranks; replicas must agree."""
     tensors: dict[str, torch.Tensor] = {}
     for key, shape, offset, data in (piece for rank in ranks for piece in rank):
-        tensor = tensors.setdefault(key, torch.full(shape, float("nan")))
+        tensor = tensors.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
         view = tensor[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))]
         written = ~view.isnan()
         assert torch.equal(view[written], data[written]) or torch.allclose(
