@@ -20,6 +20,7 @@ from tests.regression.whole_models import (
     cp_logits,
     difference,
     logits,
+    of_models,
     random_tokens,
     stepwise,
 )
@@ -41,11 +42,24 @@ def hidden(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
+@pytest.fixture(scope="module")
+def alone(_pool) -> dict[str, dict[str, Any]]:
+    """What the functions say of a model of every mixer, in one process."""
+    measures = [by_steps, edited, sample_by_sample, of_zeros, layer_by_steps]
+    return _pool.run(1, of_models, MIXERS, measures)[0]
+
+
+@pytest.fixture(scope="module")
+def over_ranks(_pool) -> dict[str, dict[str, Any]]:
+    """The same over two context-parallel ranks."""
+    return _pool.run(2, of_models, MIXERS, [whole, edited], "--context-parallel-size", "2")[0]
+
+
 # D1: an RNN layer returned a bare tensor where Megatron unpacks (output, bias): rows 0 and 1 became output and bias
 
 
-def layer_by_steps(rank: int, world: int, name: str) -> list[dict[str, Any]]:
-    layer = build([name]).decoder.layers[0]
+def layer_by_steps(model: Any) -> list[dict[str, Any]]:
+    layer = model.decoder.layers[0]
     layer.mlp.linear_fc2.weight.data.zero_()  # the layer adds what its mixer says, and nothing else
     return [at_once_and_by_steps(layer, length) for length in (2, 7)]
 
@@ -70,13 +84,13 @@ def at_once_and_by_steps(layer: Any, length: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_d01_every_token_gets_its_own_output(gloo, name):
+def test_d01_every_token_gets_its_own_output(alone, name):
     """D1: recurrent layers put o[0] + o[1] at every position, silently, and compile errors were hidden.
 
     Here a transformer layer adds to each token what its mixer says of that token, as in a loop over the tokens. Two
     tokens are the length at which a bare tensor unpacks into output and bias without an error.
     """
-    for seen in gloo(1, layer_by_steps, name)[0]:
+    for seen in alone[name]["layer_by_steps"]:
         assert difference(seen["found"], seen["truth"]) < 1e-10
         assert difference(seen["found"][0], seen["found"][1]) > 1e-2, "tokens differ"
         assert not seen["suppressed"]
@@ -85,58 +99,53 @@ def test_d01_every_token_gets_its_own_output(gloo, name):
 # D2 and D3: LASP-2 saw only earlier blocks of 256 tokens, and its other form had no mask inside a tile of 64
 
 
-def over_ranks(rank: int, world: int, names: list[str], sequences: list[Tensor]) -> dict[str, list[Tensor]]:
+TOKENS_BS = random_tokens(2, 44)
+LONGER_BS, EDITS = random_tokens(2, 72), (40, 64)
+
+
+def read(model: Any, tokens_BS: Tensor) -> Tensor:
+    """Logits ``[B, S, V]``, from context-parallel ranks if there are several."""
     from megatron.core import mpu
 
-    from tests.workers import leave_model_parallel
-
-    found = {}
-    for name in names:
-        model = build([name], "--context-parallel-size", str(world))
-        group = mpu.get_context_parallel_group()
-        found[name] = [cp_logits(model, tokens_BS, group) for tokens_BS in sequences]
-        leave_model_parallel()
-    return found if rank == 0 else {}
+    with torch.no_grad():
+        return cp_logits(model, tokens_BS, mpu.get_context_parallel_group())
 
 
-def by_steps(rank: int, world: int, names: list[str], tokens_BT: Tensor) -> dict[str, Tensor]:
-    from tests.workers import leave_model_parallel
-
-    found = {}
-    for name in names:
-        found[name] = stepwise(build([name]), tokens_BT)
-        leave_model_parallel()
-    return found
+def whole(model: Any) -> Tensor:
+    return read(model, TOKENS_BS)
 
 
-def test_d02_context_parallel_sees_every_block(gloo):
+def by_steps(model: Any) -> Tensor:
+    return stepwise(model, TOKENS_BS)
+
+
+def edited(model: Any) -> list[Tensor]:
+    """As the tokens are, and with another token at each of the places."""
+    sequences = [LONGER_BS, *(changed(LONGER_BS, slice(None), place) for place in EDITS)]
+    return [read(model, tokens_BS) for tokens_BS in sequences]
+
+
+def test_d02_context_parallel_sees_every_block(alone, over_ranks):
     """D2: LASP-2 left out the block of the token itself, so the first outputs were 0, and tails were never written.
 
     Here two ranks with 22 tokens each (no multiple of any block, fewer than one) give what one process gives that
     reads one token after the other.
     """
-    tokens_BS = random_tokens(2, 44)
-    found = gloo(2, over_ranks, MIXERS, [tokens_BS])[0]
-    truth = gloo(1, by_steps, MIXERS, tokens_BS)[0]
     for name in MIXERS:
-        assert difference(found[name][0], truth[name]) < 1e-10, name
+        assert difference(over_ranks[name]["whole"], alone[name]["by_steps"]) < 1e-10, name
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_d03_no_token_sees_a_later_one(gloo, world):
+@pytest.mark.parametrize("ranks", ["alone", "over_ranks"])
+def test_d03_no_token_sees_a_later_one(request, ranks):
     """D3: without a mask inside the diagonal tile, editing token 40 changed output 5.
 
     Here outputs before an edited token stay as they are, in one process and over context-parallel ranks.
     """
-    tokens_BS = random_tokens(2, 72)
-    edits = (40, 64)
-    sequences = [tokens_BS, *(changed(tokens_BS, slice(None), place) for place in edits)]
-    found = gloo(world, over_ranks, MIXERS, sequences)[0]
-    for name in MIXERS:
-        before, *after = found[name]
-        for place, edited in zip(edits, after, strict=True):
-            assert difference(edited[:, :place], before[:, :place]) < 1e-12, (name, place)
-            assert difference(edited[:, place], before[:, place]) > 1e-6, (name, place)
+    for name, seen in request.getfixturevalue(ranks).items():
+        before, *after = seen["edited"]
+        for place, changed_BSV in zip(EDITS, after, strict=True):
+            assert difference(changed_BSV[:, :place], before[:, :place]) < 1e-12, (name, place)
+            assert difference(changed_BSV[:, place], before[:, place]) > 1e-6, (name, place)
 
 
 # D4: beta was handed over as [T, H, B] to a kernel that reads [B, H, T]
@@ -222,31 +231,24 @@ def test_d05_delta_rule_is_the_published_one(gloo, name):
 # D12: a bias of q, k and v came with a bias of the output gate
 
 
-def silent(rank: int, world: int, names: list[str]) -> dict[str, dict[str, Any]]:
-    from tests.workers import leave_model_parallel
-
-    found = {}
-    for name in names:
-        layer = build([name], noise=0.3).decoder.layers[0].self_attention
-        biases = [key for key, _ in layer.named_parameters() if key in ("q_bias", "k_bias", "v_bias")]
-        with torch.no_grad():
-            out, _ = layer(torch.zeros(6, 2, 64, dtype=torch.float64))
-        found[name] = {
-            "biases": biases,
-            "gate": layer.mixer.cfg.output_gate,
-            "largest": out.abs().max().item(),
-        }
-        leave_model_parallel()
-    return found
+def of_zeros(model: Any) -> dict[str, Any]:
+    layer = model.decoder.layers[0].self_attention
+    with torch.no_grad():
+        out, _ = layer(torch.zeros(6, 2, 64, dtype=torch.float64))
+    return {
+        "biases": [key for key, _ in layer.named_parameters() if key in ("q_bias", "k_bias", "v_bias")],
+        "gate": layer.mixer.cfg.output_gate,
+        "largest": out.abs().max().item(),
+    }
 
 
-def test_d12_the_output_gate_has_no_bias(gloo):
+def test_d12_the_output_gate_has_no_bias(alone):
     """D12: --add-qkv-bias gave the output gate a bias too.
 
     Here q, k and v have theirs, and an input of zeros still shuts a swish gate: the output is exactly 0.
     """
     assert "--add-qkv-bias" in ARGUMENTS
-    (found,) = gloo(1, silent, MIXERS)
+    found = {name: seen["of_zeros"] for name, seen in alone.items()}
     gated = [name for name in MIXERS if found[name]["gate"] == "swish"]
     assert {"linear_attention", "gla", "gated_deltanet"} <= set(gated)
     for name in ("linear_attention", "gla", "gated_deltanet"):
@@ -257,26 +259,20 @@ def test_d12_the_output_gate_has_no_bias(gloo):
 # D16: `output, _ = kernel(...)` of a kernel that returns one tensor: it came apart along the batch
 
 
-def alone(rank: int, world: int, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    from tests.workers import leave_model_parallel
-
-    found, tokens_BT = {}, random_tokens(2, 20)
-    for name in names:
-        model = build([name])
-        with torch.no_grad():
-            apart = torch.cat([logits(model, tokens_1T) for tokens_1T in tokens_BT.split(1)])
-            found[name] = logits(model, tokens_BT), apart
-        leave_model_parallel()
-    return found
+def sample_by_sample(model: Any) -> tuple[Tensor, Tensor]:
+    tokens_BT = random_tokens(2, 20)
+    with torch.no_grad():
+        apart = torch.cat([logits(model, tokens_1T) for tokens_1T in tokens_BT.split(1)])
+        return logits(model, tokens_BT), apart
 
 
-def test_d16_a_batch_of_two_is_two_samples(gloo):
+def test_d16_a_batch_of_two_is_two_samples(alone):
     """D16: Based and ReBased dropped the second sample of a batch of two, or failed for any other batch.
 
     Here both samples come out as they do alone.
     """
-    (found,) = gloo(1, alone, MIXERS)
-    for name, (together, apart) in found.items():
+    for name, seen in alone.items():
+        together, apart = seen["sample_by_sample"]
         assert difference(together, apart) < 1e-10, name
 
 

@@ -5,6 +5,7 @@ Letters: T tokens, B batch, S sequence, V rows of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,6 +56,24 @@ def build(
             parameter.data += noise * torch.randn_like(parameter)
         model.to(dtype).train(train)
     return stages if vp_stages > 1 else stages[0]
+
+
+def of_models(
+    rank: int, world: int, names: list[str], measures: list[Callable[[Any], Any]], *flags: str
+) -> dict[str, dict[str, Any]]:
+    """What each measure says of a one-layer model of every mixer, by mixer and name; the model is built once."""
+    from tests.workers import leave_model_parallel
+
+    found = {}
+    for name in names:
+        try:
+            model = build([name], *flags)
+            found[name] = {measure.__name__: measure(model) for measure in measures}
+        except Exception as error:
+            error.add_note(f"in a model of {name}")
+            raise
+        leave_model_parallel()
+    return found
 
 
 def random_tokens(batch: int, length: int, seed: int = 7) -> Tensor:
