@@ -3,7 +3,6 @@
 The other tests share ``gates`` with what they measure; these do not. A new mixer of the package adds its formulas.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from linear_moe import lsm
 from linear_moe.lsm import MixerState, split
-from tests.contract.cases import EVERY_CASE, PLACE, assert_close, make, mixer_class, options
+from tests.contract.cases import EVERY_CASE, PLACE, assert_close, gradients, make, mixer_class, options
 
 Definition = Callable[..., tuple[Tensor, ...]]
 
@@ -295,17 +294,22 @@ def test_every_mixer_of_the_package_has_its_formulas():
 
 @pytest.mark.parametrize("name, case", [pair for pair in EVERY_CASE if pair[0] in DEFINITIONS])
 def test_formulas(name, case):
-    """Outputs before the output norm and the final memories; the convolution is measured elsewhere, its SiLU is not."""
-    inputs = make(name, options(name)[case] | {"output_norm": "identity", "output_gate": "none"}, tokens=6)
+    """Outputs before the output norm, final memories and every gradient; the convolution is measured elsewhere.
+
+    The token loop shares ``gates`` with what it measures: a gate that is cut off from its inputs shows here only.
+    """
+    given = options(name)[case] | {"output_norm": "identity", "output_gate": "none"}
+    inputs = make(name, given, batch=1, tokens=6)
     mixer = inputs.mixer
     o, _, state = mixer.recall(inputs.x, inputs.others, inputs.w, inputs.place)
     p, _ = split.split(mixer, inputs.x, inputs.others, inputs.w, inputs.place, MixerState(()), None)
     truth_o, truth_memory = torch.zeros_like(o), tuple(torch.zeros_like(m) for m in state.memory)
-    for b, h in itertools.product(range(2), range(mixer.cfg.num_heads)):
-        own = {key: x[b, :, h * x.shape[2] // mixer.cfg.num_heads] for key, x in p.items()}
-        truth_o[b, :, h], *memories = DEFINITIONS[name](mixer.cfg, own, inputs.w, h, 6)
+    for h in range(mixer.cfg.num_heads):
+        own = {key: x[0, :, h * x.shape[2] // mixer.cfg.num_heads] for key, x in p.items()}
+        truth_o[0, :, h], *memories = DEFINITIONS[name](mixer.cfg, own, inputs.w, h, 6)
         for truth, memory in zip(truth_memory, memories, strict=True):
-            truth[b, h] = memory
-    truth = {f"memory {i}": memory for i, memory in enumerate(truth_memory)}
-    found = {f"memory {i}": memory for i, memory in enumerate(state.memory)}
-    assert_close({"o": o} | found, {"o": truth_o} | truth)
+            truth[0, h] = memory
+    truth = {"o": truth_o} | {f"memory {i}": memory for i, memory in enumerate(truth_memory)}
+    found = {"o": o} | {f"memory {i}": memory for i, memory in enumerate(state.memory)}
+    leaves = inputs.tensors()
+    assert_close(found | gradients(found, leaves), truth | gradients(truth, leaves))
