@@ -29,7 +29,7 @@ class MemorySize:
     """Bytes that a decoder holds for its sequences."""
 
     recurrent: int
-    """States and convolution tails of the mixers: the same after any number of tokens."""
+    """States of the mixers and the last inputs that they keep: the same after any number of tokens."""
     kv_cache: int
     """Keys and values of the softmax layers: grows with the longest sequence it was made for."""
 
@@ -84,8 +84,8 @@ class Decoder:
         recurrent = kv_cache = 0
         for held in self.context.key_value_memory_dict.values():
             if isinstance(held, MixerState):
-                tensors = [*held.memory] + ([] if held.conv is None else [held.conv])
-                recurrent += sum(_bytes(tensor) for tensor in tensors)
+                beside = (held.conv, held.group_conv, held.hidden, held.length)
+                recurrent += sum(_bytes(x) for x in (*held.memory, *beside) if x is not None)
             else:
                 kv_cache += sum(_bytes(tensor) for tensor in held)
         return MemorySize(recurrent, kv_cache)

@@ -16,6 +16,8 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.training.arguments import add_megatron_arguments, validate_args
 
+from linear_moe import lsm
+from linear_moe.lsm.mom import Memories
 from linear_moe.training import arguments, engine
 
 RESET_GROUPS = (
@@ -131,6 +133,9 @@ def single_process_arguments(
     args.micro_batch_size = 1  # demanded
     args.rank, args.world_size = 0, 1
     arguments.resolve(args)
+    for name, options in args.mixer_options.items():
+        if issubclass(lsm.get(name).Config, Memories):
+            options.pop("capacity", None)  # as that of experts: it depends on the other tokens of the call
     with contextlib.redirect_stdout(io.StringIO()):  # all 800 arguments
         validate_args(args, {})
     if dtype is not None:

@@ -16,6 +16,8 @@ KINDS = (
     [[mixer] * 2 for mixer in MIXERS]
     + [[mixer, "softmax"] for mixer in MIXERS]
     + [["softmax", "gla", "softmax"]]
+    # what layers share, heads and groups of their own, routing
+    + [["rwkv7", "hgrn2", "mamba2", "mom_gla", "rwkv7", "hgrn2", "mom_gated_deltanet", "softmax"]]
 )
 FP64_ROUTER = ("--moe-router-dtype", "fp64")
 TRAINING_ONLY = (
@@ -67,6 +69,15 @@ def test_nothing_of_training_is_left_in_the_router(gloo):
     )
 
 
+def test_a_memory_takes_all_tokens_in_generation(gloo):
+    """How many it took in training depends on the other tokens of the call."""
+    kinds, limit = ["mom_gla", "softmax"], ("--mom-gla-capacity", "0.3")
+    continued, _, _, argmax, error = gloo(1, greedy_and_recomputed, kinds, False, limit)[0]
+    assert [list(step) for step in zip(*continued, strict=True)] == argmax
+    assert error < 1e-10, error
+    assert continued == gloo(1, greedy_and_recomputed, kinds, False, ())[0][0]
+
+
 def float32_error(rank, world, kinds):
     from linear_moe.inference.decoder import Decoder
 
@@ -77,6 +88,16 @@ def float32_error(rank, world, kinds):
     stepwise += [decoder.feed(torch.tensor([[row[t]] for row in text])) for t in range(20, 40)]
     recomputed = whole_forward(loaded.model, text)[:, 19:]
     return ((torch.stack(stepwise, 1) - recomputed).abs().max() / recomputed.std()).item()
+
+
+def test_a_state_has_all_that_is_kept(gloo):
+    """Mamba2: the groups' last inputs; RWKV7: the layer's; retention: its place in the document."""
+    batch, hidden, heads = 3, 64, 4
+    sizes = gloo(1, memory_sizes, ["mamba2", "rwkv7", "retention"])[0]
+    mamba2 = 4 * batch * (heads * 32 * 16 + 3 * (heads * 32 + 2 * 16))
+    rwkv7 = 4 * batch * (heads * 16 * 16 + hidden)
+    retention = 4 * batch * heads * 16 * 32 + 8 * batch
+    assert {recurrent for recurrent, _ in sizes.values()} == {mamba2 + rwkv7 + retention}
 
 
 def test_float32_is_as_close_as_float32_allows(gloo):
