@@ -46,6 +46,9 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
 CP2, EP2 = ["--context-parallel-size", "2"], ["--expert-model-parallel-size", "2"]
 
+RECOMPUTE_LAYERS = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
+RECOMPUTE_LAYERS += ["--recompute-num-layers", "1"]
+
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-sp": (2, [*TP2, *SP]),
     "pp2": (2, PP2),
@@ -58,14 +61,24 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp2-cp2": (4, [*PP2, *CP2]),
     "pp2-ep2": (4, [*PP2, *EP2]),
     "dp2": (2, []),
+    "dp4": (4, []),
     "dp2-distributed-optimizer": (2, DISTRIBUTED_OPTIMIZER),
     "dp2-pp2-distributed-optimizer": (4, [*PP2, *DISTRIBUTED_OPTIMIZER]),
     "dp2-pp2-vpp2-distributed-optimizer": (4, [*PP2, *VPP2, *DISTRIBUTED_OPTIMIZER]),
     "tp2-no-sp": (2, TP2),
+    "recompute-mixers": (1, ["--lsm-recompute"]),
+    "recompute-layers": (1, RECOMPUTE_LAYERS),
 }
 
 DENSE = ("tp2-no-sp",)
 """Layouts that Megatron refuses with experts."""
+
+
+def impossible(layout: str, stack: str, packing: str) -> bool:
+    """Cases that cannot be: two micro-batches are too few, and RWKV7 refuses to recompute layers."""
+    few = packing == "packed" and layout in ("dp4", "dp2-pp2-vpp2-distributed-optimizer")
+    return few or (layout == "recompute-layers" and "rwkv7" in STACKS[stack])
+
 
 GRADIENT = [
     *("--adam-eps", "1", "--lr", "1000", "--min-lr", "1000", "--lr-warmup-iters", "0", "--clip-grad", "0"),
