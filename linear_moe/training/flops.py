@@ -41,6 +41,10 @@ class FlopsPerToken:
         linear = (self.mixers + self.feed_forward + self.head) * tokens
         return BACKWARD_AND_FORWARD * (linear + self.per_pair * squared_lengths / 2)
 
+    def of_step(self, tokens: float, seq_length: int, squared_lengths: float | None = None) -> float:
+        """The same for sequences of one length, unless the documents' squared lengths are given."""
+        return self.training(tokens, tokens * seq_length if squared_lengths is None else squared_lengths)
+
 
 def flops_per_token(config: LinearMoEConfig, vocab_rows: int) -> FlopsPerToken:
     """Count a model from its config."""

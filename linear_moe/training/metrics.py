@@ -150,22 +150,21 @@ class RunLog:
         seconds = get_timers()("interval-time").elapsed(barrier=True, reset=True)
         samples = args.micro_batch_size * mpu.get_data_parallel_world_size() * get_num_microbatches()
         tokens = samples * args.seq_length if tokens is None else tokens
-        squared = tokens * args.seq_length if squared_lengths is None else squared_lengths
-        per_gpu = self.flops.training(tokens, squared) / seconds / args.world_size
-        memory = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=torch.cuda.current_device())
-        lr = torch.tensor(learning_rate or 0.0, dtype=torch.float64, device=torch.cuda.current_device())
-        dist.all_reduce(memory, dist.ReduceOp.MAX)
-        dist.all_reduce(lr, dist.ReduceOp.MAX)
+        per_gpu = self.flops.of_step(tokens, args.seq_length, squared_lengths) / seconds / args.world_size
+        largest = [torch.cuda.max_memory_allocated() / 2**30, learning_rate or 0.0]
+        of_all = torch.tensor(largest, dtype=torch.float64, device=torch.cuda.current_device())
+        dist.all_reduce(of_all, dist.ReduceOp.MAX)
+        memory, lr = of_all.tolist()
         step: dict[str, Any] = {
             "iteration": iteration,
             "grad_norm": None if grad_norm is None else float(grad_norm),
-            "learning_rate": lr.item(),
+            "learning_rate": lr,
             "seconds": seconds,
             "tokens": tokens,
             "tokens_per_second_per_gpu": tokens / seconds / args.world_size,
             "tflops_per_gpu": per_gpu / 1e12,
             "mfu": per_gpu / peak if peak else None,
-            "peak_memory_gib": memory.item(),
+            "peak_memory_gib": memory,
         }
         for load in self.loads:
             step |= load.take()

@@ -112,10 +112,9 @@ def step_flops(
     total_real_tokens_in_batch: float | None = None,
 ) -> float:
     """Operations of one step, in the signature of Megatron's ``num_floating_point_operations``."""
-    tokens, squared = total_real_tokens_in_batch, seqlen_squared_sum_in_batch
+    tokens = total_real_tokens_in_batch
     tokens = batch_size * args.seq_length if tokens is None else tokens
-    squared = tokens * args.seq_length if squared is None else squared
-    return flops.training(tokens, squared)
+    return flops.of_step(tokens, args.seq_length, seqlen_squared_sum_in_batch)
 
 
 def forward_step(data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, Any]:

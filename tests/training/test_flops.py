@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linear_moe import lsm
+from linear_moe.kernels import short_conv
 from linear_moe.training.flops import FlopsPerToken
 from tests.training.tiny import ARGUMENTS, EXPERTS
 from tests.workers import with_model_parallel
@@ -82,7 +83,9 @@ def with_products() -> Iterator[None]:
     from linear_moe.model.attention import CoreAttention
 
     with (
-        mock.patch.multiple(kernels, diag_decay=diag_decay, delta_rule=delta_rule),
+        mock.patch.multiple(
+            kernels, diag_decay=diag_decay, delta_rule=delta_rule, dplr_delta_rule=dplr_delta_rule
+        ),
         mock.patch.object(split, "short_conv", convolution),
         mock.patch.object(CoreAttention, "forward", softmax),
     ):
@@ -91,20 +94,45 @@ def with_products() -> Iterator[None]:
 
 def diag_decay(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, **options: Any
-) -> tuple[Tensor, None]:
-    """Two products a token: what is written and what is read. Some decay, for its gradient."""
+) -> tuple[Tensor, Tensor]:
+    """Two products a token: what is written and what is read. Some decay and bonus, for their gradients."""
     batch, _, heads, width = v.shape
+    if (bonus := options.get("bonus")) is not None:
+        v = v * bonus.mean(-1)[:, None]
     fade = _fade(v, log_decay, options.get("log_decay_v"))
     S, outputs = torch.zeros(batch * heads, k.shape[3], width), []
     for q_t, k_t, v_t, a_t in zip(*(_rows(x, heads) for x in (q, k, v, fade)), strict=True):
         S = S * a_t + torch.bmm(k_t.mT, v_t)
         outputs.append(torch.bmm(q_t, S))
-    return torch.stack(outputs).squeeze(2).unflatten(1, (batch, heads)).transpose(0, 1), None
+    return _result(outputs, S, v, options)
+
+
+def _result(outputs: list[Tensor], S: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """``[B, T, H, V]``, and a memory of the right shape."""
+    batch, _, heads, _ = v.shape
+    cu_seqlens = options.get("cu_seqlens")
+    runs = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    o = torch.stack(outputs).squeeze(2).unflatten(1, (batch, heads)).transpose(0, 1)
+    return o, S.new_zeros(runs, heads, *S.shape[1:])
+
+
+def dplr_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Four products a token: what is held under ``a``, its write under ``b``, what is written and what is read."""
+    batch, _, heads, width = v.shape
+    fade = _fade(v, log_decay, None)
+    S, outputs = torch.zeros(batch * heads, k.shape[3], width), []
+    rows = (_rows(x, heads) for x in (q, k, v, a, b, fade))
+    for q_t, k_t, v_t, a_t, b_t, fade_t in zip(*rows, strict=True):
+        S = S * fade_t + torch.bmm(b_t.mT, torch.bmm(a_t, S)) + torch.bmm(k_t.mT, v_t)
+        outputs.append(torch.bmm(q_t, S))
+    return _result(outputs, S, v, options)
 
 
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, **options: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor]:
     """Three products a token: what the key held, what is written and what is read."""
     batch, _, heads, width = v.shape
     fade = _fade(v, log_decay, None)
@@ -114,7 +142,7 @@ def delta_rule(
         S = S * a_t
         S = S + torch.bmm(k_t.mT, b_t * (v_t - torch.bmm(k_t, S)))
         outputs.append(torch.bmm(q_t, S))
-    return torch.stack(outputs).squeeze(2).unflatten(1, (batch, heads)).transpose(0, 1), None
+    return _result(outputs, S, v, options)
 
 
 def _fade(v: Tensor, *logs: Tensor | None) -> Tensor:
@@ -132,15 +160,21 @@ def _rows(x_BTGK: Tensor, heads: int) -> Tensor:
     return x.permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(2)
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Tensor, None]:
-    """One product of each channel's window with its taps."""
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """One product of each channel's window with its taps. A token shift multiplies nothing."""
+    if x.ndim == 3:
+        return short_conv(x, weight, bias, **options)
     width = weight.shape[-1]
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, width - 1, 0))
     windows_BTHCW = padded.unfold(1, width, 1)
     B, T, H, C, _ = windows_BTHCW.shape
     windows = windows_BTHCW.permute(2, 3, 0, 1, 4).reshape(H * C, B * T, width)
     y = torch.bmm(windows, weight.reshape(H * C, width, 1))
-    return y.view(H, C, B, T).permute(2, 3, 0, 1), None
+    cu_seqlens = options.get("cu_seqlens")
+    runs = B if cu_seqlens is None else len(cu_seqlens) - 1
+    return y.view(H, C, B, T).permute(2, 3, 0, 1), x.new_zeros(runs, width - 1, H, C)
 
 
 def softmax(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
