@@ -148,7 +148,7 @@ def test_a_flag_alone_is_true():
 
 
 def test_heads_that_tensor_parallelism_cannot_divide():
-    with pytest.raises(ValueError, match="2 heads of hgrn2.*\n  why: .*\n  try: "):
+    with pytest.raises(ValueError, match=r"2 heads of hgrn2.*\n  why: .*\n  try: "):
         config_of(parse("--la-module", "hgrn2"), tensor_model_parallel_size=4)
 
 
