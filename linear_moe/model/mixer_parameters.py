@@ -118,6 +118,10 @@ class ModelTables(TableModule):
             setattr(parameter, "shared_embedding", True)  # noqa: B010
             setattr(parameter, "shared", copy > 0)  # noqa: B010
 
+    def forward(self) -> dict[str, Tensor]:
+        """:meth:`weights`; layers that do not own them call this, so that Megatron's hooks know of the use."""
+        return self.weights()
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _tables(
 
 
 def _zero(tables: ModelTables, hidden: Tensor) -> Tensor:
-    return sum(0 * parameter.sum() for parameter in tables.parameters()).to(hidden.dtype)  # type: ignore[union-attr]
+    return sum(0 * weight.sum() for weight in tables().values()).to(hidden.dtype)  # type: ignore[union-attr]
 
 
 class _Crossing:

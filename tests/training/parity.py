@@ -46,6 +46,14 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
 CP2, EP2 = ["--context-parallel-size", "2"], ["--expert-model-parallel-size", "2"]
 
+# Buckets so small that every module waits for weights and gradients of its own.
+OVERLAP = [
+    *DISTRIBUTED_OPTIMIZER,
+    "--overlap-grad-reduce",
+    "--overlap-param-gather",
+    "--ddp-bucket-size",
+    "1000",
+]
 RECOMPUTE_LAYERS = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 RECOMPUTE_LAYERS += ["--recompute-num-layers", "1"]
 
@@ -64,6 +72,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp4": (4, []),
     "dp2-distributed-optimizer": (2, DISTRIBUTED_OPTIMIZER),
     "dp2-pp2-distributed-optimizer": (4, [*PP2, *DISTRIBUTED_OPTIMIZER]),
+    "dp2-pp2-overlap": (4, [*PP2, *OVERLAP]),
     "dp2-pp2-vpp2-distributed-optimizer": (4, [*PP2, *VPP2, *DISTRIBUTED_OPTIMIZER]),
     "tp2-no-sp": (2, TP2),
     "recompute-mixers": (1, ["--lsm-recompute"]),
@@ -161,6 +170,9 @@ class Comparison:
 
     def gradients(self, world: int, flags: list[str], name: str, exact: bool) -> dict[str, torch.Tensor]:
         """How far one step moves every weight."""
+        flags = [
+            flag for flag in flags if flag != "--overlap-param-gather"
+        ]  # new weights would come a step later
         extra = [*flags, *self.load, *GRADIENT]
         seen = self._train(world, name, *extra, observe=True, exact=exact)
         after = whole([rank["after"] for rank in seen])

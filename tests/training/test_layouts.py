@@ -30,6 +30,10 @@ SELECTED = {
     ("pp2-vpp2", "rnns"): ["plain"],
     ("dp2-pp2-distributed-optimizer", "rnns"): ["plain"],
     ("dp2-distributed-optimizer", "hybrid"): ["plain"],
+    ("dp2-pp2-overlap", "rnns"): ["plain"],
+    ("dp2-pp2-overlap", "memories"): [
+        "plain"
+    ],  # waits for every gradient: also of a table that no layer reads
     ("recompute-mixers", "rnns"): ["plain"],
     ("recompute-layers", "memories"): ["packed"],
 }
