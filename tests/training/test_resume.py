@@ -17,33 +17,37 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 KINDS = "gated_deltanet,gla,linear_attention,softmax"
+SHARING = "rwkv7,hgrn2,mamba2,rwkv7,hgrn2,mom_gated_deltanet"
+"""Mixers whose layers share tables or a value, with groups and memories; on two stages each but the last two."""
 
 
-def arguments(run: Path, *extra: str) -> list[str]:
+def arguments(run: Path, *extra: str, kinds: str = KINDS) -> list[str]:
     folder = str(run / "checkpoint")
     return [
         *ARGUMENTS,
         *EXPERTS,
-        *("--layer-kinds", KINDS, "--train-iters", "10", "--save-interval", "5", "--hidden-dropout", "0.1"),
+        *("--layer-kinds", kinds, "--num-layers", str(kinds.count(",") + 1)),
+        *("--train-iters", "10", "--save-interval", "5", "--hidden-dropout", "0.1"),
         *("--run-dir", str(run), "--save", folder, "--load", folder),
         *extra,
     ]
 
 
-CASES = [(layout, "distributed") for layout in LAYOUTS]
-CASES += [("one process", "plain"), ("tp2", "plain"), ("one process", "bf16"), ("tp2", "bf16")]
+CASES = [(layout, "distributed", KINDS) for layout in LAYOUTS]
+CASES += [(layout, optimizer, KINDS) for optimizer in ("plain", "bf16") for layout in ("one process", "tp2")]
+CASES += [("one process", "distributed", SHARING), ("pp2", "bf16", SHARING)]
 OPTIMIZERS = {"distributed": DISTRIBUTED_OPTIMIZER, "plain": [], "bf16": [*DISTRIBUTED_OPTIMIZER, "--bf16"]}
 
 
-@pytest.mark.parametrize("layout,optimizer", CASES)
-def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, gloo, tmp_path):
+@pytest.mark.parametrize("layout,optimizer,kinds", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, kinds, gloo, tmp_path):
     world, flags = LAYOUTS[layout]
     flags = flags + OPTIMIZERS[optimizer]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    uninterrupted = gloo(world, train, arguments(whole, *flags))
-    gloo(world, train, arguments(parts, *flags, "--exit-interval", "5"))
+    uninterrupted = gloo(world, train, arguments(whole, *flags, kinds=kinds))
+    gloo(world, train, arguments(parts, *flags, "--exit-interval", "5", kinds=kinds))
     assert len(losses(parts)) == 5
-    resumed = gloo(world, train, arguments(parts, *flags))
+    resumed = gloo(world, train, arguments(parts, *flags, kinds=kinds))
     assert losses(parts) == losses(whole)
     for rank, (one, other) in enumerate(zip(uninterrupted, resumed, strict=True)):
         assert one["rng"] == other["rng"], f"random states of rank {rank} differ"
@@ -72,22 +76,20 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("target", ["one process", "cp2", "ep2"])
-def test_a_checkpoint_of_tp2_pp2_opens_elsewhere(target, gloo, tmp_path):
+TP2_PP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"]
+ELSEWHERE = [(KINDS, (4, TP2_PP2), target) for target in ("one process", "cp2", "ep2")]
+ELSEWHERE += [(SHARING, LAYOUTS["pp2"], target) for target in ("one process", "tp2")]
+ELSEWHERE += [(SHARING, LAYOUTS["tp2"], "pp2")]
+
+
+@pytest.mark.parametrize("kinds,source,target", ELSEWHERE)
+def test_a_checkpoint_opens_elsewhere(kinds, source, target, gloo, tmp_path):
     """The optimizer comes along: step 6 there is step 6 of the run that saved, to rounding."""
-    source = [
-        "--tensor-model-parallel-size",
-        "2",
-        "--sequence-parallel",
-        "--pipeline-model-parallel-size",
-        "2",
-    ]
     run = tmp_path / "run"
-    gloo(4, train, arguments(run, *source, *DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0"))
+    same = [*DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0"]
+    gloo(source[0], train, arguments(run, *source[1], *same, kinds=kinds))
     expected = losses(run)
     (run / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("5")
     world, flags = LAYOUTS[target]
-    gloo(
-        world, train, arguments(run, *flags, *DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0", "--no-load-rng")
-    )
+    gloo(world, train, arguments(run, *flags, *same, "--no-load-rng", kinds=kinds))
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(expected), rtol=1e-5, atol=0)
