@@ -92,7 +92,7 @@ class Pool:
             log.touch()
             # Not a daemon: those may have no children, and Megatron saves checkpoints in one.
             process = context.Process(
-                target=_work, args=(rank, theirs, log, dict(os.environ)), name=f"gloo worker {rank}"
+                target=_work, args=(rank, theirs, log, _environment()), name=f"gloo worker {rank}"
             )
             process.start()
             theirs.close()
@@ -164,6 +164,11 @@ def _fork_server() -> Any:
     with patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}):
         forkserver.ensure_running()
     return context
+
+
+def _environment() -> dict[str, str]:
+    """What a worker inherits: not the variables that a model built in this process has left for the next."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
 
 
 def _work(index: int, pipe: Connection, log: Path, environment: dict[str, str]) -> None:
