@@ -57,6 +57,7 @@ def install(
         _assign(datasets, "compile_helpers", lambda original: check_compiled_helpers)
     optimizer = distributed.DistributedOptimizer
     _assign(optimizer, "_build_optimizer_group_ranges", _number_float32_parameters_first)
+    _assign(optimizer, "sharded_param_state_fully_reshardable", _cut_states_where_they_are)
     if not distributed.HAVE_APEX_OR_TE:
         _assign(optimizer, "state_dict", _state_dict_of_a_fresh_optimizer)
         _assign(optimizer, "load_state_dict", _load_state_dict_with_own_steps)
@@ -135,6 +136,41 @@ def _number_float32_parameters_first(original: Callable) -> Any:
 
 # Resuming with DistributedOptimizer over torch.optim.Adam: Apex and Transformer Engine keep one `step` in the parameter
 # group, torch keeps one tensor per parameter, and three places of DistributedOptimizer overlook that.
+
+
+def _cut_states_where_they_are(original: Callable) -> Callable:
+    """``sharded_param_state_fully_reshardable`` finds each parameter's state in what all ranks' buckets hold together.
+
+    It lays the buckets end to end without their padding, and then looks for parameters at their places in the padded
+    buffer: behind the first padded bucket, a checkpoint gets weights and moments of other parameters. A bucket is
+    padded to a multiple of 128 elements: one small parameter, or a table of the whole model, which has a bucket of its
+    own, is enough.
+    """
+
+    @functools.wraps(original)
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _places_without_padding(buffer)
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
+
+    return sharded
+
+
+def _places_without_padding(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """Start, end and bucket of each parameter, in the buffer's order, as if no bucket were padded."""
+    padding, unpadded = [], 0
+    for bucket in buffer.buckets:
+        padding.append(bucket.offset - unpadded)
+        unpadded += bucket.numel_unpadded
+    return {
+        param: (start - padding[bucket], end - padding[bucket], bucket)
+        for param, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def _state_dict_of_a_fresh_optimizer(original: Callable) -> Callable:

@@ -26,7 +26,7 @@ def without_install(name: str) -> Callable:
     return engine.stock(DistributedOptimizer, name)
 
 
-def small_optimizer(sizes: tuple[int, ...]) -> Any:
+def small_optimizer(sizes: tuple[int, ...], bucket_size: int | None = None) -> Any:
     """A distributed optimizer over parameters of these sizes, with a gradient of ones in each."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -37,7 +37,9 @@ def small_optimizer(sizes: tuple[int, ...]) -> Any:
     module = MegatronModule(config)
     for index, size in enumerate(sizes):
         module.register_parameter(f"p{index}", torch.nn.Parameter(torch.arange(float(size))))
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_grad_reduce=bucket_size is not None, bucket_size=bucket_size
+    )
     model = DistributedDataParallel(config, ddp, module)
     for parameter in model.parameters():
         parameter.main_grad.fill_(1.0)
@@ -108,6 +110,34 @@ def a_small_resume(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_loaded_optimizer_steps_as_the_saved_one(gloo, world_size: int) -> None:
     gloo(world_size, a_small_resume)
+
+
+def states_of_padded_buckets(rank: int, world_size: int) -> None:
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    name = "sharded_param_state_fully_reshardable"
+    stock = without_install(name)
+    with with_model_parallel(gloo_groups=True):
+        optimizer = small_optimizer((100, 30, 50), bucket_size=1)
+        assert len(optimizer.buffers[0].buckets) == 3
+        optimizer.step()
+        every = list(optimizer.buffers[0].param_index_map)
+        model = {f"p{i}": ShardedTensor.from_rank_offsets(f"p{i}", p) for i, p in enumerate(every)}
+
+        def right(method: Callable) -> list[bool]:
+            states = method(optimizer, model, False, {}).values()
+            weights = [(state["param"], model[state["param"].key.rsplit(".")[-1]]) for state in states]
+            return [torch.equal(saved.data, weight.data) for saved, weight in weights]
+
+        assert sorted(right(stock)) == [False, False, True]  # behind padding, the states of others
+        assert right(getattr(DistributedOptimizer, name)) == [True] * 3
+        assert sorted(right(stock)) == [False, False, True], "the optimizer is as it was"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_checkpoint_has_the_states_of_padded_buckets(gloo, world_size: int) -> None:
+    gloo(world_size, states_of_padded_buckets)
 
 
 def no_shard_on_one_rank(rank: int, world_size: int) -> int:

@@ -36,7 +36,20 @@ def arguments(run: Path, *extra: str, kinds: str = KINDS) -> list[str]:
 CASES = [(layout, "distributed", KINDS) for layout in LAYOUTS]
 CASES += [(layout, optimizer, KINDS) for optimizer in ("plain", "bf16") for layout in ("one process", "tp2")]
 CASES += [("one process", "distributed", SHARING), ("pp2", "bf16", SHARING)]
-OPTIMIZERS = {"distributed": DISTRIBUTED_OPTIMIZER, "plain": [], "bf16": [*DISTRIBUTED_OPTIMIZER, "--bf16"]}
+CASES += [("cp2", "buckets", KINDS), ("tp2", "buckets", SHARING)]
+BUCKETS = [
+    *DISTRIBUTED_OPTIMIZER,
+    "--overlap-grad-reduce",
+    "--overlap-param-gather",
+    "--ddp-bucket-size",
+    "1000",
+]
+OPTIMIZERS = {
+    "distributed": DISTRIBUTED_OPTIMIZER,
+    "plain": [],
+    "bf16": [*DISTRIBUTED_OPTIMIZER, "--bf16"],
+    "buckets": BUCKETS,
+}
 
 
 @pytest.mark.parametrize("layout,optimizer,kinds", CASES)
@@ -79,7 +92,7 @@ def same(a: Any, b: Any) -> bool:
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"]
 ELSEWHERE = [(KINDS, (4, TP2_PP2), target) for target in ("one process", "cp2", "ep2")]
 ELSEWHERE += [(SHARING, LAYOUTS["pp2"], target) for target in ("one process", "tp2")]
-ELSEWHERE += [(SHARING, LAYOUTS["tp2"], "pp2")]
+ELSEWHERE += [(SHARING, LAYOUTS["tp2"], "pp2"), (KINDS, (2, BUCKETS), "one process")]
 
 
 @pytest.mark.parametrize("kinds,source,target", ELSEWHERE)
