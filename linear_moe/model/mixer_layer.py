@@ -36,7 +36,7 @@ from linear_moe.lsm.split import token_before
 from linear_moe.model.config import LinearMoEConfig, mixer_config
 from linear_moe.model.memory_balance import MemoryBalance
 from linear_moe.model.mixer_parameters import ModelTables, TableModule
-from linear_moe.model.mixer_projections import GroupLinear, LowRankLinear, arrived, shifted, whole_sequence
+from linear_moe.model.mixer_projections import GroupLinear, LowRankLinear, shifted, wait_for, whole_sequence
 from linear_moe.model.sequence import layout_of
 from linear_moe.parallel.halo import lengths_before, tokens_before
 from linear_moe.parallel.lasp2 import initial_states
@@ -213,7 +213,7 @@ class MixerLayer(TableModule):
             before_BTD, last_hidden = self._before(hidden_BTD, layout, state)
             inputs = self.mixer.inputs(hidden_BTD, before_BTD, w)
             table = self.mixer.fused_projections()
-            arrived(self.in_proj)
+            wait_for(self.in_proj)
             x_BTHW = shifted(table, self.in_proj.weight, inputs, self.place.num_heads)
             sum_here = self.tp_group.size() > 1 and not self.config.sequence_parallel
             others = {

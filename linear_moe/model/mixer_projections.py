@@ -31,15 +31,14 @@ def whole_sequence(
     return copy_to_tensor_model_parallel_region(x_TBC, group=tp_group)
 
 
-def arrived(module: torch.nn.Module) -> torch.nn.Module:
-    """``module``, whose weights may now be read without calling it.
+def wait_for(module: torch.nn.Module) -> None:
+    """Have the weights of a module here that are read without calling it.
 
     The distributed optimizer sends weights around while the forward pass runs (``--overlap-param-gather``), and waits
     for those of a module in hooks on its call.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
-    return module
 
 
 class LowRankLinear(MegatronModule):
@@ -74,8 +73,8 @@ class LowRankLinear(MegatronModule):
 
     def of_whole(self, hidden_BTD: Tensor, sum_gradients: bool) -> Tensor:
         """The same of :func:`whole_sequence`; ``sum_gradients`` of the replicated map when nobody else does."""
-        arrived(self)
-        arrived(self.up)
+        wait_for(self)
+        wait_for(self.up)
         down = self.down
         if sum_gradients:
             down = copy_to_tensor_model_parallel_region(down, group=self.up.tp_group)
