@@ -8,8 +8,8 @@
 
 Letters: B rows, T tokens, D hidden, S streams, R rank of the shift, H heads, K key dim, V value dim.
 Source: arXiv:2404.05892, sections 3 and 4 (q is its receptance r). Where the common library differs we follow it: keys
-of half width; mu, b and u start at zero, at every depth (the paper's code starts them by layer and channel); the norm
-has the epsilon it is given (the paper's code: 64 times that).
+of half width; mu, u and every b start at zero in each layer, so every channel fades by 1 / e a token at first (the
+authors' code starts them by layer and channel); the norm has the epsilon it is given (the authors': 64 times that).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """RWKV7 (Goose): a memory that removes what it holds under one key, adds it back in part, and fades per channel.
 
-    x_n  = x_t + mu_n (x_{t-1} - x_t)              what projection n of q, w, k, v, a, g reads; x_0 = 0
-    S_t  = S_{t-1} diag-decayed: diag(e^w_t) S_{t-1} - (a_t kappa_t) (kappa_t^T S_{t-1}) + k'_t v'_t^T
-    o_t  = S_t^T q_t                               y_t = (GroupNorm(o_t) + (sum_K q_t r_k k'_t) v'_t) g_t
+    x_n = x_t + mu_n (x_{t-1} - x_t)           what projection n reads; x_{t-1} is zero at the start of a document
+    S_t = diag(exp w_t) S_{t-1} - (a_t kappa_t) (kappa_t^T S_{t-1}) + k'_t v'_t^T
+    o_t = S_t^T q_t                            y_t = (GroupNorm(o_t) + (sum_K q_t r_k k'_t) v'_t) g_t
 
     w_t  = -e^-0.5 sigmoid(A_w tanh(B_w x_w) + b)      log decay, above -0.61
     a_t  = sigmoid(A_a B_a x_a + b)                    in-context learning rate

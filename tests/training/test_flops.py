@@ -32,6 +32,7 @@ CASES = {
     ),
     "gated_deltanet": (["gated_deltanet"], []),
     "softmax": (["softmax"], ["--num-query-groups", "2"]),
+    "first value": (["rwkv7", "gla", "rwkv7"], []),
     "experts": (["gla", "softmax"], EXPERTS),
     "shared expert": (["gated_deltanet", "gla"], [*EXPERTS, *SHARED, "--moe-layer-freq", "[0,1]"]),
 }
