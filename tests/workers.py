@@ -317,10 +317,27 @@ def leave_model_parallel() -> None:
         training._seqlen_stats_active = (
             False  # a packed micro-batch that no step consumed: a collective on some ranks only
         )
+    _free_models()
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
+
+
+def _free_models() -> None:
+    """Let go of what training has built, and with it of its process groups, each of which has threads.
+
+    A wrapped model holds its gradients' accumulators, themselves and by the graph of the last tokens that its experts'
+    dispatchers keep, and they hold the hooks that hold it: cycles through C++ that no garbage collector sees.
+    """
+    module = sys.modules.get("megatron.core.distributed.distributed_data_parallel")
+    if module is not None:
+        for found in [x for x in gc.get_objects() if type(x) is module.DistributedDataParallel]:
+            found.grad_accs.clear()
+            for part in found.modules():
+                dispatcher = getattr(part, "token_dispatcher", None)
+                if dispatcher is not None:
+                    dispatcher.probs = None
 
 
 def free_port() -> int:
