@@ -1,0 +1,67 @@
+"""Block sizes, warps and pipeline depth of the fused kernels: a table, chosen by rule, so that nothing is timed at run time.
+
+Not measured on a device yet. The reasons so far: S of BK x BV float32 must fit the registers (128 x 64 on 4 warps is 64
+registers a thread), two stages of the tiles of a chunk must fit shared memory (227 KiB on sm_90), twice where two
+programs are to share a multiprocessor, and wgmma wants at least 64 rows for 4 warps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one kernel is cut; letters as in diag_scan.py."""
+
+    chunk: int
+    keys: int
+    """BK, the whole of DK."""
+    values: int
+    """BV"""
+    num_warps: int
+    num_stages: int
+
+
+SAVE_EVERY = 4
+"""Chunks between saved states, where the decay has a gradient: more saves bytes, fewer is more exact in bfloat16."""
+
+MIN_CHUNKS = 4
+"""Of a segment: a state costs as much memory traffic as K / 2 tokens of a chunk."""
+
+PROGRAMS_PER_PROCESSOR = 2
+
+
+def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
+    """For q and k of width ``num_keys`` and v of width ``num_values``, in the sense of diag_scan.py."""
+    keys = max(16, triton.next_power_of_2(num_keys))
+    widest = max(16, triton.next_power_of_2(num_values))
+    if dtype.itemsize == 2:
+        num_warps, num_stages = (4, 3) if keys <= 64 else (4, 2) if keys == 128 else (8, 2)
+        return Blocks(chunk_size(dtype), keys, min(64, widest), num_warps, num_stages)
+    return Blocks(chunk_size(dtype), keys, min(32, widest), 4 if keys <= 128 else 8, 1)
+
+
+def chunk_size(dtype: torch.dtype) -> int:
+    """The same in every run of one call: sums of log decays start with a chunk."""
+    return 64 if dtype.itemsize == 2 else 32
+
+
+def segment_size(rows: int, num_tokens: int, heads: int, blocks: int, chunk: int, processors: int) -> int:
+    """Tokens of a segment: the whole row if rows, heads and blocks of columns fill the device, else enough segments."""
+    places = PROGRAMS_PER_PROCESSOR * processors
+    per_row = max(1, places // (rows * heads * blocks))
+    size = triton.cdiv(triton.cdiv(num_tokens, per_row), chunk) * chunk
+    return max(size, MIN_CHUNKS * chunk)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors; on a CPU, where only tests run, a small number."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,141 @@
+# mypy: allow-untyped-defs
+"""Sums of log decays inside chunks, and the gradient of every log decay from its parts.
+
+    g_t = sum of log2 a over tokens start .. t of the chunk                  kept as a sum of two float32
+    d log a_t = sum_{i >= t} (pair_i + read_i) + sum_{j < t} write_j + through       i, j in the chunk of t
+
+A difference g_i - g_j of single float32 sums would lose a weak decay that follows strong ones; the two floats come
+from float64 and keep it. docs/kernels.md derives the gradient: ``pair`` from scores of two tokens of the chunk (net of
+the token with itself, which does not decay), ``read`` what token i reads of the memory before the chunk, ``write``
+what token j leaves behind it, ``through`` what only passes. The well-known sum of q dq - k dk over the whole sequence
+is the same in exact arithmetic, and mostly noise in bfloat16: its terms are larger than their sum.
+
+``through`` follows from inner products of the memory with its gradient, known before every ``EVERY``-th chunk
+(``boundary``) and after the last one (``end``): after - sum(write) = through = before - sum(read).
+
+Letters: S segments, H heads, C tokens in a chunk, L tokens of all rows, P partial sums, G groups of ``EVERY`` chunks.
+"""
+
+import triton
+import triton.language as tl
+
+from linear_moe.kernels.triton.layout import segment_of
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# exp2 of it is 0 in float32, and sums of it stay finite: -inf minus -inf is NaN
+LOG_FORGET: tl.constexpr = tl.constexpr(-1e4)
+
+
+@triton.jit
+def chunk_decay(
+    log_decay, sums, head, num_heads, token, num_all, left, DECAY: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """g of each token and of the last one, high and low parts. ``left`` tokens exist; the others repeat the last g."""
+    i_C = tl.arange(0, C)
+    left = tl.minimum(tl.maximum(left, 0), C)
+    if DECAY == 1:  # one number per head
+        log_a = tl.load(log_decay + head).to(tl.float32)
+        log_a = tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
+        high = log_a * tl.minimum(i_C + 1, left).to(tl.float32)
+        low = tl.zeros([C], tl.float32)
+        last_high = log_a * left.to(tl.float32)
+        last_low = last_high * 0.0
+    else:
+        p_high = sums + head.to(tl.int64) * num_all + token
+        p_low = sums + (num_heads + head).to(tl.int64) * num_all + token
+        end = tl.maximum(left - 1, 0)
+        last_high = tl.load(p_high + end)
+        last_low = tl.load(p_low + end)
+        high = tl.load(p_high + i_C, mask=i_C < left, other=0.0)
+        low = tl.load(p_low + i_C, mask=i_C < left, other=0.0)
+        high = tl.where(i_C < left, high, last_high)
+        low = tl.where(i_C < left, low, last_low)
+    return high, low, last_high, last_low
+
+
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+def sums_kernel(
+    log_decay,  # [B, T, H], any strides
+    sums,  # [2, H, L] float32: high parts, low parts
+    plan,
+    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, chunks_per_segment,
+    a_b, a_t, a_h,
+    BH: tl.constexpr, C: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: chunks of all segments, blocks of heads."""
+    segment = tl.program_id(0) // chunks_per_segment
+    chunk = tl.program_id(0) % chunks_per_segment
+    row, start, length, readable, document, is_last = segment_of(
+        plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
+    )
+    i_C, i_H = chunk * C + tl.arange(0, C), tl.program_id(1) * BH + tl.arange(0, BH)
+    mask = (i_C[:, None] < length) & (i_H[None, :] < num_heads)
+    log_decay += row.to(tl.int64) * a_b + start.to(tl.int64) * a_t
+    p_a = log_decay + i_C[:, None].to(tl.int64) * a_t + i_H[None, :] * a_h
+    log_a = tl.load(p_a, mask=mask, other=0.0).to(tl.float64)  # [C, BH]
+    log_a = tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
+    g = tl.cumsum(log_a, 0)
+    high = g.to(tl.float32)
+    low = (g - high.to(tl.float64)).to(tl.float32)
+    p_high = sums + i_H[None, :].to(tl.int64) * num_all + (row * num_tokens + start) + i_C[:, None]
+    tl.store(p_high, high, mask=mask)
+    tl.store(p_high + num_heads * tl.cast(num_all, tl.int64), low, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+def decay_gradient_kernel(
+    pair, read, write,  # [P, H, L] float32
+    boundary,  # [P, S, G, H] float32
+    end,  # [N, H] float32: <final memory, its gradient>, or nothing
+    grad,  # [B, T, H] float32 contiguous, or [S, G, H] for a decay per head
+    plan,
+    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_segments,
+    C: tl.constexpr, EVERY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, G: tl.constexpr,
+    DECAY: tl.constexpr, HAS_END: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: groups of chunks of all segments, heads. From the end of the group to its start."""
+    segment, group, head = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    row, start, length, readable, document, is_last = segment_of(
+        plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
+    )
+    i_C, i_P = tl.arange(0, C), tl.arange(0, BP)
+    num_chunks = tl.cdiv(readable, C)
+
+    # before the next group of the segment, or the next segment of the document, or after the document
+    is_inner = (group + 1) * EVERY < num_chunks
+    next_segment = tl.where(is_inner, segment, segment + 1)
+    next_group = tl.where(is_inner, group + 1, 0)
+    has_next = is_inner | ((is_last == 0) & (readable > 0))
+    p_next = boundary + (next_segment.to(tl.int64) * G + next_group) * num_heads + head
+    part = num_segments * G * tl.cast(num_heads, tl.int64)
+    b_next = tl.load(p_next + i_P * part, mask=(i_P < P) & has_next, other=0.0)
+    after = tl.sum(b_next, 0)
+    if HAS_END:
+        after += tl.load(
+            end + document * num_heads + head, mask=(is_last != 0) & (readable > 0) & ~is_inner, other=0.0
+        )
+
+    of_head = 0.0
+    for step in range(0, EVERY):
+        i_T = (group * EVERY + EVERY - 1 - step) * C + i_C
+        p_PC = (
+            (i_P[:, None] * num_heads + head).to(tl.int64) * num_all
+            + (row * num_tokens + start)
+            + i_T[None, :]
+        )
+        m_PC = (i_P[:, None] < P) & (i_T[None, :] < readable)
+        b_pair = tl.sum(tl.load(pair + p_PC, mask=m_PC, other=0.0), 0)  # [C]
+        b_read = tl.sum(tl.load(read + p_PC, mask=m_PC, other=0.0), 0)
+        b_write = tl.sum(tl.load(write + p_PC, mask=m_PC, other=0.0), 0)
+        earlier = tl.sum(tl.load(write + p_PC - 1, mask=m_PC & (i_C[None, :] > 0), other=0.0), 0)
+        through = after - tl.sum(b_write, 0)
+        b_grad = tl.cumsum(b_pair + b_read, 0, reverse=True) + tl.cumsum(earlier, 0) + through
+        after = through + tl.sum(b_read, 0)
+        if DECAY == 1:
+            of_head += tl.sum(tl.where(i_T < readable, b_grad, 0.0), 0)
+        else:
+            b_grad = tl.where(i_T < readable, b_grad, 0.0)  # tokens after the last document
+            p_grad = grad + (row * num_tokens + start + i_T).to(tl.int64) * num_heads + head
+            tl.store(p_grad, b_grad, mask=i_T < length)
+    if DECAY == 1:
+        tl.store(grad + (segment.to(tl.int64) * G + group) * num_heads + head, of_head)

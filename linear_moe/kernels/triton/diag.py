@@ -1,0 +1,280 @@
+"""Fused diagonal-decay scan, forward and backward, for decays that are none, per head, or per token and head.
+
+    S_t = a_t * S_{t-1} + k_t v_t^T,    o_t = scale * S_t^T q_t
+
+Four runs of one kernel (diag_scan.py): o; then dq forward in time, dv and dk backward. When rows and heads alone do
+not fill the device, and for packed documents, states.py first computes the memory at the start of every segment.
+Nothing is atomic and nothing waits for the device. docs/kernels.md has the derivation and the bytes.
+
+Letters: B batch, T tokens, Hqk query/key heads, H heads, K key dim, V value dim, N documents, S segments,
+L = B * T, P blocks of K, G groups of chunks in a segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linear_moe.kernels.triton import configs
+from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
+from linear_moe.kernels.triton.diag_scan import scan_kernel
+from linear_moe.kernels.triton.layout import Layout, lay_out
+from linear_moe.kernels.triton.states import carry_kernel, local_state_kernel
+
+NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2
+WITHOUT_GRADIENT, READS, WRITES = 0, 1, 2
+
+
+def diag_decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`linear_moe.kernels.diag_decay`; float32, float16 and bfloat16, ``log_decay`` up to ``[B, T, H]``."""
+    return _DiagDecay.apply(q, k, v, log_decay, state, cu_seqlens, float(scale))
+
+
+class _DiagDecay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+        scan = _Scan.plan(k, v, log_decay, cu_seqlens, scale)
+        initial = None if state is None else state.float().contiguous()
+        before, final = scan.states_between(k, v, initial)
+        saved = scan.new_saved(k, v) if ctx.needs_input_grad[3] else None
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        scan.run(q, k, v, o, before, final=final, saved=saved, saves=saved is not None)
+
+        ctx.scan = scan
+        ctx.dtypes = None if log_decay is None else log_decay.dtype, None if state is None else state.dtype
+        ctx.save_for_backward(q, k, v, before, final if saved is not None else None, saved)
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, before, final, saved = ctx.saved_tensors
+        scan: _Scan = ctx.scan
+        needs_q, needs_k, needs_v, needs_decay, needs_state = ctx.needs_input_grad[:5]
+        do = torch.zeros_like(v) if do is None else _rows_together(do)
+        d_final = None if d_final is None else d_final.contiguous()
+        after, d_state = scan.states_between(q, do, d_final, reverse=True)
+
+        parts = scan.new_parts(k) if needs_decay else None
+        dq = dk = dv = d_decay = None
+        if needs_v or (needs_state and not scan.layout.is_split):
+            dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+            scan.run(k, q, do, dv, after, final=d_state, reverse=True)
+        if needs_q or needs_decay:
+            dq = _per_head(q, v)
+            scan.run(do, v, k, dq, before, is_transposed=True, x=q, parts=parts)
+        if needs_k or needs_decay:
+            dk = _per_head(k, v)
+            scan.run(v, do, q, dk, after, is_transposed=True, reverse=True, x=k, parts=parts, saved=saved)
+        if parts is not None:
+            d_decay = scan.decay_gradient(parts, final, d_final).to(ctx.dtypes[0])
+        d_state = d_state.to(ctx.dtypes[1]) if needs_state else None
+        return _of_groups(dq, q), _of_groups(dk, k), dv, d_decay, d_state, None, None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the runs of dq and dk leave for the gradient of the decay, float32."""
+
+    pair: Tensor
+    """``[P, H, L]``, as the next two."""
+    read: Tensor
+    write: Tensor
+    boundary: Tensor
+    """``[P, S, G, H]``."""
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """Everything that the runs of one call share."""
+
+    layout: Layout
+    num_heads: int
+    scale: float
+    chunk: int
+    decay: int
+    log_decay: Tensor
+    sums: Tensor
+
+    @classmethod
+    def plan(
+        cls, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float
+    ) -> _Scan:
+        rows, num_tokens, num_heads, num_values = v.shape
+        chunk = configs.chunk_size(v.dtype)
+        blocks = triton.cdiv(num_values, configs.blocks(k.shape[-1], num_values, v.dtype).values)
+        processors = configs.num_processors(v.device)
+        size = configs.segment_size(rows, num_tokens, num_heads, blocks, chunk, processors)
+        layout = lay_out(rows, num_tokens, size, cu_seqlens, like=v)
+        if log_decay is None:
+            return cls(layout, num_heads, scale, chunk, NO_DECAY, v, v)
+        if log_decay.ndim == 1:
+            return cls(layout, num_heads, scale, chunk, HEAD_DECAY, log_decay.contiguous(), v)
+        sums = torch.empty(2, num_heads, layout.num_all, dtype=torch.float32, device=v.device)
+        scan = cls(layout, num_heads, scale, chunk, TOKEN_DECAY, log_decay, sums)
+        heads = min(16, triton.next_power_of_2(num_heads))
+        chunks = triton.cdiv(layout.segment_size, chunk)
+        sums_kernel[(layout.num_segments * chunks, triton.cdiv(num_heads, heads))](
+            log_decay, sums, layout.plan, *scan._sizes(), chunks, *log_decay.stride(),
+            BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
+        )  # fmt: skip
+        return scan
+
+    def states_between(
+        self, k: Tensor, v: Tensor, initial: Tensor | None, *, reverse: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        """What S is at the start of every segment, ``[S, H, K, V]`` or nothing, and room for its final values.
+
+        Backward in time, ``initial`` is the gradient of the final memory, and starts are ends.
+        """
+        layout, num_heads = self.layout, self.num_heads
+        num_keys, num_values = k.shape[-1], v.shape[-1]
+        shape = num_heads, num_keys, num_values
+        final = torch.empty(layout.num_documents, *shape, dtype=torch.float32, device=v.device)
+        if not layout.is_split:
+            return initial, final
+        states = torch.empty(layout.num_segments, *shape, dtype=torch.float32, device=v.device)
+        totals = torch.empty(layout.num_segments, num_heads, dtype=torch.float32, device=v.device)
+        cut = configs.blocks(num_keys, num_values, v.dtype)
+        grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
+        local_state_kernel[grid](
+            k, v, self.log_decay, self.sums, layout.plan, states, totals, *self._sizes(), self.scale,
+            *k.stride()[:3], *v.stride()[:3],
+            K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
+            DK=num_keys, DV=num_values, BK=cut.keys, BV=cut.values, C=self.chunk,
+            DECAY=self.decay, REVERSE=reverse, IS_PACKED=layout.is_packed,
+            num_warps=cut.num_warps, num_stages=cut.num_stages,
+        )  # fmt: skip
+        size, block = num_keys * num_values, 1024
+        carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
+            states, totals, final if initial is None else initial, final,
+            layout.first_segment, layout.segments_per_row, num_heads,
+            SIZE=size, BLOCK=block, DECAY=self.decay, REVERSE=reverse, IS_PACKED=layout.is_packed,
+            HAS_INITIAL=initial is not None, num_warps=4,
+        )  # fmt: skip
+        return states, final
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        before: Tensor | None,
+        *,
+        is_transposed: bool = False,
+        reverse: bool = False,
+        final: Tensor | None = None,
+        x: Tensor | None = None,
+        parts: _Parts | None = None,
+        saved: Tensor | None = None,
+        saves: bool = False,
+    ) -> None:
+        """Fill ``o`` (and ``final``, ``saved``, ``parts``): one row of the table in diag_scan.py."""
+        layout, num_heads = self.layout, self.num_heads
+        num_keys, num_values = k.shape[-1], v.shape[-1]
+        cut = configs.blocks(num_keys, num_values, v.dtype)
+        stores_final = final is not None and not layout.is_split
+        role = WITHOUT_GRADIENT if parts is None else WRITES if reverse else READS
+        x = v if x is None else x
+        grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
+        scan_kernel[grid](
+            q, k, v, o, x, self.log_decay, self.sums, layout.plan,
+            v if before is None else before,
+            final if stores_final else v,
+            v if saved is None else saved,
+            v if parts is None else parts.pair,
+            v if parts is None else parts.write if reverse else parts.read,
+            v if parts is None else parts.boundary,
+            *self._sizes(), layout.num_segments, self.scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *x.stride()[:3],
+            *((1, num_keys) if is_transposed else (num_values, 1)),
+            Q_PER=num_heads // q.shape[2], K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
+            DK=num_keys, DV=num_values, BK=cut.keys, BV=cut.values, C=self.chunk,
+            DECAY=self.decay, REVERSE=reverse, GRADIENT=role, EVERY=configs.SAVE_EVERY, G=self._groups(),
+            HAS_BEFORE=before is not None, STORE_FINAL=stores_final, STORE_SAVED=saves,
+            IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
+        )  # fmt: skip
+
+    def decay_gradient(self, parts: _Parts, final: Tensor, d_final: Tensor | None) -> Tensor:
+        """``[B, T, H]`` or ``[H]``, float32."""
+        layout, groups, num_heads = self.layout, self._groups(), self.num_heads
+        if self.decay == TOKEN_DECAY:
+            shape = layout.num_rows, layout.num_tokens, num_heads
+        else:
+            shape = layout.num_segments, groups, num_heads
+        grad = torch.empty(shape, dtype=torch.float32, device=final.device)
+        end = grad if d_final is None else (final * d_final).sum((-2, -1))
+        num_parts = parts.pair.shape[0]
+        decay_gradient_kernel[(layout.num_segments * groups, num_heads)](
+            parts.pair, parts.read, parts.write, parts.boundary, end, grad, layout.plan,
+            *self._sizes(), layout.num_segments,
+            C=self.chunk, EVERY=configs.SAVE_EVERY, P=num_parts, BP=triton.next_power_of_2(num_parts), G=groups,
+            DECAY=self.decay, HAS_END=d_final is not None, IS_PACKED=layout.is_packed, num_warps=1,
+        )  # fmt: skip
+        return grad if self.decay == TOKEN_DECAY else grad.sum((0, 1))
+
+    def new_saved(self, k: Tensor, v: Tensor) -> Tensor:
+        """``[S, G, H, K, V]``, room for states in the dtype of the inputs."""
+        shape = self.layout.num_segments, self._groups(), self.num_heads, k.shape[-1], v.shape[-1]
+        return torch.empty(shape, dtype=v.dtype, device=v.device)
+
+    def new_parts(self, k: Tensor) -> _Parts:
+        """Room for the parts of the gradient of the decay; the runs of dq and dk have columns of K."""
+        layout, num_keys = self.layout, k.shape[-1]
+        blocks = triton.cdiv(num_keys, configs.blocks(num_keys, num_keys, k.dtype).values)
+        pair, read, write = torch.empty(
+            3, blocks, self.num_heads, layout.num_all, dtype=torch.float32, device=k.device
+        )
+        shape = blocks, layout.num_segments, self._groups(), self.num_heads
+        return _Parts(pair, read, write, torch.empty(shape, dtype=torch.float32, device=k.device))
+
+    def _groups(self) -> int:
+        return triton.cdiv(triton.cdiv(self.layout.segment_size, self.chunk), configs.SAVE_EVERY)
+
+    def _sizes(self) -> tuple[int, ...]:
+        layout = self.layout
+        place = layout.segment_size, layout.segments_per_row, layout.num_documents
+        return layout.num_tokens, layout.num_all, self.num_heads, *place
+
+
+def _rows_together(x: Tensor) -> Tensor:
+    """The kernels take any strides but that of the last dim."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _per_head(x_BTGK: Tensor, v: Tensor) -> Tensor:
+    """``[B, T, H, K]``: the gradient of shared heads, before its sum."""
+    return torch.empty(*v.shape[:3], x_BTGK.shape[-1], dtype=v.dtype, device=v.device)
+
+
+def _of_groups(grad: Tensor | None, x_BTGK: Tensor) -> Tensor | None:
+    """Sum over the heads that share one of ``x``: in float32, rounded once."""
+    if grad is None or grad.shape[2] == x_BTGK.shape[2]:
+        return grad
+    return grad.unflatten(2, (x_BTGK.shape[2], -1)).sum(3)

@@ -1,0 +1,126 @@
+# mypy: allow-untyped-defs
+"""Which run of tokens a program owns: segments of documents, of whole rows or packed.
+
+A segment never spans two documents. Packed documents are cut on the device, into at most T // size + N + 1 segments,
+and nothing waits for it: the plan holds (first token, tokens, document, is last of its document) for each segment;
+tokens after the last document form document N, which has no state; unused segments have no tokens.
+
+Letters: S segments, N documents, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many segments there are, and where the kernels find them."""
+
+    num_rows: int
+    num_tokens: int
+    """Of one row."""
+    num_documents: int
+    segment_size: int
+    num_segments: int
+    segments_per_row: int
+    plan: Tensor
+    """``[S, 4]`` int32 for packed documents."""
+    first_segment: Tensor
+    """``[N + 1]`` int32 for packed documents."""
+    is_packed: bool
+
+    @property
+    def is_split(self) -> bool:
+        """Whether states travel between segments through memory."""
+        return self.is_packed or self.segments_per_row > 1
+
+    @property
+    def num_all(self) -> int:
+        """Tokens of all rows."""
+        return self.num_rows * self.num_tokens
+
+
+def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | None, like: Tensor) -> Layout:
+    """Cut ``rows`` rows of ``num_tokens`` tokens, or the documents of one row, into segments."""
+    if cu_seqlens is None:
+        per_row = triton.cdiv(num_tokens, segment_size)
+        return Layout(rows, num_tokens, rows, segment_size, rows * per_row, per_row, like, like, False)
+    num_documents = cu_seqlens.shape[0] - 1
+    num_segments = min(num_tokens // segment_size + num_documents + 1, num_tokens)
+    plan = torch.zeros(num_segments, 4, dtype=torch.int32, device=cu_seqlens.device)
+    first_segment = torch.empty(num_documents + 1, dtype=torch.int32, device=cu_seqlens.device)
+    plan_kernel[(num_documents + 1,)](
+        cu_seqlens.contiguous(),
+        plan,
+        first_segment,
+        num_tokens,
+        num_documents,
+        segment_size,
+        BLOCK=256,
+        num_warps=1,
+    )
+    return Layout(1, num_tokens, num_documents, segment_size, num_segments, 1, plan, first_segment, True)
+
+
+@triton.jit
+def segment_of(
+    plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED: tl.constexpr
+):  # fmt: skip
+    """Row, first token in it, tokens, tokens that belong to a document, document, whether it is its last segment."""
+    if IS_PACKED:
+        row = segment * 0
+        start = tl.load(plan + segment * 4)
+        length = tl.load(plan + segment * 4 + 1)
+        document = tl.load(plan + segment * 4 + 2)
+        is_last = tl.load(plan + segment * 4 + 3)
+        readable = tl.where(document < num_documents, length, 0)
+    else:
+        row = segment // segments_per_row
+        place = segment % segments_per_row
+        start = place * segment_size
+        length = tl.minimum(segment_size, num_tokens - start)
+        readable = length
+        document = row
+        is_last = (place == segments_per_row - 1).to(tl.int32)
+    return row, start, length, readable, document, is_last
+
+
+@triton.jit
+def plan_kernel(
+    cu_seqlens,  # [N + 1]
+    plan,  # [S, 4] int32, zeros
+    first_segment,  # [N + 1] int32: of each document, and of the tokens after the last one
+    num_tokens,
+    num_documents,
+    segment_size,
+    BLOCK: tl.constexpr,
+):
+    """Program n cuts document n; program N the tokens after the last document."""
+    n = tl.program_id(0)
+    first = n * 0
+    for m in range(0, tl.cdiv(n, BLOCK)):
+        document = m * BLOCK + tl.arange(0, BLOCK)
+        ends = tl.load(cu_seqlens + document + 1, mask=document < n, other=0)
+        starts = tl.load(cu_seqlens + document, mask=document < n, other=0)
+        first += tl.sum(((ends - starts + segment_size - 1) // segment_size).to(tl.int32))
+    tl.store(first_segment + n, first)
+
+    start = tl.load(cu_seqlens + n).to(tl.int32)
+    end = tl.load(cu_seqlens + n + 1, mask=n < num_documents, other=0).to(tl.int32)
+    end = tl.where(n < num_documents, end, num_tokens)
+    count = tl.cdiv(end - start, segment_size)
+    for m in range(0, tl.cdiv(count, BLOCK)):
+        place = m * BLOCK + tl.arange(0, BLOCK)
+        p_plan = plan + (first + place) * 4
+        is_used = place < count
+        token = start + place * segment_size
+        tl.store(p_plan, token, mask=is_used)
+        tl.store(p_plan + 1, tl.minimum(end - token, segment_size), mask=is_used)
+        tl.store(p_plan + 2, n + place * 0, mask=is_used)
+        tl.store(p_plan + 3, (place == count - 1).to(tl.int32), mask=is_used)
