@@ -182,7 +182,7 @@ class Comparison:
     def check(self, world: int, flags: list[str], name: str) -> None:
         """Losses, gradients, their norm and the memories' figures of a layout are those of one process."""
         steps = self.run(world, flags, name)
-        for figure, tolerance in {"lm_loss": 1e-5, "grad_norm": 1e-4, "memory_balance": 1e-4}.items():
+        for figure, tolerance in {"lm_loss": 1e-5, "grad_norm": 1e-3, "memory_balance": 1e-4}.items():
             if figure in self.steps[0]:
                 mine, expected = (torch.tensor([step[figure] for step in run]) for run in (steps, self.steps))
                 torch.testing.assert_close(
