@@ -51,8 +51,15 @@ class FirstValue:
 
     def message(self, hidden_tBD: Tensor) -> Tensor:
         """The value cut like hidden states, ``[t, B, ...]``: any order of its elements will do on the way."""
-        assert self.x_BTHV is not None
-        return self.x_BTHV.reshape(*hidden_tBD.shape[:2], -1).to(hidden_tBD.dtype)
+        return self.take(keep=False).reshape(*hidden_tBD.shape[:2], -1).to(hidden_tBD.dtype)
+
+    def take(self, keep: bool) -> Tensor:
+        """The value; unless it is kept, neither it nor the graph behind it outlives this step."""
+        assert self.x_BTHV is not None, "no earlier layer of this mixer has run"
+        taken = self.x_BTHV
+        if not keep:
+            self.x_BTHV = None
+        return taken
 
     def receive(self, message_tBX: Tensor, shape_HV: tuple[int, int]) -> None:
         """The inverse of :meth:`message`."""
@@ -231,11 +238,12 @@ class MixerLayer(TableModule):
         if isinstance(self.mixer, MixtureOfMemories):
             others |= self._routed(self.mixer, self._whole(hidden_TBD), w)
         if self.mixer.first_value is not None:
-            if self.place.layer_of_kind == 0:
+            layers = self.mixer.cfg.layers_of_kind
+            if self.place.layer_of_kind > 0:
+                name = f"first_{self.mixer.first_value}"
+                others[name] = self.first_value.take(keep=self.place.layer_of_kind < layers - 1)
+            elif layers > 1:
                 self.first_value.x_BTHV = self._named(x_BTHW, self.mixer.first_value, w)
-            else:
-                assert self.first_value.x_BTHV is not None, "no earlier layer of this mixer has run"
-                others[f"first_{self.mixer.first_value}"] = self.first_value.x_BTHV
         return x_BTHW, others, last_hidden
 
     def _heads(self, x_TBC: Tensor, num_heads: int | None = None) -> Tensor:
