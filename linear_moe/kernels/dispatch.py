@@ -1,10 +1,12 @@
 """Which backend runs a kernel, and why: one table, first available wins.
 
-``LINEAR_MOE_KERNELS=reference`` (token loops, to debug) or ``=chunked`` picks one by name.
+``LINEAR_MOE_KERNELS=reference`` (token loops, to debug), ``=chunked`` or ``=triton`` puts one first by name; operations
+and calls that it does not cover run as they would without it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -13,10 +15,15 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from linear_moe.kernels import chunked_delta, chunked_diag, chunked_dplr, conv, reference
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
+
+
+def _takes_everything(*args: Any, **kwargs: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Backend:
     run: Callable[..., Any]
     available: Callable[[torch.device, torch.dtype], tuple[bool, str]]
     """Whether it can run there, and the reason in a few words."""
+    takes: Callable[..., bool] = _takes_everything
+    """Whether it covers a call with these arguments."""
 
 
 def _always(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -34,15 +43,56 @@ def _always(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def _when_asked(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    return False, f"token loops, only with {ENVIRONMENT_VARIABLE}=reference"
+    return _asked() == "reference", f"token loops, only with {ENVIRONMENT_VARIABLE}=reference"
 
 
-def _backends(chunked: Callable[..., Any], token_loop: Callable[..., Any]) -> tuple[Backend, ...]:
-    return Backend("chunked", chunked, _always), Backend("reference", token_loop, _when_asked)
+def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    if _asked() != "triton":
+        return False, f"fused, not measured yet: only with {ENVIRONMENT_VARIABLE}=triton"
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, f"no fused kernel computes in {dtype}"
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and is_interpreted:  # which computes bfloat16 wrongly, without saying so
+        return dtype != torch.bfloat16, "Triton's interpreter, float32 and float16"
+    if device.type != "cuda" or is_interpreted or torch.cuda.get_device_capability(device) < (8, 0):
+        return False, "fused kernels need a CUDA device of compute capability 8.0"
+    return True, "fused"
+
+
+def _fused_diag_decay(*args: Any, log_decay_v: None = None, bonus: None = None, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import diag  # Triton costs a second to import
+
+    return diag.diag_decay(*args, **kwargs)
+
+
+def _fused_diag_decay_takes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_decay_v: Tensor | None = None,
+    bonus: Tensor | None = None,
+    **others: Any,
+) -> bool:
+    """No vector decays, no bonus."""
+    return log_decay_v is None and bonus is None and (log_decay is None or log_decay.ndim < 4)
+
+
+def _backends(
+    chunked: Callable[..., Any], token_loop: Callable[..., Any], *fused: Backend
+) -> tuple[Backend, ...]:
+    return *fused, Backend("chunked", chunked, _always), Backend("reference", token_loop, _when_asked)
 
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "diag_decay": _backends(chunked_diag.diag_decay, reference.diag_decay),
+    "diag_decay": _backends(
+        chunked_diag.diag_decay,
+        reference.diag_decay,
+        Backend("triton", _fused_diag_decay, _fused, _fused_diag_decay_takes),
+    ),
     "delta_rule": _backends(chunked_delta.delta_rule, reference.delta_rule),
     "diag_decay_segment": _backends(chunked_diag.diag_decay_segment, reference.diag_decay_segment),
     "delta_rule_segment": _backends(chunked_delta.delta_rule_segment, reference.delta_rule_segment),
@@ -54,25 +104,25 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 }
 
 
-def pick(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """The backend that runs ``op`` on such tensors, and why.
+def pick(
+    op: str, device: torch.device, dtype: torch.dtype, takes: Callable[[Backend], bool] = _takes_everything
+) -> tuple[Backend, str]:
+    """The backend that runs ``op`` on such tensors, and why; ``takes`` says whether one covers the call at hand.
 
     Raises:
         ValueError: ``LINEAR_MOE_KERNELS`` names no backend.
     """
-    asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    for backend in BACKENDS[op]:
-        if asked:
-            if backend.name == asked:
-                return backend, f"{ENVIRONMENT_VARIABLE}={asked}"
-            continue
+    asked = _asked()
+    names = sorted({backend.name for table in BACKENDS.values() for backend in table})
+    if asked and asked not in names:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}={asked} names no backend. Unset it, or set it to one of: {', '.join(names)}."
+        )
+    for backend in sorted(BACKENDS[op], key=lambda backend: backend.name != asked):
         is_available, reason = backend.available(device, dtype)
-        if is_available:
-            return backend, reason
-    names = ", ".join(backend.name for backend in BACKENDS[op])
-    raise ValueError(
-        f"{ENVIRONMENT_VARIABLE}={asked} names no backend of {op}. Unset it, or set it to one of: {names}."
-    )
+        if is_available and takes(backend):
+            return backend, f"{ENVIRONMENT_VARIABLE}={asked}" if backend.name == asked else reason
+    raise AssertionError(f"{op} has no backend that always runs")
 
 
 def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -83,15 +133,19 @@ def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def warn_if_unfused(op: str, backend: Backend, device: torch.device) -> None:
     """Say, once for each operation, that a GPU runs it without a fused kernel; quiet where somebody chose so."""
-    if device.type == "cuda" and backend.name == "chunked" and not os.environ.get(ENVIRONMENT_VARIABLE):
+    if device.type == "cuda" and backend.name == "chunked" and _asked() != "chunked":
         _warn_of_torch_once(op)
 
 
 @cache
 def _warn_of_torch_once(op: str) -> None:
     warnings.warn(
-        f"{op} has no fused kernel for this device and runs on chunked torch: the same results, but every operation, "
-        f"and every step from chunk to chunk, is a launch of its own with intermediates in GPU memory, so it is "
-        f"slower than a fused kernel; {ENVIRONMENT_VARIABLE}=chunked chooses it without this notice",
+        f"{op} has no fused kernel for this device and these arguments, and runs on chunked torch: the same results, "
+        f"but every operation, and every step from chunk to chunk, is a launch of its own with intermediates in GPU "
+        f"memory, so it is slower than a fused kernel; {ENVIRONMENT_VARIABLE}=chunked chooses it without this notice",
         stacklevel=2,
     )
+
+
+def _asked() -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "")

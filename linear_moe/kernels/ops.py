@@ -193,6 +193,6 @@ def short_conv(
 
 
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
-    backend, _ = dispatch.pick(op, like.device, like.dtype)
+    backend, _ = dispatch.pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
     dispatch.warn_if_unfused(op, backend, like.device)
     return backend.run(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Block sizes, warps and pipeline depth of the fused kernels: a table, chosen by rule, so that nothing is timed at run time.
+"""Block sizes, warps and pipeline depth of the fused kernels, by rule: nothing is timed at run time.
 
-Not measured on a device yet. The reasons so far: S of BK x BV float32 must fit the registers (128 x 64 on 4 warps is 64
-registers a thread), two stages of the tiles of a chunk must fit shared memory (227 KiB on sm_90), twice where two
+Not measured on a device yet. The reasons so far: S of BK x BV float32 must fit the registers (128 x 64 on 4 warps is
+64 registers a thread), two stages of the tiles of a chunk must fit shared memory (227 KiB on sm_90), twice where two
 programs are to share a multiprocessor, and wgmma wants at least 64 rows for 4 warps.
 """
 
@@ -43,7 +43,7 @@ def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
     if dtype.itemsize == 2:
         num_warps, num_stages = (4, 3) if keys <= 64 else (4, 2) if keys == 128 else (8, 2)
         return Blocks(chunk_size(dtype), keys, min(64, widest), num_warps, num_stages)
-    return Blocks(chunk_size(dtype), keys, min(32, widest), 4 if keys <= 128 else 8, 1)
+    return Blocks(chunk_size(dtype), keys, min(32, widest), 8, 1)  # no tensor cores: registers are short
 
 
 def chunk_size(dtype: torch.dtype) -> int:

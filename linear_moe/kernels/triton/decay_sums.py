@@ -34,12 +34,11 @@ def chunk_decay(
     i_C = tl.arange(0, C)
     left = tl.minimum(tl.maximum(left, 0), C)
     if DECAY == 1:  # one number per head
-        log_a = tl.load(log_decay + head).to(tl.float32)
+        log_a = tl.load(log_decay + head).to(tl.float64)
         log_a = tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
-        high = log_a * tl.minimum(i_C + 1, left).to(tl.float32)
-        low = tl.zeros([C], tl.float32)
-        last_high = log_a * left.to(tl.float32)
-        last_low = last_high * 0.0
+        g, last = log_a * tl.minimum(i_C + 1, left), log_a * left
+        high, last_high = g.to(tl.float32), last.to(tl.float32)
+        low, last_low = (g - high).to(tl.float32), (last - last_high).to(tl.float32)
     else:
         p_high = sums + head.to(tl.int64) * num_all + token
         p_low = sums + (num_heads + head).to(tl.int64) * num_all + token
@@ -65,7 +64,7 @@ def sums_kernel(
     """Grid: chunks of all segments, blocks of heads."""
     segment = tl.program_id(0) // chunks_per_segment
     chunk = tl.program_id(0) % chunks_per_segment
-    row, start, length, readable, document, is_last = segment_of(
+    row, start, length, _, _, _ = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_H = chunk * C + tl.arange(0, C), tl.program_id(1) * BH + tl.arange(0, BH)

@@ -81,7 +81,10 @@ class _DiagDecay(torch.autograd.Function):
         after, d_state = scan.states_between(q, do, d_final, reverse=True)
 
         parts = scan.new_parts(k) if needs_decay else None
-        dq = dk = dv = d_decay = None
+        dq: Tensor | None = None
+        dk: Tensor | None = None
+        dv: Tensor | None = None
+        d_decay: Tensor | None = None
         if needs_v or (needs_state and not scan.layout.is_split):
             dv = torch.empty_like(v, memory_format=torch.contiguous_format)
             scan.run(k, q, do, dv, after, final=d_state, reverse=True)
@@ -93,8 +96,8 @@ class _DiagDecay(torch.autograd.Function):
             scan.run(v, do, q, dk, after, is_transposed=True, reverse=True, x=k, parts=parts, saved=saved)
         if parts is not None:
             d_decay = scan.decay_gradient(parts, final, d_final).to(ctx.dtypes[0])
-        d_state = d_state.to(ctx.dtypes[1]) if needs_state else None
-        return _of_groups(dq, q), _of_groups(dk, k), dv, d_decay, d_state, None, None
+        d_initial = d_state.to(ctx.dtypes[1]) if needs_state else None
+        return _of_groups(dq, q), _of_groups(dk, k), dv, d_decay, d_initial, None, None
 
 
 @dataclass(frozen=True)

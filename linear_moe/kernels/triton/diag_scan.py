@@ -19,8 +19,8 @@ total = 2^g_last. No exponent is positive. ``scale`` is in pair and read forward
 Where the decay has a gradient (``GRADIENT``), dq and dk also leave the sums that decay_sums.py puts together; o leaves
 S before every ``EVERY``-th chunk, to meet its gradient there in the run of dk.
 
-Every tile is loaded in the orientation in which it is used, and no product of matrices is transposed: Triton 3.4 to 3.7.0
-miscompiles that as the first factor of another product on Hopper (fla-org/flash-linear-attention#826).
+Every tile is loaded in the orientation in which it is used, and no product of matrices is transposed: Triton 3.4 to
+3.7.0 miscompiles that as the first factor of another product on Hopper (fla-org/flash-linear-attention#826).
 
 Letters: C tokens in a chunk, DK width of q and k, DV of v and o, BK >= DK, BV a block of DV, NV blocks of it, H heads,
 L tokens of all rows, S segments, G groups of ``EVERY`` chunks. ``Q_PER`` heads of the scan share one head of q.
@@ -69,7 +69,7 @@ def scan_kernel(
     i_v = tl.program_id(0) % NV
     head = (tl.program_id(0) // NV) % num_heads
     segment = tl.program_id(0) // NV // num_heads
-    row, start, length, readable, document, is_last = segment_of(
+    row, start, length, readable, _, _ = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -85,7 +85,8 @@ def scan_kernel(
 
     # whole tiles of S, by the strides of what it is stored as
     i_S = i_K[:, None] * s_k + i_V[None, :] * s_v
-    m_S = (i_K[:, None] < DK) & (i_V[None, :] < DV)
+    m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
+    m_S = m_K[:, None] & m_V[None, :]
     at = (segment.to(tl.int64) * num_heads + head) * (DK * DV)
     b_S = tl.zeros([BK, BV], tl.float32)
     if HAS_BEFORE:
@@ -96,9 +97,9 @@ def scan_kernel(
         chunk = num_chunks - 1 - step if REVERSE else step
         left = readable - chunk * C
         past = (chunk * C).to(tl.int64)
-        m_q = (i_C[:, None] < left) & (i_K[None, :] < DK)
-        m_kT = (i_K[:, None] < DK) & (i_C[None, :] < left)
-        m_v = (i_C[:, None] < left) & (i_V[None, :] < DV)
+        m_q = (i_C[:, None] < left) & m_K[None, :]
+        m_kT = m_K[:, None] & (i_C[None, :] < left)
+        m_v = (i_C[:, None] < left) & m_V[None, :]
         b_q = tl.load(q + past * q_t + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
         b_kT = tl.load(k + past * k_t + i_K[:, None] + i_C[None, :] * k_t, mask=m_kT, other=0.0)  # [BK, C]
         b_v = tl.load(v + past * v_t + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
@@ -137,7 +138,9 @@ def scan_kernel(
             tl.store(pair_sums + of_sums + past + i_C, b_pair, mask=i_C < left)
 
         b_o = tl.dot(b_scores.to(b_v.dtype), b_v, b_o, input_precision="ieee")
-        m_o = (chunk * C + i_C[:, None] < length) & (i_V[None, :] < DV)
+        if IS_PACKED:
+            b_o = tl.where(i_C[:, None] < left, b_o, 0.0)  # after the last document even the decay may be NaN
+        m_o = (chunk * C + i_C[:, None] < length) & m_V[None, :]
         tl.store(o + past * o_t + i_C[:, None] * o_t + i_V[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
         b_S = tl.dot(b_kT, b_write, b_S, input_precision="ieee")  # [BK, BV]
 

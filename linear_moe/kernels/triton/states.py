@@ -34,12 +34,14 @@ def local_state_kernel(
     i_v = tl.program_id(0) % NV
     head = (tl.program_id(0) // NV) % num_heads
     segment = tl.program_id(0) // NV // num_heads
-    row, start, length, readable, document, is_last = segment_of(
+    row, start, _, readable, _, _ = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     k += row.to(tl.int64) * k_b + start.to(tl.int64) * k_t + (head // K_PER).to(tl.int64) * k_h
     v += row.to(tl.int64) * v_b + start.to(tl.int64) * v_t + (head // V_PER).to(tl.int64) * v_h
+
+    m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
 
     b_S = tl.zeros([BK, BV], tl.float32)
     kept = 1.0
@@ -47,8 +49,8 @@ def local_state_kernel(
     for step in range(0, num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
         m_C = chunk * C + i_C < readable
-        m_kT = (i_K[:, None] < DK) & m_C[None, :]
-        m_v = m_C[:, None] & (i_V[None, :] < DV)
+        m_kT = m_K[:, None] & m_C[None, :]
+        m_v = m_C[:, None] & m_V[None, :]
         p_k = k + (chunk * C).to(tl.int64) * k_t + i_K[:, None] + i_C[None, :] * k_t
         p_v = v + (chunk * C).to(tl.int64) * v_t + i_C[:, None] * v_t + i_V[None, :]
         b_kT = tl.load(p_k, mask=m_kT, other=0.0)  # [BK, C]
@@ -71,7 +73,7 @@ def local_state_kernel(
         b_S = tl.dot(b_kT, b_v, b_S, input_precision="ieee")  # [BK, BV]
 
     base = (segment.to(tl.int64) * num_heads + head) * (DK * DV)
-    m_S = (i_K[:, None] < DK) & (i_V[None, :] < DV)
+    m_S = m_K[:, None] & m_V[None, :]
     tl.store(local + base + i_K[:, None] * DV + i_V[None, :], b_S, mask=m_S)
     if i_v == 0:
         tl.store(totals + segment * num_heads + head, kept)
