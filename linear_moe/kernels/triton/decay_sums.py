@@ -10,8 +10,10 @@ the token with itself, which does not decay), ``read`` what token i reads of the
 what token j leaves behind it, ``through`` what only passes. The well-known sum of q dq - k dk over the whole sequence
 is the same in exact arithmetic, and mostly noise in bfloat16: its terms are larger than their sum.
 
-``through`` follows from inner products of the memory with its gradient, known before every ``EVERY``-th chunk
-(``boundary``) and after the last one (``end``): after - sum(write) = through = before - sum(read).
+``through`` is the inner product of the memory before the chunk, decayed to its end, with the gradient of the memory
+after it. It is computed for the last chunk of a segment and every ``EVERY``-th before it; in between,
+through(c - 1) = through(c) + sum(read of c) - sum(write of c - 1). At the end of a document, whose last token writes
+undecayed, nothing is subtracted.
 
 Letters: S segments, H heads, C tokens in a chunk, L tokens of all rows, P partial sums, G groups of ``EVERY`` chunks.
 """
@@ -64,7 +66,7 @@ def sums_kernel(
     """Grid: chunks of all segments, blocks of heads."""
     segment = tl.program_id(0) // chunks_per_segment
     chunk = tl.program_id(0) % chunks_per_segment
-    row, start, length, _, _, _ = segment_of(
+    row, start, length, _ = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_H = chunk * C + tl.arange(0, C), tl.program_id(1) * BH + tl.arange(0, BH)
@@ -84,57 +86,46 @@ def sums_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
 def decay_gradient_kernel(
     pair, read, write,  # [P, H, L] float32
-    boundary,  # [P, S, G, H] float32
-    end,  # [N, H] float32: <final memory, its gradient>, or nothing
+    through,  # [P, S, G, H] float32
     grad,  # [B, T, H] float32 contiguous, or [S, G, H] for a decay per head
     plan,
     num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_segments,
     C: tl.constexpr, EVERY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, G: tl.constexpr,
-    DECAY: tl.constexpr, HAS_END: tl.constexpr, IS_PACKED: tl.constexpr,
+    DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: groups of chunks of all segments, heads. From the end of the group to its start."""
     segment, group, head = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
-    row, start, length, readable, document, is_last = segment_of(
+    row, start, length, readable = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_P = tl.arange(0, C), tl.arange(0, BP)
-    num_chunks = tl.cdiv(readable, C)
+    first = row * num_tokens + start
+    last_chunk = tl.cdiv(length, C) - 1 - group * EVERY
 
-    # before the next group of the segment, or the next segment of the document, or after the document
-    is_inner = (group + 1) * EVERY < num_chunks
-    next_segment = tl.where(is_inner, segment, segment + 1)
-    next_group = tl.where(is_inner, group + 1, 0)
-    has_next = is_inner | ((is_last == 0) & (readable > 0))
-    p_next = boundary + (next_segment.to(tl.int64) * G + next_group) * num_heads + head
-    part = num_segments * G * tl.cast(num_heads, tl.int64)
-    b_next = tl.load(p_next + i_P * part, mask=(i_P < P) & has_next, other=0.0)
-    after = tl.sum(b_next, 0)
-    if HAS_END:
-        after += tl.load(
-            end + document * num_heads + head, mask=(is_last != 0) & (readable > 0) & ~is_inner, other=0.0
-        )
-
+    p_through = (
+        through + (i_P * num_segments + segment).to(tl.int64) * (G * num_heads) + group * num_heads + head
+    )
+    m_through = (i_P < P) & (last_chunk >= 0) & (readable > 0)
+    b_through = tl.sum(tl.load(p_through, mask=m_through, other=0.0), 0)
     of_head = 0.0
     for step in range(0, EVERY):
-        i_T = (group * EVERY + EVERY - 1 - step) * C + i_C
-        p_PC = (
-            (i_P[:, None] * num_heads + head).to(tl.int64) * num_all
-            + (row * num_tokens + start)
-            + i_T[None, :]
-        )
-        m_PC = (i_P[:, None] < P) & (i_T[None, :] < readable)
+        i_T = (last_chunk - step) * C + i_C
+        is_token = (i_T >= 0) & (i_T < readable)
+        p_PC = (i_P[:, None] * num_heads + head).to(tl.int64) * num_all + first + i_T[None, :]
+        m_PC = (i_P[:, None] < P) & is_token[None, :]
         b_pair = tl.sum(tl.load(pair + p_PC, mask=m_PC, other=0.0), 0)  # [C]
         b_read = tl.sum(tl.load(read + p_PC, mask=m_PC, other=0.0), 0)
         b_write = tl.sum(tl.load(write + p_PC, mask=m_PC, other=0.0), 0)
         earlier = tl.sum(tl.load(write + p_PC - 1, mask=m_PC & (i_C[None, :] > 0), other=0.0), 0)
-        through = after - tl.sum(b_write, 0)
-        b_grad = tl.cumsum(b_pair + b_read, 0, reverse=True) + tl.cumsum(earlier, 0) + through
-        after = through + tl.sum(b_read, 0)
+        if step > 0:
+            b_through -= tl.sum(b_write, 0)
+        b_grad = tl.cumsum(b_pair + b_read, 0, reverse=True) + tl.cumsum(earlier, 0) + b_through
+        b_grad = tl.where(is_token, b_grad, 0.0)
+        b_through += tl.sum(b_read, 0)
         if DECAY == 1:
-            of_head += tl.sum(tl.where(i_T < readable, b_grad, 0.0), 0)
+            of_head += tl.sum(b_grad, 0)
         else:
-            b_grad = tl.where(i_T < readable, b_grad, 0.0)  # tokens after the last document
-            p_grad = grad + (row * num_tokens + start + i_T).to(tl.int64) * num_heads + head
-            tl.store(p_grad, b_grad, mask=i_T < length)
+            p_grad = grad + (first + i_T).to(tl.int64) * num_heads + head
+            tl.store(p_grad, b_grad, mask=(i_T >= 0) & (i_T < length))
     if DECAY == 1:
         tl.store(grad + (segment.to(tl.int64) * G + group) * num_heads + head, of_head)

@@ -66,14 +66,14 @@ class _DiagDecay(torch.autograd.Function):
 
         ctx.scan = scan
         ctx.dtypes = None if log_decay is None else log_decay.dtype, None if state is None else state.dtype
-        ctx.save_for_backward(q, k, v, before, final if saved is not None else None, saved)
+        ctx.save_for_backward(q, k, v, before, saved)
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, before, final, saved = ctx.saved_tensors
+        q, k, v, before, saved = ctx.saved_tensors
         scan: _Scan = ctx.scan
         needs_q, needs_k, needs_v, needs_decay, needs_state = ctx.needs_input_grad[:5]
         do = torch.zeros_like(v) if do is None else _rows_together(do)
@@ -95,7 +95,7 @@ class _DiagDecay(torch.autograd.Function):
             dk = _per_head(k, v)
             scan.run(v, do, q, dk, after, is_transposed=True, reverse=True, x=k, parts=parts, saved=saved)
         if parts is not None:
-            d_decay = scan.decay_gradient(parts, final, d_final).to(ctx.dtypes[0])
+            d_decay = scan.decay_gradient(parts).to(ctx.dtypes[0])
         d_initial = d_state.to(ctx.dtypes[1]) if needs_state else None
         return _of_groups(dq, q), _of_groups(dk, k), dv, d_decay, d_initial, None, None
 
@@ -108,7 +108,7 @@ class _Parts:
     """``[P, H, L]``, as the next two."""
     read: Tensor
     write: Tensor
-    boundary: Tensor
+    through: Tensor
     """``[P, S, G, H]``."""
 
 
@@ -213,32 +213,31 @@ class _Scan:
             v if saved is None else saved,
             v if parts is None else parts.pair,
             v if parts is None else parts.write if reverse else parts.read,
-            v if parts is None else parts.boundary,
+            v if parts is None else parts.through,
             *self._sizes(), layout.num_segments, self.scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *x.stride()[:3],
             *((1, num_keys) if is_transposed else (num_values, 1)),
             Q_PER=num_heads // q.shape[2], K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
             DK=num_keys, DV=num_values, BK=cut.keys, BV=cut.values, C=self.chunk,
-            DECAY=self.decay, REVERSE=reverse, GRADIENT=role, EVERY=configs.SAVE_EVERY, G=self._groups(),
+            DECAY=self.decay, REVERSE=reverse, GRADIENT=role, EVERY=self._every(), G=self._groups(),
             HAS_BEFORE=before is not None, STORE_FINAL=stores_final, STORE_SAVED=saves,
             IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
 
-    def decay_gradient(self, parts: _Parts, final: Tensor, d_final: Tensor | None) -> Tensor:
+    def decay_gradient(self, parts: _Parts) -> Tensor:
         """``[B, T, H]`` or ``[H]``, float32."""
         layout, groups, num_heads = self.layout, self._groups(), self.num_heads
         if self.decay == TOKEN_DECAY:
             shape = layout.num_rows, layout.num_tokens, num_heads
         else:
             shape = layout.num_segments, groups, num_heads
-        grad = torch.empty(shape, dtype=torch.float32, device=final.device)
-        end = grad if d_final is None else (final * d_final).sum((-2, -1))
+        grad = torch.empty(shape, dtype=torch.float32, device=parts.pair.device)
         num_parts = parts.pair.shape[0]
         decay_gradient_kernel[(layout.num_segments * groups, num_heads)](
-            parts.pair, parts.read, parts.write, parts.boundary, end, grad, layout.plan,
+            parts.pair, parts.read, parts.write, parts.through, grad, layout.plan,
             *self._sizes(), layout.num_segments,
-            C=self.chunk, EVERY=configs.SAVE_EVERY, P=num_parts, BP=triton.next_power_of_2(num_parts), G=groups,
-            DECAY=self.decay, HAS_END=d_final is not None, IS_PACKED=layout.is_packed, num_warps=1,
+            C=self.chunk, EVERY=self._every(), P=num_parts, BP=triton.next_power_of_2(num_parts), G=groups,
+            DECAY=self.decay, IS_PACKED=layout.is_packed, num_warps=1,
         )  # fmt: skip
         return grad if self.decay == TOKEN_DECAY else grad.sum((0, 1))
 
@@ -258,7 +257,10 @@ class _Scan:
         return _Parts(pair, read, write, torch.empty(shape, dtype=torch.float32, device=k.device))
 
     def _groups(self) -> int:
-        return triton.cdiv(triton.cdiv(self.layout.segment_size, self.chunk), configs.SAVE_EVERY)
+        return triton.cdiv(triton.cdiv(self.layout.segment_size, self.chunk), self._every())
+
+    def _every(self) -> int:
+        return configs.SAVE_EVERY if self.decay == TOKEN_DECAY else configs.SAVE_EVERY_PER_HEAD
 
     def _sizes(self) -> tuple[int, ...]:
         layout = self.layout

@@ -17,7 +17,7 @@ pair = 2^(g_i - g_j) for i >= j; backward, read = 2^(g_last - g_i), write = 2^g_
 total = 2^g_last. No exponent is positive. ``scale`` is in pair and read forward, in pair and write backward.
 
 Where the decay has a gradient (``GRADIENT``), dq and dk also leave the sums that decay_sums.py puts together; o leaves
-S before every ``EVERY``-th chunk, to meet its gradient there in the run of dk.
+S before every ``EVERY``-th chunk, counted from the end, to meet its gradient there in the run of dk.
 
 Every tile is loaded in the orientation in which it is used, and no product of matrices is transposed: Triton 3.4 to
 3.7.0 miscompiles that as the first factor of another product on Hopper (fla-org/flash-linear-attention#826).
@@ -54,9 +54,9 @@ def scan_kernel(
     q, k, v, o, x, log_decay, sums, plan,
     before,  # [S, H, DK, DV] float32 (strides s_k, s_v): what S starts from, or nothing
     final,  # the same: what S ends with
-    saved,  # [S, G, H, DK, DV] (strides s_k, s_v): S before every EVERY-th chunk
+    saved,  # [S, G, H, DK, DV] (strides s_k, s_v): S before every EVERY-th chunk, counted from the end
     pair_sums, inter_sums,  # [NV, H, L] float32
-    boundary,  # [NV, S, G, H] float32
+    through,  # [NV, S, G, H] float32
     num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_segments, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, x_b, x_t, x_h, s_k, s_v,
     Q_PER: tl.constexpr, K_PER: tl.constexpr, V_PER: tl.constexpr,
@@ -69,7 +69,7 @@ def scan_kernel(
     i_v = tl.program_id(0) % NV
     head = (tl.program_id(0) // NV) % num_heads
     segment = tl.program_id(0) // NV // num_heads
-    row, start, length, readable, _, _ = segment_of(
+    row, start, length, readable = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -104,9 +104,10 @@ def scan_kernel(
         b_kT = tl.load(k + past * k_t + i_K[:, None] + i_C[None, :] * k_t, mask=m_kT, other=0.0)  # [BK, C]
         b_v = tl.load(v + past * v_t + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
 
-        at_group = ((segment.to(tl.int64) * G + chunk // EVERY) * num_heads + head) * (DK * DV)
-        if STORE_SAVED and chunk % EVERY == 0:
-            tl.store(saved + at_group + i_S, b_S.to(saved.dtype.element_ty), mask=m_S)
+        from_end = num_chunks - 1 - chunk
+        group = (segment.to(tl.int64) * G + from_end // EVERY) * num_heads + head
+        if STORE_SAVED and from_end % EVERY == 0:
+            tl.store(saved + group * (DK * DV) + i_S, b_S.to(saved.dtype.element_ty), mask=m_S)
 
         b_o = tl.dot(b_q, b_S.to(b_q.dtype), input_precision="ieee")  # [C, BV]
         b_scores = tl.dot(b_q, b_kT, input_precision="ieee")  # [C, C]
@@ -131,6 +132,12 @@ def scan_kernel(
             b_x = tl.load(x + past * x_t + i_C[:, None] * x_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
             b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
             tl.store(inter_sums + of_sums + past + i_C, b_inter, mask=i_C < left)
+        if (
+            GRADIENT == 2 and from_end % EVERY == 0
+        ):  # b_S has decayed through the chunk, which has not written yet
+            b_saved = tl.load(saved + group * (DK * DV) + i_S, mask=m_S, other=0.0).to(tl.float32)
+            part = (i_v * num_segments).to(tl.int64) * G * num_heads
+            tl.store(through + part + group, tl.sum(b_S * b_saved))
         if GRADIENT == 1:
             b_pairs = tl.dot(b_x, tl.trans(b_v), input_precision="ieee")  # [C, C], of loaded tiles
             b_pairs = tl.where(i_C[:, None] > i_C[None, :], b_pairs * b_scores, 0.0)
@@ -143,13 +150,6 @@ def scan_kernel(
         m_o = (chunk * C + i_C[:, None] < length) & m_V[None, :]
         tl.store(o + past * o_t + i_C[:, None] * o_t + i_V[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
         b_S = tl.dot(b_kT, b_write, b_S, input_precision="ieee")  # [BK, BV]
-
-        if GRADIENT == 2 and chunk % EVERY == 0:
-            b_saved = tl.load(saved + at_group + i_S, mask=m_S, other=0.0).to(tl.float32)
-            p_boundary = (
-                boundary + ((i_v * num_segments + segment) * G + chunk // EVERY).to(tl.int64) * num_heads
-            )
-            tl.store(p_boundary + head, tl.sum(b_S * b_saved))
 
     if STORE_FINAL:
         tl.store(final + at + i_S, b_S, mask=m_S)

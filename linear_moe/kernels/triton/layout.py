@@ -2,7 +2,7 @@
 """Which run of tokens a program owns: segments of documents, of whole rows or packed.
 
 A segment never spans two documents. Packed documents are cut on the device, into at most T // size + N + 1 segments,
-and nothing waits for it: the plan holds (first token, tokens, document, is last of its document) for each segment;
+and nothing waits for it: the plan holds (first token, tokens, document) for each segment;
 tokens after the last document form document N, which has no state; unused segments have no tokens.
 
 Letters: S segments, N documents, T tokens.
@@ -30,7 +30,7 @@ class Layout:
     num_segments: int
     segments_per_row: int
     plan: Tensor
-    """``[S, 4]`` int32 for packed documents."""
+    """``[S, 3]`` int32 for packed documents."""
     first_segment: Tensor
     """``[N + 1]`` int32 for packed documents."""
     is_packed: bool
@@ -53,7 +53,7 @@ def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | 
         return Layout(rows, num_tokens, rows, segment_size, rows * per_row, per_row, like, like, False)
     num_documents = cu_seqlens.shape[0] - 1
     num_segments = min(num_tokens // segment_size + num_documents + 1, num_tokens)
-    plan = torch.zeros(num_segments, 4, dtype=torch.int32, device=cu_seqlens.device)
+    plan = torch.zeros(num_segments, 3, dtype=torch.int32, device=cu_seqlens.device)
     first_segment = torch.empty(num_documents + 1, dtype=torch.int32, device=cu_seqlens.device)
     plan_kernel[(num_documents + 1,)](
         cu_seqlens.contiguous(),
@@ -72,13 +72,12 @@ def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | 
 def segment_of(
     plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED: tl.constexpr
 ):  # fmt: skip
-    """Row, first token in it, tokens, tokens that belong to a document, document, whether it is its last segment."""
+    """Row, first token in it, tokens, and how many of them belong to a document: all or none."""
     if IS_PACKED:
         row = segment * 0
-        start = tl.load(plan + segment * 4)
-        length = tl.load(plan + segment * 4 + 1)
-        document = tl.load(plan + segment * 4 + 2)
-        is_last = tl.load(plan + segment * 4 + 3)
+        start = tl.load(plan + segment * 3)
+        length = tl.load(plan + segment * 3 + 1)
+        document = tl.load(plan + segment * 3 + 2)
         readable = tl.where(document < num_documents, length, 0)
     else:
         row = segment // segments_per_row
@@ -86,15 +85,13 @@ def segment_of(
         start = place * segment_size
         length = tl.minimum(segment_size, num_tokens - start)
         readable = length
-        document = row
-        is_last = (place == segments_per_row - 1).to(tl.int32)
-    return row, start, length, readable, document, is_last
+    return row, start, length, readable
 
 
 @triton.jit
 def plan_kernel(
     cu_seqlens,  # [N + 1]
-    plan,  # [S, 4] int32, zeros
+    plan,  # [S, 3] int32, zeros
     first_segment,  # [N + 1] int32: of each document, and of the tokens after the last one
     num_tokens,
     num_documents,
@@ -117,10 +114,9 @@ def plan_kernel(
     count = tl.cdiv(end - start, segment_size)
     for m in range(0, tl.cdiv(count, BLOCK)):
         place = m * BLOCK + tl.arange(0, BLOCK)
-        p_plan = plan + (first + place) * 4
+        p_plan = plan + (first + place) * 3
         is_used = place < count
         token = start + place * segment_size
         tl.store(p_plan, token, mask=is_used)
         tl.store(p_plan + 1, tl.minimum(end - token, segment_size), mask=is_used)
         tl.store(p_plan + 2, n + place * 0, mask=is_used)
-        tl.store(p_plan + 3, (place == count - 1).to(tl.int32), mask=is_used)

@@ -34,7 +34,7 @@ def local_state_kernel(
     i_v = tl.program_id(0) % NV
     head = (tl.program_id(0) // NV) % num_heads
     segment = tl.program_id(0) // NV // num_heads
-    row, start, _, readable, _, _ = segment_of(
+    row, start, _, readable = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
