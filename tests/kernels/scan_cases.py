@@ -145,7 +145,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(upstream) for x in outputs]
-    grads = [grad.to(x.dtype) for grad, x in zip(drawn, outputs)]
+    grads = [grad.to(x) for grad, x in zip(drawn, outputs)]  # dtype and device
     found = torch.autograd.grad(outputs, list(leaves.values()), grads)
     return {f"grad {name}": grad for name, grad in zip(leaves, found)}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scan_cases import OPS
+from scan_cases import OPS, PACKED, Inputs, make, poison_empty, results
 
 from linear_moe import kernels
 from linear_moe.kernels import reference, short_conv
@@ -70,3 +70,104 @@ def test_short_convolution_on_cuda(dtype):
     expected, _ = short_conv(x.double(), weight.double(), activation="silu")
     found, _ = short_conv(x.cuda(), weight.cuda(), activation="silu")
     assert (found.cpu().double() - expected).norm() / expected.norm() <= TOLERANCE[dtype]
+
+
+RMS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 1e-3), torch.bfloat16: (3e-3, 5e-3)}
+"""Of outputs and states, and of gradients."""
+LAYOUTS = {
+    "rows": dict(batch=40, num_heads=8, groups=8, num_tokens=70),
+    "segments": dict(batch=1, num_tokens=1100),
+    "packed": dict(num_tokens=230, cu_seqlens=PACKED),
+}
+DIMS = [(128, 128), (64, 64), (128, 256), (256, 128), (100, 48), (9, 3)]
+
+
+def fused_errors(inputs: Inputs, dtype: torch.dtype) -> dict[str, float]:
+    """Relative RMS errors of backend ``triton`` on the GPU against the token loop in float64 on equal values."""
+    inputs = inputs.to(dtype)
+    if "log_decay" in inputs.tensors:
+        inputs.tensors["log_decay"] = inputs.tensors["log_decay"].float()
+    on_gpu = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}, inputs.scale)
+    found = results(on_gpu, kernels, dtype)
+    truth = results(inputs.to(torch.float64), reference, dtype)
+    difference = {name: (found[name].cpu().double() - x.double()).norm() for name, x in truth.items()}
+    return {name: (difference[name] / x.double().norm().clamp(min=1e-30)).item() for name, x in truth.items()}
+
+
+def check_fused(inputs: Inputs, dtype: torch.dtype) -> None:
+    errors = fused_errors(inputs, dtype)
+    of_outputs, of_gradients = RMS[dtype]
+    assert all(
+        e <= (of_gradients if name.startswith("grad") else of_outputs) for name, e in errors.items()
+    ), errors
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", "triton")
+    poison_empty(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("decay", ["none", "head", "scalar"])
+def test_fused_layouts(decay, layout, dtype, fused):
+    check_fused(make("diag_decay", decay, num_keys=64, num_values=48, strength=0.1, **LAYOUTS[layout]), dtype)
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize(("num_keys", "num_values"), DIMS)
+def test_fused_dims_and_groups(num_keys, num_values, dtype, fused):
+    sizes = dict(num_keys=num_keys, num_values=num_values, num_heads=4, groups=2, num_tokens=130)
+    for decay in ("none", "scalar"):
+        check_fused(make("diag_decay", decay, strength=0.3, **sizes), dtype)
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("decay", ["head", "scalar"])
+@pytest.mark.parametrize("value", [0.0, -1e-3, -30.0, float("-inf")])
+def test_fused_adversarial_decays(value, decay, dtype, fused):
+    inputs = make(
+        "diag_decay", decay, num_tokens=600, batch=1, groups=1, num_heads=2, num_keys=64, num_values=64
+    )
+    inputs.tensors["log_decay"].fill_(value)
+    check_fused(inputs, dtype)
+    if decay == "scalar":
+        inputs.tensors["log_decay"].fill_(-0.01)[:, 10:60:2] = -30.0
+        inputs.tensors["log_decay"][:, 70:90] = -200.0
+        check_fused(inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_strided_deterministic_and_in_a_graph(dtype, fused):
+    """Slices of one projection in [T, B, ...] order; the same bits from every run, captured in a CUDA graph or not."""
+    torch.manual_seed(0)
+    fused_TBHP = torch.randn(300, 2, 4, 3 * 64, device="cuda", dtype=dtype)
+    log_decay = -torch.rand(2, 300, 4, device="cuda") * 0.1
+    q, k, v = (x.transpose(0, 1).requires_grad_() for x in fused_TBHP.split(64, -1))
+
+    def step():
+        o, state = kernels.diag_decay(q, k, v, log_decay, scale=0.125)
+        return o, state, *torch.autograd.grad(o.float().square().sum() + state.square().sum(), (q, k, v))
+
+    eager, again = step(), step()
+    contiguous = kernels.diag_decay(q.contiguous(), k.contiguous(), v.contiguous(), log_decay, scale=0.125)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y, z in zip(eager, again, captured):
+        assert torch.equal(x, y) and torch.equal(x, z)
+    assert torch.equal(eager[0], contiguous[0]) and torch.equal(eager[1], contiguous[1])
+
+
+def test_fused_never_waits_for_the_device(fused):
+    inputs = make("diag_decay", "scalar", num_tokens=210, cu_seqlens=PACKED).to(torch.float32)
+    inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}).differentiable()
+    sum(x.sum() for x in inputs.run(kernels)).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sum(x.sum() for x in inputs.run(kernels)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -132,9 +132,8 @@ def scan_kernel(
             b_x = tl.load(x + past * x_t + i_C[:, None] * x_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
             b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
             tl.store(inter_sums + of_sums + past + i_C, b_inter, mask=i_C < left)
-        if (
-            GRADIENT == 2 and from_end % EVERY == 0
-        ):  # b_S has decayed through the chunk, which has not written yet
+        if GRADIENT == 2 and from_end % EVERY == 0:
+            # b_S has decayed through the chunk, which has not written yet
             b_saved = tl.load(saved + group * (DK * DV) + i_S, mask=m_S, other=0.0).to(tl.float32)
             part = (i_v * num_segments).to(tl.int64) * G * num_heads
             tl.store(through + part + group, tl.sum(b_S * b_saved))

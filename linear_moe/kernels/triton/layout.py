@@ -61,6 +61,7 @@ def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | 
         first_segment,
         num_tokens,
         num_documents,
+        num_segments,
         segment_size,
         BLOCK=256,
         num_warps=1,
@@ -95,10 +96,14 @@ def plan_kernel(
     first_segment,  # [N + 1] int32: of each document, and of the tokens after the last one
     num_tokens,
     num_documents,
+    num_segments,
     segment_size,
     BLOCK: tl.constexpr,
 ):
-    """Program n cuts document n; program N the tokens after the last document."""
+    """Program n cuts document n; program N the tokens after the last document.
+
+    Offsets that are no documents give nonsense, but no access outside of any tensor.
+    """
     n = tl.program_id(0)
     first = n * 0
     for m in range(0, tl.cdiv(n, BLOCK)):
@@ -106,16 +111,17 @@ def plan_kernel(
         ends = tl.load(cu_seqlens + document + 1, mask=document < n, other=0)
         starts = tl.load(cu_seqlens + document, mask=document < n, other=0)
         first += tl.sum(((ends - starts + segment_size - 1) // segment_size).to(tl.int32))
+    first = tl.minimum(tl.maximum(first, 0), num_segments)
     tl.store(first_segment + n, first)
 
-    start = tl.load(cu_seqlens + n).to(tl.int32)
+    start = tl.maximum(tl.load(cu_seqlens + n), 0).to(tl.int32)
     end = tl.load(cu_seqlens + n + 1, mask=n < num_documents, other=0).to(tl.int32)
-    end = tl.where(n < num_documents, end, num_tokens)
+    end = tl.minimum(tl.where(n < num_documents, end, num_tokens), num_tokens)
     count = tl.cdiv(end - start, segment_size)
     for m in range(0, tl.cdiv(count, BLOCK)):
         place = m * BLOCK + tl.arange(0, BLOCK)
         p_plan = plan + (first + place) * 3
-        is_used = place < count
+        is_used = (place < count) & (first + place < num_segments)
         token = start + place * segment_size
         tl.store(p_plan, token, mask=is_used)
         tl.store(p_plan + 1, tl.minimum(end - token, segment_size), mask=is_used)
