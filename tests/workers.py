@@ -327,17 +327,29 @@ def leave_model_parallel() -> None:
 def _free_models() -> None:
     """Let go of what training has built, and with it of its process groups, each of which has threads.
 
-    A wrapped model holds its gradients' accumulators, themselves and by the graph of the last tokens that its experts'
-    dispatchers keep, and they hold the hooks that hold it: cycles through C++ that no garbage collector sees.
+    A wrapped model holds its gradients' accumulators, themselves, by the views of weights that a distributed optimizer
+    has, and by the graph of the last tokens that experts' dispatchers and RWKV7 keep; and they hold the hooks that hold
+    it: cycles through C++ that no garbage collector sees. The log of training holds layers, too.
     """
     module = sys.modules.get("megatron.core.distributed.distributed_data_parallel")
-    if module is not None:
-        for found in [x for x in gc.get_objects() if type(x) is module.DistributedDataParallel]:
-            found.grad_accs.clear()
-            for part in found.modules():
-                dispatcher = getattr(part, "token_dispatcher", None)
-                if dispatcher is not None:
-                    dispatcher.probs = None
+    if module is None:
+        return
+    alive = gc.get_objects()
+    for found in [x for x in alive if type(x) is module.DistributedDataParallel]:
+        found.grad_accs.clear()
+        for part in found.modules():
+            dispatcher = getattr(part, "token_dispatcher", None)
+            if dispatcher is not None:
+                dispatcher.probs = None
+            if hasattr(part, "first_value"):
+                part.first_value.x_BTHV = None
+    optimizer = sys.modules["megatron.core.optimizer.distrib_optimizer"].DistributedOptimizer
+    for found in [x for x in alive if type(x) is optimizer]:
+        vars(found).clear()
+    engine = sys.modules.get("linear_moe.training.engine")
+    training = sys.modules.get("megatron.training.training")
+    if engine is not None and training is not None:
+        training.training_log = engine.stock(training, "training_log")
 
 
 def free_port() -> int:
