@@ -1,0 +1,30 @@
+"""From and to Hugging Face: import, export, and the mapping tables that both read. Importing this imports no torch.
+
+    tables.py      one table of rows per family: our checkpoint key <-> Hugging Face names, with an invertible transform
+    hf_folder.py   a Hugging Face folder: its config, its safetensors, read and written tensor by tensor
+    torch_dist.py  Megatron's checkpoint format, read by region and written tensor by tensor
+    importing.py   Hugging Face -> run folder         exporting.py   run folder -> Hugging Face
+    remote/        the ``trust_remote_code`` files for models that no class of transformers fits
+
+What export calls of ``remote`` (it writes all tensors, ``generation_config.json`` and the tokenizer itself)::
+
+    remote.hf_config(model: LinearMoEModelConfig, *, vocab_size: int, dtype: str) -> dict[str, Any]
+        the whole config.json, auto_map and architectures included; may raise ValueError for what it cannot express
+    remote.write_code(directory: Path) -> None
+        puts configuration_linear_moe.py and modeling_linear_moe.py there
+
+Names of the tensors in a remote folder (D hidden, H heads, G groups, W width of the projection in the mixer's table):
+
+    model.embed_tokens.weight  model.norm.weight  lm_head.weight (absent when embeddings are tied)
+    model.layers.{i}.input_layernorm.weight       model.layers.{i}.post_attention_layernorm.weight
+    model.layers.{i}.self_attn.{q,k,v,o}_proj.{weight,bias}     softmax layers; latent attention: DeepSeek-V2's names
+    model.layers.{i}.mixer.{name}.weight          [H * W, D], each fused or grouped ([G * W, D]) projection of the table
+    model.layers.{i}.mixer.{name}.down.weight     [rank, D], and {name}.up.weight [H * W, rank], {name}.up.bias
+    model.layers.{i}.mixer.{parameter}            as in the table of parameters, biases (q_bias [H, W]), conv and norm
+    model.layers.{i}.mixer.o_proj.weight          [D, H * V]
+    model.tables.{mixer}.{parameter}              parameters of the whole model (per_model)
+    model.layers.{i}.mlp.{gate,up,down}_proj.weight             dense
+    model.layers.{i}.mlp.gate.weight              router [E, D];  mlp.gate.e_score_correction_bias where there is one
+    model.layers.{i}.mlp.experts.{e}.{gate,up,down}_proj.weight
+    model.layers.{i}.mlp.shared_expert.{gate,up,down}_proj.weight    mlp.shared_expert_gate.weight [1, D] where gated
+"""
