@@ -89,9 +89,7 @@ def check_output(plan: RunPlan) -> None:
     parent = plan.run_dir
     while not parent.exists():
         parent = parent.parent
-    total, _ = estimate_parameters(
-        plan.size, plan.kinds, plan.padded_vocab_size, tied=plan.family.tie_embeddings
-    )
+    total, _ = estimate_parameters(plan.size, plan.kinds, plan.padded_vocab_size)
     needed = total * _BYTES_PER_PARAMETER * 1.1
     free = shutil.disk_usage(parent).free
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

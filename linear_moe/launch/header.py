@@ -55,9 +55,7 @@ def _model(plan: RunPlan) -> str:
 
 
 def _parameters(plan: RunPlan) -> str:
-    total, active = estimate_parameters(
-        plan.size, plan.kinds, plan.padded_vocab_size, tied=plan.family.tie_embeddings
-    )
+    total, active = estimate_parameters(plan.size, plan.kinds, plan.padded_vocab_size)
     each = f", {_count(active)} active per token" if active != total else ""
     return f"about {_count(total)}{each}; embedding {plan.padded_vocab_size} x {plan.size.hidden_size}"
 

@@ -13,7 +13,7 @@ from typing import Any
 from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_tokenizer
 from linear_moe.launch.environment import SMALLEST_GLOBAL_BATCH, RunSettings
 from linear_moe.launch.errors import PreflightError
-from linear_moe.model.families import FAMILIES, SIZE_FLAGS, Family, ModelSize, padded_vocab_size
+from linear_moe.model.families import FAMILIES, FRACTIONS, SIZE_FLAGS, Family, ModelSize, padded_vocab_size
 from linear_moe.model.pattern import layer_kinds, pattern_of
 
 NULL_TOKENIZER = "null"
@@ -238,7 +238,7 @@ def _apply_extra_args(size: ModelSize, text: str) -> tuple[ModelSize, tuple[str,
             continue
         value = value or (words.pop(0) if words else "")
         try:
-            changes[fields[flag]] = float(value) if fields[flag] == "norm_epsilon" else int(value)
+            changes[fields[flag]] = (float if fields[flag] in FRACTIONS else int)(value)
         except ValueError:
             raise PreflightError(
                 f"{flag} {value} of EXTRA_ARGS is not a number.", "it is a size of the model.", f"{flag} 8"

@@ -7,7 +7,7 @@ from typing import Any
 
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, registered_mixers
-from linear_moe.model.families import SIZE_FLAGS
+from linear_moe.model.families import SIZE_FLAGS, unused_fields
 
 
 def checkpoint_iteration(folder: Path) -> int | None:
@@ -96,7 +96,9 @@ def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
 
 def architecture(plan: RunPlan) -> dict[str, Any]:
     """Everything that fixes the shapes and the meaning of a checkpoint, under its names in config.json."""
-    sizes = {name: getattr(plan.size, name) for name in SIZE_FLAGS if name != "max_position_embeddings"}
+    skipped = {"max_position_embeddings", *unused_fields(plan.size)}
+    sizes = {name: getattr(plan.size, name) for name in SIZE_FLAGS if name not in skipped}
+    sizes["multi_latent_attention"] = plan.size.has_latent_attention
     model = {"layer_kinds": list(plan.kinds), "padded_vocab_size": plan.padded_vocab_size}
     mixers = registered_mixers(plan.settings.mixer_modules)
     return sizes | model | _mixer_options(list(plan.extra_args), mixers)

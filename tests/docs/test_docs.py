@@ -42,9 +42,11 @@ def test_the_table_names_every_variable():
     assert set(re.findall(r"`([A-Z_]{2,})`", table)) == set(variables())
 
 
-def test_every_size_is_named():
-    for size in FAMILIES["qwen2"].sizes:
-        assert re.search(rf"\b{re.escape(size)}\b", README), size
+def test_every_size_is_in_the_table_of_its_family():
+    text = (REPOSITORY / "docs" / "families.md").read_text()
+    for family in FAMILIES.values():
+        for size in family.sizes:
+            assert re.search(rf"^\| {family.name} \| {re.escape(size)} \|", text, re.MULTILINE), size
 
 
 def test_the_message_shown_is_the_message_printed():

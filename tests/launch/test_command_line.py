@@ -8,10 +8,10 @@ import pytest
 from linear_moe.launch.megatron_args import shell_text, torchrun_command, training_arguments
 from linear_moe.model.families import (
     FAMILIES,
-    SIZE_FLAGS,
     estimate_parameters,
     megatron_arguments,
     padded_vocab_size,
+    size_fields,
 )
 from tests.launch.plans import make_plan, message
 
@@ -42,22 +42,13 @@ def parse(parser: argparse.ArgumentParser, cuda: int = 0, **variables: str) -> a
 def test_megatron_reads_every_size_as_it_is(parser: argparse.ArgumentParser, family: str, size: str):
     args = parser.parse_args(megatron_arguments(FAMILIES[family], FAMILIES[family].sizes[size]))
     numbers = FAMILIES[family].sizes[size]
-    for name in SIZE_FLAGS:
-        if name.startswith("moe_") and not numbers.is_moe:
-            continue
-        found = getattr(args, {"norm_epsilon": "layernorm_epsilon"}.get(name, name))
-        assert found == getattr(numbers, name), name
-    assert (
-        args.add_qkv_bias
-        and args.swiglu
-        and not args.add_bias_linear
-        and args.untie_embeddings_and_output_weights
-    )
-    assert (
-        args.normalization == "RMSNorm"
-        and args.position_embedding_type == "rope"
-        and args.group_query_attention
-    )
+    for name, value in size_fields(numbers).items():
+        assert getattr(args, {"norm_epsilon": "layernorm_epsilon"}.get(name, name)) == value, name
+    assert args.swiglu and not args.add_bias_linear and args.normalization == "RMSNorm"
+    assert args.add_qkv_bias == (family == "qwen2")
+    assert args.untie_embeddings_and_output_weights != numbers.tie_embeddings
+    assert args.multi_latent_attention == numbers.has_latent_attention != args.group_query_attention
+    assert args.position_embedding_type == "rope"
 
 
 def test_the_router_of_qwen2(parser: argparse.ArgumentParser):
@@ -188,7 +179,7 @@ def test_parameter_estimates_are_those_of_the_published_table():
     qwen2 = FAMILIES["qwen2"]
     for name, total, active in (("A0.3B", 2.48e9, 0.63e9), ("A1B", 7.34e9, 1.70e9)):
         size = qwen2.sizes[name]
-        found = estimate_parameters(size, ("softmax",) * size.num_layers, 151936, tied=False)
+        found = estimate_parameters(size, ("softmax",) * size.num_layers, 151936)
         assert found == (pytest.approx(total, rel=0.01), pytest.approx(active, rel=0.01))
 
 

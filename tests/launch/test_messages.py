@@ -100,7 +100,7 @@ CASES = [
     case(
         "size_unknown",
         """unknown MODEL_SIZE=A03B of qwen2.
-  why: the sizes are A0.3B, A1B, tiny, tiny-dense, demo.
+  why: the sizes are 0.5B, 1.5B, 7B, 72B, A0.3B, A1B, A14B, tiny, tiny-dense, demo.
   try: MODEL_SIZE=A0.3B""",
         MODEL_SIZE="A03B",
     ),

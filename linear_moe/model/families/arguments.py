@@ -1,0 +1,103 @@
+"""A size of a family as flags of Megatron-Core 0.19: shapes and switches, no layout, no data, no optimizer."""
+
+from linear_moe.model.families.table import Family, Llama3Rope, ModelSize, YarnRope
+
+SIZE_FLAGS = {
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "num_query_groups": "--num-query-groups",
+    "kv_channels": "--kv-channels",
+    "q_lora_rank": "--q-lora-rank",
+    "kv_lora_rank": "--kv-lora-rank",
+    "qk_head_dim": "--qk-head-dim",
+    "qk_pos_emb_head_dim": "--qk-pos-emb-head-dim",
+    "v_head_dim": "--v-head-dim",
+    "rotary_base": "--rotary-base",
+    "norm_epsilon": "--norm-epsilon",
+    "max_position_embeddings": "--max-position-embeddings",
+    "num_experts": "--num-experts",
+    "moe_router_topk": "--moe-router-topk",
+    "moe_ffn_hidden_size": "--moe-ffn-hidden-size",
+    "moe_shared_expert_intermediate_size": "--moe-shared-expert-intermediate-size",
+    "moe_router_num_groups": "--moe-router-num-groups",
+    "moe_router_group_topk": "--moe-router-group-topk",
+    "moe_router_topk_scaling_factor": "--moe-router-topk-scaling-factor",
+}
+"""Megatron's flag of each ModelSize field, in the order they are passed. Also read backwards: a flag of this table in
+EXTRA_ARGS changes the size itself, so that every check sees it."""
+
+FRACTIONS = ("norm_epsilon", "moe_router_topk_scaling_factor")
+"""Fields of `SIZE_FLAGS` that are not whole numbers."""
+
+_LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_EXPERT_FIELDS = tuple(name for name in SIZE_FLAGS if name.startswith("moe_") or name == "num_experts")
+
+
+def unused_fields(size: ModelSize) -> set[str]:
+    """Fields of `SIZE_FLAGS` that mean nothing for attention of this kind; Megatron has defaults for them anyway."""
+    # with latent attention all heads share one compressed key and value
+    return {"num_query_groups"} if size.has_latent_attention else set(_LATENT_FIELDS)
+
+
+def size_fields(size: ModelSize) -> dict[str, int | float]:
+    """The fields of `SIZE_FLAGS` that say something about this size, with their values."""
+    unused = unused_fields(size) | (set() if size.is_moe else set(_EXPERT_FIELDS))
+    values = {name: getattr(size, name) for name in SIZE_FLAGS if name not in unused}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def megatron_arguments(family: Family, size: ModelSize, *, moe_aux_loss_coeff: float = 1e-2) -> list[str]:
+    """Megatron's command-line flags of an architecture.
+
+    `moe_aux_loss_coeff` weighs the load-balancing loss; it changes no shape but belongs to the router.
+    """
+    flags = [word for name, value in size_fields(size).items() for word in (SIZE_FLAGS[name], str(value))]
+    flags += ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
+    flags += ["--position-embedding-type", "rope", "--rotary-percent", "1.0"]
+    flags += _attention_arguments(size)
+    if family.add_qkv_bias:
+        flags.append("--add-qkv-bias")
+    if not size.tie_embeddings:
+        flags.append("--untie-embeddings-and-output-weights")
+    if size.is_moe:
+        flags += _expert_arguments(family, size, moe_aux_loss_coeff)
+    return flags
+
+
+def _attention_arguments(size: ModelSize) -> list[str]:
+    scaling = size.rope_scaling
+    if size.has_latent_attention:
+        # The norms of the compressed query and of the compressed keys and values; rotary in float32, unfused.
+        flags = ["--multi-latent-attention", "--qk-layernorm", "--no-rope-fusion"]
+        if not isinstance(scaling, YarnRope):
+            return [*flags, "--rope-type", "rope", "--rotary-scaling-factor", "1.0"]
+        flags += ["--rope-type", "yarn", "--rotary-scaling-factor", str(scaling.factor)]
+        return [*flags, "--mscale", str(scaling.mscale), "--mscale-all-dim", str(scaling.mscale_all_dim)]
+    assert not isinstance(scaling, YarnRope), "Megatron stretches ordinary attention by Llama 3's rule only"
+    flags = ["--group-query-attention"]
+    if isinstance(scaling, Llama3Rope):
+        flags += ["--use-rope-scaling", "--rope-scaling-factor", str(scaling.factor)]
+    return flags
+
+
+def _expert_arguments(family: Family, size: ModelSize, moe_aux_loss_coeff: float) -> list[str]:
+    flags = [
+        "--moe-router-load-balancing-type",
+        family.balance,
+        "--moe-aux-loss-coeff",
+        repr(moe_aux_loss_coeff),
+    ]
+    # all-to-all moves only the tokens an expert needs; float32 routing keeps top-k stable under bf16.
+    flags += ["--moe-token-dispatcher-type", "alltoall", "--moe-router-dtype", "fp32"]
+    if family.softmax_before_topk:
+        flags.append("--moe-router-pre-softmax")
+    if family.shared_expert_gate and size.moe_shared_expert_intermediate_size is not None:
+        flags.append("--moe-shared-expert-gate")
+    if size.first_dense_layers:
+        flags += [
+            "--moe-layer-freq",
+            f"([0]*{size.first_dense_layers}+[1]*{size.num_layers - size.first_dense_layers})",
+        ]
+    return flags

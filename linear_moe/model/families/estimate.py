@@ -1,0 +1,47 @@
+"""Rows of the embedding and a rough parameter count, by arithmetic alone: the launcher needs them before torch."""
+
+import math
+
+from linear_moe.model.families.table import ModelSize
+
+
+def padded_vocab_size(rows: int, tensor_parallel: int = 1) -> int:
+    """`rows` rounded up to a multiple of 128 that every TP dividing 128 shares, so that layouts share checkpoints."""
+    multiple = math.lcm(128, tensor_parallel)
+    return -(-rows // multiple) * multiple
+
+
+def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int) -> tuple[int, int]:
+    """Rough parameter count `(total, active per token)` of embeddings, projections and experts; no norms, no gates.
+
+    A linear mixer counts as q, k, v, output gate and output projection at full width.
+    """
+    hidden, width = size.hidden_size, size.num_attention_heads * size.kv_channels
+    softmax = _latent_attention(size) if size.has_latent_attention else _attention(size)
+    shared = vocab_rows * hidden * (1 if size.tie_embeddings else 2)
+    shared += sum(softmax if kind == "softmax" else 5 * hidden * width for kind in kinds)
+    moe = size.moe_layers()
+    shared += moe.count(False) * 3 * hidden * size.ffn_hidden_size
+    if not size.is_moe:
+        return shared, shared
+    assert size.num_experts is not None and size.moe_ffn_hidden_size is not None
+    wide = 3 * hidden * (size.moe_shared_expert_intermediate_size or 0)
+    shared += moe.count(True) * (wide + hidden * size.num_experts)
+    experts = moe.count(True) * 3 * hidden * size.moe_ffn_hidden_size
+    return shared + experts * size.num_experts, shared + experts * size.moe_router_topk
+
+
+def _attention(size: ModelSize) -> int:
+    q, kv = size.num_attention_heads * size.kv_channels, size.num_query_groups * size.kv_channels
+    return 2 * size.hidden_size * (q + kv)
+
+
+def _latent_attention(size: ModelSize) -> int:
+    assert size.kv_lora_rank is not None and size.v_head_dim is not None
+    assert size.qk_head_dim is not None and size.qk_pos_emb_head_dim is not None
+    hidden, heads, rank = size.hidden_size, size.num_attention_heads, size.kv_lora_rank
+    q = heads * (size.qk_head_dim + size.qk_pos_emb_head_dim)
+    queries = hidden * q if size.q_lora_rank is None else size.q_lora_rank * (hidden + q)
+    down = hidden * (rank + size.qk_pos_emb_head_dim)
+    up = rank * heads * (size.qk_head_dim + size.v_head_dim)
+    return queries + down + up + heads * size.v_head_dim * hidden
