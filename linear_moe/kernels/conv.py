@@ -36,16 +36,36 @@ def short_conv(
         num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = x.new_zeros(num_documents, history, *x.shape[2:])
     state = state.to(x.dtype)
+    final = last_inputs(x, history, state, cu_seqlens)
     if cu_seqlens is None:
         (y,) = recompute(partial(_convolve, activation), None, (x,), (state, weight, bias))
+    else:
+        rows = _Rows.plan(cu_seqlens, x.shape[1], history)
+        (y,) = recompute(partial(_convolve_packed, activation, rows), None, (x,), (state, weight, bias))
+    return cast(Tensor, y), final
+
+
+def last_inputs(x: Tensor, history: int, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The last ``history`` inputs of each row or document, ``[N, history, *C]``, with those of ``state`` before them.
+
+    Looks at no value of ``cu_seqlens`` on the host, and touches only the tokens that it returns.
+    """
+    if state is None:
+        num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = x.new_zeros(num_documents, history, *x.shape[2:])
+    if cu_seqlens is None:
         num_kept = min(history, x.shape[1])
-        window = torch.cat([state, x[:, x.shape[1] - num_kept :]], 1)
-        return cast(Tensor, y), window[:, window.shape[1] - history :]
-    rows = _Rows.plan(cu_seqlens, x.shape[1], history)
-    (y,) = recompute(partial(_convolve_packed, activation, rows), None, (x,), (state, weight, bias))
-    history_and_tokens = torch.cat([state.flatten(0, 1), x[0]])
-    final = history_and_tokens.index_select(0, rows.last_inputs.flatten())
-    return cast(Tensor, y), final.unflatten(0, rows.last_inputs.shape)
+        return torch.cat([state[:, num_kept:], x[:, x.shape[1] - num_kept :]], 1)
+    cu = cu_seqlens.long()
+    document_N1 = torch.arange(len(cu) - 1, device=cu.device).unsqueeze(-1)
+    slot_W = torch.arange(history, device=cu.device)
+    place_NW = cu.diff().unsqueeze(-1) + slot_W  # in the history followed by the tokens
+    is_history = (place_NW < history).view(*place_NW.shape, *([1] * (x.ndim - 2)))
+    slots = document_N1 * history + place_NW.clamp(max=max(0, history - 1))
+    tokens = (cu[:-1].unsqueeze(-1) + place_NW - history).clamp(min=0)
+    old = state.flatten(0, 1).index_select(0, slots.flatten()).view_as(state)
+    new = x[0].index_select(0, tokens.flatten()).view_as(state)
+    return torch.where(is_history, old, new)
 
 
 @dataclass(frozen=True)
@@ -56,8 +76,6 @@ class _Rows:
     """``[N, W - 1]``, rows of the histories."""
     tokens: Tensor
     """``[T]``, rows of the tokens."""
-    last_inputs: Tensor
-    """``[N, W - 1]``, the last inputs of each document: indices into all histories followed by all tokens."""
     is_covered: Tensor
     """``[T]`` bool: the token belongs to a document."""
 
@@ -70,14 +88,10 @@ class _Rows:
         document_T = torch.searchsorted(cu[1:], token_T, right=True).clamp(max=num_documents - 1)
         document_N1 = torch.arange(num_documents, device=cu.device).unsqueeze(-1)
         slot_W = torch.arange(history, device=cu.device)
-        start_N1, end_N1 = cu[:-1].unsqueeze(-1), cu[1:].unsqueeze(-1)
-        from_end_NW = end_N1 - start_N1 + slot_W
-        from_history = document_N1 * history + from_end_NW
-        from_tokens = num_documents * history + start_N1 + from_end_NW - history
+        start_N1 = cu[:-1].unsqueeze(-1)
         return cls(
             history=start_N1 + document_N1 * history + slot_W,
             tokens=token_T + (document_T + 1) * history,
-            last_inputs=torch.where(from_end_NW < history, from_history, from_tokens),
             is_covered=token_T < cu[-1],
         )
 

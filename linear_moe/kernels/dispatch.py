@@ -87,6 +87,17 @@ def _backends(
     return *fused, Backend("chunked", chunked, _always), Backend("reference", token_loop, _when_asked)
 
 
+def _fused_short_conv(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import short_conv
+
+    return short_conv.short_conv(*args, **kwargs)
+
+
+def _fused_short_conv_takes(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> bool:
+    """Up to four taps: their sums are written out one by one."""
+    return weight.shape[-1] <= 4
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "diag_decay": _backends(
         chunked_diag.diag_decay,
@@ -100,7 +111,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "dplr_delta_rule_segment": _backends(
         chunked_dplr.dplr_delta_rule_segment, reference.dplr_delta_rule_segment
     ),
-    "short_conv": _backends(conv.short_conv, reference.short_conv),
+    "short_conv": _backends(
+        conv.short_conv,
+        reference.short_conv,
+        Backend("triton", _fused_short_conv, _fused, _fused_short_conv_takes),
+    ),
 }
 
 
