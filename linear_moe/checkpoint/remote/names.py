@@ -67,7 +67,11 @@ def mixer_rows(mixer: Mixer, layer_of_kind: int) -> list[MixerRow]:
     ]
     for p in mixer.low_rank_projections(layer_of_kind):
         assert p.rank is not None
-        shapes = {"down": (p.rank, hidden), "up.weight": (heads * p.width, p.rank), "up.bias": (heads * p.width,)}
+        shapes = {
+            "down": (p.rank, hidden),
+            "up.weight": (heads * p.width, p.rank),
+            "up.bias": (heads * p.width,),
+        }
         for part, shape in shapes.items():
             if part != "up.bias" or p.bias:
                 name = f"{p.name}.down.weight" if part == "down" else f"{p.name}.{part}"
@@ -81,7 +85,9 @@ def mixer_rows(mixer: Mixer, layer_of_kind: int) -> list[MixerRow]:
 
 def model_rows(mixer: Mixer) -> list[MixerRow]:
     """What all layers of a mixer share: exported below ``model.tables.{mixer}.``, ours below ``{mixer}_tables.``."""
-    return [MixerRow(table.name, table.name, table.shape) for table in mixer.all_parameters() if table.per_model]
+    return [
+        MixerRow(table.name, table.name, table.shape) for table in mixer.all_parameters() if table.per_model
+    ]
 
 
 def _slices(table: Sequence[Projection], key: str, groups: int, hidden: int) -> list[MixerRow]:

@@ -1,0 +1,187 @@
+"""The code of an exported folder: the model's files, the mixers and torch kernels they use, as flat modules.
+
+``transformers`` copies a model's file and the files reached from it by lines ``from .name import ..``, from one folder.
+So every module of this package that the model imports is written beside it under a flat name, ``linear_moe.lsm.gla`` as
+``lsm_gla.py``, and its imports are rewritten; nothing else is changed. Two files are made up: ``lsm.py``, which names
+the mixers of this model, and ``kernels.py``, which prefers the kernels of an installed ``linear_moe``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from linear_moe import kernels, lsm
+
+PACKAGE = "linear_moe"
+MODEL = f"{PACKAGE}.checkpoint.remote.model"
+ENTRY = (f"{MODEL}.modeling_linear_moe", f"{MODEL}.configuration_linear_moe")
+MADE_UP = {f"{PACKAGE}.lsm": "lsm", f"{PACKAGE}.kernels": "kernels"}
+"""Packages of which we write another ``__init__``, and its flat name."""
+
+NO_FUSED = """
+
+# Fused kernels come with the package linear_moe; where it is installed, kernels.py takes them, and all of this, there.
+BACKENDS = {op: tuple(x for x in table if x.name in ("chunked", "reference")) for op, table in BACKENDS.items()}
+"""
+"""Ends the list of backends in a folder."""
+
+
+def write_code(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write the code that opens the model of ``config``.
+
+    Args:
+        directory: of the export.
+        config: as :func:`~linear_moe.checkpoint.remote.describe.hf_config` made it; ``mixers`` is read.
+    """
+    for name, text in sorted(bundle(tuple(config.get("mixers") or ())).items()):
+        (directory / f"{name}.py").write_text(text)
+
+
+def bundle(kinds: tuple[str, ...]) -> dict[str, str]:
+    """Every file by its flat name, for a model with these mixers."""
+    mixers = {lsm.get(kind).__module__ for kind in kinds}
+    sources: dict[str, str] = {}
+    waiting = [*ENTRY, *sorted(mixers), f"{PACKAGE}.kernels.ops", f"{PACKAGE}.lsm.mom"]
+    while waiting:
+        module = waiting.pop()
+        if module not in sources and module not in MADE_UP:
+            sources[module] = source = _path(module).read_text()
+            waiting += [name for _, names in _imports(source, mixers) for name, _ in names.modules]
+            waiting += [names.source for _, names in _imports(source, mixers) if names.objects]
+    files = {flat(module): _rewritten(module, source, mixers) for module, source in sources.items()}
+    files["kernels_dispatch"] += NO_FUSED
+    files["kernels"] = _kernels_file()
+    files["lsm"] = _lsm_file(mixers, tuple(sorted({*files, "kernels"})))
+    return files
+
+
+def flat(module: str) -> str:
+    """The name of a module in the folder."""
+    if module in MADE_UP:
+        return MADE_UP[module]
+    if module.startswith(f"{MODEL}."):
+        return module.removeprefix(f"{MODEL}.")
+    if module.startswith(f"{PACKAGE}."):
+        return module.removeprefix(f"{PACKAGE}.").replace(".", "_")
+    return f"lsm_{module.replace('.', '_')}"  # a mixer of somebody else's
+
+
+class _Names:
+    """One import statement: which modules it names, and which objects of its source."""
+
+    def __init__(self, node: ast.ImportFrom, ours: set[str]) -> None:
+        self.source = node.module or ""
+        found = [(f"{node.module}.{alias.name}", alias) for alias in node.names]
+        is_module = {
+            name: name in ours or (name.startswith(PACKAGE) and _is_module(name)) for name, _ in found
+        }
+        self.modules = [(name, alias.asname or alias.name) for name, alias in found if is_module[name]]
+        self.objects = [alias for name, alias in found if not is_module[name]]
+
+
+def _imports(source: str, mixers: set[str]) -> Iterator[tuple[ast.ImportFrom, _Names]]:
+    """Imports that must be rewritten, wherever in the file they stand."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] == PACKAGE for alias in node.names), ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = node.module == PACKAGE or node.module.startswith(f"{PACKAGE}.")
+            if (inside or node.module in mixers) and not _is_fused(node.module):
+                yield node, _Names(node, mixers)
+
+
+def _rewritten(module: str, source: str, mixers: set[str]) -> str:
+    lines = source.splitlines()
+    for node, names in _imports(source, mixers):
+        indent = " " * node.col_offset
+        new = [f"{indent}from . import {_as(flat(name), alias)}" for name, alias in names.modules]
+        if names.objects:
+            objects = ", ".join(_as(alias.name, alias.asname) for alias in names.objects)
+            line = f"{indent}from .{flat(names.source)} import {objects}"
+            if len(line) > 110:
+                body = "".join(f"{indent}    {part},\n" for part in objects.split(", "))
+                line = f"{indent}from .{flat(names.source)} import (\n{body}{indent})"
+            new.insert(0, line)
+        assert node.end_lineno is not None
+        # One string per line of the old statement keeps the numbers of the others.
+        lines[node.lineno - 1 : node.end_lineno] = ["\n".join(new)] + [""] * (node.end_lineno - node.lineno)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and _is_fused(node.module or ""):
+            # transformers wants every package that a file imports, but for those in a try.
+            indent, statement = " " * node.col_offset, ast.unparse(node)
+            guarded = f"{indent}try:\n{indent}    {statement}\n{indent}except ImportError:\n{indent}    raise"
+            assert node.end_lineno == node.lineno, statement
+            lines[node.lineno - 1] = guarded
+    text = "\n".join(lines)
+    return f"{_header(f'{module.replace(".", "/")}.py')}{_without_gaps(text)}\n"
+
+
+def _without_gaps(text: str) -> str:
+    """At most two empty lines in a row."""
+    while "\n\n\n\n" in text:
+        text = text.replace("\n\n\n\n", "\n\n\n")
+    return text
+
+
+def _as(name: str, alias: str | None) -> str:
+    return name if alias in (None, name) else f"{name} as {alias}"
+
+
+def _kernels_file() -> str:
+    names = [name for name in kernels.__all__ if name != "Segment"]
+    installed = ", ".join(["Segment", *names])
+    wrapped = installed.replace(", ", ",\n        ")
+    return (
+        f"{_header(f'{PACKAGE}/kernels/__init__.py')}"
+        f'"""The kernels: those of an installed ``{PACKAGE}`` (fused on a GPU), else chunked torch from this folder."""\n\n'
+        "try:\n"
+        f"    from {PACKAGE}.kernels import (\n        {wrapped},\n    )\n"
+        "except ImportError:\n"
+        f"    from .kernels_ops import (\n        {', '.join(names).replace(', ', ',{0}        '.format(chr(10)))},\n    )\n"
+        "    from .kernels_segment import Segment\n\n"
+        f"__all__ = {json.dumps(['Segment', *names])}\n"
+    )
+
+
+def _lsm_file(mixers: set[str], files: tuple[str, ...]) -> str:
+    imports = "".join(f"from . import {flat(module)}\n" for module in sorted(mixers, key=flat))
+    listed = "".join(f"    from .{name} import *\n" for name in files if name not in {flat(m) for m in ENTRY})
+    return (
+        f"{_header(f'{PACKAGE}/lsm/__init__.py')}"
+        '"""The mixers of this model, registered by name."""\n\n'
+        "from typing import TYPE_CHECKING\n\n"
+        f"{imports}"
+        "from .lsm_mom import add_mixtures\n"
+        "from .lsm_registry import get, names\n\n"
+        "if TYPE_CHECKING:  # never runs: transformers copies the files that it finds in lines like these\n"
+        f"{listed}\n"
+        "add_mixtures()\n\n"
+        '__all__ = ["get", "names"]\n'
+    )
+
+
+def _header(source: str) -> str:
+    return f"# Written by the export of linear_moe, from {source}: change it there.\n"
+
+
+def _is_fused(module: str) -> bool:
+    """Fused kernels stay in the package: this folder holds what runs anywhere."""
+    return module.startswith(f"{PACKAGE}.kernels.triton")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _path(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    return Path(spec.origin)
