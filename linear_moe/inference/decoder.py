@@ -1,6 +1,9 @@
 """A model and what it remembers of the sequences it has read: softmax layers all keys and values, mixers a fixed state.
 
-Letters: B sequences, T tokens fed now, V rows of the vocabulary.
+Rows may differ in length. Prompts are read in chunks, all rows at once and none padded; then every row takes one token
+per step. What a row gives depends on nothing but the row.
+
+Letters: B rows, T tokens fed now, M tokens of all rows, D hidden, V rows of the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,18 +13,25 @@ from linear_moe.training import cpu
 if cpu.needed():
     cpu.activate()  # before Megatron looks for a device
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.inference.contexts.static_context import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from linear_moe.inference.experts import keep_tokens_here
 from linear_moe.lsm import MixerState
+from linear_moe.model.decoding import DecodingContext, Reading, map_state, state_tensors
+from linear_moe.model.mixer_layer import MixerLayer
 
 PREFILL_CHUNK = 4096
-"""Tokens of a prompt read at once: bounds the activations of a long prompt, changes no result."""
+"""Tokens of all prompts read at once: bounds the activations of long prompts, changes no result."""
+
+Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""What is wanted of a call: told its hidden states ``[M, D]`` and the output layer, ``[M, D]`` to ``[M, V]``."""
 
 
 @dataclass(frozen=True)
@@ -31,64 +41,150 @@ class MemorySize:
     recurrent: int
     """States of the mixers and the last inputs that they keep: the same after any number of tokens."""
     kv_cache: int
-    """Keys and values of the softmax layers: grows with the longest sequence it was made for."""
+    """Keys and values of the softmax layers: grows with the longest sequence."""
 
 
 class Decoder:
-    """Reads tokens and predicts the next one; ``feed`` may be called with any number of tokens, any number of times.
+    """Reads tokens and predicts the next one; ``read`` and ``step`` in any order, any number of times.
 
     Args:
-        model: in evaluation mode, on one process.
+        model: in evaluation mode, on one process, or divided by tensor parallelism only.
         batch_size: B.
-        max_length: tokens that each sequence may reach; softmax layers reserve memory for them.
+        max_length: tokens that each sequence may reach.
     """
 
     def __init__(self, model: GPTModel, batch_size: int, max_length: int) -> None:
         assert not model.training
         self.model = model
-        self.context = StaticInferenceContext(batch_size, max_length)
+        self.batch_size = batch_size
+        self.device = next(model.parameters()).device
+        mixers = [isinstance(layer.self_attention, MixerLayer) for layer in model.decoder.layers]
+        self.context = DecodingContext(batch_size, max_length, self.device, has_cache=not all(mixers))
+        keep_tokens_here(model)
 
     @property
     def length(self) -> int:
-        """Tokens read so far, per sequence."""
-        return self.context.sequence_len_offset
+        """Tokens of the longest sequence so far."""
+        return max(self.context.lengths)
 
-    @torch.no_grad()
-    def feed(self, tokens_BT: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:
-        """Read ``tokens_BT`` ``[B, T]`` int64, T >= 1; logits ``[B, V]`` of the next token, float32 or wider."""
-        assert (
-            tokens_BT.shape[1] >= 1 and self.length + tokens_BT.shape[1] <= self.context.max_sequence_length
-        )
-        logits_BV = torch.empty(0)
-        for part_BL in tokens_BT.split(chunk, dim=1):
-            logits_BV = self._step(part_BL)
+    # ---- reading ----
+
+    def read(self, rows: Sequence[Sequence[int] | Tensor], chunk: int = PREFILL_CHUNK) -> Tensor:
+        """Read more tokens of every row, ``chunk`` in a call; logits ``[B, V]`` after each row's last one.
+
+        Rows may differ in length; each has one token at least. Logits are float32 or wider.
+        """
+        assert len(rows) == self.batch_size and all(len(row) for row in rows)
+        found: list[Tensor | None] = [None] * self.batch_size
+        for first, reading, call in self.calls(rows, chunk):
+            ends = [first + count == len(row) and count > 0 for row, count in zip(rows, reading.counts)]
+            wanted = reading.last_tokens()[torch.tensor(ends)].to(self.device)
+            if not any(ends):
+                call(lambda hidden, output: hidden[:0])
+                continue
+            logits = call(lambda hidden, output, wanted=wanted: output(hidden[wanted]))
+            for row, row_logits in zip([i for i, end in enumerate(ends) if end], logits, strict=True):
+                found[row] = row_logits
+        logits_BV = torch.stack([x for x in found if x is not None])
         return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
 
-    def _step(self, tokens_BT: Tensor) -> Tensor:
-        start, T = self.length, tokens_BT.shape[1]
-        positions_BT = torch.arange(start, start + T, device=tokens_BT.device).expand_as(tokens_BT)
-        if start > 0 and T == 1:
-            self.context.enable_decode_mode()
-        else:
-            self.context.enable_prefill_mode()
+    def calls(
+        self, rows: Sequence[Sequence[int] | Tensor], chunk: int
+    ) -> Iterator[tuple[int, Reading, Callable[[Head], Tensor]]]:
+        """The calls that read ``rows``: how many tokens of the row came before, what is read, and the call itself."""
+        tokens = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+        each = max(1, chunk // len(rows))
+        for first in range(0, max(map(len, tokens)), each):
+            parts = [row[first : first + each] for row in tokens]
+            reading = self.context.begin_reading([len(part) for part in parts])
+            joined_BT = torch.cat(parts)[None] if reading.is_packed else torch.stack(parts)
+            yield first, reading, lambda head, joined_BT=joined_BT: self._call(joined_BT, head)
+
+    @torch.no_grad()
+    def _call(self, tokens_BT: Tensor, head: Head) -> Tensor:
+        context, reading = self.context, self.context.reading
+        assert reading is not None
+
+        def process(*, hidden_states: Tensor, output_layer: Any, **rest: Any) -> Tensor:
+            def output(hidden_MD: Tensor) -> Tensor:
+                logits_M1V, _ = output_layer(
+                    hidden_MD[:, None], weight=rest["output_weight"], runtime_gather_output=True
+                )
+                logits: Tensor = rest["scale_logits"](logits_M1V)
+                return logits[:, 0]
+
+            return head(hidden_states.flatten(0, 1), output)
+
         # The mode is global: it is on for this call only, so that a caller may train between two steps.
         with InferenceMode.active():
-            logits_B1V = self.model(
-                tokens_BT, positions_BT, None, inference_context=self.context, runtime_gather_output=True
+            found: Tensor = self.model(
+                tokens_BT.to(self.device),
+                reading.positions_TB.T,
+                None,
+                inference_context=context,
+                packed_seq_params=reading.packed_seq_params(context.max_sequence_length),
+                runtime_gather_output=True,
+                output_processor=process,
             )
-        self.context.sequence_len_offset = start + T
-        return logits_B1V[:, -1]
+        context.end_reading()
+        return found
+
+    # ---- one token at a time ----
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Read one token more of every row, ``[B]`` int64; logits ``[B, V]``, float32 or wider."""
+        self.context.prepare_step()
+        return self.advance(tokens_B)
+
+    @torch.no_grad()
+    def advance(self, tokens_B: Tensor) -> Tensor:
+        """What a step does on the device: no waiting, the same addresses every time until the cache grows."""
+        context = self.context
+        context.begin_step()
+        with InferenceMode.active():
+            logits_B1V = self.model(
+                tokens_B[:, None],
+                context.lengths_B[:, None],
+                None,
+                inference_context=context,
+                runtime_gather_output=True,
+            )
+        context.end_step()
+        return logits_B1V[:, -1].to(torch.promote_types(logits_B1V.dtype, torch.float32))
+
+    def feed(self, tokens_BT: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:
+        """``read`` or ``step``: ``tokens_BT`` ``[B, T]`` int64, T >= 1; logits ``[B, V]`` of the next token."""
+        assert tokens_BT.shape[1] >= 1
+        if tokens_BT.shape[1] == 1 and min(self.context.lengths) > 0:
+            return self.step(tokens_BT[:, 0].to(self.device))
+        return self.read(list(tokens_BT), chunk)
+
+    # ---- memory ----
 
     def memory_size(self) -> MemorySize:
         """Bytes held now, on this process."""
         recurrent = kv_cache = 0
         for held in self.context.key_value_memory_dict.values():
             if isinstance(held, MixerState):
-                beside = (held.conv, held.group_conv, held.hidden, held.length)
-                recurrent += sum(_bytes(x) for x in (*held.memory, *beside) if x is not None)
+                recurrent += sum(map(_bytes, state_tensors(held)))
             else:
-                kv_cache += sum(_bytes(tensor) for tensor in held)
+                kv_cache += sum(map(_bytes, held.tensors))
         return MemorySize(recurrent, kv_cache)
+
+    def jump(self, length: int) -> None:
+        """Pretend that every row has ``length`` tokens, for measurements: a step's time does not depend on them.
+
+        One token must have been read; keys that were never written are zeros.
+        """
+        self.context.reserve(length)
+        self.context.set_lengths([length] * self.batch_size)
+
+    def forget(self) -> None:
+        """Begin new sequences at the addresses of the old ones."""
+        self.context.set_lengths([0] * self.batch_size)
+        for held in self.context.key_value_memory_dict.values():
+            if isinstance(held, MixerState):
+                map_state(Tensor.zero_, held)
 
 
 def _bytes(tensor: Tensor) -> int:

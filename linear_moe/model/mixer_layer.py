@@ -34,6 +34,7 @@ from linear_moe.lsm import Mixer, MixerState, Placement
 from linear_moe.lsm.mom import MixtureOfMemories
 from linear_moe.lsm.split import token_before
 from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.decoding import DecodingContext
 from linear_moe.model.memory_balance import MemoryBalance
 from linear_moe.model.mixer_parameters import ModelTables, TableModule
 from linear_moe.model.mixer_projections import GroupLinear, LowRankLinear, shifted, wait_for, whole_sequence
@@ -197,9 +198,15 @@ class MixerLayer(TableModule):
         weights = self.weights()
         x_BTHW, others, last_hidden = self._project(hidden_states, layout, weights, state)
         if inference_context is not None:
-            o_BTHV, state = self.mixer.mix(x_BTHW, others, weights, self.place, state=state)
-            states = inference_context.key_value_memory_dict
-            states[self.layer_number] = replace(state, hidden=last_hidden)
+            cu_seqlens = layout.run_cu_seqlens
+            o_BTHV, state = self.mixer.mix(
+                x_BTHW, others, weights, self.place, state=state, cu_seqlens=cu_seqlens
+            )
+            state = replace(state, hidden=last_hidden)
+            if isinstance(inference_context, DecodingContext):
+                inference_context.keep(self.layer_number, state)
+            else:
+                inference_context.key_value_memory_dict[self.layer_number] = state
         elif self.config.lsm_recompute and self.training:
             mix = partial(self._mix, layout, tuple(others))
             o_BTHV = tensor_parallel.checkpoint(mix, False, x_BTHW, *others.values())
@@ -317,11 +324,13 @@ class MixerLayer(TableModule):
 
     def _state(self, layout: SequenceLayout, inference_context: Any) -> MixerState | None:
         """Where decoding left off, kept where Megatron keeps keys and values."""
-        if layout.cp_size > 1 or layout.is_packed or not inference_context.is_static_batching():
+        one_document = isinstance(inference_context, DecodingContext) or not layout.is_packed
+        if layout.cp_size > 1 or not one_document or not inference_context.is_static_batching():
             raise ValueError(
                 "a mixer decodes with static batching, without context parallelism or packed documents\n"
                 "  why: its state is one matrix per sequence and layer\n"
-                "  try: a StaticInferenceContext on a model built with context parallel size 1"
+                "  try: a StaticInferenceContext on a model built with context parallel size 1; rows of different "
+                "length: linear_moe.inference.Decoder"
             )
         state: MixerState | None = inference_context.key_value_memory_dict.get(self.layer_number)
         return state

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,6 +26,7 @@ from linear_moe.model.backend import make_backend
 from linear_moe.model.config import LinearMoEConfig
 from linear_moe.model.mixer_layer import MixerLayer
 from linear_moe.model.pattern import SOFTMAX
+from linear_moe.model.softmax_attention import SoftmaxAttention
 
 
 def block_spec(
@@ -95,12 +96,12 @@ def mixer_spec(kind: str) -> ModuleSpec:
 
 
 def softmax_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> ModuleSpec:
-    """Megatron's attention with the backend's linear layers and core attention."""
+    """Softmax attention with the backend's linear layers and core attention."""
     qk_norm = None
     if config.qk_layernorm:
         qk_norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
     return ModuleSpec(
-        module=SelfAttention,
+        module=SoftmaxAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linear_moe.inference.sampling import Sampling
+from linear_moe.inference.sampling import Sampling, draws
 
 
 def definition(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
@@ -43,16 +43,27 @@ def test_probabilities(temperature, top_k, top_p):
     torch.testing.assert_close(p, wanted, rtol=1e-12, atol=1e-14)
 
 
-def test_draws_follow_the_probabilities():
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.9}, {}], ids=str)
+def test_draws_follow_the_probabilities(options):
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(20000, 4)
-    sampling = Sampling(temperature=0.8, top_k=3)
-    tokens = sampling.choose(logits, torch.Generator().manual_seed(3))
+    sampling = Sampling(temperature=0.8, **options)
+    tokens = sampling.choose(logits, torch.rand(20000, generator=torch.Generator().manual_seed(3)))
     shares = tokens.bincount(minlength=4) / len(tokens)
     torch.testing.assert_close(shares, sampling.probabilities(logits[:1])[0], rtol=0, atol=0.015)
 
 
-def test_greedy_draws_nothing():
-    generator = torch.Generator().manual_seed(3)
-    before = generator.get_state()
-    assert Sampling().choose(torch.tensor([[0.0, 2.0, 1.0]]), generator).tolist() == [1]
-    assert torch.equal(generator.get_state(), before)
+def test_the_ends_of_the_interval_are_possible_tokens():
+    logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]] * 2)
+    almost_one = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert Sampling(1.0).choose(logits, almost_one).tolist() == [1, 2]
+    assert Sampling(1.0, top_p=0.999).choose(logits, almost_one).tolist() == [2, 1]
+
+
+def test_greedy_needs_no_draw():
+    assert Sampling().choose(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([float("nan")])).tolist() == [1]
+
+
+def test_draws_depend_on_the_row_s_seed_alone():
+    both, alone = draws([5, 9], 40, torch.device("cpu")), draws([9], 7, torch.device("cpu"))
+    assert both.shape == (40, 2) and torch.equal(both[:7, 1], alone[:, 0])
+    assert both.min() >= 0 and both.max() < 1 and not torch.equal(both[:, 0], both[:, 1])
