@@ -110,13 +110,12 @@ def _rewritten(module: str, source: str, mixers: set[str]) -> str:
         assert node.end_lineno is not None
         # One string per line of the old statement keeps the numbers of the others.
         lines[node.lineno - 1 : node.end_lineno] = ["\n".join(new)] + [""] * (node.end_lineno - node.lineno)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and _is_fused(node.module or ""):
-            # transformers wants every package that a file imports, but for those in a try.
-            indent, statement = " " * node.col_offset, ast.unparse(node)
-            guarded = f"{indent}try:\n{indent}    {statement}\n{indent}except ImportError:\n{indent}    raise"
-            assert node.end_lineno == node.lineno, statement
-            lines[node.lineno - 1] = guarded
+    for fused in _fused_imports(source):
+        # transformers wants every package that a file imports, but for those in a try.
+        indent, statement = " " * fused.col_offset, ast.unparse(fused)
+        guarded = f"{indent}try:\n{indent}    {statement}\n{indent}except ImportError:\n{indent}    raise"
+        assert fused.end_lineno == fused.lineno, statement
+        lines[fused.lineno - 1] = guarded
     text = "\n".join(lines)
     return f"{_header(f'{module.replace(".", "/")}.py')}{_without_gaps(text)}\n"
 
@@ -134,15 +133,12 @@ def _as(name: str, alias: str | None) -> str:
 
 def _kernels_file() -> str:
     names = [name for name in kernels.__all__ if name != "Segment"]
-    installed = ", ".join(["Segment", *names])
-    wrapped = installed.replace(", ", ",\n        ")
+    listed = "".join(f"        {name},\n" for name in names)
     return (
         f"{_header(f'{PACKAGE}/kernels/__init__.py')}"
-        f'"""The kernels: those of an installed ``{PACKAGE}`` (fused on a GPU), else chunked torch from this folder."""\n\n'
-        "try:\n"
-        f"    from {PACKAGE}.kernels import (\n        {wrapped},\n    )\n"
-        "except ImportError:\n"
-        f"    from .kernels_ops import (\n        {', '.join(names).replace(', ', ',{0}        '.format(chr(10)))},\n    )\n"
+        f'"""The kernels of an installed ``{PACKAGE}``, fused on a GPU; else chunked torch from this folder."""\n\n'
+        f"try:\n    from {PACKAGE}.kernels import (\n        Segment,\n{listed}    )\n"
+        f"except ImportError:\n    from .kernels_ops import (\n{listed}    )\n"
         "    from .kernels_segment import Segment\n\n"
         f"__all__ = {json.dumps(['Segment', *names])}\n"
     )
@@ -172,6 +168,11 @@ def _header(source: str) -> str:
 def _is_fused(module: str) -> bool:
     """Fused kernels stay in the package: this folder holds what runs anywhere."""
     return module.startswith(f"{PACKAGE}.kernels.triton")
+
+
+def _fused_imports(source: str) -> list[ast.ImportFrom]:
+    nodes = ast.walk(ast.parse(source))
+    return [node for node in nodes if isinstance(node, ast.ImportFrom) and _is_fused(node.module or "")]
 
 
 def _is_module(name: str) -> bool:

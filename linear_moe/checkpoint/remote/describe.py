@@ -176,6 +176,6 @@ def _refuse(model: LinearMoEModelConfig) -> None:
     if wrong:
         raise ValueError(
             f"the model cannot be exported with {', '.join(dict.fromkeys(wrong))}\n"
-            f"  why: the exported code knows RMSNorm, SwiGLU without biases and rotary embeddings, as every family has\n"
+            f"  why: the exported code knows what the families have: RMSNorm, SwiGLU without biases, rotary positions\n"
             f"  try: python tools/generate.py for this run, which needs no export"
         )

@@ -110,7 +110,7 @@ class LinearMoeLatentAttention(nn.Module):
         assert config.kv_lora_rank is not None and config.v_head_dim is not None
         assert config.qk_nope_head_dim is not None and config.qk_rope_head_dim is not None
         self.config, self.layer_idx = config, layer_idx
-        hidden, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        hidden, heads = config.hidden_size, config.num_attention_heads
         self.widths = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         plain, rotary, values = self.widths
         self.num_key_value_groups = 1
@@ -120,10 +120,10 @@ class LinearMoeLatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, heads * (plain + rotary), bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = LinearMoeRMSNorm(config.q_lora_rank, eps)
+            self.q_a_layernorm = self._norm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * (plain + rotary), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + rotary, bias=False)
-        self.kv_a_layernorm = LinearMoeRMSNorm(config.kv_lora_rank, eps)
+        self.kv_a_layernorm = self._norm(config.kv_lora_rank)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (plain + values), bias=False)
         self.o_proj = nn.Linear(heads * values, hidden, bias=False)
 
@@ -150,6 +150,10 @@ class LinearMoeLatentAttention(nn.Module):
         k_BHTK = torch.cat([k_plain, k_rotary.expand(-1, k_plain.shape[1], -1, -1)], dim=-1)
         o_BTC, weights = _attend(self, q_BHTK, k_BHTK, v_BHTV, attention_mask)
         return self.o_proj(o_BTC), weights
+
+    def _norm(self, size: int) -> nn.Module:
+        config = self.config
+        return LinearMoeRMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def _queries(self, hidden_BTD: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:
