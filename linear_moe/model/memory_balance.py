@@ -81,7 +81,9 @@ def set_loss_scale(config: LinearMoEConfig) -> None:
     if config.num_moe_experts is not None:
         return
     scale = torch.ones(1, device=torch.cuda.current_device())
-    if config.grad_scale_func is not None:
+    if config.moe_grad_scale_func is not None:
+        scale = config.moe_grad_scale_func()
+    elif config.grad_scale_func is not None:
         scale = config.grad_scale_func(scale)
     if not config.calculate_per_token_loss:
         scale = scale * config.context_parallel_size / get_num_microbatches()

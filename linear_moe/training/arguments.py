@@ -22,7 +22,7 @@ from linear_moe.lsm.registry import import_mixers
 from linear_moe.model.builder import LinearMoEModelConfig
 from linear_moe.model.config import LinearMoEConfig
 from linear_moe.model.pattern import SOFTMAX, layer_kinds
-from linear_moe.training import engine
+from linear_moe.training import engine, finetune
 
 SHAPE_FIELDS = ("hidden_size", "num_heads", "head_dim", "layers_of_kind", "qkv_bias")
 """Fields of every mixer's Config that follow from the model."""
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="recompute mixers in the backward pass; on with selective recomputation",
     )
     group.add_argument("--sequential-experts", action="store_true", help="Megatron's loop over experts")
+    finetune.add_arguments(group)
     options = parser.add_argument_group("mixer options")
     for flag, field in SHARED_FLAGS.items():
         help_text = f"{field} of every mixer that has it; alone: true"

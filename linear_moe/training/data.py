@@ -25,6 +25,8 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from linear_moe.training.finetune import instruction_datasets, padding_mask
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,6 +37,7 @@ class Batch:
     loss_mask: Tensor | None = None
     position_ids: Tensor | None = None
     packed_seq_params: PackedSeqParams | None = None
+    padding_mask: Tensor | None = None
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -62,6 +65,8 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
 def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """Megatron's dataset provider: train, validation and test sets of ``num_samples`` sequences each."""
     args = get_args()
+    if args.instruction_data is not None:
+        return instruction_datasets(args) if needs_data(args, vp_stage) else (None, None, None)
     config = dataset_config(args)
     dataset = MockGPTDataset if config.mock else GPTDataset
     return BlendedMegatronDatasetBuilder(
@@ -89,7 +94,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Ba
     args = get_args()
     if not stage_sees_batch(args, vp_stage):
         return Batch()
-    packed = args.dataloader_inter_document_masking
+    packed, instructions = args.dataloader_inter_document_masking, args.instruction_data is not None
     sample: dict[str, Tensor] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
@@ -97,12 +102,15 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Ba
         if packed:
             sample["cu_seqlens"] = trim_boundaries(sample["cu_seqlens"]).long()
     integers = ["tokens", "labels", "position_ids"] + (["cu_seqlens"] if packed else [])
+    integers += ["num_tokens"] if instructions else []
     received = tensor_parallel.broadcast_data(integers, sample, torch.int64)
     received |= tensor_parallel.broadcast_data(["loss_mask"], sample, torch.float32)
     cu_seqlens = received.pop("cu_seqlens").int() if packed else None
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff(dim=1).flatten()
         update_seqlen_stats_from_cu_seqlens(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+    if instructions:
+        received["padding_mask"] = padding_mask(received.pop("num_tokens"), args.seq_length)
     local = get_batch_on_this_cp_rank(
         received,
         is_hybrid_cp=False,

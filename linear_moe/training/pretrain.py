@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
-from megatron.training import get_timers, pretrain
+from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
@@ -33,7 +33,7 @@ from linear_moe.model.builder import padded_vocab_size
 from linear_moe.model.config import LinearMoEConfig, mixer_config
 from linear_moe.model.memory_balance import set_loss_scale
 from linear_moe.model.pattern import SOFTMAX
-from linear_moe.training import arguments, engine
+from linear_moe.training import arguments, engine, finetune
 from linear_moe.training.data import get_batch, train_valid_test_datasets
 from linear_moe.training.flops import FlopsPerToken, flops_per_token
 from linear_moe.training.memory_load import MemoryLoad
@@ -74,6 +74,7 @@ def prepare_arguments(argv: list[str]) -> Any:
     finally:
         sys.argv = command_line
     arguments.resolve(args)
+    finetune.resolve(args)
     if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         # Otherwise each context-parallel rank divides by its own count of unmasked tokens.
         args.calculate_per_token_loss = True
@@ -124,7 +125,9 @@ def forward_step(data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, Any
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = get_batch(data_iterator, vp_stage)
     timers("batch-generator").stop()
-    set_loss_scale(get_model_config(model))
+    config = get_model_config(model)
+    finetune.weigh_balance_losses(config, get_args().loss_share)
+    set_loss_scale(config)
     output = model(
         batch.tokens,
         batch.position_ids,
@@ -132,6 +135,7 @@ def forward_step(data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, Any
         labels=batch.labels,
         loss_mask=batch.loss_mask,
         packed_seq_params=batch.packed_seq_params,
+        padding_mask=finetune.local_padding(batch.padding_mask, model),
     )
     return output, partial(loss_func, batch.loss_mask)
 

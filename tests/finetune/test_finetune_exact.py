@@ -1,0 +1,65 @@
+"""Packed samples give the loss and the gradients of samples alone, whatever the mixers and the layout; in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from linear_moe.data.instructions.packing import pack
+from tests.finetune.chat import chat_tokenizer, mixed_messages, prepared, write_lines
+from tests.finetune.runs import arguments, one_step
+from tests.training.parity import LAYOUTS, START, checkpoint_weights, relative_error
+from tests.training.tiny import train
+from tests.workers import Pool
+
+KINDS = "gated_deltanet,mamba2,rwkv6,softmax"
+"""Delta rule with convolution, scalar decay with groups, token shift, attention: ways for one sample to leak."""
+LENGTH = 64
+NO_BALANCE = ["--moe-aux-loss-coeff", "0.0"]
+"""Its gradient is a property of micro-batches, not of samples."""
+
+
+class Data:
+    """Samples, and weights from which all runs start."""
+
+    def __init__(self, pool: Pool, folder: Path) -> None:
+        self.pool, self.folder = pool, folder
+        self.tokenizer = chat_tokenizer(folder / "tokenizer")
+        lines = write_lines(folder / "mixed.jsonl", mixed_messages(24))
+        self.samples = prepared(self.tokenizer, lines, folder / "cache", LENGTH)
+        self.packs = pack(self.samples.lengths, LENGTH, 1234)
+        start = folder / "start"
+        argv = self.arguments("begin", *START, "--save", str(start))
+        pool.run(1, train, argv)
+        self.load = ["--pretrained-checkpoint", str(start)]
+        self.weights = pool.run(1, checkpoint_weights, start / "iter_0000003")[0]
+        self.alone = self.step("alone", 1, "--no-instruction-packing", batch=self.samples.report.samples)
+
+    def arguments(self, name: str, *extra: str) -> list[str]:
+        run = self.folder / name
+        return arguments(run, self.samples, self.tokenizer, KINDS, *NO_BALANCE, *extra, moe=True)
+
+    def step(self, name: str, world: int, *extra: str, batch: int) -> tuple[float, dict[str, torch.Tensor]]:
+        """Loss and gradients of one step over all samples."""
+        argv = self.arguments(name, *self.load, "--global-batch-size", str(batch), *extra)
+        loss, after = one_step(self.pool.run, world, argv, self.folder / name)
+        return loss, {key: after[key] - self.weights[key] for key in after}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any, _pool: Pool) -> Data:
+    return Data(_pool, tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.mark.parametrize("layout", ["one process", "dp2", "cp2", "tp2-sp", "pp2"])
+def test_packed_equals_alone(data: Data, layout: str):
+    """One step over all samples, some of them in one sequence, at least one sequence empty; one process and others."""
+    assert 8 < data.samples.report.samples > len(data.packs) > 4, "something is packed"
+    world, flags = LAYOUTS.get(layout, (1, []))
+    batch = len(data.packs) // 2 * 2 + 2
+    loss, change = data.step(layout, world, *flags, batch=batch)
+    expected_loss, expected = data.alone
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    errors = {key: relative_error(change[key], expected[key]) for key in expected}
+    assert not [f"{key}: {error:.1e}" for key, error in errors.items() if not error <= 2e-6]
