@@ -1,4 +1,4 @@
-"""Weights of a run's checkpoints: which steps there are, and one of them into a model of any layout, strictly.
+"""Weights of a run's checkpoints: where they are, which steps there are, and one of them into a model, strictly.
 
 RUN/checkpoint/latest_checkpointed_iteration.txt    the last complete step
 RUN/checkpoint/iter_0000100/                        a step, in Megatron's torch_dist format
@@ -6,6 +6,7 @@ RUN/checkpoint/iter_0000100/                        a step, in Megatron's torch_
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,42 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def find_run(path: Path, step: int | None = None) -> tuple[Path, int | None]:
+    """The run that ``path`` is or belongs to, and the step that it names: a run, its checkpoints or one of them.
+
+    Raises:
+        ValueError: a model in Hugging Face's format, or two different steps are asked for.
+    """
+    path = path.resolve()
+    if re.fullmatch(r"iter_\d+", path.name):
+        named = int(path.name.removeprefix("iter_"))
+        if step not in (None, named):
+            raise ValueError(
+                f"{path} is step {named}, and step {step} is asked for\n"
+                f"  why: a folder of one iteration has no other\n"
+                f"  try: {path.parents[1]} with --step {step}"
+            )
+        return path.parents[1], named
+    if path.name == "checkpoint" and not (path / "config.json").exists():
+        return path.parent, step
+    if is_hugging_face(path):
+        raise ValueError(
+            f"{path} is a model in Hugging Face's format\n"
+            f"  why: a run of linear_moe is loaded here\n"
+            f"  try: python tools/convert.py import --hf {path} --save <folder>, and that folder"
+        )
+    return path, step
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder's ``config.json`` is one of ``transformers``."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def saved_steps(run: Path) -> list[int]:

@@ -1,8 +1,9 @@
-"""A trained model from its run folder alone, in one process, whatever layout it was trained and saved under.
+"""A trained model from its run folder alone, whatever layout it was trained and saved under.
 
 ``RUN/config.json`` says which model (:mod:`linear_moe.inference.rebuild`), ``RUN/checkpoint`` holds its weights
-(:mod:`linear_moe.inference.checkpoint`). Nothing is written into the run. Importing this module switches a machine
-without a CUDA device to the CPU platform.
+(:mod:`linear_moe.inference.checkpoint`). One process holds the whole model; several (``torchrun``) divide it by tensor
+parallelism. Nothing is written into the run. Importing this module switches a machine without a CUDA device to the CPU
+platform.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from linear_moe.training import cpu
 if cpu.needed():
     cpu.activate()  # before Megatron looks for a device
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-from linear_moe.inference.checkpoint import checkpoint_folder, load_weights
+from linear_moe.inference.checkpoint import checkpoint_folder, find_run, load_weights
 from linear_moe.inference.rebuild import single_process_arguments
 from linear_moe.model.builder import LinearMoEBuilder, LinearMoEModelConfig
 from linear_moe.training import arguments
@@ -59,29 +61,34 @@ def load_model(
 ) -> LoadedModel:
     """Rebuild the model of a run and load its weights.
 
-    Joins the process group if there is one, of one process, and makes one otherwise.
+    Joins the process group if there is one, and makes one otherwise; its processes share the model by tensor
+    parallelism.
 
     Args:
-        run: folder with ``config.json`` and ``checkpoint/``.
+        run: folder with ``config.json`` and ``checkpoint/``; its checkpoint folder; or one iteration in that.
         step: which checkpoint; the last complete one unless given.
         dtype: of the weights; the run's unless given. What training keeps in float32 stays float32.
         max_sequence_length: refuse longer sequences; unless given, only learned positions set a limit.
         tokenizer: folder of the tokenizer, in case it has moved since the training.
 
     Raises:
-        ValueError: not a run, no such checkpoint, a damaged one, no tokenizer, or more than one process.
+        ValueError: not a run, no such checkpoint, a damaged one, no tokenizer, or more processes than can share it.
     """
-    run = Path(run)
+    run, step = find_run(Path(run), step)
     saved = read_config(run)
     folder, iteration = checkpoint_folder(run, step)
+    ranks = world_size()
     args = single_process_arguments(
-        saved["arguments"], padded_vocab_size=saved["architecture"]["padded_vocab_size"], dtype=dtype
+        saved["arguments"],
+        padded_vocab_size=saved["architecture"]["padded_vocab_size"],
+        dtype=dtype,
+        tensor_parallel=ranks,
     )
     args.tokenizer_model = str(tokenizer) if tokenizer else saved["tokenizer"]["tokenizer_model"]
     config = arguments.model_config(args)
     limit = _sequence_limit(config, max_sequence_length)
     text = _build_tokenizer(run, args)
-    join_single_process(args.seed)
+    join_tensor_parallel(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = LinearMoEBuilder(config).build_model(groups, pre_process=True, post_process=True)
     model = model.to(args.params_dtype).eval().requires_grad_(False)
@@ -96,24 +103,48 @@ def load_model(
     )
 
 
+def world_size() -> int:
+    """Processes of this program: of the process group, or those that ``torchrun`` has started."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_single_process(seed: int = 1234) -> None:
     """Process groups and random numbers of Megatron for a model on one process, where they are not there yet.
 
     Raises:
-        ValueError: the process group has more than one process, or a layout is set that is not 1 everywhere.
+        ValueError: there is more than one process.
     """
-    if not dist.is_initialized():
-        # No port and no host name: the only process finds itself.
-        backend = "gloo" if cpu.is_active() else "nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if dist.get_world_size() != 1:
+    if world_size() != 1:
         raise ValueError(
-            f"a model is loaded by one process, and this is rank {dist.get_rank()} of {dist.get_world_size()}\n"
-            f"  why: every layout can be read by one process, and generation needs no more\n"
+            f"a whole model is held by one process, and there are {world_size()}\n"
+            f"  why: every layout can be read by one process\n"
             f"  try: python instead of torchrun, or torchrun --nproc-per-node 1"
         )
+    join_tensor_parallel(seed)
+
+
+def join_tensor_parallel(seed: int = 1234) -> None:
+    """The same for a model that all processes share by tensor parallelism.
+
+    Raises:
+        ValueError: Megatron has another layout already.
+    """
+    if not dist.is_initialized():
+        backend = "gloo" if cpu.is_active() else "nccl"
+        if world_size() > 1:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(backend)
+        else:  # no port and no host name: the only process finds itself
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size())
+    if parallel_state.get_tensor_model_parallel_world_size() != world_size():
+        raise ValueError(
+            f"{world_size()} processes are there, and Megatron divides layers over "
+            f"{parallel_state.get_tensor_model_parallel_world_size()} of them\n"
+            f"  why: a model that is loaded to be used is shared by tensor parallelism alone\n"
+            f"  try: load it before a layout is set, or in a program of its own"
+        )
     if not get_cuda_rng_tracker().is_initialized():
         model_parallel_cuda_manual_seed(seed)
 

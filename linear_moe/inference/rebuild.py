@@ -106,17 +106,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def single_process_arguments(
-    argv: list[str], *, padded_vocab_size: int, dtype: torch.dtype | None = None
+    argv: list[str], *, padded_vocab_size: int, dtype: torch.dtype | None = None, tensor_parallel: int = 1
 ) -> argparse.Namespace:
     """Validated arguments of one process that holds the whole model of a run, for ``arguments.model_config``.
+
+    With ``tensor_parallel`` of several processes, which share it by tensor parallelism alone.
 
     Args:
         argv: command line of the training.
         padded_vocab_size: rows of the embedding; by itself it would follow the tensor-parallel size.
         dtype: of the weights; ``None``: the run's.
+        tensor_parallel: processes.
 
     Raises:
-        ValueError: ``argv`` has arguments that do not exist here, or a module of mixers that cannot be imported.
+        ValueError: ``argv`` has arguments that do not exist here, a module of mixers that cannot be imported, or the
+            model cannot be divided so.
     """
     arguments.import_mixer_modules(argv)
     parser = _Parser(allow_abbrev=False)
@@ -131,7 +135,8 @@ def single_process_arguments(
     args.moe_token_dispatcher_type = "alltoall"
     args.perform_initialization = False  # every weight is loaded
     args.micro_batch_size = 1  # demanded
-    args.rank, args.world_size = 0, 1
+    args.rank, args.world_size, args.tensor_model_parallel_size = 0, tensor_parallel, tensor_parallel
+    _check_divisible(args, tensor_parallel)
     arguments.resolve(args)
     for name, options in args.mixer_options.items():
         if issubclass(lsm.get(name).Config, Memories):
@@ -141,6 +146,23 @@ def single_process_arguments(
     if dtype is not None:
         args.params_dtype = dtype  # Megatron knows no flag for float64
     return args
+
+
+def _check_divisible(args: argparse.Namespace, ranks: int) -> None:
+    """What Megatron would assert; heads of mixers are checked with their options."""
+    sizes = {
+        "attention heads": args.num_attention_heads,
+        "rows of the embedding": args.padded_vocab_size,
+        "channels of the feed-forward block": args.ffn_hidden_size,
+        "channels of an expert": args.moe_ffn_hidden_size if args.num_experts else None,
+    }
+    for name, size in sizes.items():
+        if size is not None and size % ranks:
+            raise ValueError(
+                f"{ranks} processes cannot share {size} {name}\n"
+                f"  why: tensor parallelism gives every process as many\n"
+                f"  try: torchrun --nproc-per-node N with an N that divides {size}, or python alone"
+            )
 
 
 def _reset_names(parser: argparse.ArgumentParser) -> set[str]:

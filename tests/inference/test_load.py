@@ -134,11 +134,14 @@ def refused(gloo, run, *parts, world=1, **options):
 def test_what_is_no_run(gloo, tmp_path, run):
     refused(gloo, tmp_path, "is not a run")
     refused(gloo, tmp_path / "nowhere", "is not a run")
-    refused(gloo, run / "checkpoint", "is not a run")
+    refused(gloo, tmp_path / "checkpoint", "is not a run")
+    refused(gloo, run / "checkpoint" / "iter_0000001", "is step 1, and step 2", step=2)
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "config.json").write_text((run / "config.json").read_text()[:100])
     refused(gloo, cut, "config.json cannot be read")
+    (cut / "config.json").write_text('{"model_type": "qwen2"}')
+    refused(gloo, cut, "Hugging Face", "tools/convert.py import")
 
 
 def test_steps_that_are_not_there(gloo, tmp_path, run):
@@ -189,8 +192,35 @@ def test_a_config_of_another_model(gloo, tmp_path, run):
     refused(gloo, copy, "--hiden-size")
 
 
-def test_more_than_one_process(gloo, run):
-    refused(gloo, run, "rank 0 of 2", world=2)
+@pytest.mark.parametrize("inside", ["checkpoint", "checkpoint/iter_0000001"])
+def test_a_folder_inside_a_run(gloo, run, inside):
+    weights, iteration, _ = gloo(1, loaded_weights, run / inside, {})[0]
+    assert iteration == (1 if "iter" in inside else 2)
+    steps = whole([gloo(1, loaded_weights, run, {"step": iteration})[0][0]])
+    assert all(torch.equal(weight, steps[key]) for key, weight in whole([weights]).items())
+
+
+MIXED = ["rwkv7", "mamba2", "mom_gla", "hgrn2", "rwkv7", "retention", "softmax"]
+
+
+def ragged_continuation(rank, world, run):
+    from linear_moe.inference.generate import generate
+    from linear_moe.inference.load import load_model
+
+    loaded = load_model(run, dtype=torch.float64)
+    text = [row[:length] for row, length in zip(prompts(3, 9), (9, 2, 5), strict=True)]
+    greedy = generate(loaded, text, max_new_tokens=12)
+    return greedy, generate(loaded, text, max_new_tokens=12, temperature=2.0, top_p=0.95, seed=3)
+
+
+def test_processes_share_a_model_by_tensor_parallelism(gloo, tmp_path):
+    run = tmp_path / "run"
+    layers = ["--num-layers", str(len(MIXED)), "--layer-kinds", ",".join(MIXED), "--lr", "1e-2"]
+    gloo(1, train, saving(run, *layers, "--moe-router-dtype", "fp64", "--min-lr", "1e-2"))
+    alone = gloo(1, ragged_continuation, run)[0]
+    assert gloo(2, ragged_continuation, run) == [alone, alone]
+    assert len({token for row in alone[1] for token in row}) > 8
+    refused(gloo, run, "3 processes cannot share 4 attention heads", world=3)
 
 
 def test_the_tool(gloo, tmp_path):
