@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer
@@ -64,6 +64,18 @@ class LinearMoEConfig(TransformerConfig):
                 )
             if self.pipeline_model_parallel_size > 1:
                 self.variable_seq_lengths = True  # the value rides behind the hidden states: longer messages
+
+
+@dataclass(kw_only=True)
+class LatentMoEConfig(LinearMoEConfig, MLATransformerConfig):
+    """The same for models whose softmax layers compress keys and values (multi-head latent attention)."""
+
+    multi_latent_attention: bool = True
+    """Always: Megatron makes this config for ordinary attention, which its command line is told, and asks here."""
+
+    def __post_init__(self) -> None:
+        self.multi_latent_attention = True
+        super().__post_init__()
 
 
 def mixer_config(kind: str, config: LinearMoEConfig) -> Mixer.Config:

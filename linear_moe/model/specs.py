@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -24,6 +25,8 @@ from megatron.core.transformer.transformer_layer import (
 
 from linear_moe.model.backend import make_backend
 from linear_moe.model.config import LinearMoEConfig
+from linear_moe.model.group_router import GroupLimitedRouter
+from linear_moe.model.latent_attention import LatentAttention
 from linear_moe.model.mixer_layer import MixerLayer
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.model.softmax_attention import SoftmaxAttention
@@ -76,6 +79,8 @@ def layer_spec(config: LinearMoEConfig, backend: BackendSpecProvider, kind: str,
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=is_moe and not config.sequential_experts,
     )
+    if is_moe and config.moe_router_group_topk is not None:
+        mlp.keywords["submodules"].router = GroupLimitedRouter
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -97,6 +102,8 @@ def mixer_spec(kind: str) -> ModuleSpec:
 
 def softmax_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> ModuleSpec:
     """Softmax attention with the backend's linear layers and core attention."""
+    if config.multi_latent_attention:
+        return latent_spec(config, backend)
     qk_norm = None
     if config.qk_layernorm:
         qk_norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
@@ -109,5 +116,28 @@ def softmax_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> Modul
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=qk_norm or IdentityOp,
             k_layernorm=qk_norm or IdentityOp,
+        ),
+    )
+
+
+def latent_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """The same for multi-head latent attention; ``--qk-layernorm`` norms what is compressed."""
+    column = backend.column_parallel_linear()
+    norm: Any = None
+    if config.qk_layernorm:
+        norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm or IdentityOp,
+            kv_layernorm=norm or IdentityOp,
         ),
     )

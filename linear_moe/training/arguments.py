@@ -20,7 +20,7 @@ from linear_moe import lsm
 from linear_moe.lsm import Mixer
 from linear_moe.lsm.registry import import_mixers
 from linear_moe.model.builder import LinearMoEModelConfig
-from linear_moe.model.config import LinearMoEConfig
+from linear_moe.model.config import LatentMoEConfig, LinearMoEConfig
 from linear_moe.model.pattern import SOFTMAX, layer_kinds
 from linear_moe.training import engine, finetune
 
@@ -134,8 +134,19 @@ def resolve(args: argparse.Namespace) -> None:
 
 def model_config(args: argparse.Namespace) -> LinearMoEModelConfig:
     """The config from which Megatron builds the model; ``resolve`` comes first."""
-    transformer = core_transformer_config_from_args(args, LinearMoEConfig)
-    return gpt_config_from_args(args, config=transformer, model_config_cls=LinearMoEModelConfig)
+    transformer = _transformer_config(args)
+    config = gpt_config_from_args(args, config=transformer, model_config_cls=LinearMoEModelConfig)
+    config.rope_scaling_factor = args.rope_scaling_factor  # the stock function forgets it
+    return config
+
+
+def _transformer_config(args: argparse.Namespace) -> LinearMoEConfig:
+    if not args.multi_latent_attention:
+        return core_transformer_config_from_args(args, LinearMoEConfig)
+    # Told of latent attention, the stock function takes its own class in place of ours; without it, it refuses YaRN.
+    told = argparse.Namespace(**{**vars(args), "multi_latent_attention": False})
+    told.rope_type = "rope" if args.rope_type == "rope" else None  # None: the config's default, YaRN
+    return core_transformer_config_from_args(told, LatentMoEConfig)
 
 
 def _check_shared_flags(args: argparse.Namespace) -> None:
