@@ -1,0 +1,312 @@
+"""config.json of Hugging Face and our families, in both directions. Imports neither torch nor Megatron.
+
+A family's published field is one of ours under another name (``FIELDS``); the rest are switches that must have the
+value our layers have, and anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope
+
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+}
+"""Architecture by ``model_type``."""
+
+FAMILY_OF = {
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2",
+    "llama": "llama3",
+    "mixtral": "mixtral",
+    "deepseek_v2": "deepseek_v2",
+}
+"""Our family by ``model_type``."""
+
+_COMMON = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "rms_norm_eps": "norm_epsilon",
+    "max_position_embeddings": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_DENSE = _COMMON | {"intermediate_size": "ffn_hidden_size"}
+FIELDS = {
+    "qwen2": _DENSE,
+    "qwen2_moe": _DENSE
+    | {
+        "num_experts": "num_experts",
+        "num_experts_per_tok": "moe_router_topk",
+        "moe_intermediate_size": "moe_ffn_hidden_size",
+        "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    },
+    "llama": _DENSE | {"head_dim": "kv_channels"},
+    "mixtral": _DENSE | {"num_local_experts": "num_experts", "num_experts_per_tok": "moe_router_topk"},
+    "deepseek_v2": _DENSE
+    | {
+        "q_lora_rank": "q_lora_rank",
+        "kv_lora_rank": "kv_lora_rank",
+        "qk_nope_head_dim": "qk_head_dim",
+        "qk_rope_head_dim": "qk_pos_emb_head_dim",
+        "v_head_dim": "v_head_dim",
+        "n_routed_experts": "num_experts",
+        "num_experts_per_tok": "moe_router_topk",
+        "moe_intermediate_size": "moe_ffn_hidden_size",
+        "first_k_dense_replace": "first_dense_layers",
+        "routed_scaling_factor": "moe_router_topk_scaling_factor",
+    },
+}
+"""Field of config.json -> field of :class:`ModelSize`, by ``model_type``."""
+
+SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "qwen2": {"use_sliding_window": (False,)},
+    "qwen2_moe": {"use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
+    | {"qkv_bias": (True,)},
+    "llama": {"attention_bias": (False,), "mlp_bias": (False,)},
+    "mixtral": {},
+    "deepseek_v2": {"attention_bias": (False,), "mlp_bias": (False,), "moe_layer_freq": (1,)}
+    | {"norm_topk_prob": (False,), "scoring_func": ("softmax",)}
+    | {"topk_method": ("greedy", "group_limited_greedy")},
+}
+"""Fields that may have these values only; the first is what export writes. An absent one is the first."""
+
+_ALSO_SWITCHES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A Hugging Face model in our words."""
+
+    model_type: str
+    """Of config.json."""
+    family: Family
+    """With this model's switches."""
+    size: ModelSize
+    """Its sizes; ``vocab_size`` counts all rows of its embedding."""
+    dtype: str
+    """bfloat16, float16 or float32: of the weights, as the config says."""
+
+    @property
+    def size_name(self) -> str:
+        """The named size of the family that has these shapes, or ``custom``."""
+        free = {"source": "", "vocab_size": 0, "extra_vocab_size": 0, "max_position_embeddings": 0}
+        same = replace(self.size, **free)
+        found = [name for name, size in self.family.sizes.items() if replace(size, **free) == same]
+        return found[0] if found else "custom"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder. ``ValueError`` when it is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a Hugging Face model: it has no config.json\n"
+            f"  why: the architecture is read from that file\n"
+            f"  try: the folder that save_pretrained() or the hub made"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}\n  why: it was cut short or edited\n  try: a fresh copy of it"
+        ) from None
+    assert isinstance(config, dict)
+    return config
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model, and not a run of ours."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def describe(config: Mapping[str, Any]) -> Described:
+    """A Hugging Face config as a family and a size.
+
+    Raises:
+        ValueError: an architecture that we do not have, or a switch that our layers do not know.
+    """
+    kind = config.get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(
+            f"config.json describes a model of type {kind!r} ({', '.join(config.get('architectures') or ['?'])})\n"
+            f"  why: the types that can be imported are {', '.join(CLASSES)}\n"
+            f"  try: a model of one of them"
+        )
+    _refuse_other_switches(kind, config)
+    size = _size(kind, config)
+    family = FAMILIES[FAMILY_OF[kind]]
+    if kind == "qwen2_moe":
+        # softmax over all and then over the chosen ones is softmax over the chosen ones
+        family = replace(family, softmax_before_topk=not config.get("norm_topk_prob", False))
+    return Described(kind, family, size, _dtype(config))
+
+
+def _refuse_other_switches(kind: str, config: Mapping[str, Any]) -> None:
+    for name, values in (SWITCHES[kind] | _ALSO_SWITCHES).items():
+        value = config.get(name, values[0])
+        if value is not None and value not in values:
+            raise ValueError(
+                f"config.json has {name} = {value!r}\n"
+                f"  why: our layers compute {' or '.join(map(repr, values))} only\n"
+                f"  try: a model without it"
+            )
+    window = config.get("sliding_window")
+    is_used = kind in ("mixtral",) or config.get("use_sliding_window", False)
+    if is_used and window is not None and window < config["max_position_embeddings"]:
+        raise ValueError(
+            f"config.json has a sliding window of {window} tokens\n"
+            f"  why: softmax layers here see all earlier tokens\n"
+            f"  try: set sliding_window to null if sequences stay below {window}"
+        )
+
+
+def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
+    absent = [n for n in FIELDS[kind] if n not in config and n not in _OPTIONAL]
+    if absent:
+        raise ValueError(
+            f"config.json lacks {', '.join(absent)}\n"
+            f"  why: a model of type {kind} is described by them\n"
+            f"  try: the config.json that belongs to the weights"
+        )
+    values: dict[str, Any] = {ours: config.get(theirs) for theirs, ours in FIELDS[kind].items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    heads = values["num_attention_heads"]
+    values.setdefault("num_query_groups", heads)
+    values.setdefault("tie_embeddings", False)
+    values.setdefault("kv_channels", config.get("head_dim") or values["hidden_size"] // heads)
+    if kind == "mixtral":
+        values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
+    if kind == "deepseek_v2":
+        values |= _deepseek_values(config, values)
+    base, scaling = _rope(kind, config)
+    rope = {"rotary_base": base, "rope_scaling": scaling}
+    return ModelSize(**values, **rope, extra_vocab_size=0, source="config.json of Hugging Face")
+
+
+_OPTIONAL = ("tie_word_embeddings", "head_dim", "num_key_value_heads", "q_lora_rank", "routed_scaling_factor")
+
+
+def _deepseek_values(config: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"kv_channels": values["hidden_size"] // values["num_attention_heads"]}
+    found["num_query_groups"] = values["num_attention_heads"]
+    if config.get("topk_method") == "group_limited_greedy":
+        found["moe_router_num_groups"] = config["n_group"]
+        found["moe_router_group_topk"] = config["topk_group"]
+    if values.get("moe_router_topk_scaling_factor") == 1:
+        values.pop("moe_router_topk_scaling_factor")
+    if config.get("n_shared_experts"):
+        width = config["n_shared_experts"] * config["moe_intermediate_size"]
+        found["moe_shared_expert_intermediate_size"] = width
+    return found
+
+
+def _rope(kind: str, config: Mapping[str, Any]) -> tuple[int, Llama3Rope | YarnRope | None]:
+    """Base and stretching of the rotary embedding, from the old fields or the newer ``rope_parameters``."""
+    given = dict(config.get("rope_parameters") or {}) or {
+        "rope_theta": config.get("rope_theta", 10_000.0),
+        **(config.get("rope_scaling") or {"rope_type": "default"}),
+    }
+    base, rope_type = given.get("rope_theta", 10_000.0), given.get("rope_type", given.get("type"))
+    if rope_type == "default" and base == int(base) and given.get("partial_rotary_factor", 1) == 1:
+        return int(base), None
+    if rope_type == "llama3" and kind == "llama":
+        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        if all(given.get(name) == value for name, value in fixed.items()):
+            return int(base), Llama3Rope(factor=float(given["factor"]))
+    if rope_type == "yarn" and kind == "deepseek_v2":
+        names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale")
+        values = {name: given[name] for name in (*names, "mscale_all_dim") if name in given}
+        return int(base), YarnRope(**values)
+    raise ValueError(
+        f"config.json has rotary positions of type {rope_type}: {given}\n"
+        f"  why: here they are plain, or stretched as Llama 3 does (llama: factors 1 and 4, 8192 tokens) or by YaRN "
+        f"(deepseek_v2)\n"
+        f"  try: remove the stretching, if sequences stay below the original length"
+    )
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"config.json names dtype {name}\n"
+            f"  why: weights are float32, float16 or bfloat16 here\n"
+            f"  try: the original, unquantised model"
+        )
+    return name
+
+
+# ---- the other way ----
+
+
+def native_type(family: Family, size: ModelSize) -> str | None:
+    """``model_type`` of the class of transformers that computes what a softmax model of ours does, if there is one."""
+    if size.has_latent_attention:
+        fits = size.is_moe and family.softmax_before_topk and not family.shared_expert_gate
+        shared, width = size.moe_shared_expert_intermediate_size, size.moe_ffn_hidden_size
+        return "deepseek_v2" if fits and shared and width and shared % width == 0 else None
+    if isinstance(size.rope_scaling, YarnRope):
+        return None
+    if not size.is_moe:
+        if family.add_qkv_bias:
+            return "qwen2" if size.rope_scaling is None and _plain_heads(size) else None
+        return "llama"
+    if size.first_dense_layers or size.moe_router_topk_scaling_factor or size.moe_router_num_groups:
+        return None
+    if size.rope_scaling is not None or not _plain_heads(size):
+        return None
+    if size.moe_shared_expert_intermediate_size is not None:
+        return "qwen2_moe" if family.add_qkv_bias and family.shared_expert_gate else None
+    is_mixtral = not family.add_qkv_bias and not family.softmax_before_topk
+    return "mixtral" if is_mixtral and size.moe_ffn_hidden_size == size.ffn_hidden_size else None
+
+
+def _plain_heads(size: ModelSize) -> bool:
+    return size.kv_channels * size.num_attention_heads == size.hidden_size
+
+
+def native_config(kind: str, family: Family, size: ModelSize, *, dtype: str) -> dict[str, Any]:
+    """config.json of a softmax model of ours, for the class that :func:`native_type` names."""
+    config: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": dtype}
+    config |= {theirs: getattr(size, ours) for theirs, ours in FIELDS[kind].items()}
+    config |= {name: values[0] for name, values in (SWITCHES[kind] | _ALSO_SWITCHES).items()}
+    if kind == "qwen2_moe":
+        config["norm_topk_prob"] = not family.softmax_before_topk
+    if kind == "mixtral":
+        config |= {"sliding_window": None, "head_dim": size.kv_channels}
+    if kind == "deepseek_v2":
+        assert size.moe_shared_expert_intermediate_size and size.moe_ffn_hidden_size
+        config["routed_scaling_factor"] = size.moe_router_topk_scaling_factor or 1.0
+        config["n_shared_experts"] = size.moe_shared_expert_intermediate_size // size.moe_ffn_hidden_size
+        config["topk_method"] = "greedy" if size.moe_router_num_groups is None else "group_limited_greedy"
+        config |= {"n_group": size.moe_router_num_groups, "topk_group": size.moe_router_group_topk}
+        config["head_dim"] = size.qk_pos_emb_head_dim
+    config["rope_parameters"] = _rope_parameters(size)
+    return config
+
+
+def _rope_parameters(size: ModelSize) -> dict[str, Any]:
+    base, scaling = {"rope_theta": float(size.rotary_base)}, size.rope_scaling
+    if isinstance(scaling, Llama3Rope):
+        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        return base | {"rope_type": "llama3", "factor": scaling.factor} | fixed
+    if isinstance(scaling, YarnRope):
+        return base | {"rope_type": "yarn"} | vars(scaling)
+    return base | {"rope_type": "default"}
+
+

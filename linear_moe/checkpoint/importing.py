@@ -1,0 +1,257 @@
+"""Hugging Face -> run folder: one process, on CPU, one tensor after the other.
+
+    DST/config.json              how the model is built, as a training would have written it
+    DST/checkpoint/iter_0000001  its weights, in their own dtypes
+    DST/tokenizer                the tokenizer's files, if the source has one
+    DST/hugging_face             config.json and generation_config.json of the source, which export gives back
+
+Everything is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.checkpoint import torch_dist
+from linear_moe.checkpoint.blueprint import CONTENT, Blueprint, blueprint
+from linear_moe.checkpoint.folders import (
+    ORIGIN,
+    ORIGIN_FILES,
+    Progress,
+    begin,
+    check_room,
+    copy_tokenizer,
+    fingerprint,
+    finish,
+    refuse_existing,
+    silent,
+)
+from linear_moe.checkpoint.hf_config import Described, describe, read_config
+from linear_moe.checkpoint.hf_folder import Stored, stored_tensors
+from linear_moe.checkpoint.linearise import linear_options, start_layer, start_tables
+from linear_moe.checkpoint.origins import Origin
+from linear_moe.checkpoint.report import differences
+from linear_moe.checkpoint.tables import Row, rows
+from linear_moe.checkpoint.torch_dist import Piece
+from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
+from linear_moe.inference.checkpoint import TRACKER
+from linear_moe.model.families import megatron_arguments, padded_vocab_size
+from linear_moe.model.pattern import SOFTMAX, layer_kinds
+from linear_moe.training.run import write_config
+
+ITERATION = 1
+"""Step of an imported checkpoint: Megatron takes 0 for none."""
+
+IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
+"""Tensors that old versions saved although they follow from the config."""
+
+
+@dataclass
+class Imported:
+    """What an import did."""
+
+    target: Path
+    described: Described
+    kinds: tuple[str, ...]
+    origins: list[Origin] = field(default_factory=list)
+    """Where each tensor came from, one row for tensors that differ in layer and expert only."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def import_model(
+    source: Path | str,
+    target: Path | str,
+    *,
+    la_module: str | None = None,
+    layer_type_list: str | None = None,
+    extra_args: Sequence[str] = (),
+    allow_pickle: bool = False,
+    progress: Progress = silent,
+) -> Imported:
+    """Convert a Hugging Face folder into a run folder, exactly, or with some layers replaced by mixers.
+
+    Args:
+        source: folder with config.json and safetensors.
+        target: run folder to make; must not exist.
+        la_module: mixer of the L layers; ``None``: the model as it is, softmax everywhere.
+        layer_type_list: one symbol per layer, L or N, repeated as in training.
+        extra_args: arguments of the mixers (``--gla-gate-rank 32``).
+        allow_pickle: read ``pytorch_model.bin`` where there are no safetensors.
+        progress: called after every tensor.
+
+    Raises:
+        ValueError: the source or the target is not what it should be; nothing was written.
+    """
+    source, target = Path(source), Path(target)
+    refuse_existing(target)
+    described = describe(read_config(source))
+    stored = stored_tensors(source, allow_pickle=allow_pickle)
+    kinds = _kinds(described, la_module, layer_type_list)
+    tokenizer, warnings = _tokenizer_arguments(source, described, target)
+    argv = [*_arguments(described, kinds, la_module, layer_type_list), *tokenizer]
+    argv += [*linear_options(kinds, extra_args), *extra_args]
+    model = blueprint(argv, padded_vocab_size=padded_vocab_size(described.size.vocab_size))
+    pieces, origins = _pieces(source, described, model, stored)
+    total = sum(piece.size for piece in pieces)
+    check_room(target, total + 10_000_000)
+    files = [entry.path for entry in stored.values()]
+    part = begin(target, {"source": str(source.absolute()), "files": fingerprint(files), "arguments": argv})
+    done = 0
+    for size in torch_dist.write(_iteration(part), pieces, model.objects | _common_state(model)):
+        done += size
+        progress(done, total)
+    _write_rest(source, part, model, argv)
+    finish(part, target)
+    return Imported(target, described, kinds, origins, warnings)
+
+
+def _kinds(described: Described, la_module: str | None, layer_type_list: str | None) -> tuple[str, ...]:
+    from linear_moe import lsm
+
+    if la_module is None and layer_type_list is None:
+        return (SOFTMAX,) * described.size.num_layers
+    return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
+
+
+def _arguments(
+    described: Described, kinds: tuple[str, ...], la_module: str | None, layer_type_list: str | None
+) -> list[str]:
+    """Command line of a training that would have made this model; the architecture only means something."""
+    size = described.size
+    argv = ["--family", described.family.name, "--model-size", described.size_name]
+    argv += ["--layer-kinds", ",".join(kinds)]
+    argv += ["--la-module", la_module] if la_module else []
+    argv += ["--layer-type-list", layer_type_list] if layer_type_list else []
+    argv += megatron_arguments(described.family, size)
+    argv += ["--seq-length", str(min(size.max_position_embeddings, 2048)), "--micro-batch-size", "1"]
+    argv += ["--train-iters", "1", "--lr", "1e-4", "--init-method-std", "0.02"]
+    argv += {"bfloat16": ["--bf16"], "float16": ["--fp16"], "float32": []}[described.dtype]
+    return [*argv, "--padded-vocab-size", str(padded_vocab_size(size.vocab_size))]
+
+
+def _tokenizer_arguments(
+    source: Path, described: Described, target: Path
+) -> tuple[list[str], list[str]]:
+    try:
+        describe_tokenizer(str(source))
+    except TokenizerError as error:
+        warning = (
+            f"{source} has no tokenizer that we can read ({error}): the run gets none, its tokens are numbers; "
+            f"put tokenizer.json and tokenizer_config.json there and import again, or set TOKENIZER in training"
+        )
+        vocab = str(described.size.vocab_size - 1)  # that tokenizer adds the end of a document
+        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", vocab], [warning]
+    folder = str((target / "tokenizer").absolute())
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder], []
+
+
+# ---- tensors ----
+
+
+def _pieces(
+    source: Path, described: Described, model: Blueprint, stored: Mapping[str, Stored]
+) -> tuple[list[Piece], list[Origin]]:
+    shape = model.shape(described.size.vocab_size)
+    as_softmax = softmax_tensors(model, described)
+    carried, unknown = rows(described.model_type, shape, as_softmax)
+    assert not unknown, unknown
+    expected = {name: size for row in carried for name, size in _their_shapes(row, as_softmax[row.key])}
+    found = {name: entry.shape for name, entry in stored.items()}
+    ignored = [*IGNORED, r"^lm_head\.weight$"] if described.size.tie_embeddings else list(IGNORED)
+    if wrong := differences(expected, found, ignored=ignored):
+        raise ValueError(
+            f"the tensors of {source} are not those of its config.json:\n{wrong}\n"
+            f"  why: a model of type {described.model_type} with these sizes has {len(expected)} tensors\n"
+            f"  try: the config.json that belongs to these weights, or a complete copy"
+        )
+    pieces = []
+    origins: dict[str, Origin] = {}
+    for row in carried:
+        if row.key in model.tensors:
+            pieces.append(_carried_piece(row, model.tensors[row.key], stored))
+            Origin.note(origins, row.key, "carried", ", ".join(row.names))
+    by_key = {row.key: row for row in carried}
+    for layer, kind in enumerate(model.kinds):
+        if kind != SOFTMAX:
+            pieces += start_layer(model, layer, by_key, stored, origins)
+    pieces += start_tables(model, origins)
+    _check_complete(model, pieces)
+    return pieces, list(origins.values())
+
+
+def softmax_tensors(model: Blueprint, described: Described) -> dict[str, tuple[int, ...]]:
+    """What the checkpoint would hold if every layer were softmax: the tensors of the source."""
+    if set(model.kinds) == {SOFTMAX}:
+        return model.tensors
+    argv = _arguments(described, (SOFTMAX,) * len(model.kinds), None, None)
+    argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(described.size.vocab_size - 1)]
+    return blueprint(argv, padded_vocab_size=model.args.padded_vocab_size).tensors
+
+
+def _their_shapes(row: Row, size: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    ours = torch.empty(size if row.expert is None else size[1:], device="meta")
+    parts = row.transform.to_theirs(ours)
+    return [(name, tuple(part.shape)) for name, part in zip(row.names, parts, strict=True)]
+
+
+def _carried_piece(row: Row, size: tuple[int, ...], stored: Mapping[str, Stored]) -> Piece:
+    dtypes = {stored[name].dtype for name in row.names}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{', '.join(row.names)} have different dtypes: {', '.join(sorted(map(str, dtypes)))}\n"
+            f"  why: here they are one tensor\n"
+            f"  try: save the model in one dtype (model.to(torch.bfloat16).save_pretrained(..))"
+        )
+    rest = (0,) * (len(size) - 1)
+    offset = (row.expert or 0, *rest)
+    shape = size if row.expert is None else (1, *size[1:])
+    return Piece(row.key, size, offset, shape, dtypes.pop(), _maker(row, shape, stored))
+
+
+def _maker(row: Row, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        return row.transform.to_ours([stored[name].read(name) for name in row.names]).reshape(shape)
+
+    return make
+
+
+def _check_complete(model: Blueprint, pieces: list[Piece]) -> None:
+    covered: dict[str, int] = {}
+    for piece in pieces:
+        covered[piece.key] = covered.get(piece.key, 0) + torch.Size(piece.shape).numel()
+    wanted = {key: torch.Size(size).numel() for key, size in model.tensors.items()}
+    assert covered == wanted, {key: (covered.get(key), wanted.get(key)) for key in covered.keys() ^ wanted.keys()}
+
+
+# ---- the rest of the run folder ----
+
+
+def _iteration(run: Path) -> Path:
+    return run / "checkpoint" / f"iter_{ITERATION:07d}"
+
+
+def _common_state(model: Blueprint) -> dict[str, object]:
+    """What Megatron keeps beside tensors: arguments, versions; no optimizer and no random state."""
+    args = model.args
+    args.no_save_optim = args.no_save_rng = True
+    state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
+    state |= {"num_floating_point_operations_so_far": 0, "content_metadata": dict(CONTENT)}
+    return {"common_state/shard_0_1": state}
+
+
+def _write_rest(source: Path, part: Path, model: Blueprint, argv: list[str]) -> None:
+    (part / "checkpoint" / TRACKER).write_text(str(ITERATION))
+    if "HuggingFaceTokenizer" in argv:
+        copy_tokenizer(source, part / "tokenizer")
+    (part / ORIGIN).mkdir(exist_ok=True)
+    for name in ORIGIN_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, part / ORIGIN / name)
+    write_config(part, model.args, argv)

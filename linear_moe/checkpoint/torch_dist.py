@@ -1,0 +1,189 @@
+"""Megatron's ``torch_dist`` checkpoints, read by region and written tensor by tensor, in one process.
+
+    iter_0000001/metadata.json     which format it is
+    iter_0000001/.metadata         every tensor's shape and pieces, and where each piece is (torch's Metadata)
+    iter_0000001/__0_7.distcp      pieces, each as torch.save wrote it, one behind the other
+
+Megatron's own saving wants all tensors of a rank in memory. Here a piece is made when its turn comes; what is written
+is what torch.distributed.checkpoint writes, so that its readers, and with them Megatron under any layout, open it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+FILE_BYTES = 2_000_000_000
+"""Most bytes of one file, unless a single piece is larger; an interrupted conversion loses one file."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a checkpoint's tensor, and how to make it."""
+
+    key: str
+    whole_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write(folder: Path, pieces: Sequence[Piece], objects: dict[str, object]) -> Iterator[int]:
+    """Write a checkpoint; yields the bytes of each piece when it is done. Goes on where an earlier call stopped.
+
+    Args:
+        folder: may hold the complete files of an interrupted call with the same pieces.
+        pieces: they must cover every tensor exactly.
+        objects: what is not a tensor, by Megatron's unique key.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for number, group in enumerate(_files(pieces)):
+        name = f"__0_{number}.distcp"
+        done = folder / f"{name}.json"  # offsets and lengths: the file is complete
+        if not done.is_file():
+            where = yield from _write_file(folder / name, group)
+            done.write_text(json.dumps(where))
+        else:
+            where = json.loads(done.read_text())
+            yield sum(piece.size for piece in group)
+        for piece, (offset, length) in zip(group, where, strict=True):
+            index = MetadataIndex(piece.key, torch.Size(piece.offset))
+            places[index] = _StorageInfo(name, offset, length)
+    places |= _write_objects(folder / "__0_objects.distcp", objects)
+    metadata = Metadata(_tensors(pieces) | dict.fromkeys(objects, BytesStorageMetadata()), {}, places)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    for path in folder.glob("*.distcp.json"):
+        path.unlink()
+
+
+def _files(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    files: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if files[-1] and sum(p.size for p in files[-1]) + piece.size > FILE_BYTES:
+            files.append([])
+        files[-1].append(piece)
+    return files
+
+
+def _write_file(path: Path, group: list[Piece]) -> Iterator[int]:
+    where = []
+    with open(path, "wb") as file:
+        for piece in group:
+            offset = file.tell()
+            tensor = piece.make()
+            assert tensor.dtype == piece.dtype and tuple(tensor.shape) == piece.shape, piece
+            torch.save(tensor if tensor.is_contiguous() else tensor.contiguous(), file)
+            where.append((offset, file.tell() - offset))
+            del tensor
+            yield piece.size
+    return where
+
+
+def _write_objects(path: Path, objects: dict[str, object]) -> dict[MetadataIndex, _StorageInfo]:
+    places = {}
+    with open(path, "wb") as file:
+        for key, value in objects.items():
+            offset, stream = file.tell(), io.BytesIO()
+            torch.save([value], stream)  # Megatron's form: a list with the objects of the key
+            file.write(stream.getbuffer())
+            places[MetadataIndex(key)] = _StorageInfo(path.name, offset, file.tell() - offset)
+    return places
+
+
+def _tensors(pieces: Sequence[Piece]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+    found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for piece in pieces:
+        chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
+        known = found.get(piece.key)
+        if isinstance(known, TensorStorageMetadata):
+            assert known.size == torch.Size(piece.whole_shape) and known.properties.dtype == piece.dtype
+            known.chunks.append(chunk)
+        else:
+            properties = TensorProperties(dtype=piece.dtype)
+            found[piece.key] = TensorStorageMetadata(properties, torch.Size(piece.whole_shape), [chunk])
+    return found
+
+
+class Reader:
+    """The weights of a checkpoint, saved under any layout.
+
+    Args:
+        folder: one iteration of it.
+
+    Raises:
+        ValueError: no such checkpoint, or its description is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.metadata = FileSystemReader(folder).read_metadata()
+        except Exception as error:  # of files and pickle: by what is wrong
+            raise ValueError(
+                f"{folder} cannot be read as a torch_dist checkpoint: {type(error).__name__}: {error}\n"
+                f"  why: its .metadata is missing or damaged (an interrupted save or copy)\n"
+                f"  try: another iteration of the run"
+            ) from error
+        tensors = self.metadata.state_dict_metadata.items()
+        self.tensors = {key: entry for key, entry in tensors if isinstance(entry, TensorStorageMetadata)}
+
+    def read(self, key: str, first: int = 0, stop: int | None = None) -> Tensor:
+        """Rows ``first`` to ``stop`` of a tensor; pieces that lie elsewhere are not read.
+
+        Raises:
+            ValueError: a file is missing or cut short.
+        """
+        entry = self.tensors[key]
+        stop = entry.size[0] if stop is None else stop
+        out = torch.empty((stop - first, *entry.size[1:]), dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            low, high = max(first, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
+            if low >= high:
+                continue
+            data = self._piece(key, chunk)[low - chunk.offsets[0] : high - chunk.offsets[0]]
+            rest = [slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
+            out[(slice(low - first, high - first), *rest)] = data
+        return out
+
+    def _piece(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self.folder / place.relative_path
+        try:
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                stream = io.BytesIO(file.read(place.length))
+            tensor: Tensor = torch.load(stream, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}\n"
+                f"  why: it is missing, cut short or changed (a full disk, an interrupted copy)\n"
+                f"  try: another iteration of the run"
+            ) from error
+        assert tensor.shape == chunk.sizes, (key, tensor.shape, chunk)
+        return tensor
