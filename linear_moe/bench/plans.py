@@ -1,4 +1,4 @@
-"""What is counted and measured, as plans of the launcher: it needs neither torch nor Megatron; mistakes show at once."""
+"""What is counted and measured, as plans of the launcher: without torch or Megatron, so that mistakes show at once."""
 
 from __future__ import annotations
 

@@ -4,6 +4,24 @@ import math
 
 from linear_moe.model.families.table import ModelSize
 
+_PROJECTIONS = {
+    **{
+        "based": 2.25,
+        "rebased": 2.25,
+        "deltanet": 4,
+        "gla": 4,
+        "hgrn2": 4,
+        "kda": 4.3,
+        "rwkv6": 4.3,
+        "rwkv7": 4.3,
+    },
+    **{"gsa": 4.5, "mamba2": 6.2, "retention": 8, "mom_based": 6.75, "mom_rebased": 6.75, "mom_gla": 10},
+    **{"mom_deltanet": 12, "mom_hgrn2": 12, "mom_kda": 12.7, "mom_linear_attention": 13},
+    **{"mom_lightning_attention": 13, "mom_gated_deltanet": 13, "mom_gsa": 14.5, "mom_retention": 20},
+}
+"""Matrices `hidden x heads * head_dim` that a mixer with default options is worth, where they are not q, k, v, output
+gate and output projection. A test compares every mixer of the package with the built model."""
+
 
 def padded_vocab_size(rows: int, tensor_parallel: int = 1) -> int:
     """`rows` rounded up to a multiple of 128 that every TP dividing 128 shares, so that layouts share checkpoints."""
@@ -12,14 +30,13 @@ def padded_vocab_size(rows: int, tensor_parallel: int = 1) -> int:
 
 
 def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int) -> tuple[int, int]:
-    """Rough parameter count `(total, active per token)` of embeddings, projections and experts; no norms, no gates.
-
-    A linear mixer counts as q, k, v, output gate and output projection at full width.
-    """
+    """Rough parameter count `(total, active per token)` of embeddings, projections and experts; nothing small."""
     hidden, width = size.hidden_size, size.num_attention_heads * size.kv_channels
     softmax = _latent_attention(size) if size.has_latent_attention else _attention(size)
     shared = vocab_rows * hidden * (1 if size.tie_embeddings else 2)
-    shared += sum(softmax if kind == "softmax" else 5 * hidden * width for kind in kinds)
+    shared += sum(
+        softmax if kind == "softmax" else round(_PROJECTIONS.get(kind, 5) * hidden * width) for kind in kinds
+    )
     moe = size.moe_layers()
     shared += moe.count(False) * 3 * hidden * size.ffn_hidden_size
     if not size.is_moe:
