@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.kernels import chunked_delta, chunked_diag, chunked_dplr, conv, reference
+from linear_moe.kernels import chunked_delta, chunked_diag, chunked_dplr, conv, gated_norm, reference
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
 
@@ -61,7 +61,7 @@ def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "fused"
 
 
-def _fused_diag_decay(*args: Any, log_decay_v: None = None, bonus: None = None, **kwargs: Any) -> Any:
+def _fused_diag_decay(*args: Any, **kwargs: Any) -> Any:
     from linear_moe.kernels.triton import diag  # Triton costs a second to import
 
     return diag.diag_decay(*args, **kwargs)
@@ -77,8 +77,8 @@ def _fused_diag_decay_takes(
     bonus: Tensor | None = None,
     **others: Any,
 ) -> bool:
-    """No vector decays, no bonus."""
-    return log_decay_v is None and bonus is None and (log_decay is None or log_decay.ndim < 4)
+    """Not a vector decay on both sides, which no mixer has."""
+    return log_decay_v is None or log_decay is None or log_decay.ndim < 4
 
 
 def _backends(
@@ -98,6 +98,17 @@ def _fused_short_conv_takes(x: Tensor, weight: Tensor, *others: Any, **options: 
     return weight.shape[-1] <= 4
 
 
+def _fused_gated_norm(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import gated_norm as fused
+
+    return fused.gated_rms_norm(*args, **kwargs)
+
+
+def _fused_gated_norm_takes(x: Tensor, *others: Any, **options: Any) -> bool:
+    """Heads up to 256 wide: a program has whole heads in registers."""
+    return x.shape[-1] <= 256
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "diag_decay": _backends(
         chunked_diag.diag_decay,
@@ -115,6 +126,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         conv.short_conv,
         reference.short_conv,
         Backend("triton", _fused_short_conv, _fused, _fused_short_conv_takes),
+    ),
+    "gated_rms_norm": _backends(
+        gated_norm.gated_rms_norm,
+        reference.gated_rms_norm,
+        Backend("triton", _fused_gated_norm, _fused, _fused_gated_norm_takes),
     ),
 }
 

@@ -51,6 +51,33 @@ def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
     return Blocks(chunk_size(dtype), keys, min(32, widest), 8, 1)  # no tensor cores: registers are short
 
 
+@dataclass(frozen=True)
+class Columns:
+    """How a kernel without a memory is cut: blocks of one dim, all of them by one program or by one each."""
+
+    columns: int
+    """BD"""
+    num_warps: int
+    num_stages: int
+
+
+def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
+    """For diag_vector_scan.py: as :func:`blocks`, with one more tile of C x C to load."""
+    return blocks(num_keys, num_values, dtype)
+
+
+def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
+    """For diag_levels.py."""
+    widest = max(16, triton.next_power_of_2(width))
+    return Columns(min(64 if dtype.itemsize == 2 else 32, widest), 4, 1)
+
+
+def combine_blocks(width: int, dtype: torch.dtype) -> Columns:
+    """For diag_combine.py."""
+    widest = max(16, triton.next_power_of_2(width))
+    return Columns(min(64 if dtype.itemsize == 2 else 32, widest), 8, 1)
+
+
 def chunk_size(dtype: torch.dtype) -> int:
     """The same in every run of one call: sums of log decays start with a chunk."""
     return 64 if dtype.itemsize == 2 else 32

@@ -20,10 +20,10 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.triton import configs
+from linear_moe.kernels.triton import configs, diag_vector
 from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
 from linear_moe.kernels.triton.diag_scan import scan_kernel
-from linear_moe.kernels.triton.layout import Layout, lay_out
+from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
 from linear_moe.kernels.triton.states import carry_kernel, local_state_kernel
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2
@@ -36,11 +36,24 @@ def diag_decay(
     v: Tensor,
     log_decay: Tensor | None = None,
     *,
+    log_decay_v: Tensor | None = None,
+    bonus: Tensor | None = None,
     scale: float = 1.0,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`linear_moe.kernels.diag_decay`; float32, float16 and bfloat16, ``log_decay`` up to ``[B, T, H]``."""
+    """See :func:`linear_moe.kernels.diag_decay`; float32, float16 and bfloat16, no vector decay on both sides."""
+    if log_decay_v is not None:
+        if log_decay is not None:
+            assert log_decay.ndim < 4
+            log_decay_v = log_decay_v + log_decay.to(log_decay_v.dtype)[..., None]
+        return diag_vector.decay_columns(q, k, v, log_decay_v, state, cu_seqlens, float(scale))
+    if bonus is not None and log_decay is None:
+        log_decay = torch.zeros((), device=v.device)
+    if bonus is not None and log_decay.ndim < 4:
+        log_decay = log_decay[..., None].expand(*v.shape[:3], k.shape[-1])
+    if log_decay is not None and log_decay.ndim == 4:
+        return diag_vector.decay_rows(q, k, v, log_decay, bonus, state, cu_seqlens, float(scale))
     return _DiagDecay.apply(q, k, v, log_decay, state, cu_seqlens, float(scale))
 
 
@@ -56,7 +69,7 @@ class _DiagDecay(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+        q, k, v = rows_together(q), rows_together(k), rows_together(v)
         scan = _Scan.plan(k, v, log_decay, cu_seqlens, scale)
         initial = None if state is None else state.float().contiguous()
         before, final = scan.states_between(k, v, initial)
@@ -76,7 +89,7 @@ class _DiagDecay(torch.autograd.Function):
         q, k, v, before, saved = ctx.saved_tensors
         scan: _Scan = ctx.scan
         needs_q, needs_k, needs_v, needs_decay, needs_state = ctx.needs_input_grad[:5]
-        do = torch.zeros_like(v) if do is None else _rows_together(do)
+        do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()
         after, d_state = scan.states_between(q, do, d_final, reverse=True)
 
@@ -97,7 +110,8 @@ class _DiagDecay(torch.autograd.Function):
         if parts is not None:
             d_decay = scan.decay_gradient(parts).to(ctx.dtypes[0])
         d_initial = d_state.to(ctx.dtypes[1]) if needs_state else None
-        return _of_groups(dq, q), _of_groups(dk, k), dv, d_decay, d_initial, None, None
+        dq, dk = (None if grad is None else of_groups(grad, x) for grad, x in ((dq, q), (dk, k)))
+        return dq, dk, dv, d_decay, d_initial, None, None
 
 
 @dataclass(frozen=True)
@@ -268,18 +282,6 @@ class _Scan:
         return layout.num_tokens, layout.num_all, self.num_heads, *place
 
 
-def _rows_together(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of the last dim."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _per_head(x_BTGK: Tensor, v: Tensor) -> Tensor:
     """``[B, T, H, K]``: the gradient of shared heads, before its sum."""
     return torch.empty(*v.shape[:3], x_BTGK.shape[-1], dtype=v.dtype, device=v.device)
-
-
-def _of_groups(grad: Tensor | None, x_BTGK: Tensor) -> Tensor | None:
-    """Sum over the heads that share one of ``x``: in float32, rounded once."""
-    if grad is None or grad.shape[2] == x_BTGK.shape[2]:
-        return grad
-    return grad.unflatten(2, (x_BTGK.shape[2], -1)).sum(3)

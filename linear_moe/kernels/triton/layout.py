@@ -45,6 +45,10 @@ class Layout:
         """Tokens of all rows."""
         return self.num_rows * self.num_tokens
 
+    def num_slots(self, size: int) -> int:
+        """Room for one entry for each ``size`` tokens of every segment; the place is ``chunk_slot`` of a kernel."""
+        return self.num_all // size + self.num_segments
+
 
 def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | None, like: Tensor) -> Layout:
     """Cut ``rows`` rows of ``num_tokens`` tokens, or the documents of one row, into segments."""
@@ -67,6 +71,27 @@ def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | 
         num_warps=1,
     )
     return Layout(1, num_tokens, num_documents, segment_size, num_segments, 1, plan, first_segment, True)
+
+
+def rows_together(x: Tensor) -> Tensor:
+    """The kernels take any strides but that of the last dim."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def of_groups(grad: Tensor, x_BTGK: Tensor) -> Tensor:
+    """Sum over the heads that share one of ``x``: in float32, rounded once."""
+    if grad.shape[2] == x_BTGK.shape[2]:
+        return grad
+    return grad.unflatten(2, (x_BTGK.shape[2], -1)).sum(3)
+
+
+@triton.jit
+def chunk_slot(token, segment, chunk, SIZE: tl.constexpr):
+    """Place of a chunk of ``SIZE`` tokens among those of all segments; ``token`` is where the segment starts.
+
+    Unique, since segments are in the order of their tokens, and below ``Layout.num_slots(SIZE)``.
+    """
+    return token // SIZE + segment + chunk
 
 
 @triton.jit

@@ -94,8 +94,10 @@ def carry_kernel(
     REVERSE: tl.constexpr,
     IS_PACKED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    KEPT: tl.constexpr = 1,
+    SPAN: tl.constexpr = 1,
 ):
-    """Grid: N * H * ceil(SIZE / BLOCK)."""
+    """Grid: N * H * ceil(SIZE / BLOCK). ``KEPT`` totals for each segment and head: element e uses e // SPAN % KEPT."""
     NB: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     element = (tl.program_id(0) % NB) * BLOCK + tl.arange(0, BLOCK)
     head = (tl.program_id(0) // NB) % num_heads
@@ -119,6 +121,9 @@ def carry_kernel(
         b_local = tl.load(p_state, mask=mask, other=0.0)
         tl.store(p_state, b_S, mask=mask)
         if DECAY != 0:
-            b_S = b_S * tl.load(totals + at)
+            if KEPT == 1:
+                b_S = b_S * tl.load(totals + at)
+            else:
+                b_S = b_S * tl.load(totals + at * KEPT + element // SPAN % KEPT, mask=mask, other=0.0)
         b_S += b_local
     tl.store(final + of_document, b_S, mask=mask)
