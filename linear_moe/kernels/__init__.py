@@ -7,6 +7,7 @@ from linear_moe.kernels.ops import (
     diag_decay_segment,
     dplr_delta_rule,
     dplr_delta_rule_segment,
+    gated_rms_norm,
     short_conv,
 )
 from linear_moe.kernels.segment import Segment
@@ -19,5 +20,6 @@ __all__ = [
     "diag_decay_segment",
     "dplr_delta_rule",
     "dplr_delta_rule_segment",
+    "gated_rms_norm",
     "short_conv",
 ]

@@ -111,6 +111,23 @@ def check_conv(
         _check_shape("state", state, (num_documents, weight.shape[-1] - 1, *channels), "[N, W - 1, *C]")
 
 
+def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str) -> None:
+    """Everything :func:`linear_moe.kernels.gated_rms_norm` takes."""
+    _check_float("x", x, x.device)
+    if x.ndim != 4:
+        _fail("x", f"has shape {_show(x.shape)}", "a tensor [B, T, H, D]")
+    if weight is not None:
+        _check_float("weight", weight, x.device)
+        if tuple(weight.shape) not in (tuple(x.shape[-1:]), tuple(x.shape[-2:])):
+            expected = f"[D] = {_show(x.shape[-1:])} or [H, D] = {_show(x.shape[-2:])}"
+            _fail("weight", f"has shape {_show(weight.shape)}", expected)
+    if gate is not None:
+        _check_float("gate", gate, x.device)
+        _check_shape("gate", gate, x.shape, "[B, T, H, D], as x")
+    if activation not in ("swish", "sigmoid"):
+        _fail("activation", f"is {activation!r}", '"swish" or "sigmoid"')
+
+
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> int:
     """Returns the number of documents. Values are looked at on the CPU only."""
     if cu_seqlens is None:

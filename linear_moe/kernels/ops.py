@@ -192,6 +192,37 @@ def short_conv(
     return _run("short_conv", x, x, weight, bias, **options)
 
 
+def gated_rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    activation: str = "swish",
+    eps: float = 1e-6,
+    scale: float = 1.0,
+) -> Tensor:
+    """RMS norm of each head, its weight and a gate: ``x / sqrt(mean(x^2) + eps) * scale * weight * act(gate)``.
+
+    Computes in float32, or float64 for float64 inputs, and keeps only its inputs for the backward pass.
+
+    Args:
+        x: ``[B, T, H, D]``, any float dtype, any strides.
+        weight: ``[D]``, or ``[H, D]``; ``None``: ones.
+        gate: ``[B, T, H, D]``; ``None``: no gate.
+        activation: of the gate, ``"swish"`` or ``"sigmoid"``.
+        eps: added to the mean square.
+        scale: of the result.
+
+    Returns:
+        ``[B, T, H, D]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.check_gated_norm(x, weight, gate, activation)
+    return _run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
+
+
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     backend, _ = dispatch.pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
     dispatch.warn_if_unfused(op, backend, like.device)

@@ -210,6 +210,28 @@ def short_conv(
     return y.to(x.dtype), window.to(x.dtype)
 
 
+def gated_rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    activation: str = "swish",
+    eps: float = 1e-6,
+    scale: float = 1.0,
+) -> Tensor:
+    """RMS norm by PyTorch's own, one head at a time, then weight and gate."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    heads = []
+    for h in range(x.shape[2]):
+        weight_D = None if weight is None else weight.expand(x.shape[-2:])[h].to(dtype)
+        y = F.rms_norm(x[:, :, h].to(dtype), x.shape[-1:], weight_D, eps) * scale
+        if gate is not None:
+            opening = torch.sigmoid(gate[:, :, h].to(dtype))
+            y = y * (opening * gate[:, :, h].to(dtype) if activation == "swish" else opening)
+        heads.append(y)
+    return torch.stack(heads, 2).to(x.dtype)
+
+
 def _each_document(
     run: Callable[[TokenInputs, Tensor], tuple[Tensor, Tensor]],
     tokens: TokenInputs,

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from linear_moe.kernels import gated_rms_norm
 from linear_moe.lsm.tables import widen
 
 
@@ -29,9 +30,9 @@ def init_dt_bias(x: Tensor) -> None:
 
 
 def unit(x: Tensor) -> Tensor:
-    """L2 norm 1 over the last dimension, in x's dtype; 1e-6 under the root, as in the common library."""
-    wide = widen(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    """L2 norm 1 over the last of ``[B, T, H, K]``, in x's dtype; 1e-6 under the root, as in the common library."""
+    width = x.shape[-1]
+    return gated_rms_norm(x, eps=1e-6 / width, scale=width**-0.5)
 
 
 def write_strength(b_BTH1: Tensor, allow_neg_eigval: bool) -> Tensor:

@@ -170,8 +170,7 @@ class Mixer:
         self, o_BTHV: Tensor, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement
     ) -> Tensor:
         """Norm the output and gate it: ``[B, T, H, V]`` to the same."""
-        wide = output.norm(o_BTHV, w, self.cfg, self.num_norm_groups, place)
-        return output.gate(wide, p.get("g"), self.cfg.output_gate).to(o_BTHV.dtype)
+        return output.read_out(o_BTHV, p.get("g"), w, self.cfg, self.num_norm_groups, place)
 
     @property
     def scale(self) -> float:

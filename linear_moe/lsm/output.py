@@ -11,10 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels import gated_rms_norm
 from linear_moe.lsm.tables import Placement, widen
 
 if TYPE_CHECKING:
     from linear_moe.lsm.mixer import Mixer
+
+
+def read_out(
+    o_BTHV: Tensor,
+    g_BTHV: Tensor | None,
+    w: dict[str, Tensor],
+    cfg: Mixer.Config,
+    num_groups: int,
+    place: Placement,
+) -> Tensor:
+    """Norm, then gate, ``[B, T, H, V]`` in o's dtype; one kernel where every head has its own RMS."""
+    if cfg.output_norm == "rmsnorm" and num_groups == cfg.num_heads:
+        gated = None if cfg.output_gate == "none" else g_BTHV
+        activation = "sigmoid" if cfg.output_gate == "sigmoid" else "swish"
+        return gated_rms_norm(o_BTHV, w["norm_weight"], gated, activation=activation, eps=cfg.norm_eps)
+    wide = norm(o_BTHV, w, cfg, num_groups, place)
+    return gate(wide, g_BTHV, cfg.output_gate).to(o_BTHV.dtype)
 
 
 def norm(

@@ -1,0 +1,45 @@
+"""RMS norm of the last dimension, its weight and a gate, in float32 whatever the dtype of x.
+
+    y = x / sqrt(mean(x^2) + eps) * scale * weight * act(gate)
+
+Without weight and gate, with scale 1 / sqrt(D) and eps / D, it is the L2 norm of queries and keys.
+
+Letters: B batch, T tokens, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.kernels.recompute import recompute
+
+
+def gated_rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    activation: str = "swish",
+    eps: float = 1e-6,
+    scale: float = 1.0,
+) -> Tensor:
+    """See :func:`linear_moe.kernels.gated_rms_norm`."""
+    core = partial(_normalize, activation, eps, scale)
+    (y,) = recompute(core, None, (x, gate), (weight,))
+    return cast(Tensor, y)
+
+
+def _normalize(
+    activation: str, eps: float, scale: float, x: Tensor, gate: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor]:
+    y = x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale)
+    if weight is not None:
+        y = y * weight
+    if gate is not None:
+        y = y * (F.silu(gate) if activation == "swish" else torch.sigmoid(gate))
+    return (y,)
