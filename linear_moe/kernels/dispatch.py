@@ -132,11 +132,6 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         reference.gated_rms_norm,
         Backend("triton", _fused_gated_norm, _fused, _fused_gated_norm_takes),
     ),
-    "gated_rms_norm": _backends(
-        gated_norm.gated_rms_norm,
-        reference.gated_rms_norm,
-        Backend("triton", _fused_gated_norm, _fused, _fused_gated_norm_takes),
-    ),
 }
 
 
