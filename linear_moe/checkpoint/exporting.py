@@ -1,0 +1,227 @@
+"""Run folder -> Hugging Face: one process, on CPU, one tensor after the other, from a checkpoint of any layout.
+
+A model of softmax layers gets the class of transformers that computes the same, if there is one; every other model a
+folder with its code (``trust_remote_code``). Everything is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.checkpoint import remote
+from linear_moe.checkpoint.blueprint import Blueprint, blueprint, family_and_size
+from linear_moe.checkpoint.folders import (
+    ORIGIN,
+    Progress,
+    begin,
+    check_room,
+    copy_tokenizer,
+    fingerprint,
+    finish,
+    refuse_existing,
+    run_and_iteration,
+    silent,
+)
+from linear_moe.checkpoint.hf_config import describe, native_config, native_type
+from linear_moe.checkpoint.hf_folder import SHARD_BYTES, Planned, shards, write_index, write_shard
+from linear_moe.checkpoint.report import differences
+from linear_moe.checkpoint.tables import Row, rows
+from linear_moe.checkpoint.torch_dist import Reader
+from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
+from linear_moe.model.pattern import SOFTMAX
+from linear_moe.training.run import read_config
+
+IGNORED = (r"^optimizer\.", r"_extra_state", r"^rng_state", r"^rerun_state")
+"""Tensors of a checkpoint that are not the model's."""
+
+
+@dataclass
+class Exported:
+    """What an export did."""
+
+    target: Path
+    architecture: str
+    """Class of transformers, or of the folder's own code."""
+    is_native: bool
+    """Whether transformers has that class itself."""
+    iteration: int
+    num_tensors: int
+    warnings: list[str] = field(default_factory=list)
+
+
+def export_model(
+    source: Path | str,
+    target: Path | str,
+    *,
+    step: int | None = None,
+    tokenizer: Path | str | None = None,
+    native: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
+) -> Exported:
+    """Convert a run, a checkpoint folder or one iteration of it into a Hugging Face folder.
+
+    Args:
+        source: run folder, its ``checkpoint/``, or an iteration in that.
+        target: folder to make; must not exist.
+        step: which iteration; the last complete one unless given.
+        tokenizer: folder of the tokenizer, in case it has moved since the training.
+        native: use a class of transformers where one fits.
+        shard_bytes: largest file of weights.
+        progress: called after every tensor.
+
+    Raises:
+        ValueError: the source or the target is not what it should be; nothing was written.
+    """
+    source, target = Path(source), Path(target)
+    refuse_existing(target)
+    run, folder, iteration = run_and_iteration(source, step)
+    saved = read_config(run)
+    model = blueprint(saved["arguments"], padded_vocab_size=saved["architecture"]["padded_vocab_size"])
+    reader = Reader(folder)
+    _check_checkpoint(folder, model, reader)
+    config = _origin_config(run, model)
+    vocab_size = config["vocab_size"] if config else model.args.padded_vocab_size
+    kind, config = _architecture(model, saved["params_dtype"], vocab_size, config, native)
+    table, unknown = rows(kind, model.shape(vocab_size), model.tensors)
+    assert not unknown, unknown
+    tensors = _planned(table, reader)
+    files = shards(tensors, shard_bytes)
+    texts, warnings = _tokenizer_folder(run, saved, tokenizer)
+    total = sum(planned.size for planned in tensors.values())
+    check_room(target, total + 10_000_000)
+    task = {"source": str(folder), "files": fingerprint(list(folder.iterdir())), "to": [kind, *files]}
+    part = begin(target, task)
+    parts, done = _Parts(table, reader), 0
+    for name, group in files.items():
+        if (part / name).is_file():  # of an interrupted export
+            done += sum(tensors[tensor].size for tensor in group)
+            progress(done, total)
+            continue
+        for tensor in write_shard(part / name, group, tensors, parts.read):
+            done += tensors[tensor].size
+            progress(done, total)
+    write_index(part, files, tensors)
+    _write_rest(part, run, config, texts, is_native=kind != "linear_moe")
+    finish(part, target)
+    architecture = config["architectures"][0]
+    return Exported(target, architecture, kind != "linear_moe", iteration, len(tensors), warnings)
+
+
+def _check_checkpoint(folder: Path, model: Blueprint, reader: Reader) -> None:
+    found = {key: tuple(entry.size) for key, entry in reader.tensors.items()}
+    if wrong := differences(model.tensors, found, ignored=IGNORED):
+        raise ValueError(
+            f"the tensors of {folder} are not those of the run's config.json:\n{wrong}\n"
+            f"  why: config.json describes the model, and the two must match\n"
+            f"  try: the run folder as it was trained, with the linear_moe that trained it"
+        )
+
+
+# ---- what the model is on the other side ----
+
+
+def _origin_config(run: Path, model: Blueprint) -> dict[str, Any] | None:
+    """config.json of the model that a run was imported from, if it still describes the run."""
+    path = run / ORIGIN / "config.json"
+    if not path.is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def _architecture(
+    model: Blueprint, dtype: str, vocab_size: int, origin: dict[str, Any] | None, native: bool
+) -> tuple[str, dict[str, Any]]:
+    """``model_type`` of the table, and the whole config.json."""
+    if native and set(model.kinds) == {SOFTMAX}:
+        if origin is not None:
+            return describe(origin).model_type, origin
+        family, size = family_and_size(model)
+        kind = native_type(family, size)
+        if kind is not None:
+            return kind, native_config(kind, family, size, dtype=dtype)
+    return "linear_moe", remote.hf_config(model.config, vocab_size=vocab_size, dtype=dtype)
+
+
+# ---- tensors ----
+
+
+def _planned(table: list[Row], reader: Reader) -> dict[str, Planned]:
+    planned = {}
+    for row in table:
+        entry = reader.tensors[row.key]
+        size = tuple(entry.size) if row.expert is None else tuple(entry.size[1:])
+        parts = row.transform.to_theirs(torch.empty(size, device="meta"))
+        for name, part in zip(row.names, parts, strict=True):
+            planned[name] = Planned(entry.properties.dtype, tuple(part.shape))
+    return planned
+
+
+class _Parts:
+    """Reads tensors by their new names; the parts of the row read last are kept, as its other names come next."""
+
+    def __init__(self, table: list[Row], reader: Reader) -> None:
+        self.reader = reader
+        self.rows = {name: row for row in table for name in row.names}
+        self.last: tuple[Row, dict[str, Tensor]] | None = None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        row = self.rows[name]
+        if self.last is None or self.last[0] is not row:
+            self.last = None  # before the next one is read
+            self.last = (row, dict(zip(row.names, self._theirs(row), strict=True)))
+        return self.last[1][name]
+
+    def _theirs(self, row: Row) -> Iterator[Tensor] | list[Tensor]:
+        if row.expert is None:
+            return row.transform.to_theirs(self.reader.read(row.key))
+        return row.transform.to_theirs(self.reader.read(row.key, row.expert, row.expert + 1)[0])
+
+
+# ---- the rest of the folder ----
+
+
+def _tokenizer_folder(
+    run: Path, saved: dict[str, Any], given: Path | str | None
+) -> tuple[Path | None, list[str]]:
+    """The folder of the run's tokenizer, or none and why."""
+    recorded = saved["tokenizer"]["tokenizer_model"]
+    candidates = [Path(given)] if given else [run / "tokenizer", *([Path(recorded)] if recorded else [])]
+    for folder in candidates:
+        try:
+            describe_tokenizer(str(folder))
+            return folder, []
+        except TokenizerError as error:
+            problem = str(error)
+    if given:
+        raise ValueError(
+            f"--tokenizer {given} is none: {problem}\n"
+            f"  why: a tokenizer is a folder with tokenizer.json and tokenizer_config.json\n"
+            f"  try: such a folder, or leave it out"
+        )
+    return None, [f"the run has no tokenizer ({problem}): copy its files into the folder, or give --tokenizer"]
+
+
+def _write_rest(part: Path, run: Path, config: dict[str, Any], tokenizer: Path | None, *, is_native: bool) -> None:
+    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if not is_native:
+        remote.write_code(part, config)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, part)
+    generation = run / ORIGIN / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, part / "generation_config.json")
+    elif tokenizer is not None:
+        eos = describe_tokenizer(str(tokenizer)).eod
+        text = json.dumps({"_from_model_config": True, "eos_token_id": eos, "pad_token_id": eos}, indent=2)
+        (part / "generation_config.json").write_text(text + "\n")
