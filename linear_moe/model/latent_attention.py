@@ -51,7 +51,7 @@ class LatentAttention(MLASelfAttention):
         )
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """What the spec says. Megatron refuses norms without one of queries, which DeepSeek-V2-Lite does not compress."""
+        """What the spec says: Megatron wants a norm of queries as well, which DeepSeek-V2-Lite does not compress."""
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer
-from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.config import LatentMoEConfig, LinearMoEConfig, mixer_config
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.model.specs import moe_layers
 
@@ -50,7 +50,6 @@ def flops_per_token(config: LinearMoEConfig, vocab_rows: int) -> FlopsPerToken:
     """Count a model from its config."""
     moe = moe_layers(config)
     softmax_layers = config.layer_kinds.count(SOFTMAX)
-    heads_width = config.num_attention_heads * (config.kv_channels or 0)
     return FlopsPerToken(
         mixers=sum(
             _softmax_projections(config)
@@ -60,7 +59,10 @@ def flops_per_token(config: LinearMoEConfig, vocab_rows: int) -> FlopsPerToken:
         ),
         feed_forward=sum(_experts(config) if is_moe else _dense(config) for is_moe in moe),
         head=2 * config.hidden_size * vocab_rows,
-        per_pair=softmax_layers * 4 * heads_width,  # scores and weighted sum
+        per_pair=softmax_layers
+        * 2
+        * config.num_attention_heads
+        * sum(_head_widths(config)),  # scores, weighted sum
     )
 
 
@@ -79,11 +81,32 @@ def mixer_flops(kind: str, config: LinearMoEConfig, layer_of_kind: int) -> int:
     return total + 2 * heads * cfg.head_v_dim * hidden
 
 
+def _head_widths(config: LinearMoEConfig) -> tuple[int, int]:
+    """Width of a key and of a value of one head of softmax attention."""
+    if isinstance(config, LatentMoEConfig):
+        return config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+    assert config.kv_channels is not None
+    return config.kv_channels, config.kv_channels
+
+
 def _softmax_projections(config: LinearMoEConfig) -> int:
+    if isinstance(config, LatentMoEConfig):
+        return _latent_projections(config)
     assert config.kv_channels is not None and config.num_query_groups is not None
     q = config.num_attention_heads * config.kv_channels
     kv = 2 * config.num_query_groups * config.kv_channels
     return 2 * config.hidden_size * (q + kv) + 2 * q * config.hidden_size
+
+
+def _latent_projections(config: LatentMoEConfig) -> int:
+    """Down to what is compressed, and up to all heads, as training does it (decoding may absorb the latter)."""
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    k, v = _head_widths(config)
+    q_rank: int | None = config.q_lora_rank
+    queries = hidden * heads * k if q_rank is None else q_rank * (hidden + heads * k)
+    down = hidden * (rank + config.qk_pos_emb_head_dim)
+    up = rank * heads * (config.qk_head_dim + v)
+    return 2 * (queries + down + up + heads * v * hidden)
 
 
 def _feed_forward(config: LinearMoEConfig, width: int) -> int:

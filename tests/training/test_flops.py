@@ -21,6 +21,10 @@ from tests.training.tiny import ARGUMENTS, EXPERTS
 from tests.workers import with_model_parallel
 
 SHARED = ["--moe-shared-expert-intermediate-size", "48", "--moe-shared-expert-gate"]
+LATENT = [
+    *("--multi-latent-attention", "--qk-layernorm", "--no-rope-fusion", "--kv-lora-rank", "24"),
+    *("--qk-head-dim", "12", "--qk-pos-emb-head-dim", "8", "--v-head-dim", "16", "--rope-type", "rope"),
+]
 SHORT = ["--seq-length", "16", "--max-position-embeddings", "16"]
 CASES = {
     "gla": (["gla"], ["--gla-expand-k", "0.75"]),
@@ -34,6 +38,8 @@ CASES = {
     "softmax": (["softmax"], ["--num-query-groups", "2"]),
     "first value": (["rwkv7", "gla", "rwkv7"], []),
     "experts": (["gla", "softmax"], EXPERTS),
+    "latent attention": (["softmax", "gla"], LATENT),
+    "compressed queries": (["softmax"], [*LATENT, "--q-lora-rank", "20"]),
     "shared expert": (["gated_deltanet", "gla"], [*EXPERTS, *SHARED, "--moe-layer-freq", "[0,1]"]),
 }
 EVERY = CASES | {name: ([name], []) for name in lsm.names() if name not in CASES}
@@ -50,7 +56,8 @@ def measure(rank: int, world: int, kinds: list[str], extra: list[str]) -> dict[s
     from linear_moe.training.pretrain import prepare_arguments
 
     layers = ["--num-layers", str(len(kinds)), "--layer-kinds", ",".join(kinds)]
-    args = prepare_arguments([*ARGUMENTS, *SHORT, *layers, *extra])
+    usual = [word for word in ARGUMENTS if word != "--group-query-attention" or "--kv-lora-rank" not in extra]
+    args = prepare_arguments([*usual, *SHORT, *layers, *extra])
     with with_model_parallel():
         config = arguments.model_config(args)
         groups = ProcessGroupCollection.use_mpu_process_groups()
