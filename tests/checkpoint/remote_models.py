@@ -6,6 +6,7 @@ Letters: B prompts, T tokens, V vocabulary, D hidden, E experts, G key heads.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,59 +14,94 @@ import torch
 from torch import Tensor
 
 NEW_TOKENS = 16
+VOCAB = 128
 
 
-def write_folders(rank: int, world: int, root: Path, cases: dict[str, tuple[list[str], list[str]]]) -> None:
-    """A folder for each case, ``(layer kinds, flags)``, with what our model says in ``expected.pt``."""
+def of_mixers(kinds: list[str], *flags: str, moe: bool = False) -> list[str]:
+    """Command line of a tiny model with these layers."""
+    from tests.inference.models import argv
+
+    return argv(kinds, *flags, moe=moe)
+
+
+def of_family(family: str, size: str, kinds: list[str], *flags: str) -> list[str]:
+    """The same with a family's switches."""
+    from linear_moe.model.families import FAMILIES, megatron_arguments
+    from tests.training.tiny import ARGUMENTS
+
+    tiny = replace(FAMILIES[family].sizes[size], num_layers=len(kinds), hidden_size=64, vocab_size=128)
+    rest = ARGUMENTS[ARGUMENTS.index("--seq-length") :]
+    return [
+        *megatron_arguments(FAMILIES[family], tiny),
+        *rest,
+        *("--layer-kinds", ",".join(kinds), "--expert-tensor-parallel-size", "1", *flags),
+    ]
+
+
+def write_folders(rank: int, world: int, root: Path, cases: dict[str, list[str]]) -> None:
+    """A folder for each command line, with what our model says in ``expected.pt``."""
     from tests.workers import leave_model_parallel
 
-    for name, (kinds, flags) in cases.items():
+    for name, argv in cases.items():
         try:
-            write_folder(root / name, kinds, flags)
+            write_folder(root / name, argv)
         except Exception as error:
             error.add_note(f"in case {name}")
             raise
         leave_model_parallel()
 
 
-def write_folder(folder: Path, kinds: list[str], flags: list[str], new_tokens: int = NEW_TOKENS) -> Any:
+def write_folder(folder: Path, argv: list[str], new_tokens: int = NEW_TOKENS) -> Any:
     """The exported model and what ours says; returns ours."""
     from safetensors.torch import save_file
 
     from linear_moe.checkpoint import remote
-    from linear_moe.inference.generate import generate
+    from tests.inference.models import whole_forward
 
-    loaded = our_model(kinds, flags)
+    loaded = our_model(argv)
     folder.mkdir(parents=True)
-    config = remote.hf_config(loaded.config, vocab_size=128, dtype="float32")
+    config = remote.hf_config(loaded.config, vocab_size=VOCAB, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text("{}")
     remote.write_code(folder, config)
     state = exported(loaded.model, loaded.config.transformer)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    rows = [row.tolist() for row in torch.randint(0, 127, (3, 20), generator=torch.Generator().manual_seed(7))]
+    rows = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(7)).tolist()
     prompts = [rows[0], rows[1][:7], rows[2][:13]]
-    logits, tokens = [], []
-    for prompt in prompts:
-        tokens_1T = torch.tensor([prompt])
-        with torch.no_grad():
-            logits.append(loaded.model(tokens_1T, torch.arange(len(prompt))[None], None)[0])
-        tokens += generate(loaded, [prompt], max_new_tokens=new_tokens)
-    torch.save({"prompts": prompts, "logits": logits, "tokens": tokens, "keys": sorted(state)}, folder / "expected.pt")
+    logits = [whole_forward(loaded.model, [prompt])[0] for prompt in prompts]
+    tokens = []
+    for prompt in prompts:  # by the definition, without any memory
+        text = list(prompt)
+        for _ in range(new_tokens):
+            text.append(int(whole_forward(loaded.model, [text])[0, -1].argmax()))
+        tokens.append(text[len(prompt) :])
+    expected = {"prompts": prompts, "logits": logits, "tokens": tokens, "keys": sorted(state)}
+    torch.save(expected, folder / "expected.pt")
     return loaded
 
 
-def our_model(kinds: list[str], flags: list[str]) -> Any:
-    """As ``load_model`` gives it, float32, with random weights that make it decided."""
-    from tests.inference.models import random_model
+def our_model(argv: list[str]) -> Any:
+    """As ``load_model`` gives it, float32, with random weights far from their initial values."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
-    moe = "--num-experts" not in flags and "--dense" not in flags
-    flags = [flag for flag in flags if flag != "--dense"]
-    loaded = random_model(kinds, *flags, moe=moe, dtype=torch.float32)
-    if not loaded.config.share_embeddings_and_output_weights:
-        # Logits of padding rows: no token of the vocabulary.
-        loaded.model.output_layer.weight.data[127] = 0
-    return loaded
+    from linear_moe.inference.load import LoadedModel, join_single_process
+    from linear_moe.inference.rebuild import single_process_arguments
+    from linear_moe.model.builder import LinearMoEBuilder
+    from linear_moe.training import arguments
+
+    args = single_process_arguments(argv, padded_vocab_size=VOCAB, dtype=torch.float32)
+    args.perform_initialization = True
+    config = arguments.model_config(args)
+    join_single_process()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = LinearMoEBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer += 0.2 * torch.randn_like(buffer)
+    return LoadedModel(model.eval().requires_grad_(False), None, config, 0, VOCAB, None)
 
 
 def exported(model: Any, config: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from linear_moe import kernels, lsm
+from linear_moe import lsm
 
 PACKAGE = "linear_moe"
 MODEL = f"{PACKAGE}.checkpoint.remote.model"
@@ -46,7 +46,9 @@ def bundle(kinds: tuple[str, ...]) -> dict[str, str]:
     """Every file by its flat name, for a model with these mixers."""
     mixers = {lsm.get(kind).__module__ for kind in kinds}
     sources: dict[str, str] = {}
-    waiting = [*ENTRY, *sorted(mixers), f"{PACKAGE}.kernels.ops", f"{PACKAGE}.lsm.mom"]
+    kernels = _path(f"{PACKAGE}.kernels").read_text()
+    waiting = [*ENTRY, *sorted(mixers), f"{PACKAGE}.lsm.mom"]
+    waiting += [names.source for _, names in _imports(kernels, mixers)]
     while waiting:
         module = waiting.pop()
         if module not in sources and module not in MADE_UP:
@@ -55,7 +57,7 @@ def bundle(kinds: tuple[str, ...]) -> dict[str, str]:
             waiting += [names.source for _, names in _imports(source, mixers) if names.objects]
     files = {flat(module): _rewritten(module, source, mixers) for module, source in sources.items()}
     files["kernels_dispatch"] += NO_FUSED
-    files["kernels"] = _kernels_file()
+    files["kernels"] = _kernels_file(kernels)
     files["lsm"] = _lsm_file(mixers, tuple(sorted({*files, "kernels"})))
     return files
 
@@ -131,16 +133,19 @@ def _as(name: str, alias: str | None) -> str:
     return name if alias in (None, name) else f"{name} as {alias}"
 
 
-def _kernels_file() -> str:
-    names = [name for name in kernels.__all__ if name != "Segment"]
-    listed = "".join(f"        {name},\n" for name in names)
+def _kernels_file(source: str) -> str:
+    """Of the package's own list of kernels: the same from where it is installed, or from here."""
+    own = [
+        (flat(names.source), [alias.name for alias in names.objects]) for _, names in _imports(source, set())
+    ]
+    listed = sorted(name for _, found in own for name in found)
+    installed = "".join(f"        {name},\n" for name in listed)
+    here = "".join(f"    from .{module} import {', '.join(found)}\n" for module, found in own)
     return (
         f"{_header(f'{PACKAGE}/kernels/__init__.py')}"
         f'"""The kernels of an installed ``{PACKAGE}``, fused on a GPU; else chunked torch from this folder."""\n\n'
-        f"try:\n    from {PACKAGE}.kernels import (\n        Segment,\n{listed}    )\n"
-        f"except ImportError:\n    from .kernels_ops import (\n{listed}    )\n"
-        "    from .kernels_segment import Segment\n\n"
-        f"__all__ = {json.dumps(['Segment', *names])}\n"
+        f"try:\n    from {PACKAGE}.kernels import (\n{installed}    )\nexcept ImportError:\n{here}\n"
+        f"__all__ = {json.dumps(listed)}\n"
     )
 
 
