@@ -1,9 +1,13 @@
-"""Continue a prompt with the model of a run: python tools/generate.py --load runs/demo --prompt "import os" """
+"""Continue prompts with the model of a run: python tools/generate.py --load runs/demo --prompt "import os" """
 
 import argparse
+import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from linear_moe.inference.quiet import no_messages, no_output
 
@@ -15,75 +19,193 @@ def main() -> int:
     args = parse()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    is_first, is_guest = os.environ.get("RANK", "0") == "0", has_process_group()
     with no_messages():
         try:
+            texts = read_prompts(args)
             with no_output():
-                import torch.distributed as dist
-
-                from linear_moe.inference.generate import Generation
                 from linear_moe.inference.load import load_model
-                from linear_moe.inference.text import TextStream
 
                 loaded = load_model(args.load, step=args.step, tokenizer=args.tokenizer)
-            tokenizer = loaded.tokenizer
-            prompt = read_prompt(args.prompt, tokenizer)
-            generation = Generation(
-                loaded,
-                [prompt],
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                seed=args.seed,
-                eos=None if args.ignore_eos else tokenizer.eod,
-            )
+            session = Session(args, loaded, write if is_first else lambda text: None)
+            if args.chat and not texts:
+                session.converse(read_lines(is_first))
+            elif len(texts) == 1 and args.output is None:
+                session.stream(texts[0])
+            else:
+                session.batches(texts)
         except ValueError as error:
-            print(f"linear_moe: {error}", file=sys.stderr)
+            if is_first:
+                print(f"linear_moe: {error}", file=sys.stderr)
             return 2
-        stream = TextStream(tokenizer, prompt)
-        write(args.prompt)
-        times = [time.perf_counter()]
-        for (token,) in generation:
-            assert token is not None
-            write(stream.feed(token))
-            times.append(time.perf_counter())
-        write(stream.flush() + "\n")
-        print(summary(len(prompt), times, generation.memory_size()))
-        dist.destroy_process_group()
+        finally:
+            if has_process_group() and not is_guest:
+                sys.modules["torch.distributed"].destroy_process_group()
     return 0
 
 
+class Session:
+    """A loaded model that answers, and where its text goes."""
+
+    def __init__(self, args: argparse.Namespace, loaded: Any, write: Callable[[str], None]) -> None:
+        self.args, self.loaded, self.write, self.chat = args, loaded, write, None
+        if args.chat:
+            from linear_moe.inference.chat import ChatTemplate
+
+            self.chat = ChatTemplate(loaded.tokenizer, read_template(args.chat_template))
+        ends = self.chat.ends() if self.chat else [loaded.tokenizer.eod]
+        self.options = {
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "eos": None if args.ignore_eos else ends,
+        }
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of a prompt; of an empty one, the end of the document before it."""
+        if self.chat:
+            return self.chat.prompt(self.opening() + [{"role": "user", "content": text}])
+        tokenizer = self.loaded.tokenizer
+        try:
+            return (tokenizer.tokenize(text) if text else []) or [tokenizer.eod]
+        except ValueError:
+            raise ValueError(
+                f"the prompt {text!r} is not a row of numbers\n"
+                f"  why: the run has no tokenizer, so its tokens are numbers\n"
+                f"  try: --prompt '1 2 3'"
+            ) from None
+
+    def opening(self) -> list[dict[str, str]]:
+        """What stands before the first question."""
+        return [{"role": "system", "content": self.args.system}] if self.args.system else []
+
+    def stream(self, text: str) -> None:
+        """One prompt, its text as it comes."""
+        prompt = self.tokens(text)
+        generation = self.generation([prompt], self.args.seed)
+        self.write("" if self.chat else text)
+        self.answer(prompt, generation)
+
+    def converse(self, lines: Iterator[str]) -> None:
+        """Every line is a question; the conversation grows."""
+        assert self.chat is not None
+        messages = self.opening()
+        for turn, line in enumerate(lines):
+            messages.append({"role": "user", "content": line})
+            prompt = self.chat.prompt(messages)
+            answer = self.answer(prompt, self.generation([prompt], self.args.seed + turn))
+            messages.append({"role": "assistant", "content": answer})
+
+    def batches(self, texts: list[str]) -> None:
+        """Many prompts, side by side; every row draws by its own number."""
+        rows: list[dict[str, Any]] = []
+        for first in range(0, len(texts), self.args.batch_size):
+            part = texts[first : first + self.args.batch_size]
+            prompts = [self.tokens(text) for text in part]
+            outputs: list[list[int]] = [[] for _ in prompts]
+            for step in self.generation(prompts, self.args.seed + first):
+                for output, token in zip(outputs, step, strict=True):
+                    output += [] if token is None else [token]
+            rows += [
+                {"prompt": text, "text": self.loaded.tokenizer.detokenize(tokens), "tokens": tokens}
+                for text, tokens in zip(part, outputs, strict=True)
+            ]
+        if self.args.output is not None:
+            if os.environ.get("RANK", "0") == "0":
+                Path(self.args.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return
+        for number, row in enumerate(rows, start=1):
+            self.write(f"--- {number}\n{'' if self.chat else row['prompt']}{row['text']}\n")
+
+    def generation(self, prompts: list[list[int]], seed: int) -> Any:
+        """The continuation of prompts."""
+        from linear_moe.inference.generate import Generation
+
+        return Generation(self.loaded, prompts, seed=seed, **self.options)
+
+    def answer(self, prompt: list[int], generation: Any) -> str:
+        """The text of one continuation, written as it comes."""
+        from linear_moe.inference.text import TextStream
+
+        stream, times, pieces = TextStream(self.loaded.tokenizer, prompt), [time.perf_counter()], []
+        for (token,) in generation:
+            pieces.append(stream.feed(token))
+            self.write(pieces[-1])
+            times.append(time.perf_counter())
+        pieces.append(stream.flush())
+        self.write(pieces[-1] + "\n")
+        self.write(summary(len(prompt), times, generation.memory_size()) + "\n")
+        return "".join(pieces)
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Continue a prompt with the model of a run.")
-    parser.add_argument(
-        "--load", required=True, metavar="RUN", help="run folder, with config.json and checkpoint/"
-    )
-    parser.add_argument("--prompt", default="", help="text; numbers for a run without a tokenizer")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="draw from the so many most probable; 0: no limit"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the fewest that hold this probability"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; the last one unless given")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="where the tokenizer is now, if it has moved")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of a document")
+    parser = argparse.ArgumentParser(description="Continue prompts with the model of a run.")
+    add = parser.add_argument
+    folder = "run folder, with config.json and checkpoint/; its checkpoint/, or one iteration in that"
+    add("--load", required=True, metavar="DIR", help=folder)
+    add("--prompt", action="append", help="text, may be repeated; numbers for a run without a tokenizer")
+    add("--prompts", metavar="FILE", help="a prompt per line; of .jsonl, a string or the field prompt")
+    add("--batch-size", type=int, default=16, help="prompts read side by side, of any lengths")
+    add("--output", metavar="FILE", help="JSON lines instead of text: prompt, text, tokens")
+    chat = "the prompt is a question, in the tokenizer's chat template; without one, ask line by line"
+    add("--chat", action="store_true", help=chat)
+    add("--chat-template", metavar="FILE", help="Jinja template instead of the tokenizer's, or plain")
+    add("--system", help="message before the first question")
+    add("--max-new-tokens", type=int, default=128, help="at most so many tokens")
+    add("--temperature", type=float, default=0.0, help="0: always the most probable token")
+    add("--top-k", type=int, default=0, help="draw from the so many most probable; 0: no limit")
+    add("--top-p", type=float, default=1.0, help="draw from the fewest that hold this probability")
+    add("--seed", type=int, default=0, help="of the first prompt's draws; the next prompt gets the next number")
+    add("--step", type=int, help="step of the checkpoint; the last one unless given")
+    add("--tokenizer", metavar="FOLDER", help="where the tokenizer is now, if it has moved")
+    add("--ignore-eos", action="store_true", help="go on after the end of a document or a turn")
     return parser.parse_args()
 
 
-def read_prompt(text: str, tokenizer) -> list[int]:
-    """Tokens of the prompt; of an empty one, the end of the document before it."""
-    try:
-        return (tokenizer.tokenize(text) if text else []) or [tokenizer.eod]
-    except ValueError:
-        raise ValueError(
-            f"the prompt {text!r} is not a row of numbers\n"
-            f"  why: the run has no tokenizer, so its tokens are numbers\n"
-            f"  try: --prompt '1 2 3'"
-        ) from None
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts; none only for a conversation."""
+    texts = list(args.prompt or [])
+    if args.prompts is not None:
+        try:
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+            if args.prompts.endswith(".jsonl"):
+                rows = [json.loads(line) for line in lines if line.strip()]
+                lines = [row if isinstance(row, str) else row["prompt"] for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--prompts {args.prompts} cannot be read: {type(error).__name__}: {error}\n"
+                f"  why: it holds one prompt per line, in a .jsonl file as a string or in the field prompt\n"
+                f"  try: a text file in UTF-8"
+            ) from None
+        texts += lines
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}\n  why: it counts prompts\n  try: --batch-size 16")
+    return texts or ([] if args.chat else [""])
+
+
+def read_template(name: str | None) -> str | None:
+    """A chat template from a file."""
+    if name is None:
+        return None
+    from linear_moe.data.instructions.template import read_template as read
+
+    return read(name)
+
+
+def read_lines(is_first: bool) -> Iterator[str]:
+    """Lines of standard input until its end, the same on every rank."""
+    import torch.distributed as dist
+
+    while True:
+        if is_first and sys.stdin.isatty():
+            write("> ")
+        found = [sys.stdin.readline() if is_first else ""]
+        dist.broadcast_object_list(found, src=0)
+        if not found[0]:
+            return
+        if found[0].strip():
+            yield found[0].strip()
 
 
 def write(text: str) -> None:
@@ -91,7 +213,7 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def summary(prompt_tokens: int, times: list[float], held) -> str:
+def summary(prompt_tokens: int, times: list[float], held: Any) -> str:
     """Tokens, their speed (without reading the prompt) and the memory of the sequence."""
     count = len(times) - 1
     speed = f"{(count - 1) / (times[-1] - times[1]):.1f} tokens/s" if count > 1 else "too few to time"
@@ -99,6 +221,11 @@ def summary(prompt_tokens: int, times: list[float], held) -> str:
         f"[{prompt_tokens} + {count} tokens, {speed}; "
         f"recurrent state {held.recurrent} bytes, KV cache {held.kv_cache} bytes]"
     )
+
+
+def has_process_group() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ The weights are compared with those that the training ranks held when they saved
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -221,25 +219,3 @@ def test_processes_share_a_model_by_tensor_parallelism(gloo, tmp_path):
     assert gloo(2, ragged_continuation, run) == [alone, alone]
     assert len({token for row in alone[1] for token in row}) > 8
     refused(gloo, run, "3 processes cannot share 4 attention heads", world=3)
-
-
-def test_the_tool(gloo, tmp_path):
-    """Through the command line, with text: a byte-level BPE on a tiny run."""
-    from linear_moe.data.tokenizer import train_tokenizer
-
-    folder, run = tmp_path / "tokenizer", tmp_path / "run"
-    train_tokenizer(["import os\n" * 9], 270, str(folder))
-    tokens = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
-    tokens += ["--padded-vocab-size", "384", "--vocab-size", "270"]
-    gloo(1, train, saving(run, *tokens))
-    tool = [sys.executable, "tools/generate.py", "--load", str(run), "--prompt", "import \u00e9"]
-    draw = ["--temperature", "1", "--seed", "5", "--max-new-tokens", "12", "--ignore-eos"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*tool, *draw], cwd=root, capture_output=True, env={"PYTHONPATH": str(root), "PATH": ""}, timeout=100
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stderr == b""
-    *text, last = done.stdout.decode().splitlines()
-    assert "\n".join(text).startswith("import \u00e9")
-    assert "+ 12 tokens" in last and "recurrent state" in last and "KV cache" in last

@@ -1,0 +1,149 @@
+"""The command line of tools/generate.py on a tiny run with a byte-level tokenizer: text, batches, chats, processes."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from tests.inference.models import argv
+from tests.training.tiny import train
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + '<|padding|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, _pool):
+    """A run with text, whose tokenizer has a chat template: a turn ends with a token of its own."""
+    from linear_moe.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tool")
+    train_tokenizer(["import os\n" * 9, "user: assistant:"], 270, str(folder / "tokenizer"))
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    tokens = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "tokenizer")]
+    tokens += ["--padded-vocab-size", "384", "--vocab-size", "270"]
+    save = ["--run-dir", str(folder / "run"), "--save", str(folder / "run" / "checkpoint")]
+    fast = ["--train-iters", "1", "--lr-warmup-iters", "0", "--init-method-std", "0.3"]
+    _pool.run(1, train, argv(["gated_deltanet", "mamba2", "softmax"], *save, *fast, *tokens))
+    return folder / "run"
+
+
+def command(rank, world, run, options, typed=""):
+    """What the tool prints, and its exit code, in a worker: no second import of Megatron."""
+    spec = importlib.util.spec_from_file_location("generate_tool", ROOT / "tools" / "generate.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    out, err = io.StringIO(), io.StringIO()
+    words = ["generate.py", "--load", str(run), "--max-new-tokens", "12", *options]
+    with (
+        patch.object(sys, "argv", words),
+        patch.object(sys, "stdin", io.StringIO(typed)),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = tool.main()
+    return code, out.getvalue(), err.getvalue()
+
+
+def rows_of(gloo, world, run, file, *options):
+    codes = [found[0] for found in gloo(world, command, run, [*options, "--output", str(file)])]
+    assert codes == [0] * world
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_as_a_process_of_its_own(run):
+    tool = [sys.executable, "tools/generate.py", "--load", str(run), "--prompt", "import \u00e9"]
+    draw = ["--temperature", "1", "--seed", "5", "--max-new-tokens", "12", "--ignore-eos"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run([*tool, *draw], cwd=ROOT, capture_output=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    *text, last = done.stdout.decode().splitlines()
+    assert "\n".join(text).startswith("import \u00e9")
+    assert "+ 12 tokens" in last and "recurrent state" in last and "KV cache" in last
+
+
+def test_prompts_from_a_file_in_batches_and_processes(gloo, run, tmp_path):
+    prompts = ["import", "import os\nimport", "o", "os import os import"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    draw = ["--prompts", str(tmp_path / "prompts.jsonl"), "--temperature", "1", "--seed", "3", "--ignore-eos"]
+    rows = rows_of(gloo, 1, run, tmp_path / "a", *draw)
+    assert [row["prompt"] for row in rows] == prompts
+    assert all(len(row["tokens"]) == 12 for row in rows)
+    assert rows_of(gloo, 1, run, tmp_path / "b", *draw, "--batch-size", "3") == rows
+    third = ["--prompt", prompts[2], "--temperature", "1", "--seed", "5", "--ignore-eos"]
+    assert rows_of(gloo, 1, run, tmp_path / "c", *third) == rows[2:3]
+    assert rows_of(gloo, 2, run, tmp_path / "d", *draw) == rows
+    code, text, _ = gloo(1, command, run, draw)[0]
+    assert code == 0 and text.startswith(f"--- 1\nimport{rows[0]['text']}\n--- 2\n")
+
+
+def test_chat(gloo, run):
+    once, typed = gloo(1, chat, run)[0]
+    code, text, _ = once
+    assert code == 0 and not text.startswith("What")
+    code, lines, _ = typed
+    assert code == 0
+    assert lines.count("recurrent state") == 2
+    assert lines.startswith(text), "the first turn of a conversation is the answer to its question alone"
+    assert gloo(2, chat, run) == [(once, typed), ((0, "", ""), (0, "", ""))], "other ranks are silent"
+
+
+def chat(rank, world, run):
+    once = command(rank, world, run, ["--chat", "--prompt", "What is os?"])
+    typed = command(rank, world, run, ["--chat"], "What is os?\n\nWhy?\n")
+    return tuple((code, without_measures(text), err) for code, text, err in (once, typed))
+
+
+def without_measures(text):
+    return re.sub(r"[0-9.]+ (tokens/s|bytes)", "", text)
+
+
+def test_ends_and_prompts_of_a_chat(run):
+    from transformers import AutoTokenizer
+
+    from linear_moe.inference.chat import ChatTemplate
+
+    inner = AutoTokenizer.from_pretrained(str(run.parent / "tokenizer"))
+
+    class Outer:
+        eod = inner.eos_token_id
+        _tokenizer = type("Inner", (), {"tokenizer": inner})
+
+    chat = ChatTemplate(Outer())
+    assert chat.ends() == sorted([inner.eos_token_id, inner.convert_tokens_to_ids("<|padding|>")])
+    messages = [{"role": "user", "content": "os"}]
+    assert inner.decode(chat.prompt(messages)) == "user:os<|padding|>\nassistant:"
+    inner.chat_template = None
+    with pytest.raises(ValueError, match="no chat template\n  why: .*\n  try: --chat-template"):
+        ChatTemplate(Outer())
+    plain = ChatTemplate(Outer(), "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert plain.ends() == [inner.eos_token_id]
+    with pytest.raises(ValueError, match="refuses"):
+        ChatTemplate(Outer(), "{{ raise_exception('no system') }}").prompt(messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--step", "9"], "no checkpoint of step 9"),
+    ],
+)
+def test_errors_are_three_lines(gloo, run, options, text):
+    code, out, err = gloo(1, command, run, options)[0]
+    assert code == 2 and out == "" and text in err
+    assert len(err.strip().splitlines()) == 3 and "\n  why: " in err and "\n  try: " in err
