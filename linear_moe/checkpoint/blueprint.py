@@ -156,7 +156,8 @@ def _rope_scaling(args: Namespace, transformer: Any) -> Llama3Rope | YarnRope | 
     if args.multi_latent_attention:
         if args.rope_type != "yarn":
             return None
-        names = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        values = {name: getattr(transformer, name) for name in names}
-        return YarnRope(factor=transformer.rotary_scaling_factor, **values)
+        factor, scale, scale_all = (
+            getattr(transformer, name) for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim")
+        )
+        return YarnRope(factor=factor, mscale=scale, mscale_all_dim=scale_all)
     return Llama3Rope(factor=args.rope_scaling_factor) if args.use_rope_scaling else None

@@ -82,6 +82,10 @@ SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 """Fields that may have these values only; the first is what export writes. An absent one is the first."""
 
+LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+"""What all models of a family have, and Megatron has no flags for."""
+
 _ALSO_SWITCHES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 
 
@@ -224,20 +228,22 @@ def _rope(kind: str, config: Mapping[str, Any]) -> tuple[int, Llama3Rope | YarnR
     base, rope_type = given.get("rope_theta", 10_000.0), given.get("rope_type", given.get("type"))
     if rope_type == "default" and base == int(base) and given.get("partial_rotary_factor", 1) == 1:
         return int(base), None
-    if rope_type == "llama3" and kind == "llama":
-        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        if all(given.get(name) == value for name, value in fixed.items()):
-            return int(base), Llama3Rope(factor=float(given["factor"]))
-    if rope_type == "yarn" and kind == "deepseek_v2":
-        names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale")
-        values = {name: given[name] for name in (*names, "mscale_all_dim") if name in given}
-        return int(base), YarnRope(**values)
+    if rope_type == "llama3" and kind == "llama" and _holds(given, LLAMA3_FIXED):
+        return int(base), Llama3Rope(factor=float(given["factor"]))
+    if rope_type == "yarn" and kind == "deepseek_v2" and _holds(given, YARN_FIXED):
+        names = ("factor", "mscale", "mscale_all_dim")
+        if all(given.get(name) for name in names) and "attention_factor" not in given:
+            return int(base), YarnRope(**{name: float(given[name]) for name in names})
     raise ValueError(
         f"config.json has rotary positions of type {rope_type}: {given}\n"
-        f"  why: here they are plain, or stretched as Llama 3 does (llama: factors 1 and 4, 8192 tokens) or by YaRN "
-        f"(deepseek_v2)\n"
+        f"  why: here they are plain, or stretched as Llama 3 does (llama, {LLAMA3_FIXED}) or by YaRN (deepseek_v2, "
+        f"{YARN_FIXED}, with mscale and mscale_all_dim)\n"
         f"  try: remove the stretching, if sequences stay below the original length"
     )
+
+
+def _holds(given: Mapping[str, Any], fixed: Mapping[str, float]) -> bool:
+    return all(given.get(name, value) == value for name, value in fixed.items())
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -303,10 +309,9 @@ def native_config(kind: str, family: Family, size: ModelSize, *, dtype: str) -> 
 def _rope_parameters(size: ModelSize) -> dict[str, Any]:
     base, scaling = {"rope_theta": float(size.rotary_base)}, size.rope_scaling
     if isinstance(scaling, Llama3Rope):
-        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        return base | {"rope_type": "llama3", "factor": scaling.factor} | fixed
+        return base | {"rope_type": "llama3", "factor": scaling.factor} | LLAMA3_FIXED
     if isinstance(scaling, YarnRope):
-        return base | {"rope_type": "yarn"} | vars(scaling)
+        return base | {"rope_type": "yarn"} | vars(scaling) | YARN_FIXED
     return base | {"rope_type": "default"}
 
 
