@@ -11,8 +11,9 @@
 set -eu
 
 # --- model -----------------------------------------------------------------------------------------------------------
-: "${MODEL_SIZE:=A0.3B}"           # A0.3B | A1B | tiny | demo
-: "${LA_MODULE:=gated_deltanet}"   # mixer of the L layers: linear_attention | gla | gated_deltanet
+: "${MODEL_SIZE:=A0.3B}"           # dense: 0.5B | 1.5B | 7B | 72B; experts: A0.3B | A1B | A14B | tiny | demo
+: "${MOE:=}"                       # true: experts in a dense size; false: no experts; empty: as the size is
+: "${LA_MODULE:=gated_deltanet}"   # mixer of the L layers; python -m linear_moe.lsm lists them
 : "${MIXER_MODULES:=}"             # your modules that register more mixers (docs/new_mixer.md)
 : "${LAYER_TYPE_LIST:=}"           # one symbol per layer: L linear, N softmax; LLLN repeats; empty: L everywhere
 : "${HYBRID_OVERRIDE_PATTERN:=}"   # the other spelling: M mamba2, * softmax
@@ -76,7 +77,8 @@ set -eu
 : "${PRETRAIN_CHECKPOINT_PATH:=none}" # weights to start from, saved under any layout
 : "${EXTRA_ARGS:=}"                # anything else, passed to Megatron as it is
 
-export MODEL_SIZE LA_MODULE MIXER_MODULES LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN BASE_MODEL EXTRA_VOCAB_SIZE MOE_AUX_LOSS_COEFF
+export MODEL_SIZE MOE LA_MODULE MIXER_MODULES LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN BASE_MODEL EXTRA_VOCAB_SIZE
+export MOE_AUX_LOSS_COEFF
 export DATASET_PATH TOKENIZER VOCAB_SIZE SEQ_LEN PACK BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR PR SEED
 export TRAIN_TOKENS TRAIN_ITERS WARMUP_TOKENS WARMUP_ITERS SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL VERBOSE
 export TP PP VPP CP EP ETP SP DO AC TE USE_GEMM TOKEN_DROPPING TRAIN_CAPACITY_FACTOR

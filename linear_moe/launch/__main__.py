@@ -19,6 +19,7 @@ from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.relay import is_our_line, last_lines, run_logged
+from linear_moe.model.families import FAMILIES
 
 _MISTAKE = 2
 
@@ -31,7 +32,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         epilog=_variables_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--family", required=True, help="family of the model: qwen2")
+    parser.add_argument("--family", required=True, help=f"family of the model: {', '.join(FAMILIES)}")
     family = parser.parse_args(arguments).family
     try:
         plan = plan_run(read_environment(with_cluster(environment), family), cuda_device_count())

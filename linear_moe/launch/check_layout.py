@@ -6,28 +6,49 @@ from linear_moe.model.pattern import pattern_of
 
 
 def check_heads(plan: RunPlan) -> None:
-    """TP divides heads, key/value groups and feed-forward widths."""
+    """TP divides heads, key/value groups, feed-forward widths and, with latent attention, the compressed widths."""
     size, tp = plan.size, plan.settings.tp
     legal = [n for n in range(1, size.num_attention_heads + 1) if _tp_fits(plan, n)]
     if tp not in legal:
-        width = size.moe_ffn_hidden_size if size.is_moe else size.ffn_hidden_size
+        widths = [_expert_width(plan)] if size.is_moe else []
+        groups = f"to fit {size.num_query_groups} key/value groups"
+        if size.has_latent_attention:
+            groups = f"the compressed widths {_words(_compressed_widths(plan))}"
         raise PreflightError(
             f"tensor parallel {tp} does not fit {plan.family.name} {plan.size_name}.",
-            f"TP has to divide {size.num_attention_heads} heads and the feed-forward width {width}, "
-            f"and to fit {size.num_query_groups} key/value groups.",
+            f"TP has to divide {size.num_attention_heads} heads and the feed-forward width "
+            f"{_words([*widths, *_dense_widths(plan)])}, and {groups}.",
             f"TP={_nearest(tp, legal)} (legal: {_words(legal)})",
         )
 
 
 def _tp_fits(plan: RunPlan, tp: int) -> bool:
     size = plan.size
-    groups_fit = size.num_query_groups % tp == 0 or tp % size.num_query_groups == 0
-    width = size.moe_ffn_hidden_size if size.is_moe else size.ffn_hidden_size
-    assert width is not None
-    expert_tp = plan.settings.etp or tp
-    return (
-        size.num_attention_heads % tp == 0 and groups_fit and width % (expert_tp if size.is_moe else tp) == 0
-    )
+    divided = [size.num_attention_heads, *_compressed_widths(plan), *_dense_widths(plan)]
+    if any(width % tp for width in divided) or (
+        size.is_moe and _expert_width(plan) % (plan.settings.etp or tp)
+    ):
+        return False
+    return size.num_query_groups % tp == 0 or tp % size.num_query_groups == 0
+
+
+def _expert_width(plan: RunPlan) -> int:
+    return plan.size.moe_ffn_hidden_size or plan.size.ffn_hidden_size
+
+
+def _dense_widths(plan: RunPlan) -> list[int]:
+    """Feed-forward widths that every token passes: of dense layers, and of the shared expert."""
+    shared = plan.size.moe_shared_expert_intermediate_size if plan.size.is_moe else None
+    dense = [] if all(plan.size.moe_layers()) else [plan.size.ffn_hidden_size]
+    return dense + ([shared] if shared else [])
+
+
+def _compressed_widths(plan: RunPlan) -> list[int]:
+    size = plan.size
+    if not size.has_latent_attention:
+        return []
+    assert size.kv_lora_rank is not None and size.qk_pos_emb_head_dim is not None
+    return [*([size.q_lora_rank] if size.q_lora_rank else []), size.kv_lora_rank + size.qk_pos_emb_head_dim]
 
 
 def check_pipeline(plan: RunPlan) -> None:

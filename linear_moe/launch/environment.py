@@ -31,6 +31,8 @@ class RunSettings:
     """Family of the model. Each script sets its own."""
     model_size: str | None = None
     """Named size of the family. Not set: the family's default size."""
+    moe: bool | None = None
+    """Experts: true gives a dense size 8 of them, top-2; false leaves them out. Not set: as the size is."""
     la_module: str = "gated_deltanet"
     """Mixer of the `L` layers, or several, "gla,gated_deltanet", chosen by the digits 1, 2, ... of LAYER_TYPE_LIST."""
     mixer_modules: str | None = None

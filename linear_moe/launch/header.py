@@ -45,9 +45,10 @@ def notes(plan: RunPlan) -> list[str]:
 
 def _model(plan: RunPlan) -> str:
     counts = " + ".join(f"{plan.kinds.count(kind)} {kind}" for kind in dict.fromkeys(plan.kinds))
-    experts = (
-        f"{plan.size.num_experts} experts top-{plan.size.moe_router_topk}" if plan.size.is_moe else "dense"
-    )
+    experts = "dense"
+    if plan.size.is_moe:
+        experts = f"{plan.size.num_experts} experts top-{plan.size.moe_router_topk}"
+        experts += f" after {plan.size.first_dense_layers} dense" if plan.size.first_dense_layers else ""
     pattern = pattern_of(plan.kinds)
     times = len(plan.kinds) // len(pattern)
     shown = f"{pattern} x {times}" if times > 1 else pattern

@@ -121,7 +121,9 @@ class RunPlan:
         if self.settings.run_name:
             return self.settings.run_name
         mixers = "+".join(kind for kind in dict.fromkeys(self.kinds) if kind != "softmax") or "softmax"
-        return f"{self.family.name}-{self.size_name}-{mixers}-{pattern_of(self.kinds)}"
+        changed = self.family.sizes[self.size_name].is_moe != self.size.is_moe
+        size = self.size_name + (("-moe" if self.size.is_moe else "-dense") if changed else "")
+        return f"{self.family.name}-{size}-{mixers}-{pattern_of(self.kinds)}"
 
     def tokens_text(self) -> str:
         """Tokens of the whole run, for people: `15.0B`."""
@@ -143,13 +145,14 @@ def plan_run(settings: RunSettings, cuda_devices: int) -> RunPlan:
         )
     family = FAMILIES[settings.base_model]
     size_name = settings.model_size or family.default_size
+    size_name = family.old_sizes.get(size_name, size_name)
     if size_name not in family.sizes:
         raise PreflightError(
             f"unknown MODEL_SIZE={size_name} of {family.name}.",
             f"the sizes are {', '.join(family.sizes)}.",
             f"MODEL_SIZE={_nearest(size_name, family)}",
         )
-    size, extra_args = _apply_extra_args(family.sizes[size_name], settings.extra_args)
+    size, extra_args = _apply_extra_args(family.sizes[size_name].with_moe(settings.moe), settings.extra_args)
     try:
         kinds = layer_kinds(
             settings.layer_type_list,

@@ -1,10 +1,21 @@
 """Plans and error messages from a few variables, without touching the real environment."""
 
+from pathlib import Path
+
 from linear_moe.launch.cluster import with_cluster
 from linear_moe.launch.environment import read_environment
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = {
+    "qwen2": EXAMPLES / "linear_moe_qwen2" / "run_pretrain_qwen.sh",
+    "deepseek_v2": EXAMPLES / "linear_moe_deepseek_v2" / "run_pretrain_deepseek.sh",
+    "mixtral": EXAMPLES / "linear_moe_mixtral" / "run_pretrain_mistral.sh",
+    "llama3": EXAMPLES / "linear_llama3" / "run_pretrain_mcore_llama.sh",
+}
+"""The run script of every family."""
 
 SMALL = {
     "MODEL_SIZE": "tiny",
@@ -14,15 +25,15 @@ SMALL = {
 }
 
 
-def make_plan(cuda: int = 0, **variables: str) -> RunPlan:
+def make_plan(cuda: int = 0, *, family: str = "qwen2", **variables: str) -> RunPlan:
     """The plan of a tiny run with these variables, on a machine with `cuda` devices; not checked."""
-    return plan_run(read_environment(with_cluster({**SMALL, **variables}), "qwen2"), cuda)
+    return plan_run(read_environment(with_cluster({**SMALL, **variables}), family), cuda)
 
 
-def message(cuda: int = 0, **variables: str) -> str:
+def message(cuda: int = 0, *, family: str = "qwen2", **variables: str) -> str:
     """The error of a run with these variables; empty when there is none."""
     try:
-        preflight(make_plan(cuda, **variables))
+        preflight(make_plan(cuda, family=family, **variables))
     except PreflightError as error:
         return str(error)
     return ""

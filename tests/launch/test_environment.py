@@ -1,15 +1,14 @@
 """Variables to settings: defaults, types, and numbers derived from them; the script and the table say the same."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from linear_moe.launch.cluster import first_node, retired_variables, with_cluster
 from linear_moe.launch.environment import RunSettings, read_environment, variables
 from linear_moe.launch.errors import PreflightError
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "linear_moe_qwen2" / "run_pretrain_qwen.sh"
+from linear_moe.model.families import FAMILIES
+from tests.launch.plans import SCRIPTS
 
 
 def settings(**values: str) -> RunSettings:
@@ -78,17 +77,24 @@ def test_steps_from_tokens(given: dict[str, str], iterations: int, warmup: int):
     assert (s.iterations, s.warmup_iterations) == (iterations, warmup)
 
 
-def test_the_script_has_every_variable_with_the_same_default():
-    text = SCRIPT.read_text()
+@pytest.mark.parametrize("family", SCRIPTS)
+def test_every_script_has_every_variable_with_the_same_default(family: str):
+    text = SCRIPTS[family].read_text()
     in_script = dict(re.findall(r'^: "\$\{(\w+):=(.*?)\}"', text, re.MULTILINE))
     in_script.pop("PYTHON")
     exported = {
         name for line in re.findall(r"^export ([A-Z_0-9 ]+)$", text, re.MULTILINE) for name in line.split()
     }
     assert set(in_script) == set(variables()) == exported
-    read = settings(**in_script)
-    given = {"model_size": "A0.3B", "pretrain_checkpoint_path": "none"}  # spelt out for the reader
-    assert read == RunSettings(**given)
+    # spelt out for the reader
+    given = {"model_size": FAMILIES[family].default_size, "pretrain_checkpoint_path": "none"}
+    assert read_environment(in_script, family) == RunSettings(base_model=family, **given)
+    assert text.endswith(f'exec "$PYTHON" -m linear_moe.launch --family {family}\n')
+
+
+def test_scripts_differ_in_their_model_section_only():
+    tails = [path.read_text().partition("# --- data ---")[2].splitlines()[:-1] for path in SCRIPTS.values()]
+    assert all(tail == tails[0] for tail in tails)
 
 
 def test_retired_variables_say_what_replaces_them():

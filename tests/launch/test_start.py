@@ -13,6 +13,7 @@ import pytest
 
 from linear_moe.launch import __main__ as launcher
 from linear_moe.launch.relay import is_our_line, last_lines, run_logged
+from tests.launch.plans import SCRIPTS
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "linear_moe_qwen2" / "run_pretrain_qwen.sh"
@@ -34,7 +35,12 @@ def run_script(folder: Path, shell: str = "sh", **variables: str) -> subprocess.
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize(
-    "script", ["examples/linear_moe_qwen2/run_pretrain_qwen.sh", "scripts/setup.sh", "scripts/demo.sh"]
+    "script",
+    [
+        *(str(path.relative_to(REPOSITORY)) for path in SCRIPTS.values()),
+        "scripts/setup.sh",
+        "scripts/demo.sh",
+    ],
 )
 def test_scripts_parse(script: str, shell: str):
     subprocess.run([shell, "-n", str(REPOSITORY / script)], check=True)

@@ -41,10 +41,10 @@ def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int
     shared += moe.count(False) * 3 * hidden * size.ffn_hidden_size
     if not size.is_moe:
         return shared, shared
-    assert size.num_experts is not None and size.moe_ffn_hidden_size is not None
+    assert size.num_experts is not None
     wide = 3 * hidden * (size.moe_shared_expert_intermediate_size or 0)
     shared += moe.count(True) * (wide + hidden * size.num_experts)
-    experts = moe.count(True) * 3 * hidden * size.moe_ffn_hidden_size
+    experts = moe.count(True) * 3 * hidden * (size.moe_ffn_hidden_size or size.ffn_hidden_size)
     return shared + experts * size.num_experts, shared + experts * size.moe_router_topk
 
 

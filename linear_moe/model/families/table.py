@@ -128,12 +128,17 @@ class ModelSize:
         """Whether each layer has experts."""
         return tuple(self.is_moe and i >= self.first_dense_layers for i in range(self.num_layers))
 
-    def with_experts(self, num_experts: int, topk: int) -> "ModelSize":
-        """A dense size with each feed-forward block replaced by experts as wide as the block was; others stay."""
-        if self.is_moe:
+    def with_moe(self, moe: bool | None) -> "ModelSize":
+        """The size with experts, without, or (None) as it is.
+
+        A dense size gets eight experts in place of each feed-forward block, each as wide as the block, two of them for
+        each token: as Mixtral has them, and as the earlier system's scripts did.
+        """
+        if moe is None or moe == self.is_moe:
             return self
-        width = self.ffn_hidden_size
-        return replace(self, num_experts=num_experts, moe_router_topk=topk, moe_ffn_hidden_size=width)
+        if not moe:
+            return self.dense()
+        return replace(self, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=self.ffn_hidden_size)
 
     def dense(self) -> "ModelSize":
         """The size without experts: a dense feed-forward block of `ffn_hidden_size` in every layer."""
