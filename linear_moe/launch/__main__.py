@@ -9,12 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TextIO
 
 from linear_moe.launch.cluster import cuda_device_count, retired_variables, with_cluster
-from linear_moe.launch.environment import read_environment, variables
+from linear_moe.launch.environment import RunSettings, read_environment, variables
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.finetune import plan_finetune
 from linear_moe.launch.header import default_threads, header
+from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
@@ -28,15 +31,20 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     """Launch a run as the environment describes it; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m linear_moe.launch",
-        description="Start a pretraining run described by environment variables.",
+        description="Start a run described by environment variables.",
         epilog=_variables_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--family", required=True, help=f"family of the model: {', '.join(FAMILIES)}")
-    family = parser.parse_args(arguments).family
+    parser.add_argument("--finetune", action="store_true", help="learn the answers of JSONL conversations")
+    task = parser.parse_args(arguments)
     try:
-        plan = plan_run(read_environment(with_cluster(environment), family), cuda_device_count())
-        preflight(plan)
+        variables_given, devices = with_cluster(environment), cuda_device_count()
+        if task.finetune:
+            plan = plan_finetune(variables_given, task.family, devices, _announce)
+        else:
+            plan = plan_run(read_environment(variables_given, task.family), devices)
+            preflight(plan)
     except PreflightError as error:
         _write(sys.stderr, f"linear_moe: {error}")
         return _MISTAKE
@@ -53,6 +61,9 @@ def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
     node = f"-node{plan.settings.node_rank}" if plan.settings.nnodes > 1 else ""
     log = plan.run_dir / "log" / f"{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    if plan.instructions is not None and plan.tokenizer is not None:
+        assert plan.instructions.train is not None
+        keep_tokenizer(plan.run_dir, Path(plan.tokenizer.path), plan.instructions.train.report.template)
     log.write_text(f"{head}\n\n{shell_text(command)}\n\n")
     verbose = plan.settings.verbose
     _write(
@@ -79,12 +90,18 @@ def _child_environment(plan: RunPlan, environment: Mapping[str, str]) -> dict[st
 
 
 def _variables_help() -> str:
-    lines = ["variables:"]
-    for name, (f, doc) in variables().items():
-        shown = str(f.default).lower() if f.type is bool else f.default
-        default = "" if shown in (None, "") else f" [{shown}]"
-        lines.append(f"  {name:<25} {doc}{default}")
+    lines = []
+    for title, settings in (("variables:", RunSettings), ("only with --finetune:", FinetuneSettings)):
+        lines.append(title)
+        for name, (f, doc) in variables(settings).items():
+            shown = str(f.default).lower() if f.type is bool else f.default
+            default = "" if shown in (None, "") else f" [{shown}]"
+            lines.append(f"  {name:<25} {doc}{default}")
     return "\n".join(lines)
+
+
+def _announce(line: str) -> None:
+    _write(sys.stderr, f"linear_moe: {line}")
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -166,10 +166,10 @@ class RunSettings:
         return min(math.ceil(self.warmup_tokens / self.tokens_per_step), self.iterations - 1)
 
 
-def variables() -> dict[str, tuple[dataclasses.Field, str]]:
-    """Environment variable -> (its RunSettings field, its one-line description)."""
-    docs = _field_docs(RunSettings)
-    return {f.name.upper(): (f, docs[f.name]) for f in dataclasses.fields(RunSettings)}
+def variables(settings: type = RunSettings) -> dict[str, tuple[dataclasses.Field, str]]:
+    """Environment variable -> (its field of ``settings``, its one-line description)."""
+    docs = _field_docs(settings)
+    return {f.name.upper(): (f, docs[f.name]) for f in dataclasses.fields(settings)}
 
 
 def read_environment(environment: Mapping[str, str], family: str) -> RunSettings:
@@ -177,12 +177,7 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
 
     Raises PreflightError for a value of the wrong type, and for BASE_MODEL naming another family than the script's.
     """
-    values: dict[str, Any] = {"base_model": family}
-    for name, (f, doc) in variables().items():
-        text = environment.get(name, "").strip()
-        if text:
-            values[f.name] = _parse(name, text, f, doc)
-    settings = RunSettings(**values)
+    settings = RunSettings(**{"base_model": family} | given_values(environment, RunSettings))
     if settings.base_model != family:
         raise PreflightError(
             f"BASE_MODEL={settings.base_model}, but this script trains {family}.",
@@ -190,6 +185,16 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
             f"BASE_MODEL={family}",
         )
     return settings
+
+
+def given_values(environment: Mapping[str, str], settings: type) -> dict[str, Any]:
+    """Field of ``settings`` -> its value, of the variables that are set. PreflightError for one of the wrong type."""
+    values = {}
+    for name, (f, doc) in variables(settings).items():
+        text = environment.get(name, "").strip()
+        if text:
+            values[f.name] = _parse(name, text, f, doc)
+    return values
 
 
 _MAY_BE_ZERO = {

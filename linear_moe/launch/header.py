@@ -25,7 +25,8 @@ def header(plan: RunPlan) -> str:
 
 def notes(plan: RunPlan) -> list[str]:
     """What was decided for the person, and what it costs: one line each."""
-    s, found = plan.settings, []
+    s = plan.settings
+    found = [] if plan.instructions is None else plan.instructions.notes(s.seq_len)
     if plan.sequence_parallel and not s.sp:
         found.append("SP is on: Megatron trains experts under TP with sequence parallel only.")
     if s.sp and s.tp == 1:
@@ -85,8 +86,9 @@ def _batch(plan: RunPlan) -> str:
 
 def _schedule(plan: RunPlan) -> str:
     s = plan.settings
+    epochs = "" if plan.instructions is None else f" = {plan.instructions.epochs_text(s.iterations)}"
     return (
-        f"{s.iterations} steps = {plan.tokens_text()} tokens, {s.pr}, lr {s.lr:g} -> {s.min_lr:g} cosine, "
+        f"{s.iterations} steps{epochs} = {plan.tokens_text()} tokens, {s.pr}, lr {s.lr:g} -> {s.min_lr:g} cosine, "
         f"{s.warmup_iterations} warm-up step(s)"
     )
 
@@ -94,6 +96,8 @@ def _schedule(plan: RunPlan) -> str:
 def _data(plan: RunPlan) -> str:
     source = "mock" if plan.settings.dataset_path == MOCK_DATA else plan.settings.dataset_path
     tokenizer = plan.tokenizer.path if plan.tokenizer is not None else "null"
+    if plan.instructions is not None:
+        return f"{plan.instructions.text()}, tokenizer {tokenizer} ({plan.vocab_size} tokens)"
     packed = ", documents kept apart" if plan.settings.pack else ""
     return f"{source}, tokenizer {tokenizer} ({plan.vocab_size} tokens){packed}"
 

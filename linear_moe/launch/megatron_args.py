@@ -7,6 +7,7 @@ norm 1.0, cosine, initial std 0.008, no dropout, 1 % of the data held out. One l
 import shlex
 import sys
 
+from linear_moe.launch.instructions import instruction_arguments, kept_tokenizer
 from linear_moe.launch.plan import MOCK_DATA, RunPlan
 from linear_moe.launch.resume import pretrained_folder
 from linear_moe.model.families import megatron_arguments
@@ -74,7 +75,7 @@ def _layout(plan: RunPlan) -> list[str]:
     if s.do:
         # The form of the optimizer's checkpoint that any other layout can load.
         flags += ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
-    if s.cp > 1 or s.pack:
+    if s.cp > 1 or s.pack or plan.instructions is not None:
         # Otherwise each rank divides its loss by its own token count, which is wrong where counts differ.
         flags.append("--calculate-per-token-loss")
     return flags
@@ -93,7 +94,10 @@ def _batch_and_optimizer(plan: RunPlan) -> list[str]:
 
 def _data(plan: RunPlan) -> list[str]:
     s = plan.settings
-    if s.dataset_path == MOCK_DATA:
+    tokenizer = plan.tokenizer.path if plan.tokenizer is not None else None
+    if plan.instructions is not None:
+        flags, tokenizer = instruction_arguments(plan.instructions), str(kept_tokenizer(plan.run_dir))
+    elif s.dataset_path == MOCK_DATA:
         flags = ["--mock-data"]
     else:
         flags = [
@@ -103,13 +107,13 @@ def _data(plan: RunPlan) -> list[str]:
             str(plan.run_dir.parent / "data_cache"),
         ]
     flags += ["--split", "99,1,0", "--padded-vocab-size", str(plan.padded_vocab_size)]
-    if plan.tokenizer is not None:
-        flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", plan.tokenizer.path]
+    if tokenizer is not None:
+        flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     else:
         flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(plan.vocab_size)]
     # Every mixer knows its own causality; a [T, T] mask from the loader would only cost memory.
     flags.append("--no-create-attention-mask-in-dataloader")
-    if s.pack:
+    if s.pack or plan.instructions is not None:
         flags.append("--dataloader-inter-document-masking")
     if plan.on_cpu:
         flags += ["--num-workers", "0"]  # loader processes would take the cores that train

@@ -13,6 +13,7 @@ from typing import Any
 from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_tokenizer
 from linear_moe.launch.environment import SMALLEST_GLOBAL_BATCH, RunSettings
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.instructions import Instructions
 from linear_moe.model.families import FAMILIES, FRACTIONS, SIZE_FLAGS, Family, ModelSize, padded_vocab_size
 from linear_moe.model.pattern import layer_kinds, pattern_of
 
@@ -40,6 +41,8 @@ class RunPlan:
     """The tokenizer; None: TOKENIZER=null."""
     cuda_devices: int
     """CUDA devices of this node; 0: the run is on CPU."""
+    instructions: Instructions | None = None
+    """What a finetuning run learns; None: it pretrains."""
 
     @property
     def on_cpu(self) -> bool:
@@ -108,7 +111,9 @@ class RunPlan:
     @property
     def prefixes(self) -> list[str]:
         """Data prefixes, without blend weights; none for mock data."""
-        return [] if self.settings.dataset_path == MOCK_DATA else _split_blend(self.settings.dataset_path)[1]
+        if self.settings.dataset_path == MOCK_DATA or self.instructions is not None:
+            return []
+        return _split_blend(self.settings.dataset_path)[1]
 
     @property
     def run_dir(self) -> Path:
@@ -123,7 +128,8 @@ class RunPlan:
         mixers = "+".join(kind for kind in dict.fromkeys(self.kinds) if kind != "softmax") or "softmax"
         changed = self.family.sizes[self.size_name].is_moe != self.size.is_moe
         size = self.size_name + (("-moe" if self.size.is_moe else "-dense") if changed else "")
-        return f"{self.family.name}-{size}-{mixers}-{pattern_of(self.kinds)}"
+        name = f"{self.family.name}-{size}-{mixers}-{pattern_of(self.kinds)}"
+        return name if self.instructions is None else f"finetune-{name}"
 
     def tokens_text(self) -> str:
         """Tokens of the whole run, for people: `15.0B`."""

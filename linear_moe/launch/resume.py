@@ -53,7 +53,8 @@ def check_resume(plan: RunPlan) -> None:
     _same_architecture(plan, source.parent, f"{given} has another architecture")
 
 
-def _read_config(run_dir: Path) -> dict[str, Any]:
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """``config.json`` of a run folder; empty when it is none."""
     try:
         return json.loads((run_dir / "config.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -61,7 +62,7 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _same_optimizer(plan: RunPlan) -> None:
-    arguments = _read_config(plan.run_dir).get("arguments")
+    arguments = read_config(plan.run_dir).get("arguments")
     if arguments is None or ("--use-distributed-optimizer" in arguments) == plan.settings.do:
         return
     here, there = str(plan.settings.do).lower(), str(not plan.settings.do).lower()
@@ -73,9 +74,9 @@ def _same_optimizer(plan: RunPlan) -> None:
 
 
 def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
-    config = _read_config(run_dir)
+    config = read_config(run_dir)
     mixers = registered_mixers(plan.settings.mixer_modules)
-    saved = config.get("architecture", {}) | _mixer_options(config.get("arguments", []), mixers)
+    saved = config.get("architecture", {}) | mixer_options(config.get("arguments", []), mixers)
     if saved.get("norm_epsilon") is None:
         saved.pop("norm_epsilon", None)
     wanted = architecture(plan)
@@ -101,11 +102,11 @@ def architecture(plan: RunPlan) -> dict[str, Any]:
     sizes["multi_latent_attention"] = plan.size.has_latent_attention
     model = {"layer_kinds": list(plan.kinds), "padded_vocab_size": plan.padded_vocab_size}
     mixers = registered_mixers(plan.settings.mixer_modules)
-    return sizes | model | _mixer_options(list(plan.extra_args), mixers)
+    return sizes | model | mixer_options(list(plan.extra_args), mixers)
 
 
-def _mixer_options(arguments: list[str], mixers: tuple[str, ...]) -> dict[str, Any]:
-    # `--gla-gate-rank 32`, `--expand-v 2`: the flags of linear_moe.training.arguments that change a mixer.
+def mixer_options(arguments: list[str], mixers: tuple[str, ...]) -> dict[str, Any]:
+    """Flags of a command line that change a mixer: `--gla-gate-rank 32`, `--expand-v 2`."""
     prefixes = (*tuple(f"--{name.replace('_', '-')}-" for name in mixers), "--expand-", "--la-")
     words = [word for argument in arguments for word in argument.split("=", 1)]
     pairs = itertools.pairwise(words)

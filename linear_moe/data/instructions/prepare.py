@@ -51,6 +51,8 @@ class Report:
     """Of them, those that were cut and kept."""
     empty_answers: int
     """Samples dropped because an answer is empty."""
+    template: str | None = None
+    """Chat template that was used, if it is not the tokenizer's own."""
 
     def notes(self, seq_length: int) -> list[str]:
         """What a person should know, one line each; nothing when every sample is used whole."""
@@ -218,6 +220,7 @@ def _write(folder: Path, paths: list[str], chat: ChatTemplate, seq_length: int, 
         samples=len(tally.kept),
         tokens=len(tokens) - len(ends),
         learned_tokens=sum(int(sample.learned[1:].sum()) for sample in tally.kept),
+        template=chat.foreign,
         **tally.count,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)

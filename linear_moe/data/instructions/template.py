@@ -50,8 +50,9 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         own = tokenizer.chat_template
         own = own.get("default") if isinstance(own, dict) else own
-        self.has_own = template is not None or own is not None
-        self.source = template or own or PLAIN_TEMPLATE
+        self.foreign: str | None = template or (PLAIN_TEMPLATE if own is None else None)
+        self.knows_roles = template is not None or own is not None
+        self.source: str = self.foreign or str(own)
         self.eos: str = tokenizer.eos_token
         added = tokenizer.added_tokens_decoder.values()
         self.special = tuple(token.content for token in added if token.special)
@@ -62,7 +63,7 @@ class ChatTemplate:
         Raises:
             ValueError: there is no chat template, it refuses the messages, or it rewrites earlier turns.
         """
-        if sample.has_roles and not self.has_own:
+        if sample.has_roles and not self.knows_roles:
             raise ValueError(
                 f"{sample.where} has messages, but the tokenizer has no chat template\n"
                 f"  why: how turns are marked depends on the model, and a wrong guess is learned silently\n"
