@@ -156,7 +156,12 @@ def parse() -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0: always the most probable token")
     add("--top-k", type=int, default=0, help="draw from the so many most probable; 0: no limit")
     add("--top-p", type=float, default=1.0, help="draw from the fewest that hold this probability")
-    add("--seed", type=int, default=0, help="of the first prompt's draws; the next prompt gets the next number")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first prompt's draws; the next prompt gets the next number",
+    )
     add("--step", type=int, help="step of the checkpoint; the last one unless given")
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is now, if it has moved")
     add("--ignore-eos", action="store_true", help="go on after the end of a document or a turn")
@@ -180,7 +185,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             ) from None
         texts += lines
     if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}\n  why: it counts prompts\n  try: --batch-size 16")
+        raise ValueError(
+            f"--batch-size is {args.batch_size}\n  why: it counts prompts\n  try: --batch-size 16"
+        )
     return texts or ([] if args.chat else [""])
 
 

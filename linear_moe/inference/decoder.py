@@ -13,7 +13,7 @@ from linear_moe.training import cpu
 if cpu.needed():
     cpu.activate()  # before Megatron looks for a device
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,15 @@ from torch import Tensor
 
 from linear_moe.inference.experts import keep_tokens_here
 from linear_moe.lsm import MixerState
-from linear_moe.model.decoding import DecodingContext, Reading, map_state, state_tensors
+from linear_moe.model.decoding import DecodingContext, map_state, state_tensors
 from linear_moe.model.mixer_layer import MixerLayer
 
 PREFILL_CHUNK = 4096
 """Tokens of all prompts read at once: bounds the activations of long prompts, changes no result."""
 
-Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""What is wanted of a call: told its hidden states ``[M, D]`` and the output layer, ``[M, D]`` to ``[M, V]``."""
+Head = Callable[[Tensor, list[Tensor], Callable[[Tensor], Tensor]], Tensor]
+"""What is wanted of a call: told its hidden states ``[M, D]``, where in them each row's tokens are, and the output
+layer, ``[M, D]`` to ``[M, V]``."""
 
 
 @dataclass(frozen=True)
@@ -75,35 +76,40 @@ class Decoder:
         Rows may differ in length; each has one token at least. Logits are float32 or wider.
         """
         assert len(rows) == self.batch_size and all(len(row) for row in rows)
-        found: list[Tensor | None] = [None] * self.batch_size
-        for first, reading, call in self.calls(rows, chunk):
-            ends = [first + count == len(row) and count > 0 for row, count in zip(rows, reading.counts)]
-            wanted = reading.last_tokens()[torch.tensor(ends)].to(self.device)
-            if not any(ends):
-                call(lambda hidden, output: hidden[:0])
-                continue
-            logits = call(lambda hidden, output, wanted=wanted: output(hidden[wanted]))
-            for row, row_logits in zip([i for i, end in enumerate(ends) if end], logits, strict=True):
-                found[row] = row_logits
-        logits_BV = torch.stack([x for x in found if x is not None])
-        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-
-    def calls(
-        self, rows: Sequence[Sequence[int] | Tensor], chunk: int
-    ) -> Iterator[tuple[int, Reading, Callable[[Head], Tensor]]]:
-        """The calls that read ``rows``: how many tokens of the row came before, what is read, and the call itself."""
         tokens = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+        found: list[Tensor | None] = [None] * self.batch_size
         each = max(1, chunk // len(rows))
         for first in range(0, max(map(len, tokens)), each):
             parts = [row[first : first + each] for row in tokens]
-            reading = self.context.begin_reading([len(part) for part in parts])
-            joined_BT = torch.cat(parts)[None] if reading.is_packed else torch.stack(parts)
-            yield first, reading, lambda head, joined_BT=joined_BT: self._call(joined_BT, head)
+            ending = [i for i, row in enumerate(tokens) if first < len(row) <= first + each]
+            logits = self.call(parts, self._after_last(parts, ending))
+            for row, logits_V in zip(ending, logits, strict=True):
+                found[row] = logits_V
+        logits_BV = torch.stack([x for x in found if x is not None])
+        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+
+    def _after_last(self, parts: Sequence[Tensor], rows: Sequence[int]) -> Head:
+        """The logits after the last token of some rows; none need the output layer."""
+
+        def head(hidden_MD: Tensor, places: list[Tensor], output: Callable[[Tensor], Tensor]) -> Tensor:
+            if not rows:
+                return hidden_MD[:0]
+            return output(hidden_MD[torch.stack([places[row][-1] for row in rows]).to(hidden_MD.device)])
+
+        return head
 
     @torch.no_grad()
-    def _call(self, tokens_BT: Tensor, head: Head) -> Tensor:
-        context, reading = self.context, self.context.reading
-        assert reading is not None
+    def call(self, parts: Sequence[Tensor], head: Head, *, packed: bool | None = None) -> Tensor:
+        """Read these tokens of every row in one call; what ``head`` makes of them.
+
+        Args:
+            parts: int64 tokens of each row, on the host; some may be empty.
+            head: see :data:`Head`.
+            packed: lay rows end to end; None: if they differ in length.
+        """
+        reading = self.context.begin_reading([len(part) for part in parts], packed)
+        tokens_BT = torch.cat(list(parts))[None] if reading.is_packed else torch.stack(list(parts))
+        context = self.context
 
         def process(*, hidden_states: Tensor, output_layer: Any, **rest: Any) -> Tensor:
             def output(hidden_MD: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ class Decoder:
                 logits: Tensor = rest["scale_logits"](logits_M1V)
                 return logits[:, 0]
 
-            return head(hidden_states.flatten(0, 1), output)
+            return head(hidden_states.flatten(0, 1), reading.places(), output)
 
         # The mode is global: it is on for this call only, so that a caller may train between two steps.
         with InferenceMode.active():

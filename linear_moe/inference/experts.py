@@ -80,7 +80,9 @@ def keep_tokens_here(model: GPTModel) -> None:
         if isinstance(module, MoELayer) and not isinstance(module.token_dispatcher, LocalDispatcher):
             config = module.config
             assert config.expert_model_parallel_size == 1 and config.moe_expert_capacity_factor is None
-            module.token_dispatcher = LocalDispatcher(config.moe_router_topk, module.token_dispatcher.tp_group)
+            module.token_dispatcher = LocalDispatcher(
+                config.moe_router_topk, module.token_dispatcher.tp_group
+            )
 
 
 def waits_for_host(model: GPTModel) -> str | None:

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROWS = 16
+"""Rows of a tile of a GEMM, or a multiple of that."""
+
 
 def can_group(x: Tensor, *weights: Tensor) -> bool:
     """Whether the grouped kernel takes these: bf16 on CUDA, rows of whole 16-byte words."""
@@ -40,9 +43,18 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """:func:`grouped_linear` for any device, dtype and size, one expert after the other."""
+    """:func:`grouped_linear` for any device, dtype and size, one expert after the other.
+
+    Without gradients, what a row gives does not depend on how many others its expert has: a GEMM of few rows, or of a
+    number of them that does not fill its tiles, may add in another order, so the missing ones are added as zeros.
+    """
     rows = x.split(counts)
-    return torch.cat([F.linear(x_e, weight_e) for x_e, weight_e in zip(rows, weight, strict=True)])
+    multiple = 1 if torch.is_grad_enabled() else ROWS
+    outputs = []
+    for x_e, weight_e, count in zip(rows, weight, counts, strict=True):
+        x_e = F.pad(x_e, (0, 0, 0, -count % multiple)) if count % multiple else x_e
+        outputs.append(F.linear(x_e, weight_e)[:count])
+    return torch.cat(outputs)
 
 
 def linear_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ class Reading:
     is_packed: bool
 
     @classmethod
-    def of(cls, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Reading:
+    def of(
+        cls, starts: Sequence[int], counts: Sequence[int], device: torch.device, packed: bool | None = None
+    ) -> Reading:
         """Rows of ``counts`` tokens after ``starts`` earlier ones."""
-        is_packed = len(set(counts)) > 1
+        is_packed = len(set(counts)) > 1 if packed is None else packed
         rows, places = [], []
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
             rows.append(torch.full((count,), row))
@@ -67,12 +69,12 @@ class Reading:
         """The inverse: ``[count, 1, ...]`` of every row that has tokens."""
         return torch.cat(list(rows), dim=0 if self.is_packed else 1)
 
-    def last_tokens(self) -> Tensor:
-        """Where the last token of each row is in the flattened ``[T, B]``; rows without tokens: any."""
-        counts = torch.tensor(self.counts)
-        if self.is_packed:
-            return (counts.cumsum(0) - 1).clamp(min=0)
-        return (counts - 1) * len(counts) + torch.arange(len(counts))
+    def places(self) -> list[Tensor]:
+        """Where the tokens of each row are in the flattened ``[T, B]``, on the host."""
+        if not self.is_packed:
+            batch = len(self.counts)
+            return [torch.arange(count) * batch + row for row, count in enumerate(self.counts)]
+        return list(torch.arange(sum(self.counts)).split(self.counts))
 
     def packed_seq_params(self, length: int) -> PackedSeqParams | None:
         """The rows as documents; ``length`` of the rotary table."""
@@ -80,7 +82,11 @@ class Reading:
             return None
         ends = torch.tensor([0, *self.counts]).cumsum(0).int().to(self.rows_TB.device)[None]
         return PackedSeqParams(
-            qkv_format="sbhd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=length, max_seqlen_kv=length
+            qkv_format="sbhd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=length,
+            max_seqlen_kv=length,
         )
 
 
@@ -120,11 +126,11 @@ class DecodingContext(StaticInferenceContext):
 
     # ---- how a call begins and ends ----
 
-    def begin_reading(self, counts: Sequence[int]) -> Reading:
-        """The next call reads ``counts`` tokens of every row."""
+    def begin_reading(self, counts: Sequence[int], packed: bool | None = None) -> Reading:
+        """The next call reads ``counts`` tokens of every row, ``packed`` end to end (None: if they differ)."""
         self.enable_prefill_mode()
         self.reserve(max(start + count for start, count in zip(self.lengths, counts, strict=True)))
-        self.reading = Reading.of(self.lengths, counts, self.lengths_B.device)
+        self.reading = Reading.of(self.lengths, counts, self.lengths_B.device, packed)
         return self.reading
 
     def end_reading(self) -> None:

@@ -66,7 +66,9 @@ class SoftmaxAttention(SelfAttention):
             out_TBC = self._apply_output_gate(out_TBC, gate)
         return self.linear_proj(out_TBC)
 
-    def _attend_rows(self, context: DecodingContext, q_TBHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor) -> Tensor:
+    def _attend_rows(
+        self, context: DecodingContext, q_TBHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor
+    ) -> Tensor:
         """``[T, B, H * V]``: the tokens of every row to what the row has read, themselves included."""
         reading = context.reading
         assert reading is not None
