@@ -1,6 +1,6 @@
 """Opens exported folders with transformers where linear_moe and megatron cannot be imported; says what it found.
 
-    python tests/checkpoint/remote_reader.py ROOT        prints one JSON object, by folder
+python tests/checkpoint/remote_reader.py ROOT        prints one JSON object, by folder
 """
 
 import json
@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ for blocked in ("linear_moe", "megatron", "fla"):
     sys.modules[blocked] = None  # type: ignore[assignment]
 sys.path = [entry for entry in sys.path if entry and not (Path(entry) / "linear_moe").exists()]
 
-import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+import remote_behaviours  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 PAD = 0
 
@@ -26,7 +28,10 @@ def read(folder: Path) -> dict[str, Any]:
     """Largest differences and equalities of one folder."""
     expected = torch.load(folder / "expected.pt")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    assert model.config_class.__name__ == type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__
+    assert (
+        model.config_class.__name__
+        == type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__
+    )
     prompts, logits, tokens = expected["prompts"], expected["logits"], expected["tokens"]
     with torch.no_grad():
         alone = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
@@ -74,7 +79,8 @@ def _saved(model: Any, folder: Path, keys: list[str], logits: torch.Tensor, prom
     code = {path.name for path in folder.glob("*.py")} == {path.name for path in copy.glob("*.py")}
     again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True, dtype=torch.float32)
     with torch.no_grad():
-        return same and code and _difference(again(torch.tensor([prompt])).logits[0], logits) < 1e-4
+        opened_again = again(torch.tensor([prompt])).logits[0]
+    return same and code and _difference(opened_again, logits) < 1e-4
 
 
 def _difference(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -82,16 +88,23 @@ def _difference(found: torch.Tensor, truth: torch.Tensor) -> float:
     return (found - truth).abs().max().item()
 
 
+def _outcome(function: Callable[[Path], Any], folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        found = function(folder) or {}
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    return found | {"seconds": round(time.perf_counter() - start, 2)}
+
+
 def main(root: Path) -> None:
     torch.set_num_threads(1)
     results = {}
     for path in sorted(root.glob("*/expected.pt")):
-        start = time.perf_counter()
-        try:
-            found = read(path.parent)
-        except Exception:
-            found = {"error": traceback.format_exc()}
-        results[path.parent.name] = found | {"seconds": round(time.perf_counter() - start, 2)}
+        results[path.parent.name] = _outcome(read, path.parent)
+    for behaviour in remote_behaviours.BEHAVIOURS:
+        if (root / "behaviours").exists():
+            results[behaviour.__name__] = _outcome(behaviour, root / "behaviours")
     (root / "results.json").write_text(json.dumps(results))
 
 

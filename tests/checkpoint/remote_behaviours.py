@@ -1,0 +1,183 @@
+"""What transformers does with an exported model beside greedy text: beams, chunks, training, half precision, refusals.
+
+Runs in the process of ``remote_reader.py``, without linear_moe. Each function gets a folder, whose model has two mixers
+with what layers share, short convolutions, softmax attention and experts, and raises where something is wrong.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+
+def opened(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def some_tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
+    return torch.randint(1, 127, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def a_state_does_not_grow(folder: Path) -> None:
+    model, ids = opened(folder), some_tokens(1, 40)
+    sizes = []
+    for length in (10, 40):
+        cache = model(ids[:, :length], use_cache=True).past_key_values
+        linear = [entry for entry in cache.layers if type(entry).__name__ == "MixerCacheLayer"]
+        assert 0 < len(linear) < len(cache.layers)
+        sizes.append(sum(x.numel() for entry in linear for x in entry.state.memory))
+        assert cache.get_seq_length() == length
+    assert sizes[0] == sizes[1]
+    assert cache.memory_size() > 4 * sizes[1]
+
+
+def beams_carry_their_states(folder: Path) -> None:
+    """With a cache, beams find what they find without."""
+    model, ids = opened(folder), some_tokens()
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    kept, again = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert kept.equal(again)
+
+
+def rows_are_chosen_and_repeated(folder: Path) -> None:
+    model, ids = opened(folder), some_tokens(3)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    rows = ids[[2, 2, 0, 0]]
+    found = model(rows[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(found, model(rows).logits[:, 6:], rtol=0, atol=1e-4)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def any_column_may_be_padding(folder: Path) -> None:
+    """Holes in the middle, and a row without tokens in the first of two calls."""
+    model, ids = opened(folder), some_tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    mask[1, 3:5] = 0
+    cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
+    found = model(ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
+    for row in range(2):
+        real = mask[row].bool()
+        alone = model(ids[row][real][None]).logits[0]
+        last = int(real[5:].sum())
+        torch.testing.assert_close(found[row][real[5:]], alone[-last:], rtol=0, atol=1e-4)
+
+
+def it_trains(folder: Path) -> None:
+    """Loss and gradients, the same with checkpointed layers, and the same for padded rows."""
+    ids = some_tokens()
+    gradients = []
+    for checkpointed in (False, True):
+        model = opened(folder).train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        missing = [name for name, x in model.named_parameters() if x.grad is None]
+        assert not missing, missing
+        gradients.append({name: x.grad for name, x in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
+    padded = torch.cat([torch.zeros_like(ids[:, :4]), ids], dim=1)
+    mask = torch.cat([torch.zeros_like(ids[:, :4]), torch.ones_like(ids)], dim=1)
+    labels = padded.masked_fill(mask == 0, -100)
+    labels[:, 4] = -100  # nothing comes before the first token of a row
+    again = model(padded, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-5)
+
+
+def half_precision_keeps_what_must_be_float32(folder: Path) -> None:
+    model, ids = opened(folder, dtype=torch.bfloat16), some_tokens()
+    kept = {name for name, x in model.named_parameters() if x.dtype == torch.float32}
+    endings = ("mixer.A_log", "mixer.dt_bias", "tables.hgrn2.lower_bounds", "mixer.D")
+    wanted = {name for name, _ in model.named_parameters() if name.endswith(endings)}
+    assert kept == wanted and wanted, (kept, wanted)
+    logits = model(ids).logits
+    assert logits.dtype == torch.bfloat16
+    exact = opened(folder)(ids).logits
+    assert (logits.float() - exact).abs().mean() < 0.15 * exact.abs().mean()
+
+
+def a_new_model_starts(folder: Path) -> None:
+    """From its config alone, with finite logits and a loss near that of guessing."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model, ids = AutoModelForCausalLM.from_config(config, trust_remote_code=True), some_tokens(4, 30)
+    loss = model(ids, labels=ids).loss.item()
+    assert abs(loss - torch.tensor(128.0).log().item()) < 0.5, loss
+    first = model.model.layers[0].mixer  # RWKV7's own start
+    assert first.o_proj.weight.eq(0).all() and first.x_r.ne(0).any() and first.norm_weight.lt(1).all()
+    assert model.model.layers[1].self_attn.q_proj.weight.std() > 0
+
+
+def hidden_states_are_returned(folder: Path) -> None:
+    model = opened(folder, attn_implementation="eager")
+    out = model(some_tokens(), output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == len(model.model.layers) + 1
+    assert len(out.attentions) == model.config.layer_kinds.count("softmax")
+    assert torch.allclose(out.attentions[0].sum(-1), torch.ones(()))
+
+
+def it_refuses(folder: Path) -> None:
+    model, ids = opened(folder), some_tokens()
+    cache = model(ids, use_cache=True).past_key_values
+    config = type(model.config)
+    refused: dict[str, Callable[[], Any]] = {
+        "cannot be taken back from the memory": lambda: cache.crop(-1),
+        "past_key_values is a DynamicCache": lambda: model(ids, past_key_values=DynamicCache()),
+        "does not hold the states": lambda: model.generate(
+            ids, cache_implementation="static", max_new_tokens=2
+        ),
+        "assisted generation is not supported": lambda: model.generate(
+            ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=2
+        ),
+        "attention_mask has shape": lambda: model(ids, attention_mask=torch.ones(2, 1, 9, 9)),
+        "give input_ids or inputs_embeds": lambda: model(),
+        "mixers lacks gla": lambda: config(num_hidden_layers=1, layer_kinds=["gla"]),
+        "layer_kinds names 1 of 2 layers": lambda: config(num_hidden_layers=2, layer_kinds=["softmax"]),
+        "cannot share 3 key heads": lambda: config(num_attention_heads=4, num_key_value_heads=3),
+        "num_experts_per_tok is 9": lambda: config(
+            num_experts=8, num_experts_per_tok=9, moe_intermediate_size=4
+        ),
+        "router_score is 'tanh'": lambda: config(router_score="tanh"),
+    }
+    for text, attempt in refused.items():
+        try:
+            attempt()
+        except ValueError as error:
+            assert text in str(error), (text, str(error))
+        else:
+            raise AssertionError(f"nothing refused: {text}")
+
+
+def installed_kernels_are_used(folder: Path) -> None:
+    """Where linear_moe can be imported, its kernels compute: comes last, since it lets it in."""
+    sys.modules.pop("linear_moe", None)
+    sys.path.append(str(Path(__file__).parents[2]))
+    copy = folder.parent / "with_linear_moe"
+    shutil.copytree(folder, copy)
+    model, before = opened(copy), opened(folder)
+    ours, own = (sys.modules[f"{type(x).__module__.rpartition('.')[0]}.kernels"] for x in (model, before))
+    assert ours.delta_rule.__module__ == "linear_moe.kernels.ops", ours.delta_rule.__module__
+    assert own.delta_rule.__module__.startswith("transformers_modules."), own.delta_rule.__module__
+    torch.testing.assert_close(model(some_tokens()).logits, before(some_tokens()).logits, rtol=0, atol=1e-4)
+
+
+BEHAVIOURS = [
+    a_state_does_not_grow,
+    beams_carry_their_states,
+    rows_are_chosen_and_repeated,
+    any_column_may_be_padding,
+    it_trains,
+    half_precision_keeps_what_must_be_float32,
+    a_new_model_starts,
+    hidden_states_are_returned,
+    it_refuses,
+    installed_kernels_are_used,
+]

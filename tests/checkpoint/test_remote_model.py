@@ -1,0 +1,86 @@
+"""Exported folders, opened by transformers in a process where linear_moe and megatron cannot be imported.
+
+The truth is our model: its logits, and the text that it chooses one token at a time from whole forward passes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linear_moe import lsm
+from tests.checkpoint.remote_behaviours import BEHAVIOURS
+from tests.checkpoint.remote_models import of_family, of_mixers, write_folders
+
+E4 = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
+SHARED = ["--moe-shared-expert-intermediate-size", "40", "--moe-shared-expert-gate"]
+LLAMA3_ROPE = ["--use-rope-scaling", "--rope-scaling-factor", "8.0", "--qk-layernorm"]
+OPTIONS = [
+    *(
+        "--gla-conv-size",
+        "4",
+        "--gla-conv-bias",
+        "true",
+        "--gla-output-norm",
+        "groupnorm",
+        "--mamba2-num-groups",
+        "2",
+    ),
+    *("--linear-attention-feature-map", "hedgehog", "--linear-attention-normalize", "true"),
+    *("--mom-kda-single-projection", "true", "--mom-kda-num-memories", "3", "--mom-gated-deltanet-topk", "1"),
+    *(
+        "--mom-gated-deltanet-shared-memory",
+        "false",
+        "--rwkv6-conv-size",
+        "3",
+        "--deltanet-output-gate",
+        "swish",
+    ),
+]
+FAMILIES = {
+    "deepseek_v2": of_family("deepseek_v2", "tiny", ["softmax", "gla", "softmax"]),
+    "llama3": of_family("llama3", "tiny", ["softmax", "retention"], *LLAMA3_ROPE),
+    "mixtral": of_family("mixtral", "tiny", ["gated_deltanet", "softmax"]),
+    "qwen2": of_family("qwen2", "tiny", ["mom_gla", "softmax"], *SHARED),
+    "qwen2_dense": of_family("qwen2", "tiny-dense", ["mamba2", "softmax"]),
+    "sigmoid_router": of_family("mixtral", "tiny", ["softmax", "rwkv6"], *E4),
+}
+BEHAVIOUR_KINDS = ["rwkv7", "softmax", "hgrn2", "gated_deltanet", "rwkv7", "hgrn2"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, _pool):
+    """What the other process found, by folder and by behaviour."""
+    root = tmp_path_factory.mktemp("exported")
+    cases = {name: of_mixers([name, name]) for name in lsm.names()} | FAMILIES
+    kinds = ["gla", "mamba2", "linear_attention", "mom_kda", "mom_gated_deltanet", "rwkv6", "deltanet"]
+    cases["options"] = of_mixers(kinds, *OPTIONS)
+    cases["behaviours"] = of_mixers(BEHAVIOUR_KINDS, "--num-query-groups", "2", moe=True)
+    _pool.run(1, write_folders, root, cases, timeout=200)
+    folders = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules")}
+    environment = os.environ | folders | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(Path(__file__).with_name("remote_reader.py")), str(root)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((root / "results.json").read_text())
+
+
+@pytest.mark.parametrize("case", [*lsm.names(), *FAMILIES, "options", "behaviours"])
+def test_the_exported_model_is_ours(results, case):
+    found = results[case]
+    assert "error" not in found, found["error"]
+    assert found["logits"] < 1e-4
+    assert found["tokens"], "other greedy tokens"
+    assert found["chunked"], "a prompt read in chunks gives other tokens"
+    assert found["left"] < 1e-4, "left padding is visible"
+    assert found["right"] < 1e-4, "right padding is visible"
+    assert found["saved"], "save_pretrained changes the model"
+
+
+@pytest.mark.parametrize("behaviour", [behaviour.__name__ for behaviour in BEHAVIOURS])
+def test_transformers_can_use_it(results, behaviour):
+    assert "error" not in results[behaviour], results[behaviour]["error"]
