@@ -65,7 +65,7 @@ class Session:
     def tokens(self, text: str) -> list[int]:
         """Tokens of a prompt; of an empty one, the end of the document before it."""
         if self.chat:
-            return self.chat.prompt(self.opening() + [{"role": "user", "content": text}])
+            return self.chat.prompt([*self.opening(), {"role": "user", "content": text}])
         tokenizer = self.loaded.tokenizer
         try:
             return (tokenizer.tokenize(text) if text else []) or [tokenizer.eod]

@@ -24,7 +24,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, source: str | None = None) -> None:
         # Megatron hands out the text of a template only; ids come from the tokenizer below.
-        self.tokenizer = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+        self.tokenizer: Any = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
         self.eod: int = tokenizer.eod
         own = getattr(self.tokenizer, "chat_template", None)
         self.source = source or own

@@ -1,4 +1,4 @@
-"""The loop of generation on the device: read a token, choose the next, note it, again; the host only looks now and then.
+"""The loop of generation on the device: read a token, choose the next, note it, again; the host looks now and then.
 
 A step is one function without any waiting, over tensors that stay where they are. On a GPU it is captured as one CUDA
 graph, sampling included, and replayed: the host starts one graph per token instead of a thousand kernels. When the
@@ -114,7 +114,7 @@ def _uses_graph(decoder: Decoder, graph: bool | None) -> bool:
     Raises:
         ValueError: a graph is demanded where none can be.
     """
-    if not decoder.device.type == "cuda":
+    if decoder.device.type != "cuda":
         reason: str | None = "the model is on a CPU"
     else:
         reason = waits_for_host(decoder.model)

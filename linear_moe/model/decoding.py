@@ -13,7 +13,7 @@ Letters: B rows, T tokens of a call, S capacity, L query tokens of a row, G key 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -117,6 +117,7 @@ class DecodingContext(StaticInferenceContext):
 
     def __init__(self, batch_size: int, limit: int, device: torch.device, has_cache: bool = True) -> None:
         super().__init__(batch_size, 0)
+        self.max_sequence_length: int = 0
         self.limit, self.has_cache = limit, has_cache
         self.lengths = [0] * batch_size
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -214,7 +215,7 @@ def state_tensors(state: MixerState) -> list[Tensor]:
     return [*state.memory, *(x for x in beside if x is not None)]
 
 
-def map_state(fn, state: MixerState) -> MixerState:  # type: ignore[no-untyped-def]
+def map_state(fn: Callable[[Tensor], Tensor], state: MixerState) -> MixerState:
     """``fn`` of every tensor of a state."""
     beside = {field.name: getattr(state, field.name) for field in fields(state)[1:]}
     return MixerState(

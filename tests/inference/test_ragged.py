@@ -20,7 +20,7 @@ def rows():
 
 
 def errors(rank, world, kinds, extra):
-    """Largest differences of logits from the whole forward pass: after reading, and over steps, in two ways of reading."""
+    """Largest differences of logits from the whole forward pass, after reading and over steps."""
     from linear_moe.inference.decoder import Decoder
 
     loaded = random_model(kinds, *SMALL, *extra)

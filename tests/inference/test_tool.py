@@ -126,7 +126,7 @@ def test_ends_and_prompts_of_a_chat(run):
     messages = [{"role": "user", "content": "os"}]
     assert inner.decode(chat.prompt(messages)) == "user:os<|padding|>\nassistant:"
     inner.chat_template = None
-    with pytest.raises(ValueError, match="no chat template\n  why: .*\n  try: --chat-template"):
+    with pytest.raises(ValueError, match=r"no chat template\n  why: .*\n  try: --chat-template"):
         ChatTemplate(Outer())
     plain = ChatTemplate(Outer(), "{% for m in messages %}{{ m.content }}{% endfor %}")
     assert plain.ends() == [inner.eos_token_id]
