@@ -134,7 +134,9 @@ def family_and_size(model: Blueprint) -> tuple[Family, ModelSize]:
         values |= {n: None for n in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")}
         values["v_head_dim"] = None
     values |= {
-        "num_query_groups": args.num_query_groups or args.num_attention_heads,
+        "num_query_groups": transformer.num_query_groups
+        if args.group_query_attention
+        else args.num_attention_heads,
         "first_dense_layers": first_dense,
         "tie_embeddings": not args.untie_embeddings_and_output_weights,
         "rope_scaling": _rope_scaling(args, transformer),

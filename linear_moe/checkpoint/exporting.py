@@ -209,10 +209,14 @@ def _tokenizer_folder(
             f"  why: a tokenizer is a folder with tokenizer.json and tokenizer_config.json\n"
             f"  try: such a folder, or leave it out"
         )
-    return None, [f"the run has no tokenizer ({problem}): copy its files into the folder, or give --tokenizer"]
+    return None, [
+        f"the run has no tokenizer ({problem}): copy its files into the folder, or give --tokenizer"
+    ]
 
 
-def _write_rest(part: Path, run: Path, config: dict[str, Any], tokenizer: Path | None, *, is_native: bool) -> None:
+def _write_rest(
+    part: Path, run: Path, config: dict[str, Any], tokenizer: Path | None, *, is_native: bool
+) -> None:
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if not is_native:
         remote.write_code(part, config)

@@ -313,5 +313,3 @@ def _rope_parameters(size: ModelSize) -> dict[str, Any]:
     if isinstance(scaling, YarnRope):
         return base | {"rope_type": "yarn"} | vars(scaling) | YARN_FIXED
     return base | {"rope_type": "default"}
-
-

@@ -136,9 +136,7 @@ def _arguments(
     return [*argv, "--padded-vocab-size", str(padded_vocab_size(size.vocab_size))]
 
 
-def _tokenizer_arguments(
-    source: Path, described: Described, target: Path
-) -> tuple[list[str], list[str]]:
+def _tokenizer_arguments(source: Path, described: Described, target: Path) -> tuple[list[str], list[str]]:
     try:
         describe_tokenizer(str(source))
     except TokenizerError as error:
@@ -227,7 +225,9 @@ def _check_complete(model: Blueprint, pieces: list[Piece]) -> None:
     for piece in pieces:
         covered[piece.key] = covered.get(piece.key, 0) + torch.Size(piece.shape).numel()
     wanted = {key: torch.Size(size).numel() for key, size in model.tensors.items()}
-    assert covered == wanted, {key: (covered.get(key), wanted.get(key)) for key in covered.keys() ^ wanted.keys()}
+    assert covered == wanted, {
+        key: (covered.get(key), wanted.get(key)) for key in covered.keys() ^ wanted.keys()
+    }
 
 
 # ---- the rest of the run folder ----

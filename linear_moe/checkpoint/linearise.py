@@ -161,19 +161,25 @@ class _Started:
         if name in ("in_proj.weight", "group_proj.weight", "memory_weight"):
             parts = self._parts(name)
             carried = [f"{p.name} = {self._carried(p)}" for p in parts if self._carried(p)]
-            neutral = [p.name for p in parts if not self._carried(p)]
-            text = "; ".join([*carried, *([f"{', '.join(neutral)} = 0"] if neutral else [])])
-            return ("carried" if carried else "started"), text
+            rest = [p for p in parts if not self._carried(p)]
+            neutral = ", ".join(p.name for p in rest if _is_gate(p))
+            random = ", ".join(p.name for p in rest if not _is_gate(p))
+            texts = [*carried, neutral and f"{neutral} = 0", random and f"{random} random"]
+            return ("carried" if carried else "started"), "; ".join(filter(None, texts))
         if name == "out_proj.weight":
             names = self._output()
             return ("carried", names[0]) if names else ("started", "random: another width")
-        if name.endswith("_bias") and (p := table.get(name.removesuffix("_bias"))) and self._carried(p, "bias"):
+        if (
+            name.endswith("_bias")
+            and (p := table.get(name.removesuffix("_bias")))
+            and self._carried(p, "bias")
+        ):
             return "carried", self._carried(p, "bias")
         if name in ("conv_weight", "group_conv_weight"):
             return "started", "each token through"
         if name == "norm_weight" and self._values():
             return "started", f"size of the values of {self._values()}"
-        if self._is_gate(name):
+        if _is_low_rank_gate(name):
             return "started", "0: the same gate for every token"
         return "started", f"as {self.kind} from scratch"
 
@@ -192,7 +198,7 @@ class _Started:
             tensor[..., -1] = 1
         elif name == "norm_weight" and (value := self._values()):
             tensor.fill_(self._size_of_values(value))
-        elif self._is_gate(name):
+        elif _is_low_rank_gate(name):
             tensor.zero_()
         elif name.endswith("_bias"):
             table = {f"{p.name}_bias": p for p in self.mixer.fused_projections()}
@@ -228,7 +234,7 @@ class _Started:
         return names[ROLES[p.name]] if heads * p.width == self.heads * self.channels else ""
 
     def _fill_projections(self, tensor: Tensor, parts: tuple[Projection, ...]) -> None:
-        """Carried parts, and zeros in the others; all memories of a mixture start alike."""
+        """Carried parts, zeros in gates; all memories of a mixture start alike where they are carried."""
         width = sum(p.width for p in parts)
         by_head = tensor.view(-1, width, tensor.shape[-1])  # [memories * heads, W, D]
         first = 0
@@ -238,7 +244,7 @@ class _Started:
             if source:
                 rows = self._repeated(self.source.read(source)).unflatten(0, (-1, p.width))
                 piece.copy_(rows.repeat(piece.shape[0] // rows.shape[0], 1, 1))
-            else:
+            elif _is_gate(p):
                 piece.zero_()
             first += p.width
 
@@ -266,6 +272,15 @@ class _Started:
         is_gated = any(p.name == "g" for p in self.mixer.all_projections())
         return size / (GATE_OPEN if is_gated else 1.0)
 
-    def _is_gate(self, name: str) -> bool:
-        """Whether a tensor is the last map of a low-rank gate."""
-        return name.startswith("low_rank.") and name.endswith(".up.weight")
+
+def _is_gate(p: Projection) -> bool:
+    """Whether a projection starts at zero: the output gate, and those of one channel (decay, write strength, step).
+
+    Others that nothing is carried to stay random: slots (gsa) that start alike would stay alike.
+    """
+    return p.name == "g" or p.width == 1
+
+
+def _is_low_rank_gate(name: str) -> bool:
+    """Whether a tensor is the last map of a low-rank gate."""
+    return name.startswith("low_rank.") and name.endswith(".up.weight")

@@ -195,7 +195,9 @@ def _mixer_row(key: str, layer: int | None, shape: Shape) -> Row | None:
     if kind == SOFTMAX or not key.startswith(prefix):
         return None
     layer_of_kind = shape.kinds[:layer].count(kind)
-    parts = [row for row in mixer_rows(shape.mixers[kind], layer_of_kind) if row.key == key.removeprefix(prefix)]
+    parts = [
+        row for row in mixer_rows(shape.mixers[kind], layer_of_kind) if row.key == key.removeprefix(prefix)
+    ]
     if not parts:
         return None
     names = tuple(f"model.layers.{layer}.mixer.{row.name}" for row in parts)

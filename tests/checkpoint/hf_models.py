@@ -41,7 +41,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2Moe", _QWEN_MOE | {"num_experts_per_tok": 2}),
     "qwen2_moe-renormalised": ("Qwen2Moe", _QWEN_MOE | {"num_experts_per_tok": 2, "norm_topk_prob": True}),
     "llama": ("Llama", _BASE | {"rope_parameters": _LLAMA3_ROPE, "head_dim": 24}),
-    "mixtral": ("Mixtral", _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral": (
+        "Mixtral",
+        _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
     "deepseek_v2": (
         "DeepseekV2",
         _DEEPSEEK

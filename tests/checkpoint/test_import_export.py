@@ -8,6 +8,7 @@ import torch
 
 from tests.checkpoint.hf_models import MODELS, VOCAB, hf_logits, save_hf, some_tokens
 from tests.inference.models import whole_forward
+from tests.training.tiny import losses, train, whole
 
 
 def there_and_back(rank, world, folder, name, dtype):
@@ -39,3 +40,68 @@ def test_there_and_back(gloo, tmp_path, name):
     torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-5)
     configs = [json.loads((tmp_path / part / "config.json").read_text()) for part in ("hf", "back")]
     assert configs[0] == configs[1]
+
+
+def exported_from_arguments(rank, world, folder):
+    """The same without the config of the source: what a model of our own training would become."""
+    from linear_moe.checkpoint.exporting import export_model
+
+    return export_model(Path(folder) / "run" / "checkpoint", Path(folder) / "own").architecture
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_native_config_from_our_arguments(gloo, tmp_path, name):
+    gloo(1, there_and_back, str(tmp_path), name, torch.bfloat16)
+    (tmp_path / "run" / "hugging_face" / "config.json").unlink()
+    architecture = gloo(1, exported_from_arguments, str(tmp_path))[0]
+    assert architecture == MODELS[name][0] + "ForCausalLM"
+    ours, theirs = (json.loads((tmp_path / part / "config.json").read_text()) for part in ("own", "hf"))
+    assert ours["dtype"] == "bfloat16" and ours["vocab_size"] == 256
+    same = set(ours) - {"vocab_size", "head_dim"}
+    assert {key: ours[key] for key in same} == {key: theirs.get(key, ours[key]) for key in same}
+    logits = hf_logits(tmp_path / "own", some_tokens())[..., :VOCAB]
+    torch.testing.assert_close(logits, hf_logits(tmp_path / "hf", some_tokens()), rtol=0, atol=1e-6)
+
+
+def imported(rank, world, source, run, options):
+    from linear_moe.checkpoint.importing import import_model
+
+    save_hf(source, options.pop("model"))
+    import_model(source, run, **options)
+
+
+def test_every_layout_opens_an_import(gloo, tmp_path):
+    """Training from it under TP2 and EP2: the weights that each rank has are those of the file."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    gloo(1, imported, str(tmp_path / "hf"), str(run), {"model": "qwen2_moe"})
+    saved = json.loads((run / "config.json").read_text())
+    layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2"]
+    layout += ["--expert-tensor-parallel-size", "1", "--seq-length", "32", "--global-batch-size", "2"]
+    steps = ["--lr", "0", "--min-lr", "0", "--train-iters", "1", "--eval-iters", "0", "--mock-data"]
+    steps += [
+        "--lr-warmup-iters",
+        "0",
+        "--num-workers",
+        "0",
+        "--split",
+        "99,1,0",
+        "--distributed-backend",
+        "gloo",
+    ]
+    steps += ["--no-create-attention-mask-in-dataloader", "--eval-interval", "1000"]
+    steps += ["--run-dir", str(out), "--pretrained-checkpoint", str(run / "checkpoint")]
+    steps += ["--load", str(out / "checkpoint")]
+    ranks = gloo(2, train, [*saved["arguments"], *layout, *steps], True)
+    held = whole([seen["after"] for seen in ranks])
+    there = gloo(1, checkpoint_tensors, str(run / "checkpoint" / "iter_0000001"))[0]
+    assert held.keys() == there.keys()
+    for key, weight in there.items():
+        assert torch.equal(held[key], weight), key
+    assert 4 < losses(out)[0] < 7
+
+
+def checkpoint_tensors(rank, world, folder):
+    from linear_moe.checkpoint.torch_dist import Reader
+
+    reader = Reader(Path(folder))
+    return {key: reader.read(key) for key in reader.tensors}

@@ -1,0 +1,278 @@
+"""What cannot be converted is refused with one clear message before anything is written; a stopped one goes on."""
+
+import io
+import json
+import runpy
+import shutil
+import struct
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.checkpoint.hf_models import save_hf
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, _pool):
+    """A Hugging Face folder and a run made of it; tests copy them."""
+    folder = tmp_path_factory.mktemp("source")
+    _pool.run(1, make, str(folder))
+    return folder
+
+
+def make(rank, world, folder):
+    from linear_moe.checkpoint.importing import import_model
+
+    save_hf(f"{folder}/hf", "qwen2_moe", num_experts_per_tok=2)
+    import_model(f"{folder}/hf", f"{folder}/run")
+
+
+def outcome(rank, world, direction, *arguments, **options):
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.checkpoint.importing import import_model
+
+    try:
+        result = {"import": import_model, "export": export_model}[direction](*arguments[:2], **arguments[2])
+    except ValueError as error:
+        return str(error)
+    return " ".join(["no error", *result.warnings])
+
+
+@pytest.fixture
+def refused(gloo, tmp_path):
+    """Import or export a folder: the message has these parts, and nothing was written."""
+
+    def check(folder, *parts, direction="import", **options):
+        target = tmp_path / "target"
+        before = sorted(folder.rglob("*"))
+        text = gloo(1, outcome, direction, str(folder), str(target), options)[0]
+        for part in (*parts, "\n  why: ", "\n  try: "):
+            assert part in text, text
+        assert not target.exists() and not target.with_name("target.part").exists()
+        assert sorted(folder.rglob("*")) == before
+
+    return check
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """A copy of the Hugging Face folder."""
+    return Path(shutil.copytree(source / "hf", tmp_path / "hf"))
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def header_of(path):
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def change_header(folder, change):
+    """Rewrite the header of one file of several tensors; they stay where they are."""
+    path = next(path for path in sorted(folder.glob("*.safetensors")) if len(header_of(path)[0]) > 2)
+    header, rest = header_of(path)
+    change(header, [name for name in header if name != "__metadata__"])
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + rest)
+    return path
+
+
+def test_tensors_in_one_report(folder, refused):
+    """Missing, unknown and mis-shaped ones together, by their pattern."""
+
+    def change(header, names):
+        header["model.layers.7.surprise.weight"] = header.pop(names[0])
+        header[names[1]]["shape"] = [*header[names[1]]["shape"][::-1], 1]
+
+    path = change_header(folder, change)
+    (folder / "model.safetensors.index.json").unlink()
+    path.rename(folder / "model.safetensors")
+    refused(folder, "not known: model.layers.7.surprise.weight", "wrong shape: ", "expected [", "missing: ")
+    refused(folder, "model.layers.*.mlp.experts.*.up_proj.weight [32, 64] (8 tensors, the first is ")
+
+
+def test_damaged_files(folder, refused):
+    files = sorted(folder.glob("*.safetensors"))
+    data = files[1].read_bytes()
+    files[1].write_bytes(data[:-8])
+    refused(folder, files[1].name, "is damaged", "its header describes")
+    files[1].write_bytes(data[:20])
+    refused(folder, "header is cut short")
+    files[1].unlink()
+    refused(folder, "lacks 1 of its", files[1].name)
+
+
+def test_unknown_dtypes_and_files(folder, refused, gloo, tmp_path):
+    def change(header, names):
+        header[names[0]]["dtype"] = "F8_E4M3"
+
+    change_header(folder, change)
+    refused(folder, "F8_E4M3", "unquantised")
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    refused(folder, "holds no weights")
+    torch.save({"a": torch.ones(2)}, folder / "pytorch_model.bin")
+    refused(folder, "pickles only", "--allow-pickle")
+    refused(folder, "missing: ", "not known: a [2]", allow_pickle=True)
+
+
+def test_pickles_when_asked_for(source, gloo, tmp_path):
+    import safetensors.torch
+
+    folder = Path(shutil.copytree(source / "hf", tmp_path / "hf"))
+    tensors = {}
+    for path in folder.glob("*.safetensors*"):
+        tensors |= safetensors.torch.load_file(path) if path.suffix == ".safetensors" else {}
+        path.unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    text = gloo(1, outcome, "import", str(folder), str(tmp_path / "run"), {"allow_pickle": True})[0]
+    assert text.startswith("no error") and "no tokenizer" in text
+    name = "checkpoint/iter_0000001/__0_0.distcp"
+    assert (tmp_path / "run" / name).read_bytes() == (source / "run" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, ("'bert' (BertModel)", "qwen2_moe")),
+        ({"hidden_act": "gelu"}, ("hidden_act = 'gelu'",)),
+        ({"use_sliding_window": True, "sliding_window": 64}, ("use_sliding_window",)),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, ("type linear",)),
+        ({"dtype": "float8_e4m3fn"}, ("dtype float8_e4m3fn",)),
+        ({"num_hidden_layers": 3}, ("missing: model.layers.2.", "expected" if False else "(4 tensors")),
+        ({"hidden_size": 128}, ("wrong shape", "expected [128", "found [64")),
+    ],
+)
+def test_configs(folder, refused, changes, parts):
+    change_config(folder, **changes)
+    refused(folder, *parts)
+
+
+def test_no_config(folder, refused):
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json cannot be read")
+    (folder / "config.json").unlink()
+    refused(folder, "has no config.json")
+
+
+def test_patterns(folder, refused):
+    refused(folder, "unknown mixer 'glu'", la_module="glu")
+    refused(folder, "does not fit 2 layers", la_module="gla", layer_type_list="LLN")
+
+
+def test_targets(source, refused, gloo, tmp_path):
+    target = tmp_path / "there"
+    target.mkdir()
+    (target / "file").touch()
+    for direction, name in (("import", "hf"), ("export", "run")):
+        text = gloo(1, outcome, direction, str(source / name), str(target), {})[0]
+        assert f"{target} exists" in text and "\n  why: " in text
+    assert [path.name for path in target.iterdir()] == ["file"]
+
+
+def test_runs_that_are_none(source, refused, tmp_path):
+    refused(source / "hf", "has no checkpoint", direction="export")
+    refused(source, "is neither a run", direction="export")
+    refused(source / "run", "no checkpoint of step 9", direction="export", step=9)
+    run = Path(shutil.copytree(source / "run", tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    arguments = config["arguments"]
+    arguments[arguments.index("--num-experts") + 1] = "8"
+    (run / "config.json").write_text(json.dumps(config))
+    wrong = "wrong shape: decoder.layers.*.mlp.experts.experts.linear_fc1.weight expected [8, 64, 64], found [4, 64, 64]"
+    refused(run, wrong, direction="export")
+    (run / "checkpoint" / "iter_0000001" / ".metadata").unlink()
+    refused(run, "cannot be read as a torch_dist checkpoint", direction="export")
+
+
+def stopped(rank, world, direction, source, target):
+    """A conversion that is stopped after two thirds, and then once more; files that were complete are not redone."""
+    from linear_moe.checkpoint import hf_folder, torch_dist
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.checkpoint.importing import import_model
+
+    torch_dist.FILE_BYTES, before = 50_000, torch_dist.FILE_BYTES
+    convert = {
+        "import": lambda progress: import_model(source, target, progress=progress),
+        "export": lambda progress: export_model(source, target, progress=progress, shard_bytes=50_000),
+    }[direction]
+
+    def stop(done, total):
+        if done > 2 * total / 3:
+            raise KeyboardInterrupt
+
+    try:
+        convert(stop)
+    except KeyboardInterrupt:
+        pass
+    assert not Path(target).exists()
+    part = Path(target + ".part")
+    kept = {
+        path: path.stat().st_mtime_ns
+        for path in part.rglob("*")
+        if path.suffix in (".distcp", ".safetensors")
+    }
+    calls: list[int] = []
+    convert(lambda done, total: calls.append(done))
+    torch_dist.FILE_BYTES = before
+    assert not part.exists() and hf_folder.SHARD_BYTES > 1e9
+    again = [Path(target) / path.relative_to(part) for path in kept]
+    same = [new.stat().st_mtime_ns == kept[part / new.relative_to(target)] for new in again if new.exists()]
+    return (
+        sum(same),
+        calls == sorted(calls),
+        sorted(str(p.relative_to(target)) for p in Path(target).rglob("*")),
+    )
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_stopped_conversions_go_on(source, gloo, tmp_path, direction):
+    name = {"import": "hf", "export": "run"}[direction]
+    kept, ordered, files = gloo(1, stopped, direction, str(source / name), str(tmp_path / "target"))[0]
+    assert kept >= 2 and ordered
+    assert not any(
+        file.endswith((".part", ".json.part", "conversion.json", ".distcp.json")) for file in files
+    )
+    back = tmp_path / "target"
+    if direction == "import":
+        assert gloo(1, outcome, "export", str(back), str(tmp_path / "hf"), {})[0].startswith("no error")
+        back = tmp_path / "hf"
+    import safetensors.torch
+
+    tensors = [
+        {k: v for path in folder.glob("*.safetensors") for k, v in safetensors.torch.load_file(path).items()}
+        for folder in (back, source / "hf")
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][key], value) for key, value in tensors[1].items())
+
+
+def tool(rank, world, *arguments):
+    """``tools/convert.py`` as from the command line: exit code, output, errors."""
+    out, err = io.StringIO(), io.StringIO()
+    script = Path(__file__).parents[2] / "tools" / "convert.py"
+    with patch.object(sys, "argv", [str(script), *arguments]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            return end.code, out.getvalue(), err.getvalue()
+
+
+def test_the_tool(source, gloo, tmp_path):
+    arguments = ["import", "--hf", str(source / "hf"), "--save", str(tmp_path / "run"), "--la-module", "gla"]
+    code, out, err = gloo(1, tool, *arguments)[0]
+    assert code == 0, err
+    assert "q = model.layers.*.self_attn.q_proj.weight" in out and "layers L" in out
+    assert "has no tokenizer that we can read" in err
+    code, _, err = gloo(1, tool, "export", "--load", str(tmp_path / "run"), "--hf", str(source / "hf"))[0]
+    assert code == 2 and err.startswith("linear_moe: ") and "exists\n  why: " in err
+    code, out, _ = gloo(1, tool, "export", "--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"))[0]
+    assert code == 0 and "trust_remote_code=True" in out

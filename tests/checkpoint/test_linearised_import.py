@@ -1,0 +1,148 @@
+"""A softmax model whose layers become mixers: what is carried over is equal, the rest neutral, and it trains."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from linear_moe import lsm
+from tests.checkpoint.hf_models import save_hf, some_tokens
+from tests.inference.models import whole_forward
+from tests.training.tiny import metrics, train
+
+WHOLE = ["gated_deltanet", "gla", "retention", "mom_gated_deltanet", "gsa"]
+"""Mixers that take over query, key, value and output."""
+
+
+def linearised(rank, world, folder, mixer, options):
+    """Import; tensors of the first layer by name, the table of origins, logits."""
+    from linear_moe.checkpoint.hf_folder import stored_tensors
+    from linear_moe.checkpoint.importing import import_model
+    from linear_moe.checkpoint.torch_dist import Reader
+    from linear_moe.inference.load import load_model
+
+    source, run = Path(folder) / "hf", Path(folder) / "run"
+    done = import_model(source, run, la_module=mixer, layer_type_list="LN", **options)
+    reader = Reader(run / "checkpoint" / "iter_0000001")
+    ours = {key: reader.read(key) for key in reader.tensors}
+    theirs = {name: stored.read(name) for name, stored in stored_tensors(source).items()}
+    loaded = load_model(run)
+    logits = whole_forward(loaded.model, some_tokens())
+    origins = {
+        (o.pattern.removeprefix("decoder.layers.*."), *o.layers): (o.how, o.source) for o in done.origins
+    }
+    mixer_layer = loaded.model.decoder.layers[0].self_attention
+    parts = mixer_layer._found()
+    return ours, theirs, origins, logits, {name: part.clone() for name, part in parts.items()}
+
+
+def converted(gloo, tmp_path, mixer, **options):
+    gloo(1, source_model, str(tmp_path / "hf"))
+    return gloo(1, linearised, str(tmp_path), mixer, options)[0]
+
+
+def source_model(rank, world, folder):
+    save_hf(folder, "qwen2_moe", num_experts_per_tok=2)
+
+
+def repeated(weight, groups=2, heads=4):
+    """Each key/value head for every query head that used it, by an explicit loop."""
+    by_group = weight.reshape(groups, -1, *weight.shape[1:])
+    return torch.cat([by_group[head // (heads // groups)] for head in range(heads)])
+
+
+@pytest.mark.parametrize("mixer", WHOLE)
+def test_what_is_carried(gloo, tmp_path, mixer):
+    ours, theirs, origins, logits, parts = converted(gloo, tmp_path, mixer)
+    attention = "model.layers.0.self_attn."
+    prefix = "decoder.layers.0.self_attention."
+    for name in "qkv":
+        wanted = theirs[f"{attention}{name}_proj.weight"]
+        wanted = wanted if name == "q" else repeated(wanted)
+        assert torch.equal(parts[f"in_proj.{name}"].flatten(0, 1), wanted), name
+        bias = theirs[f"{attention}{name}_proj.bias"]
+        bias = bias if name == "q" else repeated(bias)
+        assert torch.equal(ours[f"{prefix}{name}_bias"].flatten(), bias), name
+    assert torch.equal(ours[f"{prefix}out_proj.weight"], theirs[f"{attention}o_proj.weight"])
+    # everything that is not the first layer's attention is as it was
+    assert torch.equal(ours["decoder.layers.0.mlp.router.weight"], theirs["model.layers.0.mlp.gate.weight"])
+    down = torch.stack([theirs[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(4)])
+    assert torch.equal(ours["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"], down)
+    assert ("self_attention.linear_qkv.weight", 1) in origins
+    assert origins["self_attention.in_proj.weight", 0][0] == "carried"
+    assert origins["self_attention.out_proj.weight", 0] == (
+        "carried",
+        "model.layers.*.self_attn.o_proj.weight",
+    )
+    gates = [name for name in parts if name in ("in_proj.a", "in_proj.b", "in_proj.g")]
+    assert all(not parts[name].any() for name in gates)
+    assert logits.isfinite().all() and logits.std() > 0.05
+    if "conv_weight" in parts:
+        assert torch.equal(parts["conv_weight"][..., :-1], torch.zeros_like(parts["conv_weight"][..., :-1]))
+
+
+def test_memories_start_alike(gloo, tmp_path):
+    ours, theirs, *_ = converted(gloo, tmp_path, "mom_gated_deltanet")
+    memories = ours["decoder.layers.0.self_attention.memory_weight"]
+    assert memories.shape[0] == 4 and all(torch.equal(memories[0], memory) for memory in memories)
+    key = repeated(theirs["model.layers.0.self_attn.k_proj.weight"])
+    assert torch.equal(memories[0, :, :16].flatten(0, 1), key)
+
+
+def every_mixer(rank, world, folder):
+    """Each one imports and loads; which of them took over the output projection."""
+    from linear_moe.checkpoint.importing import import_model
+    from linear_moe.inference.load import load_model
+
+    outputs = {}
+    for mixer in lsm.names():
+        run = Path(folder) / mixer
+        narrow = {
+            "hgrn2": ["--hgrn2-expand-ratio", "16"],
+            "mom_hgrn2": ["--mom-hgrn2-expand-ratio", "16"],
+            "mamba2": ["--mamba2-ssm-head-dim", "32", "--mamba2-state-size", "16"],
+        }
+        extra = narrow.get(mixer, [])
+        done = import_model(Path(folder) / "hf", run, la_module=mixer, layer_type_list="L", extra_args=extra)
+        logits = whole_forward(load_model(run).model, some_tokens(1, 8))
+        how = {o.pattern.split(".")[-2]: o.how for o in done.origins if "out_proj" in o.pattern}
+        outputs[mixer] = logits.isfinite().all().item(), how["out_proj"]
+    return outputs
+
+
+def test_every_mixer_can_be_started(gloo, tmp_path):
+    gloo(1, source_model, str(tmp_path / "hf"))
+    outputs = gloo(1, every_mixer, str(tmp_path))[0]
+    assert all(finite for finite, _ in outputs.values())
+    assert {mixer for mixer, (_, how) in outputs.items() if how != "carried"} == {"mamba2"}
+
+
+def test_options_of_the_user_win(gloo, tmp_path):
+    ours, *_ = converted(gloo, tmp_path, "gla", extra_args=["--gla-expand-k", "0.5", "--la-gate-fn", "swish"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["architecture"]["mixer_options"]["gla"] == {"expand_k": 0.5, "output_gate": "swish"}
+    assert ours["decoder.layers.0.self_attention.low_rank.a.up.weight"].shape == (4 * 8, 16)
+
+
+def test_it_trains(gloo, tmp_path):
+    converted(gloo, tmp_path, "gated_deltanet")
+    run, out = tmp_path / "run", tmp_path / "out"
+    saved = json.loads((run / "config.json").read_text())
+    steps = [
+        "--lr",
+        "1e-3",
+        "--train-iters",
+        "3",
+        "--eval-iters",
+        "0",
+        "--mock-data",
+        "--lr-warmup-iters",
+        "0",
+    ]
+    steps += ["--num-workers", "0", "--split", "99,1,0", "--no-create-attention-mask-in-dataloader"]
+    steps += ["--seq-length", "32", "--global-batch-size", "2", "--eval-interval", "1000", "--seed", "5"]
+    steps += ["--distributed-backend", "gloo", "--pretrained-checkpoint", str(run / "checkpoint")]
+    gloo(1, train, [*saved["arguments"], *steps, "--run-dir", str(out), "--load", str(out / "checkpoint")])
+    steps = metrics(out)
+    assert len(steps) == 3 and all(step["lm_loss"] < 7 and step["grad_norm"] > 0 for step in steps)
