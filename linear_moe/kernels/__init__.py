@@ -1,6 +1,7 @@
 """Linear-recurrence kernels: pure functions of tensors, no Megatron and no mixers."""
 
 from linear_moe.kernels.ops import (
+    cross_entropy_,
     delta_rule,
     delta_rule_segment,
     diag_decay,
@@ -14,6 +15,7 @@ from linear_moe.kernels.segment import Segment
 
 __all__ = [
     "Segment",
+    "cross_entropy_",
     "delta_rule",
     "delta_rule_segment",
     "diag_decay",

@@ -128,6 +128,19 @@ def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, acti
         _fail("activation", f"is {activation!r}", '"swish" or "sigmoid"')
 
 
+def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.cross_entropy_` takes."""
+    _check_float("logits", logits, logits.device)
+    if logits.ndim != 2 or logits.stride(1) != 1:
+        found = f"has shape {_show(logits.shape)} and strides {_show(logits.stride())}"
+        _fail("logits", found, "[M, V] with contiguous rows")
+    if labels.dtype != torch.int64 or labels.device != logits.device:
+        _fail("labels", f"is {labels.dtype} on {labels.device}", f"int64 on {logits.device}")
+    _check_shape("labels", labels, logits.shape[:1], "[M]")
+    _check_float("weight", weight, logits.device)
+    _check_shape("weight", weight, logits.shape[:1], "[M]")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> int:
     """Returns the number of documents. Values are looked at on the CPU only."""
     if cu_seqlens is None:

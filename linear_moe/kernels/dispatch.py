@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.kernels import chunked_delta, chunked_diag, chunked_dplr, conv, gated_norm, reference
+from linear_moe.kernels import (
+    chunked_delta,
+    chunked_diag,
+    chunked_dplr,
+    conv,
+    cross_entropy,
+    gated_norm,
+    reference,
+)
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
 
@@ -109,6 +117,12 @@ def _fused_gated_norm_takes(x: Tensor, *others: Any, **options: Any) -> bool:
     return x.shape[-1] <= 256
 
 
+def _fused_cross_entropy_(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import cross_entropy as fused
+
+    return fused.cross_entropy_(*args, **kwargs)
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "diag_decay": _backends(
         chunked_diag.diag_decay,
@@ -131,6 +145,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         gated_norm.gated_rms_norm,
         reference.gated_rms_norm,
         Backend("triton", _fused_gated_norm, _fused, _fused_gated_norm_takes),
+    ),
+    "cross_entropy_": _backends(
+        cross_entropy.cross_entropy_,
+        reference.cross_entropy_,
+        Backend("triton", _fused_cross_entropy_, _fused),
     ),
 }
 
@@ -176,6 +195,11 @@ def _warn_of_torch_once(op: str) -> None:
         f"memory, so it is slower than a fused kernel; {ENVIRONMENT_VARIABLE}=chunked chooses it without this notice",
         stacklevel=2,
     )
+
+
+def is_asked() -> bool:
+    """Whether a backend is chosen by name."""
+    return bool(_asked())
 
 
 def _asked() -> str:

@@ -10,11 +10,13 @@ V value dim, N documents (B when not packed), W convolution width, C channels (a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from linear_moe.kernels import checks, dispatch
+from linear_moe.kernels import checks, dispatch, step
+from linear_moe.kernels.cross_entropy import Statistics
 from linear_moe.kernels.segment import Segment
 
 
@@ -223,7 +225,36 @@ def gated_rms_norm(
     return _run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
 
 
+def cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    *,
+    combine: Callable[[Statistics], Statistics] | None = None,
+) -> Tensor:
+    """Cross entropy of each token, with the logits overwritten by their gradient.
+
+    Not differentiable: the gradient of ``(weight * loss).sum()`` is what ``logits`` holds afterwards.
+
+    Args:
+        logits: ``[M, V]``, contiguous rows, any float dtype.
+        labels: ``[M]`` int64. One outside of [0, V) is in another slice of the vocabulary, and its logit counts as 0.
+        weight: ``[M]``, float32 (float64 for float64 logits): factor of each token's gradient, not of its loss.
+        combine: makes statistics of this slice of the vocabulary those of all slices.
+
+    Returns:
+        ``[M]``, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.check_cross_entropy(logits, labels, weight)
+    return _run("cross_entropy_", logits, logits, labels, weight, combine=combine)
+
+
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if op in step.OPERATIONS and not dispatch.is_asked() and step.takes(*args, **kwargs):
+        return step.OPERATIONS[op](*args, **kwargs)
     backend, _ = dispatch.pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
     dispatch.warn_if_unfused(op, backend, like.device)
     return backend.run(*args, **kwargs)

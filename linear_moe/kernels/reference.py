@@ -232,6 +232,27 @@ def gated_rms_norm(
     return torch.stack(heads, 2).to(x.dtype)
 
 
+def cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    *,
+    combine: Callable[[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """PyTorch's cross entropy, one token at a time, and what autograd says of it; whole vocabulary only."""
+    assert combine is None, "the definition has no slices"
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    losses = []
+    for row, label, factor in zip(logits, labels, weight, strict=True):
+        with torch.enable_grad():
+            x = row.detach().to(dtype).requires_grad_()
+            loss = F.cross_entropy(x, label)
+            (gradient,) = torch.autograd.grad(loss * factor, x)
+        row.copy_(gradient)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 def _each_document(
     run: Callable[[TokenInputs, Tensor], tuple[Tensor, Tensor]],
     tokens: TokenInputs,

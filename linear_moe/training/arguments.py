@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="recompute mixers in the backward pass; on with selective recomputation",
     )
+    group.add_argument(
+        "--output-chunk-size",
+        type=int,
+        default=None,
+        help="tokens whose logits exist at once, with their gradient in place; default: a whole micro-batch's",
+    )
     group.add_argument("--sequential-experts", action="store_true", help="Megatron's loop over experts")
     finetune.add_arguments(group)
     options = parser.add_argument_group("mixer options")
@@ -124,12 +130,34 @@ def resolve(args: argparse.Namespace) -> None:
             "  why: the memory of a mixer would still leak from one document to the next\n"
             "  try: --dataloader-inter-document-masking (PACK=true)"
         )
+    _check_output_chunks(args)
     if args.hybrid_context_parallel:
         raise ValueError(
             "--hybrid-context-parallel is not supported\n"
             "  why: it changes the context-parallel group per micro-batch, and LASP-2 needs a fixed one\n"
             "  try: leave it out, and set --context-parallel-size"
         )
+
+
+def _check_output_chunks(args: argparse.Namespace) -> None:
+    if args.output_chunk_size is None:
+        return
+    if args.output_chunk_size < 1:
+        raise ValueError(
+            f"--output-chunk-size {args.output_chunk_size} holds no token\n"
+            f"  why: it is the number of tokens whose logits exist at once\n"
+            f"  try: --output-chunk-size 4096, or leave it out for whole micro-batches"
+        )
+    for flag, is_set in (
+        ("--use-mup", args.use_mup),
+        ("--cross-entropy-loss-fusion", args.cross_entropy_loss_fusion),
+    ):
+        if is_set:
+            raise ValueError(
+                f"--output-chunk-size does not go with {flag}\n"
+                f"  why: it takes the place of Megatron's output layer and loss, which {flag} changes\n"
+                f"  try: leave out one of the two"
+            )
 
 
 def model_config(args: argparse.Namespace) -> LinearMoEModelConfig:

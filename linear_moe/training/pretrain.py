@@ -32,6 +32,7 @@ from linear_moe.lsm.mom import Memories
 from linear_moe.model.builder import padded_vocab_size
 from linear_moe.model.config import LinearMoEConfig, mixer_config
 from linear_moe.model.memory_balance import set_loss_scale
+from linear_moe.model.output_loss import loss_in_chunks
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training import arguments, engine, finetune
 from linear_moe.training.data import get_batch, train_valid_test_datasets
@@ -41,8 +42,11 @@ from linear_moe.training.metrics import ExpertLoad, RunLog
 from linear_moe.training.run import write_config
 
 
-def main(argv: list[str]) -> None:
-    """Parse ``argv``, build the configs, and hand over to Megatron; joins the process group or makes one."""
+def main(argv: list[str], log: type[RunLog] = RunLog) -> None:
+    """Parse ``argv``, build the configs, and hand over to Megatron; joins the process group or makes one.
+
+    ``log`` is what is told of every step; linear_moe.bench watches steps with one of its own.
+    """
     owns_group = not dist.is_initialized()
     args = prepare_arguments(argv)
     config = arguments.model_config(args)
@@ -50,7 +54,7 @@ def main(argv: list[str]) -> None:
     loads = _loads(config.transformer)
     config.pre_wrap_hooks.append(partial(_watch, loads))
     run_dir = Path(args.run_dir) if args.run_dir else None
-    run_log = RunLog(run_dir, flops, loads)
+    run_log = log(run_dir, flops, loads)
     engine.install(flops=partial(step_flops, flops), training_log=run_log.wrap)
     if run_dir is not None and args.rank == 0:
         write_config(run_dir, args, argv)
@@ -136,6 +140,7 @@ def forward_step(data_iterator: Iterator, model: nn.Module) -> tuple[Tensor, Any
         loss_mask=batch.loss_mask,
         packed_seq_params=batch.packed_seq_params,
         padding_mask=finetune.local_padding(batch.padding_mask, model),
+        output_processor=loss_in_chunks(chunk) if (chunk := get_args().output_chunk_size) else None,
     )
     return output, partial(loss_func, batch.loss_mask)
 

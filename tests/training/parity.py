@@ -57,6 +57,8 @@ OVERLAP = [
 RECOMPUTE_LAYERS = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 RECOMPUTE_LAYERS += ["--recompute-num-layers", "1"]
 
+OUTPUT_CHUNKS = ["--output-chunk-size", "24"]
+
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-sp": (2, [*TP2, *SP]),
     "pp2": (2, PP2),
@@ -77,14 +79,22 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-no-sp": (2, TP2),
     "recompute-mixers": (1, ["--lsm-recompute"]),
     "recompute-layers": (1, RECOMPUTE_LAYERS),
+    "output-chunks": (1, OUTPUT_CHUNKS),
+    "tp2-sp-output-chunks": (2, [*TP2, *SP, *OUTPUT_CHUNKS]),
+    "tp2-no-sp-output-chunks": (2, [*TP2, *OUTPUT_CHUNKS]),
 }
 
-DENSE = ("tp2-no-sp",)
+DENSE = ("tp2-no-sp", "tp2-no-sp-output-chunks")
 """Layouts that Megatron refuses with experts."""
 
 
 def impossible(layout: str, stack: str, packing: str) -> bool:
-    """Cases that cannot be: two micro-batches are too few, and RWKV7 refuses to recompute layers."""
+    """Cases that cannot be: two micro-batches are too few, and RWKV7 refuses to recompute layers.
+
+    Or that say nothing new: the output layer does not know what is below it.
+    """
+    if layout.endswith("output-chunks"):
+        return stack != "hybrid"
     few = packing == "packed" and layout in ("dp4", "dp2-pp2-vpp2-distributed-optimizer")
     return few or (layout == "recompute-layers" and "rwkv7" in STACKS[stack])
 

@@ -1,0 +1,60 @@
+"""Cases of the cross entropy; run as a program, the fused passes' errors in Triton's interpreter as one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from scan_cases import error
+from torch import Tensor
+
+from linear_moe.kernels import reference
+
+CASES: dict[str, dict[str, Any]] = {
+    "few": dict(tokens=3, logits=5),
+    "many": dict(tokens=4, logits=1500),
+    "far apart": dict(tokens=4, logits=300, spread=60.0),
+    "one block": dict(tokens=2, logits=256),
+}
+
+
+def make(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels, and weights of which one is zero."""
+    case = CASES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    size = case["tokens"], case["logits"]
+    logits = torch.randn(size, generator=generator, dtype=torch.float64) * case.get("spread", 3.0)
+    labels = torch.randint(0, size[1], size[:1], generator=generator)
+    weight = torch.rand(size[0], generator=generator, dtype=torch.float64)
+    weight[1] = 0.0
+    return logits.to(dtype), labels, weight.to(dtype)
+
+
+def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[float]:
+    """Of losses and gradients, against PyTorch's in float64 on equal values."""
+    logits, labels, weight = make(name, dtype)
+    exact = logits.double().clone()
+    truth = reference.cross_entropy_(exact, labels, weight.double())
+    found = run(logits, labels, weight)
+    return [error(found.double(), truth), error(logits.double(), exact)]
+
+
+def main() -> None:
+    from linear_moe.kernels.triton import cross_entropy
+
+    with mock.patch.object(cross_entropy, "BLOCK", 256):
+        print(json.dumps({name: errors(name, cross_entropy.cross_entropy_, torch.float32) for name in CASES}))
+
+
+if __name__ == "__main__":
+    main()

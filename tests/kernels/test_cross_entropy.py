@@ -1,0 +1,68 @@
+"""Cross entropy that turns logits into their gradient: torch path, fused passes (interpreted), vocabulary slices."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cross_entropy_cases import CASES, errors, make
+
+from linear_moe.kernels import cross_entropy, cross_entropy_
+
+EXACT, SINGLE = 1e-12, 1e-5
+
+
+@pytest.fixture(scope="module")
+def fused_errors() -> dict[str, list[float]]:
+    """All cases in one process, which Triton's interpreter needs for itself."""
+    command = [sys.executable, str(Path(__file__).with_name("cross_entropy_cases.py"))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torch_path_is_exact(name: str) -> None:
+    assert max(errors(name, cross_entropy.cross_entropy_, torch.float64)) <= EXACT
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_passes(name: str, fused_errors: dict[str, list[float]]) -> None:
+    assert len(fused_errors[name]) == 2 and max(fused_errors[name]) <= SINGLE
+
+
+def test_slices_of_the_vocabulary_are_the_whole() -> None:
+    logits, labels, weight = make("many", torch.float64)
+    whole = logits.clone()
+    loss = cross_entropy_(whole, labels, weight)
+    cuts = (0, 2, 700, logits.shape[1])
+    slices = [logits[:, a:b].contiguous() for a, b in itertools.pairwise(cuts)]
+    found = [cross_entropy.statistics(x, labels - first) for x, first in zip(slices, cuts)]
+    largest = torch.stack([f[0] for f in found]).amax(0)
+    total = sum(f[1] * (f[0] - largest).exp() for f in found)
+    combined = largest, total, sum(f[2] for f in found)
+    for x, first, last in zip(slices, cuts, cuts[1:]):
+        part = cross_entropy_(x, labels - first, weight, combine=lambda _: combined)
+        assert (part - loss).abs().max() <= EXACT and (x - whole[:, first:last]).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(logits=torch.zeros(6, 4).t()), "strides"),
+        (dict(labels=torch.zeros(4, dtype=torch.int32)), "labels is torch.int32"),
+        (dict(weight=torch.zeros(5)), r"weight has shape \[5\]"),
+    ],
+)
+def test_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    arguments = dict(
+        logits=torch.zeros(4, 6), labels=torch.zeros(4, dtype=torch.int64), weight=torch.zeros(4)
+    )
+    with pytest.raises(ValueError, match=message):
+        cross_entropy_(**{**arguments, **change})
