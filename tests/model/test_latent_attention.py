@@ -1,6 +1,7 @@
 """Multi-head latent attention on our core attention: packed documents are as if alone, over ranks too."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ S, D = 16, 32
 DOCUMENTS = [0, 5, 6, 16]
 
 
-def layer(kind: type, rope_type: str, cp_size: int = 1) -> torch.nn.Module:
+def layer(kind: type, rope_type: str, cp_size: int = 1, **parallel: Any) -> torch.nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     blocks = make_backend("local")
@@ -40,6 +41,7 @@ def layer(kind: type, rope_type: str, cp_size: int = 1) -> torch.nn.Module:
         qk_layernorm=True,
         params_dtype=torch.float64,
         context_parallel_size=cp_size,
+        **parallel,
     )
     return kind(
         config,
@@ -114,3 +116,50 @@ def test_context_parallel_is_one_process(gloo, batch):
             torch.testing.assert_close(got, layout.take(expected, dim=0), atol=1e-10, rtol=1e-7)
     for *parts, expected in zip(*(found[2:] for found in ranks), true[2:], strict=True):
         torch.testing.assert_close(sum(parts), expected, atol=1e-10, rtol=1e-7)
+
+
+def tensor_parallel(
+    rank: int, world_size: int, sp: bool
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Output, gradient of the input and of every parameter, all whole, from a layer cut over the ranks."""
+    import torch.distributed as dist
+
+    def whole_of(x: torch.Tensor, dim: int) -> torch.Tensor:
+        pieces = [torch.empty_like(x) for _ in range(world_size)]
+        dist.all_gather(pieces, x.contiguous())
+        return torch.cat(pieces, dim)
+
+    with with_model_parallel(tp=world_size):
+        module = layer(LatentAttention, "yarn", tensor_model_parallel_size=world_size, sequence_parallel=sp)
+        draw, cuts = torch.Generator().manual_seed(3), {}
+        for name, p in module.named_parameters():
+            cut = getattr(p, "partition_dim", -1) if getattr(p, "tensor_model_parallel", False) else -1
+            shape = [n * (world_size if i == cut else 1) for i, n in enumerate(p.shape)]
+            value = torch.randn(shape, dtype=p.dtype, generator=draw) * 0.3
+            p.data = value.chunk(world_size, cut)[rank].clone() if cut >= 0 else value
+            cuts[name] = cut
+        x = tokens(2)
+        x = (x.chunk(world_size)[rank].clone() if sp else x).requires_grad_()
+        out, _ = module(x, None)
+        (out * out.detach().cos()).sum().backward()
+        grads = {}
+        for name, p in module.named_parameters():
+            if cuts[name] < 0 and sp and world_size > 1:
+                assert p.sequence_parallel, f"{name}: Megatron sums the gradient of what is so marked"
+                dist.all_reduce(p.grad)
+            grads[name] = whole_of(p.grad, cuts[name]) if cuts[name] >= 0 else p.grad
+        results = [out.detach(), x.grad]
+        return [whole_of(y, 0) for y in results] if sp else results, grads
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_tensor_parallel_is_one_process(gloo, sp):
+    """The gradient of the one rotary key counts the heads of all ranks."""
+    [(true, true_grads)] = gloo(1, tensor_parallel, False)
+    found, grads = gloo(2, tensor_parallel, sp)[0]
+    for got, expected in zip(found, true, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-7)
+    for name, expected in true_grads.items():
+        torch.testing.assert_close(
+            grads[name], expected, atol=1e-10, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
