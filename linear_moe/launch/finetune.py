@@ -20,7 +20,7 @@ from linear_moe.launch.instructions import FinetuneSettings, Instructions, sched
 from linear_moe.launch.plan import NULL_TOKENIZER, RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.resume import checkpoint_iteration, read_config
-from linear_moe.launch.starting_model import model_variables
+from linear_moe.launch.starting_model import starting_model
 
 DEFAULTS = {"LR": "1e-5", "MIN_LR": "1e-6", "PACK": "true"}
 """Where finetuning differs from pretraining."""
@@ -43,13 +43,14 @@ def plan_finetune(
     given = {name: text.strip() for name, text in environment.items() if text.strip()}
     _check_given(given, settings)
     try:
-        given = {**DEFAULTS, **given, **model_variables(given, family)}
+        model = starting_model(given, family)
+        given = {**DEFAULTS, **given, **model.variables}
         template = None if settings.chat_template is None else read_template(settings.chat_template)
         if given.get("TOKENIZER", NULL_TOKENIZER) == NULL_TOKENIZER:
             raise _no_tokenizer(given)
         # Steps follow from the samples; until these are known, one step passes every check of a schedule.
         first = {**given, "TRAIN_ITERS": "1", "WARMUP_ITERS": "0"}
-        plan = plan_run(read_environment(first, family), cuda_devices)
+        plan = plan_run(read_environment(first, family), cuda_devices, model.families)
         plan = replace(plan, instructions=Instructions(settings=settings, is_packed=plan.settings.pack))
         preflight(plan)
         plan = _with_samples(plan, template, announce)

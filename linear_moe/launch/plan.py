@@ -6,6 +6,7 @@ world = nodes x processes per node = TP x PP x CP x DP        experts: world = E
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,15 +142,15 @@ class RunPlan:
         return f"{tokens:.1f}T"
 
 
-def plan_run(settings: RunSettings, cuda_devices: int) -> RunPlan:
+def plan_run(settings: RunSettings, cuda_devices: int, families: Mapping[str, Family] = FAMILIES) -> RunPlan:
     """Resolve family, size, mixers and tokenizer. Raises PreflightError for a name that does not exist."""
-    if settings.base_model not in FAMILIES:
+    if settings.base_model not in families:
         raise PreflightError(
             f"unknown family {settings.base_model!r}.",
-            f"families are {', '.join(FAMILIES)}.",
-            f"--family {next(iter(FAMILIES))}",
+            f"families are {', '.join(families)}.",
+            f"--family {next(iter(families))}",
         )
-    family = FAMILIES[settings.base_model]
+    family = families[settings.base_model]
     size_name = settings.model_size or family.default_size
     size_name = family.old_sizes.get(size_name, size_name)
     if size_name not in family.sizes:

@@ -1,7 +1,9 @@
-"""The model of a run as the variables that would make it again: what a person need not say twice."""
+"""The model of a run as the variables and the size that would make it again: what a person need not say twice."""
 
 import itertools
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,48 +11,110 @@ from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import registered_mixers
 from linear_moe.launch.resume import mixer_options, read_config
-from linear_moe.model.families import FAMILIES, SIZE_FLAGS, ModelSize
+from linear_moe.model.families import (
+    FAMILIES,
+    FRACTIONS,
+    SIZE_FLAGS,
+    Family,
+    Llama3Rope,
+    ModelSize,
+    YarnRope,
+)
 
 
-def model_variables(given: Mapping[str, str], family: str) -> dict[str, str]:
-    """Variables of the model in PRETRAIN_CHECKPOINT_PATH that are not ``given``; none when it tells nothing.
+SCRIPTS = {
+    "qwen2": "linear_moe_qwen2/run_finetune_qwen.sh",
+    "deepseek_v2": "linear_moe_deepseek_v2/run_finetune_deepseek.sh",
+    "mixtral": "linear_moe_mixtral/run_finetune_mistral.sh",
+    "llama3": "linear_llama3/run_finetune_mcore_llama.sh",
+}
+"""Finetuning script of each family, in ``examples``."""
 
-    EXTRA_ARGS is among them even so: what is given, behind what the model needs.
+
+@dataclass(frozen=True)
+class StartingModel:
+    """What PRETRAIN_CHECKPOINT_PATH says of the model."""
+
+    variables: Mapping[str, str]
+    """Variables that the person has not set; and EXTRA_ARGS, theirs behind what the model needs."""
+    families: Mapping[str, Family]
+    """The tables of the families, with the size of the checkpoint in its own."""
+
+
+def starting_model(given: Mapping[str, str], family: str) -> StartingModel:
+    """The model that ``given`` variables start from; nothing of it when there is no ``config.json``.
 
     Raises PreflightError when it is of another family.
     """
     config = _config(given["PRETRAIN_CHECKPOINT_PATH"])
-    if not config:
-        return {}
     saved, arguments = config.get("architecture", {}), config.get("arguments", [])
     if saved.get("family", family) != family:
         raise PreflightError(
             f"PRETRAIN_CHECKPOINT_PATH={given['PRETRAIN_CHECKPOINT_PATH']} is a {saved['family']} model.",
             f"this script finetunes {family}.",
-            f"the run_finetune script of {saved['family']}",
+            f"sh examples/{SCRIPTS.get(saved['family'], '*/run_finetune_*.sh')}",
         )
+    families = dict(FAMILIES)
     found = _pattern(saved, given) | _tokenizer(config)
     found["MIXER_MODULES"] = _value(arguments, "--mixer-module") or ""
-    table = FAMILIES[family]
-    named = given.get("MODEL_SIZE") or saved.get("model_size") or ""
-    named = table.old_sizes.get(named, named)
-    found["MODEL_SIZE"] = named if named in table.sizes else table.default_size
-    size, has_experts = table.sizes[found["MODEL_SIZE"]], saved.get("num_experts") is not None
-    if size.is_moe != has_experts:
-        found["MOE"] = str(has_experts).lower()
+    size = size_of(arguments)
+    if size is not None and not {"MODEL_SIZE", "MOE"} & given.keys():
+        found["MODEL_SIZE"] = saved.get("model_size") or "checkpoint"
+        sizes = {**FAMILIES[family].sizes, found["MODEL_SIZE"]: size}
+        families[family] = replace(FAMILIES[family], sizes=sizes, old_sizes={})
     tokenizer, rows = given.get("TOKENIZER") or found.get("TOKENIZER"), saved.get("padded_vocab_size")
     if rows and tokenizer:
         found |= _rows(tokenizer, rows)
     found = {name: text for name, text in found.items() if text and name not in given}
-    modules = given.get("MIXER_MODULES") or found.get("MIXER_MODULES")
-    flags = _changes(size.with_moe(has_experts), arguments)
-    flags += itertools.chain.from_iterable(mixer_options(arguments, registered_mixers(modules)).items())
-    return found | ({"EXTRA_ARGS": " ".join([*flags, given.get("EXTRA_ARGS", "")]).strip()} if flags else {})
+    options = mixer_options(
+        arguments, registered_mixers(given.get("MIXER_MODULES") or found.get("MIXER_MODULES"))
+    )
+    if options:
+        flags = itertools.chain.from_iterable(options.items())
+        found["EXTRA_ARGS"] = " ".join([*flags, given.get("EXTRA_ARGS", "")]).strip()
+    return StartingModel(found, families)
+
+
+def size_of(arguments: list[str]) -> ModelSize | None:
+    """The size that ``megatron_arguments`` made these flags of; ``None`` when flags are missing.
+
+    ``vocab_size`` is not among them: a finetuned model has a tokenizer.
+    """
+    texts = {name: _value(arguments, flag) for name, flag in SIZE_FLAGS.items()}
+    numbers: dict[str, Any] = {
+        name: (float if name in FRACTIONS else int)(text) for name, text in texts.items() if text is not None
+    }
+    dense = re.match(r"\(\[0\]\*(\d+)", _value(arguments, "--moe-layer-freq") or "")
+    # Latent attention has no groups.
+    numbers.setdefault("num_query_groups", numbers.get("num_attention_heads"))
+    try:
+        return ModelSize(
+            **numbers,
+            first_dense_layers=int(dense[1]) if dense else 0,
+            tie_embeddings="--untie-embeddings-and-output-weights" not in arguments,
+            rope_scaling=_rope_scaling(arguments),
+            vocab_size=1,
+            extra_vocab_size=0,
+            source="the checkpoint",
+        )
+    except TypeError:
+        return None  # not from a run script
+
+
+def _rope_scaling(arguments: list[str]) -> Llama3Rope | YarnRope | None:
+    def number(flag: str) -> float:
+        return float(_value(arguments, flag) or 1)
+
+    if _value(arguments, "--rope-type") == "yarn":
+        scales = number("--mscale"), number("--mscale-all-dim")
+        return YarnRope(factor=number("--rotary-scaling-factor"), mscale=scales[0], mscale_all_dim=scales[1])
+    return Llama3Rope(factor=number("--rope-scaling-factor")) if "--use-rope-scaling" in arguments else None
 
 
 def _config(path: str) -> dict[str, Any]:
     folder = Path(path)
-    return next(filter(None, map(read_config, (folder, folder.parent))), {})
+    found = map(read_config, (folder, folder.parent))
+    return next((config for config in found if "architecture" in config), {})
 
 
 def _pattern(saved: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
@@ -74,16 +138,6 @@ def _rows(tokenizer: str, rows: int) -> dict[str, str]:
         return {"EXTRA_VOCAB_SIZE": str(max(rows - describe_tokenizer(tokenizer).base_vocab_size, 0))}
     except TokenizerError:
         return {}  # reported when it is used
-
-
-def _changes(size: ModelSize, arguments: list[str]) -> list[str]:
-    """Flags of a command line that differ from the named size."""
-    flags: list[str] = []
-    for name, flag in SIZE_FLAGS.items():
-        value = _value(arguments, flag)
-        if value is not None and value != str(getattr(size, name)):
-            flags += [flag, value]
-    return flags
 
 
 def _value(arguments: list[str], flag: str) -> str | None:
