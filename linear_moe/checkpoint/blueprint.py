@@ -125,7 +125,7 @@ def family_and_size(model: Blueprint) -> tuple[Family, ModelSize]:
         )
     renamed = {"norm_epsilon": "layernorm_epsilon"}
     names = {field.name for field in fields(ModelSize)}
-    values = {name: getattr(args, renamed.get(name, name), None) for name in names}
+    values: dict[str, Any] = {name: getattr(args, renamed.get(name, name), None) for name in names}
     moe = moe_layers(transformer)
     first_dense = moe.index(True) if True in moe else 0
     if args.num_experts is None:

@@ -105,7 +105,12 @@ class Described:
     @property
     def size_name(self) -> str:
         """The named size of the family that has these shapes, or ``custom``."""
-        free = {"source": "", "vocab_size": 0, "extra_vocab_size": 0, "max_position_embeddings": 0}
+        free: dict[str, Any] = {
+            "source": "",
+            "vocab_size": 0,
+            "extra_vocab_size": 0,
+            "max_position_embeddings": 0,
+        }
         same = replace(self.size, **free)
         found = [name for name, size in self.family.sizes.items() if replace(size, **free) == same]
         return found[0] if found else "custom"
@@ -198,7 +203,7 @@ def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
     if kind == "deepseek_v2":
         values |= _deepseek_values(config, values)
     base, scaling = _rope(kind, config)
-    rope = {"rotary_base": base, "rope_scaling": scaling}
+    rope: dict[str, Any] = {"rotary_base": base, "rope_scaling": scaling}
     return ModelSize(**values, **rope, extra_vocab_size=0, source="config.json of Hugging Face")
 
 

@@ -14,7 +14,9 @@ Letters: H heads of the mixer, C channels of a softmax head, G key/value groups,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -111,7 +113,7 @@ def start_tables(model: Blueprint, origins: dict[str, Origin]) -> list[Piece]:
             key = f"{kind}_tables.{name}"
             data, shape = tensor.detach(), tuple(tensor.shape)
             Origin.note(origins, key, "started", f"as {kind} from scratch")
-            pieces.append(Piece(key, shape, (0,) * len(shape), shape, data.dtype, lambda data=data: data))
+            pieces.append(Piece(key, shape, (0,) * len(shape), shape, data.dtype, partial(torch.clone, data)))
     return pieces
 
 
@@ -210,7 +212,8 @@ class _Started:
         """The tensors as a training from scratch starts them; kept until all of them have been asked for."""
         if self.fresh is None:
             groups = ProcessGroupCollection.use_mpu_process_groups()
-            number, config = self.layer + 1, self.model.config.transformer
+            number, config = self.layer + 1, copy(self.model.config.transformer)
+            config.perform_initialization = True  # a blueprint has no weights
             module = MixerLayer(config, layer_number=number, mixer=self.kind, pg_collection=groups)
             self.fresh = {name: parameter.detach() for name, parameter in module.named_parameters()}
         return self.fresh

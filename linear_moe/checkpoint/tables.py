@@ -41,13 +41,13 @@ class Row:
 
     key: str
     names: tuple[str, ...]
-    transform: Transform = Transform()
+    transform: Transform
     expert: int | None = None
     """Index on the first axis of our tensor, which holds every expert of the layer."""
 
 
 type Entry = tuple[tuple[str, ...], Callable[[Shape], Transform]]
-type Table = Mapping[str, Entry]
+type Table = dict[str, Entry]
 
 
 def _same(name: str) -> Entry:
@@ -190,7 +190,7 @@ def _mixer_row(key: str, layer: int | None, shape: Shape) -> Row | None:
         tables, _, name = key.partition(".")
         mixer_name = tables.removesuffix("_tables")
         known = tables.endswith("_tables") and mixer_name in shape.mixers
-        return Row(key, (f"model.tables.{mixer_name}.{name}",)) if known else None
+        return Row(key, (f"model.tables.{mixer_name}.{name}",), Transform()) if known else None
     kind, prefix = shape.kinds[layer], f"decoder.layers.{layer}.self_attention."
     if kind == SOFTMAX or not key.startswith(prefix):
         return None
@@ -202,6 +202,6 @@ def _mixer_row(key: str, layer: int | None, shape: Shape) -> Row | None:
         return None
     names = tuple(f"model.layers.{layer}.mixer.{row.name}" for row in parts)
     if parts[0].start is None:
-        return Row(key, names)
+        return Row(key, names, Transform())
     widths = tuple((row.stop or 0) - (row.start or 0) for row in parts)
     return Row(key, names, ByHead(parts[0].groups, widths))

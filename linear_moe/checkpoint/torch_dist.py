@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def _files(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return files
 
 
-def _write_file(path: Path, group: list[Piece]) -> Iterator[int]:
+def _write_file(path: Path, group: list[Piece]) -> Generator[int, None, list[tuple[int, int]]]:
     where = []
     with open(path, "wb") as file:
         for piece in group:

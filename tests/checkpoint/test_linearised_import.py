@@ -105,16 +105,19 @@ def every_mixer(rank, world, folder):
         }
         extra = narrow.get(mixer, [])
         done = import_model(Path(folder) / "hf", run, la_module=mixer, layer_type_list="L", extra_args=extra)
-        logits = whole_forward(load_model(run).model, some_tokens(1, 8))
+        model = load_model(run).model
+        logits = whole_forward(model, some_tokens(1, 8))
         how = {o.pattern.split(".")[-2]: o.how for o in done.origins if "out_proj" in o.pattern}
-        outputs[mixer] = logits.isfinite().all().item(), how["out_proj"]
+        weights = (p for p in model.parameters() if p.ndim > 1)
+        spread = max(weight.abs().max().item() for weight in weights)
+        outputs[mixer] = logits.isfinite().all().item() and spread < 10, how["out_proj"]
     return outputs
 
 
 def test_every_mixer_can_be_started(gloo, tmp_path):
     gloo(1, source_model, str(tmp_path / "hf"))
     outputs = gloo(1, every_mixer, str(tmp_path))[0]
-    assert all(finite for finite, _ in outputs.values())
+    assert not [mixer for mixer, (sound, _) in outputs.items() if not sound]
     assert {mixer for mixer, (_, how) in outputs.items() if how != "carried"} == {"mamba2"}
 
 
