@@ -202,5 +202,10 @@ def is_asked() -> bool:
     return bool(_asked())
 
 
+def is_asked() -> bool:
+    """Whether a backend is chosen by name."""
+    return bool(_asked())
+
+
 def _asked() -> str:
     return os.environ.get(ENVIRONMENT_VARIABLE, "")
