@@ -1,0 +1,88 @@
+"""Where a step's time goes: kernels of a profile, added up by what they are for.
+
+A kernel is known by its name alone, and names say what a kernel computes, not which layer asked for it: element-wise
+work of a mixer and of the experts is one row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import profile
+
+OURS = "linear_moe's kernels"
+KINDS = {
+    "communication": r"nccl|gloo|c10d",
+    "softmax attention": r"flash|fmha|sdpa|scaled_dot_product|attention",
+    "grouped matrix products (experts)": r"group",
+    "matrix products": r"gemm|gemv|nvjet|cutlass|xmma|cublas|\b(mm|bmm|addmm|addbmm|baddbmm)\b",
+    "optimizer": r"multi_tensor|adam|foreach|lpnorm|l2norm",
+    "cross entropy, softmax": r"softmax|cross_?entropy|nll|logsumexp",
+    "norms": r"layer_?norm|rms_?norm",
+    "sorting, gathering, scattering": r"sort|radix|topk|index|gather|scatter|permut|cumsum|scan|histogram|bincount"
+    r"|embedding|take|roll|masked|nonzero|unique",
+    "copies and casts": r"copy|memcpy|memset|clone|contiguous|\bcat\b|catarray|fill|zero|_to_\b|\bto\b",
+    "reductions": r"reduce|\bsum\b|\bmean\b|\bmax\b|\bmin\b",
+    "element-wise": r"elementwise|vectorized|triton_|\b(mul|add|sub|div|exp|neg|silu|sigmoid|where|pow|sqrt|rsqrt)_?\b",
+}
+"""Kinds of kernels by patterns of their names; the first that fits."""
+
+OTHER = "other"
+
+
+def kind_of(name: str) -> str:
+    """What a kernel is for."""
+    if name in _our_kernels():
+        return OURS
+    found = (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
+    return next(found, OTHER)
+
+
+@cache
+def _our_kernels() -> frozenset[str]:
+    """Names of the package's Triton kernels, from their sources."""
+    sources = (Path(__file__).parents[1] / "kernels" / "triton").glob("*.py")
+    kernel = re.compile(r"^@triton\.jit.*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+    return frozenset(name for source in sources for name in kernel.findall(source.read_text()))
+
+
+def device_times(profiler: profile, on_cpu: bool) -> list[tuple[str, float, int]]:
+    """Name, seconds and launches of all that ran on the device; operators and their own time where that is the CPU."""
+    found = []
+    for event in profiler.key_averages():
+        if getattr(event, "is_user_annotation", False):
+            continue  # a range around other events
+        if on_cpu:
+            found.append((event.key, event.self_cpu_time_total / 1e6, event.count))
+        elif event.device_type == DeviceType.CUDA:
+            found.append((event.key, event.self_device_time_total / 1e6, event.count))
+    return found
+
+
+def breakdown(times: Iterable[tuple[str, float, int]], steps: int, top: int = 30) -> dict[str, Any]:
+    """Seconds and launches of one step by kind of kernel, and its longest kernels, from those of several steps."""
+    kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    rows = sorted(times, key=lambda row: -row[1])
+    for name, seconds, launches in rows:
+        of_kind = kinds[kind_of(name)]
+        of_kind[0] += seconds / steps
+        of_kind[1] += launches / steps
+    largest_first = sorted(kinds.items(), key=lambda item: -item[1][0])
+    return {
+        "kinds": {kind: {"seconds": s, "launches": n} for kind, (s, n) in largest_first},
+        "kernels": [
+            {
+                "name": name[:200],
+                "kind": kind_of(name),
+                "seconds": seconds / steps,
+                "launches": launches / steps,
+            }
+            for name, seconds, launches in rows[:top]
+        ],
+    }

@@ -1,0 +1,220 @@
+"""Results of measured steps: a JSON file that grows, tables made from it, and a plot where matplotlib is there."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from linear_moe.bench.configurations import SOFTMAX, Configuration
+
+Row = dict[str, Any]
+MEASURED = ("ok", "stopped")
+
+
+class Results:
+    """Rows of ``results.json``, one for each configuration."""
+
+    def __init__(self, folder: Path, command: str, rows: list[Row]) -> None:
+        self.folder, self.command, self.rows = folder, command, rows
+
+    @classmethod
+    def open(cls, folder: Path, command: str, again: bool) -> Results:
+        """Those of a folder, which need not exist; none of them counts as measured when all is done ``again``."""
+        path = folder / "results.json"
+        rows = json.loads(path.read_text())["results"] if path.exists() and not again else []
+        return cls(folder, command, rows)
+
+    def has(self, configuration: Configuration) -> bool:
+        """Whether it was measured."""
+        return any(row["status"] == "ok" for row in self.of([configuration]))
+
+    def of(self, configurations: Sequence[Configuration]) -> list[Row]:
+        """Their rows."""
+        keys = [asdict(configuration) for configuration in configurations]
+        return [row for row in self.rows if row["configuration"] in keys]
+
+    def add(self, configuration: Configuration, found: Row) -> None:
+        """Keep a row, in the place of an older one of the same configuration, on disk at once."""
+        key = asdict(configuration)
+        old = next((row for row in self.rows if row["configuration"] == key), None)
+        about = {"label": configuration.label, "seq_len": configuration.seq_len, "configuration": key}
+        row = {**about, "date": datetime.date.today().isoformat(), "commit": _commit(), **found}
+        if old is not None and old["status"] in MEASURED and found["status"] not in MEASURED:
+            return
+        self.rows = [other for other in self.rows if other is not old] + [row]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / "results.part"
+        part.write_text(json.dumps({"command": self.command, "results": self.rows}, indent=1) + "\n")
+        part.replace(self.folder / "results.json")
+
+
+def _commit() -> str | None:
+    shown = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return shown.stdout.strip() or None
+
+
+def line(row: Row) -> str:
+    """One row for people."""
+    if row["status"] not in MEASURED:
+        return f"{row['status']}: {row['error']}"
+    mfu = "" if row["mfu"] is None else f", {100 * row['mfu']:.1f} % MFU"
+    text = f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s, {row['tflops_per_gpu']:.3g} TFLOP/s{mfu}"
+    return f"{text}, {row['peak_memory_gib']:.1f} GiB ({row['steps']} steps)"
+
+
+def write(results: Results) -> list[Path]:
+    """``results.md`` and, if matplotlib is there, ``results.png``; returns what was written."""
+    results.folder.mkdir(parents=True, exist_ok=True)
+    path = results.folder / "results.md"
+    path.write_text(markdown(results))
+    plot = results.folder / "results.png"
+    return [path, plot] if _draw(results.rows, plot) else [path]
+
+
+def markdown(results: Results) -> str:
+    """All tables."""
+    measured = [row for row in results.rows if row["status"] in MEASURED]
+    parts = [_heading(results, measured)]
+    if measured:
+        parts += [
+            "## Tokens/s per GPU\n\n"
+            + _pivot(measured, lambda row: f"{row['tokens_per_second_per_gpu']:,.0f}"),
+            "## TFLOP/s per GPU and MFU\n\n" + _pivot(measured, _speed),
+            "## Peak memory, GiB\n\n" + _pivot(measured, lambda row: f"{row['peak_memory_gib']:.1f}"),
+            "## Times as fast as softmax attention everywhere\n\n" + _pivot(measured, _against(measured)),
+            "## From the shortest sequence to the longest\n\n" + _flatness(measured),
+            "## From launch to the end of step 1, seconds\n\n" + _pivot(measured, _start),
+        ]
+    parts += [_profile(row) for row in measured if "profile" in row]
+    failed = [row for row in results.rows if row["status"] != "ok"]
+    if failed:
+        lines = [f"* {row['label']} at {row['seq_len']}: {row['status']}: {row['error']}" for row in failed]
+        parts.append("## Without figures, or with fewer steps\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(results: Results, measured: list[Row]) -> str:
+    devices = sorted({row["device"] for row in measured if "device" in row})
+    dates = sorted({row["date"] for row in measured})
+    versions: dict[str, str] = next((row["versions"] for row in measured if "versions" in row), {})
+    about = [
+        f"{', '.join(devices) or 'nothing measured'}; {', '.join(dates)}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"commit {', '.join(sorted({str(row['commit']) for row in measured}))}",
+        f"`{results.command}`",
+        "medians over the steps after warm-up; operations are those of the mixers' definitions (`training/flops.py`)",
+    ]
+    return "# Training steps\n\n" + "\n".join(f"* {text}" for text in about)
+
+
+def _pivot(rows: list[Row], cell: Callable[[Row], str]) -> str:
+    """A row for each model, a column for each length."""
+    lengths = sorted({row["seq_len"] for row in rows})
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    cells = {(row["label"], row["seq_len"]): cell(row) for row in rows}
+    body = [[label, *(cells.get((label, n), "-") for n in lengths)] for label in labels]
+    return _table(["model", *map(str, lengths)], body)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in body])
+
+
+def _speed(row: Row) -> str:
+    mfu = "" if row["mfu"] is None else f" ({100 * row['mfu']:.1f} %)"
+    return f"{row['tflops_per_gpu']:.3g}{mfu}"
+
+
+def _start(row: Row) -> str:
+    return f"{row['first_step_seconds']:.0f}" if "first_step_seconds" in row else "-"
+
+
+def _against(rows: list[Row]) -> Callable[[Row], str]:
+    speed = "tokens_per_second_per_gpu"
+    base = {row["seq_len"]: row[speed] for row in rows if row["label"] == SOFTMAX}
+    return lambda row: f"{row[speed] / base[row['seq_len']]:.2f}" if row["seq_len"] in base else "-"
+
+
+def _flatness(rows: list[Row]) -> str:
+    body = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = sorted((row for row in rows if row["label"] == label), key=lambda row: row["seq_len"])
+        if len(own) < 2:
+            continue
+        ends = f"{own[0]['seq_len']} - {own[-1]['seq_len']}"
+        changes = [_range(own, name) for name in ("tokens_per_second_per_gpu", "peak_memory_gib")]
+        body.append([label, ends, *changes])
+    return _table(["model", "lengths", "tokens/s", "memory"], body)
+
+
+def _range(rows: list[Row], name: str) -> str:
+    """Smallest and largest value, relative to that of the first row."""
+    changes = [100 * (row[name] / rows[0][name] - 1) for row in rows]
+    return f"{min(changes):+.1f} % .. {max(changes):+.1f} %"
+
+
+def _profile(row: Row) -> str:
+    kinds, step = row["profile"]["kinds"], row["seconds"]
+    busy = sum(kind["seconds"] for kind in kinds.values())
+    body = [
+        [
+            name,
+            f"{1e3 * kind['seconds']:.1f}",
+            f"{100 * kind['seconds'] / step:.1f}",
+            f"{kind['launches']:.0f}",
+        ]
+        for name, kind in kinds.items()
+    ]
+    body.append(["nothing runs", f"{1e3 * (step - busy):.1f}", f"{100 * (1 - busy / step):.1f}", ""])
+    longest = [
+        [
+            f"`{kernel['name'][:80]}`",
+            f"{1e3 * kernel['seconds']:.1f}",
+            f"{kernel['launches']:.0f}",
+            kernel["kind"],
+        ]
+        for kernel in row["profile"]["kernels"][:12]
+    ]
+    title = f"## Where the time goes: {row['label']} at {row['seq_len']}, {1e3 * step:.1f} ms a step\n\n"
+    tables = [_table(["kind of kernel", "ms", "% of the step", "launches"], body)]
+    tables.append(_table(["kernel", "ms", "launches", "kind"], longest))
+    return title + "\n\n".join(tables)
+
+
+def _draw(rows: list[Row], path: Path) -> bool:
+    rows = [row for row in rows if row["status"] in MEASURED]
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    if not rows:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    panels = {"tokens_per_second_per_gpu": "tokens/s per GPU", "peak_memory_gib": "peak memory, GiB"}
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        for label in dict.fromkeys(row["label"] for row in rows):
+            points = sorted((row["seq_len"], row[name]) for row in rows if row["label"] == label)
+            style = {"color": "black", "linestyle": "--"} if label == SOFTMAX else {}
+            axis.plot(*zip(*points, strict=True), marker="o", label=label, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens of a sequence")
+        axis.set_title(title)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True

@@ -1,0 +1,75 @@
+"""A training run that is watched: ``pretrain`` with the same arguments, plus when it started and what its kernels cost.
+
+``python -m linear_moe.bench.watched <arguments of linear_moe.training.pretrain>`` is what a measurement starts in the
+place of ``linear_moe.training.pretrain``. The variable LINEAR_MOE_WATCH says where to write, and what to profile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from linear_moe.training import pretrain  # first: it looks for a device
+
+# isort: split
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from linear_moe.bench.configurations import PROFILED_STEPS, WATCH, Watch
+from linear_moe.bench.kernels import breakdown, device_times
+from linear_moe.training import cpu
+from linear_moe.training.metrics import RunLog, peak_flops
+
+CUDA = [] if cpu.is_active() else [ProfilerActivity.CUDA]
+
+
+class WatchedLog(RunLog):
+    """The log of a run, which also sees each step end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.watch = Watch(**json.loads(os.environ[WATCH]))
+        self._profiler: profile | None = None
+
+    def _measure(self, iteration: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        step = super()._measure(iteration, *args, **kwargs)
+        if dist.get_rank() == 0:
+            if iteration == 1:
+                self._write_file("start.json", {"end_of_first_step": time.time(), **_machine()})
+            if iteration == self.watch.profile_after:
+                self._profiler = profile(activities=[ProfilerActivity.CPU, *CUDA])
+                self._profiler.start()
+            if iteration == self.watch.profile_until:
+                self._finish_profile()
+        return step
+
+    def _finish_profile(self) -> None:
+        assert self._profiler is not None
+        torch.cuda.synchronize()
+        self._profiler.stop()
+        found = breakdown(device_times(self._profiler, on_cpu=cpu.is_active()), PROFILED_STEPS)
+        self._write_file("profile.json", found)
+
+    def _write_file(self, name: str, content: dict[str, Any]) -> None:
+        path = Path(self.watch.folder, name)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(path)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "device": "CPU" if cpu.is_active() else torch.cuda.get_device_name(),
+        "peak_tflops": (peak_flops() or 0) / 1e12 or None,
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "triton")},
+    }
+
+
+if __name__ == "__main__":
+    pretrain.main(sys.argv[1:], WatchedLog)
