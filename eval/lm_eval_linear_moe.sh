@@ -1,0 +1,63 @@
+#!/bin/sh
+# Score a model with the published harness, lm_eval (docs/evaluate.md): a run, a checkpoint or a Hugging Face folder.
+#
+#   sh lm_eval_linear_moe.sh runs/mine                        the commonsense tasks of the paper
+#   TASKS=recall BATCH_SIZE=32 sh lm_eval_linear_moe.sh runs/mine/checkpoint/iter_0010000
+#   TASKS=my_task TASK_PATH=my_tasks sh lm_eval_linear_moe.sh mine-hf
+#
+# A run is converted once, into RUN/hf/iter_N. What the model is comes from the checkpoint, never from variables.
+# LINEAR_MOE_DRY_RUN=1 converts, and prints the command without running it.
+set -eu
+
+: "${CHECKPOINT_PATH:=${1:-}}"     # run, its checkpoint/, one iteration in that, or a Hugging Face folder
+: "${TASKS:=commonsense}"          # commonsense | recall | all | names of tasks, comma separated
+: "${BATCH_SIZE:=16}"              # changes the speed, and no score
+: "${MAX_LENGTH:=2048}"            # tokens; longer texts are cut on the left
+: "${NUM_FEWSHOT:=}"               # examples before each question; empty: the task's own number
+: "${LIMIT:=}"                     # questions of each task; empty: all
+: "${DTYPE:=float32}"              # bfloat16 is faster, and its last digits depend on the batch
+: "${DEVICE:=}"                    # cuda | cuda:1 | cpu; empty: a GPU if there is one
+: "${TASK_PATH:=}"                 # folder with tasks of your own (.yaml)
+: "${DATA_PATH:=}"                 # folder with the data sets, filled where there is a network; nothing is downloaded then
+: "${TOKENIZER:=}"                 # folder of the tokenizer, if it has moved since the training
+: "${OUTPUT_PATH:=lm_eval_result}" # folder of the results
+: "${EXTRA_ARGS:=}"                # anything else, passed to lm_eval as it is
+: "${PYTHON:=python}"
+
+COMMONSENSE=piqa,hellaswag,winogrande,arc_easy,arc_challenge,mmlu,lambada_openai,wikitext
+RECALL=fda,swde,squad_completion,nq_open,triviaqa,drop
+case $TASKS in
+    commonsense) TASKS=$COMMONSENSE ;;
+    recall) TASKS=$RECALL ;;
+    all) TASKS=$COMMONSENSE,$RECALL ;;
+esac
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+for name in BASE_MODEL MODEL_SIZE LA_MODULE LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN LINEAR_MOE_PATH FLA_PATH; do
+    if eval "[ -n \"\${$name:-}\" ]"; then
+        echo "linear_moe: $name is not needed any more and changes nothing: the checkpoint says what the model is" >&2
+    fi
+done
+
+if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)'; then
+    echo "linear_moe: lm_eval is not installed
+  why: models are scored by the published harness, as it is
+  try: $PYTHON -m pip install 'lm-eval[hf]'" >&2
+    exit 2
+fi
+model=$("$PYTHON" "$here/hugging_face_folder.py" "$CHECKPOINT_PATH" ${TOKENIZER:+--tokenizer "$TOKENIZER"})
+
+set -- --model hf --model_args "pretrained=$model,trust_remote_code=True,dtype=$DTYPE,max_length=$MAX_LENGTH"
+set -- "$@" --tasks "$TASKS" --batch_size "$BATCH_SIZE" --output_path "$OUTPUT_PATH"
+set -- "$@" ${DEVICE:+--device "$DEVICE"} ${NUM_FEWSHOT:+--num_fewshot "$NUM_FEWSHOT"} ${LIMIT:+--limit "$LIMIT"}
+set -- "$@" ${TASK_PATH:+--include_path "$TASK_PATH"}
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-0}"
+if [ -n "$DATA_PATH" ]; then
+    export HF_HOME="$DATA_PATH" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+fi
+if [ "${LINEAR_MOE_DRY_RUN:-0}" = 1 ]; then
+    echo "$PYTHON -m lm_eval $* $EXTRA_ARGS"
+    exit 0
+fi
+# shellcheck disable=SC2086  # EXTRA_ARGS is several words
+exec "$PYTHON" -m lm_eval "$@" $EXTRA_ARGS
