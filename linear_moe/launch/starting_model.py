@@ -21,7 +21,6 @@ from linear_moe.model.families import (
     YarnRope,
 )
 
-
 SCRIPTS = {
     "qwen2": "linear_moe_qwen2/run_finetune_qwen.sh",
     "deepseek_v2": "linear_moe_deepseek_v2/run_finetune_deepseek.sh",

@@ -1,8 +1,11 @@
 """Packed samples give the loss and the gradients of samples alone, whatever the mixers and the layout; in float64."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,3 +66,30 @@ def test_packed_equals_alone(data: Data, layout: str):
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     errors = {key: relative_error(change[key], expected[key]) for key in expected}
     assert not [f"{key}: {error:.1e}" for key, error in errors.items() if not error <= 2e-6]
+
+
+def test_the_balance_of_experts_weighs_as_much_as_in_pretraining(data: Data):
+    """Whatever share of the tokens is learned: the balance adds the same gradient to the routers."""
+    folder = data.folder / "all learned"
+    shutil.copytree(data.samples.folder, folder)
+    learned = np.ones_like(data.samples.learned)
+    np.save(folder / "learned.npy", learned)
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(report | {"learned_tokens": report["tokens"]}))
+    assert data.samples.report.learned_tokens < 0.5 * report["tokens"]
+    batch = len(data.packs) // 2 * 2 + 2
+    added = []
+    for samples in (data.samples.folder, folder):
+        changes = [
+            data.step(
+                f"{samples.name} {weight}",
+                1,
+                *("--instruction-data", str(samples), "--moe-aux-loss-coeff", weight),
+                batch=batch,
+            )[1]
+            for weight in ("0.0", "0.1")
+        ]
+        added.append({key: changes[1][key] - changes[0][key] for key in changes[0] if "router" in key})
+    assert len(added[0]) == 4
+    for key in added[0]:
+        assert relative_error(added[0][key], added[1][key]) < 0.05, key

@@ -1,10 +1,15 @@
 """A tiny model learns toy instructions and stops by itself; a run in two parts is the run in one; validation."""
 
 from pathlib import Path
+from typing import Any
 
-from tests.finetune.chat import CAPITALS, chat_tokenizer, prepared, toy_messages, write_lines
+import pytest
+
+from linear_moe.data.instructions.packing import Schedule, pack
+from tests.finetune.chat import CAPITALS, chat_tokenizer, mixed_messages, prepared, toy_messages, write_lines
 from tests.finetune.runs import arguments
-from tests.training.tiny import losses, train
+from tests.training.test_resume import assert_equal_checkpoints
+from tests.training.tiny import DISTRIBUTED_OPTIMIZER, losses, train
 
 LEARN = [
     *("--train-iters", "60", "--lr", "1e-2", "--min-lr", "1e-3", "--lr-warmup-iters", "2"),
@@ -46,3 +51,64 @@ def test_toy_instructions_are_learned(gloo, tmp_path):
     assert {country: output for country, (output, _) in said.items()} == {
         country: capital for country, (_, capital) in said.items()
     }
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(gloo, tmp_path):
+    """Bit for bit, over the border of two epochs; and with one process more, to rounding."""
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    lines = write_lines(tmp_path / "mixed.jsonl", mixed_messages(40))
+    samples = prepared(tokenizer, lines, tmp_path / "cache", 64)
+    same = ["--global-batch-size", "4", "--train-iters", "8", "--save-interval", "5", "--lr", "1e-3"]
+
+    def go(name: str, world: int, *extra: str) -> Path:
+        run = tmp_path / name
+        folder = str(run / "checkpoint")
+        kinds = "gated_deltanet,softmax"
+        options = [*same, "--save", folder, "--load", folder, *DISTRIBUTED_OPTIMIZER, *extra]
+        gloo(world, train, arguments(run, samples, tokenizer, kinds, *options, moe=True))
+        return run
+
+    whole = go("whole", 1)
+    steps = Schedule(len(pack(samples.lengths, 64, 1234)), 4, 1234).steps_per_epoch
+    assert 3 <= steps < 6, "the parts meet in the second epoch"
+    go("parts", 1, "--exit-interval", "5")
+    parts = go("parts", 1)
+    assert losses(parts) == losses(whole) and len(set(losses(whole))) == 8
+    gloo(1, assert_equal_checkpoints, *(run / "checkpoint" / "iter_0000008" for run in (whole, parts)))
+    (parts / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("5")
+    assert losses(go("parts", 2)) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def validated(rank: int, world: int, argv: list[str]) -> list[float]:
+    """The losses of all evaluations of a run."""
+    import megatron.training.training as training
+
+    evaluate, found = training.evaluate, []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        found.append(float(result[0]["lm loss"]))
+        return result
+
+    training.evaluate = recorded
+    try:
+        train(rank, world, argv)
+    finally:
+        training.evaluate = evaluate
+    return found
+
+
+def test_an_evaluation_is_the_mean_over_all_answers(gloo, tmp_path):
+    """Of the validation set, every time: here the training set, of which one step takes all, with a rate of 0."""
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    samples = prepared(
+        tokenizer, write_lines(tmp_path / "mixed.jsonl", mixed_messages(9)), tmp_path / "cache", 128
+    )
+    run = tmp_path / "run"
+    options = ["--valid-instruction-data", str(samples.folder), "--eval-iters", "1", "--eval-interval", "2"]
+    options += ["--train-iters", "3", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0"]
+    options += ["--seq-length", "128", "--max-position-embeddings", "128", "--global-batch-size", "8"]
+    assert 3 < len(pack(samples.lengths, 128, 1234)) < 8
+    (found, _) = gloo(2, validated, arguments(run, samples, tokenizer, "gla,softmax", *options))
+    assert len(found) == 2, "at step 2, and at the end"
+    assert [*found, *losses(run)[1:]] == pytest.approx([losses(run)[0]] * 4, rel=1e-5)

@@ -148,7 +148,7 @@ def open_prepared(folder: Path) -> Prepared:
         )
         report = Report(**json.loads((folder / "report.json").read_text()))
         assert len(tokens) == len(learned) == int(ends[-1])
-    except (OSError, ValueError, TypeError, AssertionError) as error:
+    except (OSError, EOFError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(
             f"{folder} holds no prepared samples ({type(error).__name__}: {error})\n"
             f"  why: it is missing, or a file of it was changed\n"

@@ -1,0 +1,246 @@
+"""Samples from JSONL: which tokens they have and which are learned, against transformers; and every way to be wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from linear_moe.data.instructions import prepare as preparing
+from linear_moe.data.instructions.packing import Schedule, pack
+from linear_moe.data.instructions.prepare import Prepared
+from tests.finetune.chat import CHATML, chat_tokenizer, mixed_messages, prepared, write_lines
+
+# The same text as CHATML, with the marks from which transformers itself finds what an assistant says.
+MARKED = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+)
+CHAT = {"messages": [{"role": "user", "content": "Peru"}, {"role": "assistant", "content": "Lima"}]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return chat_tokenizer(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def base_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As Qwen2's base models: a template, but texts end with another token than turns."""
+    return chat_tokenizer(tmp_path_factory.mktemp("base"), eos="<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def bare_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return chat_tokenizer(tmp_path_factory.mktemp("bare"), eos="<|endoftext|>", template=None)
+
+
+def opened(tokenizer: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer)
+
+
+def of_lines(
+    folder: Path, tokenizer: str, records: list[Any], seq_length: int = 256, **options: Any
+) -> Prepared:
+    lines = write_lines(folder / "lines.jsonl", records)
+    return prepared(tokenizer, lines, folder / "cache", seq_length, **options)
+
+
+def learned_text(samples: Prepared, tokenizer: str, index: int = 0) -> list[str]:
+    """Stretches of learned tokens, as text."""
+    sample, text = samples.sample(index), opened(tokenizer)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.learned, [0]])))
+    return [text.decode(sample.tokens[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+def test_tokens_and_answers_are_those_of_transformers(tokenizer, tmp_path):
+    """All but the line break behind the last turn, which nobody reads."""
+    records = mixed_messages(12)
+    samples = of_lines(tmp_path, tokenizer, records)
+    assert samples.report.samples == 12
+    for i, record in enumerate(records):
+        expected = opened(tokenizer).apply_chat_template(
+            record["messages"], chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert samples.sample(i).tokens.tolist() == expected["input_ids"][:-1]
+        assert samples.sample(i).learned.tolist() == [bool(m) for m in expected["assistant_masks"][:-1]]
+
+
+def test_the_end_of_a_text_is_learned_where_it_is_not_the_end_of_a_turn(base_tokenizer, tmp_path):
+    rounds = [*CHAT["messages"], *CHAT["messages"]]
+    samples = of_lines(tmp_path, base_tokenizer, [{"messages": rounds}])
+    assert learned_text(samples, base_tokenizer) == ["Lima<|im_end|>", "Lima<|im_end|>\n<|endoftext|>"]
+    assert samples.report.learned_tokens == int(samples.learned.sum())
+
+
+def test_what_follows_the_last_answer_is_left_out(tokenizer, tmp_path):
+    more = [*CHAT["messages"], {"role": "user", "content": "Thanks"}]
+    samples = of_lines(tmp_path, tokenizer, [CHAT, {"messages": more}])
+    assert samples.sample(0).tokens.tolist() == samples.sample(1).tokens.tolist()
+
+
+def test_an_instruction_is_a_question_and_its_answer(tokenizer, tmp_path):
+    same = [
+        {"instruction": "Add.", "input": "2 2", "output": "4"},
+        {"messages": [{"role": "user", "content": "Add.\n\n2 2"}, {"role": "assistant", "content": "4"}]},
+        {"instruction": "Add.\n\n2 2", "input": "", "output": "4"},
+    ]
+    samples = of_lines(tmp_path, tokenizer, same)
+    assert len({tuple(samples.sample(i).tokens.tolist()) for i in range(3)}) == 1
+    assert learned_text(samples, tokenizer) == ["4<|im_end|>"] and samples.report.template is None
+
+
+def test_the_plain_template(bare_tokenizer, tmp_path):
+    """Of instructions without a chat template; of messages when it is asked for."""
+    record = {"instruction": "Add.", "input": "2 2", "output": "4"}
+    samples = of_lines(tmp_path, bare_tokenizer, [record])
+    text = opened(bare_tokenizer).decode(samples.sample(0).tokens)
+    assert text == "### Instruction:\nAdd.\n\n2 2\n\n### Response:\n4<|endoftext|>"
+    assert learned_text(samples, bare_tokenizer) == ["4<|endoftext|>"]
+    assert samples.report.template == preparing.ChatTemplate(opened(bare_tokenizer)).source
+    rounds = [{"role": "system", "content": "Be brief."}, *CHAT["messages"], *CHAT["messages"]]
+    samples = of_lines(tmp_path, bare_tokenizer, [{"messages": rounds}], template=samples.report.template)
+    assert opened(bare_tokenizer).decode(samples.sample(0).tokens) == "Be brief." + 2 * (
+        "\n\n### Instruction:\nPeru\n\n### Response:\nLima<|endoftext|>"
+    )
+
+
+def test_a_prompt_has_the_tokens_that_it_has_alone(tokenizer, tmp_path):
+    """Where a token of the whole text would reach from the prompt into the answer."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    halves = [{"role": "user", "content": "Pa"}, {"role": "assistant", "content": "ris"}]
+    text = opened(tokenizer)
+    alone, whole = (text(part, add_special_tokens=False)["input_ids"] for part in ("Pa", "Paris"))
+    assert whole[: len(alone)] != alone, "the border is inside a token"
+    sample = of_lines(tmp_path, tokenizer, [{"messages": halves}], template=template).sample(0)
+    assert sample.tokens[: len(alone)].tolist() == alone
+    assert sample.learned.tolist() == [False] * len(alone) + [True] * (len(sample.tokens) - len(alone))
+
+
+def test_over_long_samples_are_counted_and_never_cut_unless_asked(tokenizer, tmp_path):
+    long = {"messages": [{"role": "user", "content": "Peru"}, {"role": "assistant", "content": "Lima " * 40}]}
+    late = {"messages": [{"role": "user", "content": "Peru " * 40}, {"role": "assistant", "content": "Lima"}]}
+    samples = of_lines(tmp_path, tokenizer, [CHAT, long, late], 64)
+    report = samples.report
+    assert (report.samples, report.over_long, report.cut) == (1, 2, 0) and report.longest > 64
+    (note,) = report.notes(64)
+    assert note.startswith(
+        "lines.jsonl: 2 of 3 samples are longer than SEQ_LEN=64 and are left out; SEQ_LEN="
+    )
+    everything = of_lines(tmp_path, tokenizer, [CHAT, long, late], report.longest)
+    assert everything.report.samples == 3 and everything.report.notes(report.longest) == []
+    cut = of_lines(tmp_path, tokenizer, [CHAT, long, late], 64, over_long="truncate")
+    assert (cut.report.samples, cut.report.over_long, cut.report.cut) == (2, 2, 1), "one has no answer left"
+    assert cut.lengths.tolist()[1] == 64
+    assert cut.sample(1).tokens.tolist() == everything.sample(1).tokens[:65].tolist()
+
+
+def test_empty_answers_are_counted(tokenizer, tmp_path):
+    empty = {"instruction": "Say nothing.", "output": " "}
+    samples = of_lines(tmp_path, tokenizer, [CHAT, empty])
+    assert (samples.report.samples, samples.report.empty_answers) == (1, 1)
+    assert samples.report.notes(256) == ["lines.jsonl: 1 of 2 samples have an empty answer and are left out."]
+
+
+USER = [{"role": "user", "content": "Peru"}]
+BAD = {
+    "not JSON": ('{"messages": ', "lines.jsonl:2 is not JSON"),
+    "no object": ("[1]", "lines.jsonl:2 is no sample"),
+    "other fields": ({"text": "Peru"}, "lines.jsonl:2 has neither messages nor instruction and output"),
+    "messages no list": ({"messages": "Peru"}, "lines.jsonl:2 has messages that are no list"),
+    "no assistant": ({"messages": USER}, "lines.jsonl:2 has no turn of the assistant\n"),
+    "no turns": ({"messages": []}, "lines.jsonl:2 has no turn of the user and none of the assistant"),
+    "no content": (
+        {"messages": [*USER, {"role": "assistant"}]},
+        "has no text under role and content in message 2",
+    ),
+    "no text": ({"instruction": 3, "output": "x"}, "lines.jsonl:2 has no text under 'instruction'"),
+}
+
+
+@pytest.mark.parametrize("record,expected", BAD.values(), ids=BAD)
+def test_a_broken_line_is_named(tokenizer, tmp_path, record, expected):
+    with pytest.raises(ValueError) as error:
+        of_lines(tmp_path, tokenizer, [CHAT, record])
+    text = str(error.value)
+    assert expected in text and "\n  why: " in text and "\n  try: " in text
+    assert not (tmp_path / "cache").exists(), "nothing is written"
+
+
+def test_bytes_that_are_no_text_are_named(tokenizer, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(json.dumps(CHAT).encode() + b'\n{"messages": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"lines.jsonl:2 is not JSON \(not UTF-8"):
+        prepared(tokenizer, str(path), tmp_path / "cache")
+
+
+def test_messages_need_a_chat_template(bare_tokenizer, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"lines.jsonl:1 has messages, but the tokenizer has no chat template"
+    ):
+        of_lines(tmp_path, bare_tokenizer, [CHAT])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, tmp_path):
+    template = "{{ messages | length }}" + CHATML
+    with pytest.raises(ValueError, match="cannot be split into prompts and answers"):
+        of_lines(tmp_path, tokenizer, [CHAT], template=template)
+
+
+def test_a_template_that_refuses_is_quoted(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"lines.jsonl:1 does not fit the chat template: only users"):
+        of_lines(tmp_path, tokenizer, [CHAT], template="{{ raise_exception('only users') }}")
+
+
+@pytest.mark.parametrize(
+    "records,expected",
+    [
+        ([], "holds no sample"),
+        ([{"instruction": "x", "output": ""}], "has no sample that can be learned"),
+        ([{"instruction": "x " * 99, "output": "y"}], "SEQ_LEN=2"),
+    ],
+    ids=["empty file", "empty answers", "all too long"],
+)
+def test_nothing_left_is_an_error(tokenizer, tmp_path, records, expected):
+    with pytest.raises(ValueError, match=expected):
+        of_lines(tmp_path, tokenizer, records, 64)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_samples_are_tokenized_once(tokenizer, tmp_path, monkeypatch):
+    """Until the file, the length, or the template changes; a damaged folder is told."""
+    first = of_lines(tmp_path, tokenizer, [CHAT])
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_write", lambda *args: pytest.fail("tokenized again"))
+        again = of_lines(tmp_path, tokenizer, [CHAT])
+    assert again.folder == first.folder and again.report == first.report
+    assert of_lines(tmp_path, tokenizer, [CHAT, CHAT]).folder != first.folder
+    assert of_lines(tmp_path, tokenizer, [CHAT], 128).folder != first.folder
+    assert of_lines(tmp_path, tokenizer, [CHAT], template=MARKED).folder != first.folder
+    (first.folder / "tokens.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no prepared samples"):
+        of_lines(tmp_path, tokenizer, [CHAT])
+
+
+def test_packs_hold_every_sample_once():
+    lengths = np.random.default_rng(0).integers(1, 51, size=500)
+    packs = pack(lengths, 100, seed=3)
+    assert sorted(sample for one in packs for sample in one) == list(range(500))
+    assert max(int(lengths[one].sum()) for one in packs) <= 100
+    assert len(packs) <= 1.02 * lengths.sum() / 100 + 1
+    assert packs == pack(lengths, 100, seed=3) != pack(lengths, 100, seed=4)
+
+
+def test_an_epoch_takes_every_pack_once():
+    schedule = Schedule(num_packs=10, per_step=4, seed=5)
+    assert schedule.steps_per_epoch == 3
+    for epoch in range(3):
+        places = [schedule.place(slot) for slot in range(12 * epoch, 12 * (epoch + 1))]
+        assert [place for _, place in places] == [*range(10), None, None]
+        assert {number for number, _ in places} == {epoch}
+        assert sorted(schedule.order(epoch)) == list(range(10))
+    assert schedule.order(0).tolist() != schedule.order(1).tolist() == schedule.order(1).tolist()
