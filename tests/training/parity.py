@@ -131,6 +131,7 @@ class Comparison:
         moe: with experts.
         documents: prefix of token files to pack, two sequences a micro-batch; ``None``: not packed.
         extra: more flags.
+        model: command line in place of the usual one, without the layers.
     """
 
     def __init__(
@@ -141,10 +142,11 @@ class Comparison:
         moe: bool,
         documents: str | None = None,
         extra: tuple[str, ...] = (),
+        model: list[str] = ARGUMENTS,
     ) -> None:
         kinds = STACKS[stack] if isinstance(stack, str) else stack
         self.pool, self.folder = pool, folder
-        self.argv = [*ARGUMENTS, *(EXPERTS if moe else [])]
+        self.argv = [*model, *(EXPERTS if moe else [])]
         self.argv += ["--layer-kinds", ",".join(kinds), "--num-layers", str(len(kinds))]
         for kind in {kind for kind in kinds if kind.startswith("mom_")}:
             self.argv += [f"--{kind.replace('_', '-')}-aux-loss-coeff", "0.1"]  # not lost in rounding

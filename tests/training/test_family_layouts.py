@@ -1,0 +1,42 @@
+"""Layouts train the same model of a family: what no other model here has is cut over ranks and stages."""
+
+import pytest
+
+from linear_moe.model.families import FAMILIES, megatron_arguments
+from tests.model.family_models import shrunken
+from tests.training.parity import LAYOUTS, Comparison
+from tests.training.tiny import ARGUMENTS
+
+TRAINING = ARGUMENTS[ARGUMENTS.index("--seq-length") :]
+STACKS = {
+    # compressed attention in the first, dense layer; groups of experts; two shared experts
+    ("deepseek_v2", "A21B"): ["softmax", "gla", "softmax", "gated_deltanet"],
+    # one table of embeddings, at both ends of the pipeline
+    ("llama3", "1B"): ["gated_deltanet", "softmax"],
+}
+CASES = [
+    ("deepseek_v2", "A21B", "cp2"),
+    ("deepseek_v2", "A21B", "tp2-pp2"),
+    ("deepseek_v2", "A21B", "ep2"),
+    ("llama3", "1B", "pp2"),
+    ("llama3", "1B", "tp2-no-sp"),
+]
+
+
+@pytest.fixture(scope="module")
+def comparison(request, tmp_path_factory, _pool) -> Comparison:
+    family, size = request.param
+    kinds = STACKS[family, size]
+    model = [*megatron_arguments(FAMILIES[family], shrunken(FAMILIES[family].sizes[size])), *TRAINING]
+    if "--moe-layer-freq" in model:
+        model[model.index("--moe-layer-freq") + 1] = f"([0]+[1]*{len(kinds) - 1})"
+    model += ["--expert-tensor-parallel-size", "1"] if "--num-experts" in model else []
+    return Comparison(_pool, tmp_path_factory.mktemp("runs"), kinds, moe=False, model=model)
+
+
+@pytest.mark.parametrize(
+    "comparison,layout", [(c[:2], c[2]) for c in CASES], indirect=["comparison"], scope="module",
+    ids=["-".join(c) for c in CASES],
+)  # fmt: skip
+def test_a_layout_trains_the_same_model(comparison: Comparison, layout: str):
+    comparison.check(*LAYOUTS[layout], layout)
