@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from linear_moe.lsm import memories, registry, routing, split
+from linear_moe.lsm import memories, memories_step, registry, routing, split
 from linear_moe.lsm.mixer import MemorySource, Mixer
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.routing import Slots
@@ -219,8 +219,12 @@ class MixtureOfMemories(Mixer):
         if self.cfg.shared_memory:
             cu_packed = torch.cat([rows.cu_seqlens, slots.cu_seqlens[1:] + batch * tokens])
         packed = self._pack(named, others["hidden"], w, slots, place)
-        x = torch.cat([packed.pop(p.name) for p in self.core.fused_projections()], dim=-1)
         copies = memories.Copies(self.num_copies, rows.num_runs)
+        if tokens == 1 and cu_seqlens is None and memory_from is None and not torch.is_grad_enabled():
+            total, after = memories_step.recall(self, packed, others, w, place, slots, copies, before)
+            after = dataclasses.replace(copies.join(after), length=length)
+            return total.unsqueeze(1), named, after
+        x = torch.cat([packed.pop(p.name) for p in self.core.fused_projections()], dim=-1)
         o, _, after = self.core.recall(
             x,
             packed,
