@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -138,6 +139,33 @@ def states_of_padded_buckets(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_checkpoint_has_the_states_of_padded_buckets(gloo, world_size: int) -> None:
     gloo(world_size, states_of_padded_buckets)
+
+
+def fused_adam(rank: int, world_size: int) -> None:
+    """Continued from a checkpoint of the unfused one, whose choice must not come back with its states."""
+    engine.install()
+    with with_model_parallel(gloo_groups=True):
+        plain, fused = (small_optimizer((3, 200)) for _ in range(2))
+        plain.step()
+        with mock.patch.object(engine, "_can_fuse", lambda param: True):
+            fused.step()
+            fused.load_state_dict(plain.state_dict())
+            for ours, theirs in zip(params(fused), params(plain), strict=True):
+                saved = plain._get_main_param_and_optimizer_states(theirs)
+                fused._set_main_param_and_optimizer_states(ours, {n: x.clone() for n, x in saved.items()})
+            fused.step()
+            assert all(group["fused"] for group in fused.optimizer.param_groups)
+        plain.step()
+        assert not any(group["fused"] for group in plain.optimizer.param_groups if group["params"])
+        assert steps(plain) == steps(fused) == [2.0] * len(steps(plain))
+        for one, other in zip(plain.optimizer.state.items(), fused.optimizer.state.items(), strict=True):
+            torch.testing.assert_close(one[0], other[0], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(one[1], other[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_adam_is_one_kernel(gloo, world_size: int) -> None:
+    gloo(world_size, fused_adam)
 
 
 def no_shard_on_one_rank(rank: int, world_size: int) -> int:
