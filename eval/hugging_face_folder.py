@@ -10,10 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 def main() -> int:
+    """Print it; 2 where there is none."""
     parser = argparse.ArgumentParser(description="The Hugging Face folder of a model.")
     parser.add_argument("path", help="run, its checkpoint/, one iteration in that, or a Hugging Face folder")
     parser.add_argument("--tokenizer", help="folder of the tokenizer, if it has moved since the training")

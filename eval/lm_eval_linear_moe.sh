@@ -18,11 +18,10 @@ set -eu
 : "${DTYPE:=float32}"              # bfloat16 is faster, and its last digits depend on the batch
 : "${DEVICE:=}"                    # cuda | cuda:1 | cpu; empty: a GPU if there is one
 : "${TASK_PATH:=}"                 # folder with tasks of your own (.yaml)
-: "${DATA_PATH:=}"                 # folder with the data sets, filled where there is a network; nothing is downloaded then
+: "${DATA_PATH:=}"                 # folder with the data sets, an HF_HOME filled where there is a network; then offline
 : "${TOKENIZER:=}"                 # folder of the tokenizer, if it has moved since the training
 : "${OUTPUT_PATH:=lm_eval_result}" # folder of the results
 : "${EXTRA_ARGS:=}"                # anything else, passed to lm_eval as it is
-: "${PYTHON:=python}"
 
 COMMONSENSE=piqa,hellaswag,winogrande,arc_easy,arc_challenge,mmlu,lambada_openai,wikitext
 RECALL=fda,swde,squad_completion,nq_open,triviaqa,drop
@@ -32,7 +31,15 @@ case $TASKS in
     all) TASKS=$COMMONSENSE,$RECALL ;;
 esac
 
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+repository=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+: "${PYTHON:=$repository/.venv/bin/python}" # the interpreter: this, else the repository's own environment
+if ! command -v "$PYTHON" >/dev/null; then
+    echo "linear_moe: there is no $PYTHON
+  why: the environment of this repository has not been made yet
+  try: make -C $repository setup, or PYTHON=<interpreter with megatron-core and torch>" >&2
+    exit 2
+fi
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" # an exported model takes its kernels from here
 for name in BASE_MODEL MODEL_SIZE LA_MODULE LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN LINEAR_MOE_PATH FLA_PATH; do
     if eval "[ -n \"\${$name:-}\" ]"; then
         echo "linear_moe: $name is not needed any more and changes nothing: the checkpoint says what the model is" >&2
@@ -45,15 +52,14 @@ if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
   try: $PYTHON -m pip install 'lm-eval[hf]'" >&2
     exit 2
 fi
-model=$("$PYTHON" "$here/hugging_face_folder.py" "$CHECKPOINT_PATH" ${TOKENIZER:+--tokenizer "$TOKENIZER"})
+model=$("$PYTHON" "$repository/eval/hugging_face_folder.py" "$CHECKPOINT_PATH" ${TOKENIZER:+--tokenizer "$TOKENIZER"})
 
 set -- --model hf --model_args "pretrained=$model,trust_remote_code=True,dtype=$DTYPE,max_length=$MAX_LENGTH"
 set -- "$@" --tasks "$TASKS" --batch_size "$BATCH_SIZE" --output_path "$OUTPUT_PATH"
 set -- "$@" ${DEVICE:+--device "$DEVICE"} ${NUM_FEWSHOT:+--num_fewshot "$NUM_FEWSHOT"} ${LIMIT:+--limit "$LIMIT"}
 set -- "$@" ${TASK_PATH:+--include_path "$TASK_PATH"}
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-0}"
 if [ -n "$DATA_PATH" ]; then
-    export HF_HOME="$DATA_PATH" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+    export HF_HUB_CACHE="$DATA_PATH/hub" HF_DATASETS_CACHE="$DATA_PATH/datasets" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 fi
 if [ "${LINEAR_MOE_DRY_RUN:-0}" = 1 ]; then
     echo "$PYTHON -m lm_eval $* $EXTRA_ARGS"

@@ -51,14 +51,14 @@ def write_folders(rank: int, world: int, root: Path, cases: dict[str, list[str]]
         leave_model_parallel()
 
 
-def write_folder(folder: Path, argv: list[str], new_tokens: int = NEW_TOKENS) -> Any:
+def write_folder(folder: Path, argv: list[str], new_tokens: int = NEW_TOKENS, noise: float = 0.2) -> Any:
     """The exported model and what ours says; returns ours."""
     from safetensors.torch import save_file
 
     from linear_moe.checkpoint import remote
     from tests.inference.models import whole_forward
 
-    loaded = our_model(argv)
+    loaded = our_model(argv, noise)
     folder.mkdir(parents=True)
     config = remote.hf_config(loaded.config, vocab_size=VOCAB, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
@@ -88,7 +88,7 @@ def chosen(model: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def our_model(argv: list[str]) -> Any:
+def our_model(argv: list[str], noise: float) -> Any:
     """As ``load_model`` gives it, float32, with random weights far from their initial values."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -105,10 +105,10 @@ def our_model(argv: list[str]) -> Any:
     model = LinearMoEBuilder(config).build_model(groups, pre_process=True, post_process=True)
     torch.manual_seed(1)
     for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
+        parameter.data += noise * torch.randn_like(parameter)
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
-            buffer += 0.2 * torch.randn_like(buffer)
+            buffer += noise * torch.randn_like(buffer)
     return LoadedModel(model.eval().requires_grad_(False), None, config, 0, VOCAB, None)
 
 

@@ -15,7 +15,8 @@ CHARACTERS = [chr(code) for code in range(32, 127)]
 
 def write_model(rank: int, world: int, folder: Path) -> None:
     """In a worker of the pool: a hybrid with experts and memories, and its tokenizer."""
-    write_folder(folder, of_mixers(KINDS, "--mom-gla-num-memories", "3", moe=True), new_tokens=1)
+    flags = ["--mom-gla-num-memories", "3", "--seq-length", "256", "--max-position-embeddings", "256"]
+    write_folder(folder, of_mixers(KINDS, *flags, moe=True), new_tokens=1, noise=0.1)
     write_tokenizer(folder)
 
 
