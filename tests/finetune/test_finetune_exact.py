@@ -13,7 +13,7 @@ from linear_moe.data.instructions.packing import pack
 from tests.finetune.chat import chat_tokenizer, mixed_messages, prepared, write_lines
 from tests.finetune.runs import arguments, one_step
 from tests.training.parity import LAYOUTS, START, checkpoint_weights, relative_error
-from tests.training.tiny import train
+from tests.training.tiny import metrics, train
 from tests.workers import Pool
 
 KINDS = "gated_deltanet,mamba2,rwkv6,softmax"
@@ -93,3 +93,19 @@ def test_the_balance_of_experts_weighs_as_much_as_in_pretraining(data: Data):
     assert len(added[0]) == 4
     for key in added[0]:
         assert relative_error(added[0][key], added[1][key]) < 0.05, key
+
+
+def test_padding_is_no_load_of_experts(data: Data):
+    """Their balance is that of the samples, however long the sequences that hold them, in every layout."""
+    found = {}
+    for layout, length in [("one process", 64), ("one process", 96), ("cp2", 96), ("tp2-pp2", 96)]:
+        world, flags = LAYOUTS.get(layout, (1, []))
+        name = f"{layout} {length}"
+        options = ["--no-instruction-packing", "--moe-aux-loss-coeff", "0.1", "--lr", "0", "--min-lr", "0"]
+        options += ["--seq-length", str(length), "--max-position-embeddings", str(length), "--train-iters", "2"]
+        data.pool.run(world, train, data.arguments(name, *data.load, *flags, *options))
+        found[name] = [step["moe_load_balancing_loss"] for step in metrics(data.folder / name)]
+    expected = found["one process 64"]
+    assert len(expected) == 2 and expected[0] != pytest.approx(1, rel=1e-3)
+    for name, losses in found.items():
+        assert losses == pytest.approx(expected, rel=1e-5), name
