@@ -18,6 +18,21 @@ def argv(kinds: list[str], *extra: str, moe: bool = True) -> list[str]:
 
 def random_model(kinds: list[str], *extra: str, moe: bool = True, dtype: torch.dtype = torch.float64) -> Any:
     """A model as ``load_model`` builds it, with random weights far from their initial values."""
+    return random_weights(argv(kinds, *extra, moe=moe), dtype)
+
+
+def random_family(family: str, size: str, kinds: list[str], *extra: str) -> Any:
+    """The same of a family's shrunken size."""
+    from linear_moe.model.families import FAMILIES
+    from tests.model.family_models import command_line, shrunken
+
+    shape = shrunken(FAMILIES[family].sizes[size])
+    kinds = kinds[: shape.num_layers]
+    return random_weights(command_line(FAMILIES[family], shape, kinds, *extra), torch.float64)
+
+
+def random_weights(words: list[str], dtype: torch.dtype) -> Any:
+    """A model of a training's command line."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from linear_moe.inference.load import LoadedModel, join_single_process
@@ -25,7 +40,7 @@ def random_model(kinds: list[str], *extra: str, moe: bool = True, dtype: torch.d
     from linear_moe.model.builder import LinearMoEBuilder
     from linear_moe.training import arguments
 
-    args = single_process_arguments(argv(kinds, *extra, moe=moe), padded_vocab_size=128, dtype=dtype)
+    args = single_process_arguments(words, padded_vocab_size=128, dtype=dtype)
     args.perform_initialization = True
     config = arguments.model_config(args)
     join_single_process()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linear_moe import lsm
-from tests.inference.models import prompts, random_model, whole_forward
+from tests.inference.models import prompts, random_family, random_model, whole_forward
 
 LENGTHS = (17, 1, 70, 4)
 NAMES = lsm.names()
@@ -19,11 +19,14 @@ def rows():
     return [prompts(1, 70)[0][:length] for length in LENGTHS]
 
 
-def errors(rank, world, kinds, extra):
+def errors(rank, world, kinds, extra, family=None):
     """Largest differences of logits from the whole forward pass, after reading and over steps."""
     from linear_moe.inference.decoder import Decoder
 
-    loaded = random_model(kinds, *SMALL, *extra)
+    if family is None:
+        loaded = random_model(kinds, *SMALL, *extra)
+    else:
+        loaded = random_family(*family, kinds, *SMALL[:2], *extra)
     text, more = rows(), prompts(len(LENGTHS), 5)
     text[2] = text[2][:64] if "--position-embedding-type" in extra else text[2]
     truth = [whole_forward(loaded.model, [a + b])[0] for a, b in zip(text, more, strict=True)]
@@ -55,11 +58,36 @@ def test_padding_does_not_exist(gloo, kinds):
         ("--position-embedding-type", "learned_absolute", "--max-position-embeddings", "128"),
         ("--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"),
         ("--sequential-experts",),
+        ("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
     ],
-    ids=["groups", "learned", "shared", "sequential"],
+    ids=["groups", "learned", "shared", "sequential", "sigmoid"],
 )
 def test_kinds_of_attention_and_experts(gloo, extra):
     found = gloo(1, errors, ["gla", "softmax"], extra)[0]
+    bound = 1e-6 if "sigmoid" in extra else 1e-10  # Megatron's sigmoid is float32 whatever the router's dtype
+    assert max(found.values()) < bound, found
+
+
+@pytest.mark.parametrize(
+    "family", [("deepseek_v2", "A2.4B"), ("deepseek_v2", "A21B"), ("llama3", "8B")], ids="-".join
+)
+def test_families(gloo, family):
+    """Latent attention, compressed queries or not, groups of experts; scaled rotary embeddings."""
+    found = gloo(1, errors, ["gla", "softmax", "softmax"], (), family)[0]
+    assert max(found.values()) < 1e-9, found
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--mom-gla-shared-memory", "false", "--mom-gla-topk", "1"),
+        ("--mom-gla-single-projection", "true", "--mom-gla-conv-size", "4"),
+        ("--mom-gla-conv-size", "3", "--mom-gla-num-memories", "6", "--mom-gla-topk", "3"),
+    ],
+    ids=["not shared", "single", "six"],
+)
+def test_mixtures_of_memories(gloo, extra):
+    found = gloo(1, errors, ["mom_gla", "softmax", "mom_gla"], extra)[0]
     assert max(found.values()) < 1e-10, found
 
 
