@@ -56,7 +56,6 @@ def write_folder(folder: Path, argv: list[str], new_tokens: int = NEW_TOKENS, no
     from safetensors.torch import save_file
 
     from linear_moe.checkpoint import remote
-    from tests.inference.models import whole_forward
 
     loaded = our_model(argv, noise)
     folder.mkdir(parents=True)
@@ -66,13 +65,33 @@ def write_folder(folder: Path, argv: list[str], new_tokens: int = NEW_TOKENS, no
     remote.write_code(folder, config)
     state = exported(loaded.model, loaded.config.transformer)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_expected(folder, loaded.model, sorted(state), new_tokens)
+    return loaded
+
+
+def write_expected(folder: Path, model: Any, keys: list[str], new_tokens: int = NEW_TOKENS) -> None:
+    """Prompts, logits, greedy text and names of tensors, beside the exported model."""
+    from tests.inference.models import whole_forward
+
     rows = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(7)).tolist()
     prompts = [rows[0], rows[1][:7], rows[2][:13]]
-    logits = [whole_forward(loaded.model, [prompt])[0] for prompt in prompts]
-    tokens = chosen(loaded.model, prompts, new_tokens)
-    expected = {"prompts": prompts, "logits": logits, "tokens": tokens, "keys": sorted(state)}
+    logits = [whole_forward(model, [prompt])[0] for prompt in prompts]
+    tokens = chosen(model, prompts, new_tokens)
+    expected = {"prompts": prompts, "logits": logits, "tokens": tokens, "keys": keys}
     torch.save(expected, folder / "expected.pt")
-    return loaded
+
+
+def write_exported_run(rank: int, world: int, run: Path, folder: Path) -> None:
+    """The same of a run, through the export that people use."""
+    from safetensors import safe_open
+
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.inference.load import load_model
+
+    export_model(run, folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        keys = sorted(file.keys())
+    write_expected(folder, load_model(run, dtype=torch.float32).model, keys)
 
 
 def chosen(model: Any, prompts: list[list[int]], count: int) -> list[list[int]]:

@@ -13,7 +13,8 @@ import pytest
 
 from linear_moe import lsm
 from tests.checkpoint.remote_behaviours import BEHAVIOURS
-from tests.checkpoint.remote_models import of_family, of_mixers, write_folders
+from tests.checkpoint.remote_models import of_family, of_mixers, write_exported_run, write_folders
+from tests.training.tiny import train
 
 E4 = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
 SHARED = ["--moe-shared-expert-intermediate-size", "40", "--moe-shared-expert-gate"]
@@ -60,6 +61,11 @@ def results(tmp_path_factory, _pool):
     cases["options"] = of_mixers(kinds, *OPTIONS)
     cases["behaviours"] = of_mixers(BEHAVIOUR_KINDS, "--num-query-groups", "2", moe=True)
     _pool.run(1, write_folders, root, cases, timeout=200)
+    run = root / "run"
+    saving = ["--run-dir", str(run), "--save", str(run / "checkpoint"), "--train-iters", "1"]
+    flags = ["--lr-warmup-iters", "0", "--hidden-size", "64", "--lr", "0.1"]
+    _pool.run(1, train, of_mixers(["hgrn2", "softmax", "mamba2"], *saving, *flags, moe=True))
+    _pool.run(1, write_exported_run, run, root / "exported_run")
     folders = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules")}
     environment = os.environ | folders | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
@@ -69,7 +75,7 @@ def results(tmp_path_factory, _pool):
     return json.loads((root / "results.json").read_text())
 
 
-@pytest.mark.parametrize("case", [*lsm.names(), *FAMILIES, "options", "behaviours"])
+@pytest.mark.parametrize("case", [*lsm.names(), *FAMILIES, "options", "behaviours", "exported_run"])
 def test_the_exported_model_is_ours(results, case):
     found = results[case]
     assert "error" not in found, found["error"]
