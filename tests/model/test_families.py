@@ -17,7 +17,7 @@ COUNTS = {
     ("llama3", "1B"): 1_235_814_400,
     ("llama3", "8B"): 8_030_261_248,
 }
-"""Parameters as the model cards on huggingface.co state them."""
+"""Parameters as the model cards on Hugging Face state them."""
 
 
 def test_softmax_models_are_those_of_huggingface(gloo):

@@ -32,7 +32,7 @@ _A2_4B = ModelSize(
     max_position_embeddings=163840,
     vocab_size=100_000,
     extra_vocab_size=2400,
-    source="huggingface.co/deepseek-ai/DeepSeek-V2-Lite",
+    source="Hugging Face deepseek-ai/DeepSeek-V2-Lite",
 )
 
 DEEPSEEK_V2 = Family(
@@ -57,7 +57,7 @@ DEEPSEEK_V2 = Family(
             moe_router_num_groups=8,
             moe_router_group_topk=3,
             moe_router_topk_scaling_factor=16.0,
-            source="huggingface.co/deepseek-ai/DeepSeek-V2",
+            source="Hugging Face deepseek-ai/DeepSeek-V2",
         ),
         "tiny": replace(
             _A2_4B,

@@ -21,7 +21,7 @@ _8B = ModelSize(
     max_position_embeddings=131072,
     vocab_size=128_000,
     extra_vocab_size=256,
-    source="huggingface.co/meta-llama/Llama-3.1-8B",
+    source="Hugging Face meta-llama/Llama-3.1-8B",
 )
 
 _TINY = replace(
@@ -59,7 +59,7 @@ LLAMA3 = Family(
             kv_channels=64,
             tie_embeddings=True,
             rope_scaling=Llama3Rope(factor=32.0),
-            source="huggingface.co/meta-llama/Llama-3.2-1B",
+            source="Hugging Face meta-llama/Llama-3.2-1B",
         ),
         "8B": _8B,
         "tiny": _TINY,

@@ -22,7 +22,7 @@ _8X7B = ModelSize(
     max_position_embeddings=32768,
     vocab_size=32000,
     extra_vocab_size=0,
-    source="huggingface.co/mistralai/Mixtral-8x7B-v0.1",
+    source="Hugging Face mistralai/Mixtral-8x7B-v0.1",
 )
 
 MIXTRAL = Family(

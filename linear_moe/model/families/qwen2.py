@@ -2,7 +2,7 @@
 
 Biases on q, k and v only. The router takes the softmax over all experts and does not renormalise the chosen ones; the
 shared expert of A14B is multiplied by a sigmoid gate of the token. A0.3B and A1B are the earlier Linear-MoE system's
-own (arXiv 2503.05447, section 4), with small experts and no shared one.
+own (arXiv 2503.05447, table 2), with small experts and no shared one.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ _DENSE_05B = ModelSize(
     max_position_embeddings=131072,
     vocab_size=151643,
     extra_vocab_size=293,
-    source="huggingface.co/Qwen/Qwen2-0.5B",
+    source="Hugging Face Qwen/Qwen2-0.5B",
 )
 
 _A03B = ModelSize(
@@ -72,7 +72,7 @@ QWEN2 = Family(
             ffn_hidden_size=8960,
             num_attention_heads=12,
             kv_channels=128,
-            source="huggingface.co/Qwen/Qwen2-1.5B",
+            source="Hugging Face Qwen/Qwen2-1.5B",
         ),
         "7B": replace(
             _DENSE_05B,
@@ -84,7 +84,7 @@ QWEN2 = Family(
             kv_channels=128,
             tie_embeddings=False,
             extra_vocab_size=421,
-            source="huggingface.co/Qwen/Qwen2-7B",
+            source="Hugging Face Qwen/Qwen2-7B",
         ),
         "72B": replace(
             _DENSE_05B,
@@ -97,7 +97,7 @@ QWEN2 = Family(
             tie_embeddings=False,
             norm_epsilon=1e-5,
             extra_vocab_size=421,
-            source="huggingface.co/Qwen/Qwen2-72B",
+            source="Hugging Face Qwen/Qwen2-72B",
         ),
         "A0.3B": _A03B,
         "A1B": replace(
@@ -122,7 +122,7 @@ QWEN2 = Family(
             moe_ffn_hidden_size=2560,
             moe_shared_expert_intermediate_size=20480,
             tie_embeddings=False,
-            source="huggingface.co/Qwen/Qwen2-57B-A14B",
+            source="Hugging Face Qwen/Qwen2-57B-A14B",
         ),
         "tiny": _TINY,
         "tiny-dense": _TINY.dense(),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Rope:
-    """Llama 3's stretched rotary embedding: slow frequencies are divided, fast ones kept (arXiv 2407.21783, 3.2)."""
+    """Llama 3's stretched rotary embedding: slow frequencies are divided, fast ones kept (the code of Llama 3.1)."""
 
     factor: float
     """What the slow frequencies are divided by. The rest (1, 4, 8192 tokens) is the same for all Llama 3 models."""
