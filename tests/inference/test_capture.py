@@ -1,0 +1,81 @@
+"""A step of generation does nothing that a CUDA graph cannot hold, checked without one: no value read, no shape of data.
+
+On a CPU the same operations run as on a GPU, but for the grouped GEMM of experts, which stands in here as a product
+with all experts. The capture itself is in test_generate_gpu.py.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linear_moe import lsm
+from tests.inference.models import prompts, random_model
+
+NAMES = lsm.names()
+FORBIDDEN = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"),
+    *("lift_fresh", "repeat_interleave.Tensor", "_assert_async"),
+)
+"""Reads a value on the host, has a shape that follows from values, or makes a tensor of numbers on the host."""
+
+
+class Seen(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func).removeprefix("aten."))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in _indices(func, args)):
+            self.names.add("index by bool")
+        return func(*args, **(kwargs or {}))
+
+
+def _indices(func, args):
+    return args[1] if str(func).startswith(("aten.index.", "aten.index_put")) else []
+
+
+def everywhere(x, weight, ends):
+    """The grouped GEMM without counts on the host: every row with every expert, and the right one taken."""
+    expert = torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype), right=True)
+    outputs = torch.einsum("mi,eoi->emo", x, weight)
+    return outputs[expert.clamp(max=len(weight) - 1), torch.arange(x.shape[0])]
+
+
+def step_operations(rank, world, kinds, extra):
+    import linear_moe.inference.experts
+    import linear_moe.kernels.grouped_linear
+    import linear_moe.model.experts
+    from linear_moe.inference.decoder import Decoder
+    from linear_moe.inference.loop import Loop
+    from linear_moe.inference.sampling import Sampling
+
+    loaded = random_model(kinds, *extra, dtype=torch.float32)
+    seen, modules = Seen(), (linear_moe.kernels.grouped_linear, linear_moe.model.experts)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (*modules, linear_moe.inference.experts):
+            patch.setattr(module, "can_group", lambda *tensors: True)
+        for module in modules:
+            patch.setattr(module, "grouped_linear", everywhere)
+        assert linear_moe.inference.experts.waits_for_host(loaded.model) is None
+        decoder = Decoder(loaded.model, 3, 100)
+        options = {"seeds": [1, 2, 3], "ends": [5], "steps": 9, "vocab_size": 120}
+        loop = Loop(decoder, Sampling(0.8, 20, 0.9), **options)
+        loop.start(decoder.read([row[: 4 + i] for i, row in enumerate(prompts(3, 9))]))
+        loop.next()  # rotary tables and the like are made once
+        decoder.context.prepare_step()
+        with seen:
+            loop._advance()
+    return sorted(seen.names)
+
+
+@pytest.mark.parametrize("kinds", [NAMES[i::3] for i in range(3)], ids=range(3))
+def test_a_step_reads_nothing_on_the_host(gloo, kinds):
+    extra = ("--gated-deltanet-conv-size", "4", "--mom-gla-conv-size", "4")
+    shared = ("--moe-shared-expert-intermediate-size", "32")
+    names = gloo(1, step_operations, [*kinds, "softmax"], (*extra, *shared))[0]
+    assert "scaled_dot_product_attention" in str(names) or "_scaled_dot_product" in str(names) or "bmm" in str(names)
+    assert not [name for name in names if name.split(".")[0] in FORBIDDEN or name in FORBIDDEN], names
+    assert "index by bool" not in names
