@@ -120,12 +120,16 @@ def counted(rank: int, world: int, models: list[tuple[str, str]]) -> list[Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_counts(family: str, gloo):
     sizes = [model for model in PUBLISHED if model[0] == family]
-    for model, (counts, _) in zip(sizes, gloo(1, counted, sizes)[0], strict=True):
+    for model, (counts, flops) in zip(sizes, gloo(1, counted, sizes)[0], strict=True):
         # rows of the vocabulary are rounded up here
         tolerance = 2e-3 if isinstance(PUBLISHED[model], int) else 5e-3
         assert counts.total == pytest.approx(PUBLISHED[model], rel=tolerance), model
         if model in ACTIVE:
             assert counts.active / 1e9 == pytest.approx(ACTIVE[model], rel=0.01), model
+        # without scores: a product for each weight that a token meets, forward and twice backward
+        size = FAMILIES[family].sizes[model[1]]
+        met = counts.active - (0 if size.tie_embeddings else counts.embedding / 2)
+        assert flops.training(1, squared_lengths=0) == pytest.approx(6 * met, rel=1e-3), model
 
 
 def measured_estimates(rank: int, world: int, models: list[Any]) -> list[Any]:
