@@ -102,7 +102,14 @@ def test_padding_is_no_load_of_experts(data: Data):
         world, flags = LAYOUTS.get(layout, (1, []))
         name = f"{layout} {length}"
         options = ["--no-instruction-packing", "--moe-aux-loss-coeff", "0.1", "--lr", "0", "--min-lr", "0"]
-        options += ["--seq-length", str(length), "--max-position-embeddings", str(length), "--train-iters", "2"]
+        options += [
+            "--seq-length",
+            str(length),
+            "--max-position-embeddings",
+            str(length),
+            "--train-iters",
+            "2",
+        ]
         data.pool.run(world, train, data.arguments(name, *data.load, *flags, *options))
         found[name] = [step["moe_load_balancing_loss"] for step in metrics(data.folder / name)]
     expected = found["one process 64"]
