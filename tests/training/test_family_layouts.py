@@ -4,23 +4,38 @@ import pytest
 
 from linear_moe.model.families import FAMILIES, megatron_arguments
 from tests.model.family_models import shrunken
-from tests.training.parity import LAYOUTS, Comparison
+from tests.training.parity import DENSE, LAYOUTS, Comparison
+from tests.training.test_layouts import EVERY
 from tests.training.tiny import ARGUMENTS
 
 TRAINING = ARGUMENTS[ARGUMENTS.index("--seq-length") :]
 STACKS = {
     # compressed attention in the first, dense layer; groups of experts; two shared experts
     ("deepseek_v2", "A21B"): ["softmax", "gla", "softmax", "gated_deltanet"],
+    # a shared expert with a gate, a bias in mixers too
+    ("qwen2", "A14B"): ["gla", "softmax"],
     # one table of embeddings, at both ends of the pipeline
     ("llama3", "1B"): ["gated_deltanet", "softmax"],
+    ("mixtral", "8x7B"): ["gla", "softmax", "gated_deltanet", "softmax"],
 }
-CASES = [
+SELECTED = [
     ("deepseek_v2", "A21B", "cp2"),
     ("deepseek_v2", "A21B", "tp2-pp2"),
     ("deepseek_v2", "A21B", "ep2"),
+    ("qwen2", "A14B", "tp2-sp"),
     ("llama3", "1B", "pp2"),
-    ("llama3", "1B", "tp2-no-sp"),
 ]
+
+
+def possible(family: str, size: str) -> list[str]:
+    """Layouts for experts, or those for none; two layers have no four stages."""
+    is_moe, layers = FAMILIES[family].sizes[size].is_moe, len(STACKS[family, size])
+    fits = [name for name in LAYOUTS if layers % 4 == 0 or "vpp" not in name]
+    return [name for name in fits if (name not in DENSE if is_moe else "ep2" not in name)]
+
+
+ALL = [(*model, layout) for model in STACKS for layout in possible(*model)]
+CASES = ALL if EVERY else SELECTED
 
 
 @pytest.fixture(scope="module")
