@@ -1,120 +1,13 @@
-"""From and to Hugging Face, in one process on CPU (docs/checkpoints.md).
+"""From and to Hugging Face (docs/checkpoints.md); everything is in linear_moe/checkpoint.
 
 python tools/convert.py import --hf Qwen2-7B --save runs/qwen2-7b
 python tools/convert.py import --hf Qwen2-7B --save runs/qwen2-7b-gla --la-module gla --layer-type-list LLLN
 python tools/convert.py export --load runs/mine --hf mine-hf
 """
 
-import argparse
-import os
-import shlex
 import sys
-import time
 
-from linear_moe.inference.quiet import no_messages, no_output
-
-# CPU only, wherever this runs; no chatter from C++, no question to a network.
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-
-
-def main() -> int:
-    args = parse()
-    os.environ.update(ENVIRONMENT)
-    bar = Bar()
-    with no_messages():
-        try:
-            with no_output():
-                from linear_moe.checkpoint.exporting import export_model
-                from linear_moe.checkpoint.importing import import_model
-
-                if args.command == "import":
-                    done = import_model(
-                        args.hf,
-                        args.save,
-                        la_module=args.la_module,
-                        layer_type_list=args.layer_type_list,
-                        extra_args=shlex.split(args.extra_args),
-                        allow_pickle=args.allow_pickle,
-                        progress=bar,
-                    )
-                else:
-                    done = export_model(
-                        args.load,
-                        args.hf,
-                        step=args.step,
-                        tokenizer=args.tokenizer,
-                        native=not args.remote_code,
-                        shard_bytes=int(args.shard_gb * 1e9),
-                        progress=bar,
-                    )
-        except ValueError as error:
-            print(f"linear_moe: {error}", file=sys.stderr)
-            return 2
-        bar.close()
-        for warning in done.warnings:
-            print(f"linear_moe: warning: {warning}", file=sys.stderr)
-        tell(args, done)
-    return 0
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="From and to Hugging Face.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    back = commands.add_parser("import", help="Hugging Face folder -> run folder")
-    back.add_argument("--hf", required=True, metavar="SRC", help="folder with config.json and safetensors")
-    back.add_argument("--save", required=True, metavar="DST", help="run folder to make")
-    back.add_argument("--la-module", help="mixer of the L layers; without it the model stays as it is")
-    back.add_argument("--layer-type-list", help="one symbol per layer, L or N; LLLN repeats")
-    back.add_argument("--extra-args", default="", help="options of the mixers: '--gla-gate-rank 32'")
-    back.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin (tensors only)")
-    out = commands.add_parser("export", help="run folder -> Hugging Face folder")
-    out.add_argument("--load", required=True, metavar="SRC", help="run, its checkpoint/, or one iteration")
-    out.add_argument("--hf", required=True, metavar="DST", help="folder to make")
-    out.add_argument("--step", type=int, help="step of the checkpoint; the last one unless given")
-    out.add_argument("--tokenizer", metavar="FOLDER", help="where the tokenizer is now, if it has moved")
-    out.add_argument("--shard-gb", type=float, default=5.0, help="largest file of weights, in GB")
-    out.add_argument(
-        "--remote-code", action="store_true", help="with its code even where transformers has a class"
-    )
-    return parser.parse_args()
-
-
-def tell(args: argparse.Namespace, done) -> None:
-    if args.command == "export":
-        trust = "" if done.is_native else ", trust_remote_code=True"
-        print(f"{done.target}: {done.architecture}, {done.num_tensors} tensors of step {done.iteration}")
-        print(f'  AutoModelForCausalLM.from_pretrained("{done.target}"{trust})')
-        return
-    from linear_moe.checkpoint.origins import origin_table
-    from linear_moe.model.pattern import pattern_of
-
-    print(origin_table(done.origins, len(done.kinds)))
-    size = done.described.size_name
-    print(f"{done.target}: {done.described.family.name} {size}, layers {pattern_of(done.kinds)}")
-
-
-class Bar:
-    """Bytes done, on a terminal only."""
-
-    def __init__(self) -> None:
-        self.start = self.shown = time.monotonic()
-        self.stream = sys.stderr if sys.stderr.isatty() else None
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.stream is None or (now - self.shown < 0.2 and done < total):
-            return
-        self.shown = now
-        filled = int(40 * done / max(total, 1))
-        speed = done / max(now - self.start, 1e-3)
-        text = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed / 1e9:.2f} GB/s"
-        self.stream.write(f"\r[{'#' * filled}{' ' * (40 - filled)}] {text}   ")
-        self.stream.flush()
-
-    def close(self) -> None:
-        if self.stream is not None:
-            self.stream.write("\n")
-
+from linear_moe.checkpoint.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

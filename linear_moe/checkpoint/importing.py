@@ -35,15 +35,17 @@ from linear_moe.checkpoint.folders import (
 )
 from linear_moe.checkpoint.hf_config import Described, describe, read_config
 from linear_moe.checkpoint.hf_folder import Stored, stored_tensors
-from linear_moe.checkpoint.linearise import linear_options, start_layer, start_tables
+from linear_moe.checkpoint.linearise import start_layer, start_tables
+from linear_moe.checkpoint.options import linear_options, model_arguments
 from linear_moe.checkpoint.origins import Origin
 from linear_moe.checkpoint.report import differences
 from linear_moe.checkpoint.tables import Row, rows
 from linear_moe.checkpoint.torch_dist import Piece
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.inference.checkpoint import TRACKER
-from linear_moe.model.families import megatron_arguments, padded_vocab_size
+from linear_moe.model.families import padded_vocab_size
 from linear_moe.model.pattern import SOFTMAX, layer_kinds
+from linear_moe.training import arguments
 from linear_moe.training.run import write_config
 
 ITERATION = 1
@@ -71,6 +73,7 @@ def import_model(
     *,
     la_module: str | None = None,
     layer_type_list: str | None = None,
+    kinds: Sequence[str] | None = None,
     extra_args: Sequence[str] = (),
     allow_pickle: bool = False,
     progress: Progress = silent,
@@ -82,6 +85,7 @@ def import_model(
         target: run folder to make; must not exist.
         la_module: mixer of the L layers; ``None``: the model as it is, softmax everywhere.
         layer_type_list: one symbol per layer, L or N, repeated as in training.
+        kinds: instead of these two: the mixer, or softmax, of every layer.
         extra_args: arguments of the mixers (``--gla-gate-rank 32``).
         allow_pickle: read ``pytorch_model.bin`` where there are no safetensors.
         progress: called after every tensor.
@@ -91,11 +95,12 @@ def import_model(
     """
     source, target = Path(source), Path(target)
     refuse_existing(target)
+    arguments.import_mixer_modules(list(extra_args))
     described = describe(read_config(source))
     stored = stored_tensors(source, allow_pickle=allow_pickle)
-    kinds = _kinds(described, la_module, layer_type_list)
+    kinds = tuple(kinds or _kinds(described, la_module, layer_type_list))
     tokenizer, warnings = _tokenizer_arguments(source, described, target)
-    argv = [*_arguments(described, kinds, la_module, layer_type_list), *tokenizer]
+    argv = [*model_arguments(described, kinds), *tokenizer]
     argv += [*linear_options(kinds, extra_args), *extra_args]
     model = blueprint(argv, padded_vocab_size=padded_vocab_size(described.size.vocab_size))
     pieces, origins = _pieces(source, described, model, stored)
@@ -118,22 +123,6 @@ def _kinds(described: Described, la_module: str | None, layer_type_list: str | N
     if la_module is None and layer_type_list is None:
         return (SOFTMAX,) * described.size.num_layers
     return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
-
-
-def _arguments(
-    described: Described, kinds: tuple[str, ...], la_module: str | None, layer_type_list: str | None
-) -> list[str]:
-    """Command line of a training that would have made this model; the architecture only means something."""
-    size = described.size
-    argv = ["--family", described.family.name, "--model-size", described.size_name]
-    argv += ["--layer-kinds", ",".join(kinds)]
-    argv += ["--la-module", la_module] if la_module else []
-    argv += ["--layer-type-list", layer_type_list] if layer_type_list else []
-    argv += megatron_arguments(described.family, size)
-    argv += ["--seq-length", str(min(size.max_position_embeddings, 2048)), "--micro-batch-size", "1"]
-    argv += ["--train-iters", "1", "--lr", "1e-4", "--init-method-std", "0.02"]
-    argv += {"bfloat16": ["--bf16"], "float16": ["--fp16"], "float32": []}[described.dtype]
-    return [*argv, "--padded-vocab-size", str(padded_vocab_size(size.vocab_size))]
 
 
 def _tokenizer_arguments(source: Path, described: Described, target: Path) -> tuple[list[str], list[str]]:
@@ -188,7 +177,7 @@ def softmax_tensors(model: Blueprint, described: Described) -> dict[str, tuple[i
     """What the checkpoint would hold if every layer were softmax: the tensors of the source."""
     if set(model.kinds) == {SOFTMAX}:
         return model.tensors
-    argv = _arguments(described, (SOFTMAX,) * len(model.kinds), None, None)
+    argv = model_arguments(described, (SOFTMAX,) * len(model.kinds))
     argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(described.size.vocab_size - 1)]
     return blueprint(argv, padded_vocab_size=model.args.padded_vocab_size).tensors
 

@@ -13,7 +13,7 @@ Letters: H heads of the mixer, C channels of a softmax head, G key/value groups,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -41,31 +41,6 @@ delta rule, a write strength, has not)."""
 
 GATE_OPEN = 0.5
 """A sigmoid gate with zero weights."""
-
-
-def linear_options(kinds: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Arguments that let mixers take over whole heads and start with a gate that is neither shut nor in the way.
-
-    Args:
-        kinds: of the layers.
-        given: arguments of the user, which win.
-    """
-    flags = {word.split("=")[0] for word in given}
-    shared = {"expand_k": "--expand-k", "expand_v": "--expand-v", "output_gate": "--la-gate-fn"}
-    wanted = {"expand_k": (0.5, "1.0"), "expand_v": (2.0, "1.0"), "output_gate": ("swish", "sigmoid")}
-    found = []
-    for kind in sorted(set(kinds) - {SOFTMAX}):
-        config = lsm.get(kind).Config
-        for field, (default, value) in wanted.items():
-            flag = f"--{kind}-{field}".replace("_", "-")
-            is_default = getattr(config, field) == default
-            if is_default and kind not in _NARROW and not flags & {flag, shared[field]}:
-                found += [flag, value]
-    return found
-
-
-_NARROW = ("based", "rebased")
-"""Their feature maps square the width of a key: it stays as it is."""
 
 
 def start_layer(

@@ -84,7 +84,7 @@ def load_model(
         dtype=dtype,
         tensor_parallel=ranks,
     )
-    args.tokenizer_model = str(tokenizer) if tokenizer else saved["tokenizer"]["tokenizer_model"]
+    args.tokenizer_model = str(tokenizer) if tokenizer else tokenizer_folder(run, saved)
     config = arguments.model_config(args)
     limit = _sequence_limit(config, max_sequence_length)
     text = _build_tokenizer(run, args)
@@ -106,6 +106,13 @@ def load_model(
 def world_size() -> int:
     """Processes of this program: of the process group, or those that ``torchrun`` has started."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tokenizer_folder(run: Path, saved: dict[str, Any]) -> str | None:
+    """The run's copy of its tokenizer, or where the training found it."""
+    kept = run / "tokenizer"
+    recorded: str | None = saved["tokenizer"]["tokenizer_model"]
+    return str(kept.absolute()) if recorded and (kept / "tokenizer.json").is_file() else recorded
 
 
 def join_single_process(seed: int = 1234) -> None:

@@ -17,11 +17,13 @@ from linear_moe.launch.environment import RunSettings, read_environment, variabl
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.finetune import plan_finetune
 from linear_moe.launch.header import default_threads, header
+from linear_moe.launch.hugging_face import convert, hugging_face_folder
 from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.relay import is_our_line, last_lines, run_logged
+from linear_moe.launch.starting_model import starting_model
 from linear_moe.model.families import FAMILIES
 
 _MISTAKE = 2
@@ -43,7 +45,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         if task.finetune:
             plan = plan_finetune(variables_given, task.family, devices, _announce)
         else:
-            plan = plan_run(read_environment(variables_given, task.family), devices)
+            plan = _plan_pretraining(variables_given, task.family, devices)
             preflight(plan)
     except PreflightError as error:
         _write(sys.stderr, f"linear_moe: {error}")
@@ -56,14 +58,27 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     return _start(plan, environment)
 
 
+def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int) -> RunPlan:
+    """From Hugging Face, the sizes are those of its config.json; otherwise MODEL_SIZE names them."""
+    if hugging_face_folder(environment) is None:
+        return plan_run(read_environment(environment, family), devices)
+    named = ("MODEL_SIZE", "MOE", "EXTRA_VOCAB_SIZE")
+    given = {n: text.strip() for n, text in environment.items() if text.strip() and n not in named}
+    model = starting_model(given, family)
+    return plan_run(read_environment({**given, **model.variables}, family), devices, model.families)
+
+
 def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
     command, head = torchrun_command(plan), header(plan)
     node = f"-node{plan.settings.node_rank}" if plan.settings.nnodes > 1 else ""
     log = plan.run_dir / "log" / f"{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    if plan.instructions is not None and plan.tokenizer is not None:
-        assert plan.instructions.train is not None
-        keep_tokenizer(plan.run_dir, Path(plan.tokenizer.path), plan.instructions.train.report.template)
+    if plan.tokenizer is not None:
+        train = plan.instructions.train if plan.instructions is not None else None
+        template = train.report.template if train is not None else None
+        keep_tokenizer(plan.run_dir, Path(plan.tokenizer.path), template)
+    if not convert(plan, _announce):
+        return _MISTAKE
     log.write_text(f"{head}\n\n{shell_text(command)}\n\n")
     verbose = plan.settings.verbose
     _write(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from linear_moe.checkpoint.hf_config import is_hf_folder
 from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_tokenizer
 from linear_moe.launch.environment import SMALLEST_GLOBAL_BATCH, RunSettings
 from linear_moe.launch.errors import PreflightError
@@ -44,6 +45,13 @@ class RunPlan:
     """CUDA devices of this node; 0: the run is on CPU."""
     instructions: Instructions | None = None
     """What a finetuning run learns; None: it pretrains."""
+
+    @property
+    def hugging_face(self) -> Path | None:
+        """PRETRAIN_CHECKPOINT_PATH, if it is a Hugging Face folder."""
+        text = self.settings.pretrain_checkpoint_path
+        is_one = text not in (None, "none") and is_hf_folder(Path(str(text)))
+        return Path(str(text)).absolute() if is_one else None
 
     @property
     def on_cpu(self) -> bool:

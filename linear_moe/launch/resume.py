@@ -23,6 +23,8 @@ def pretrained_folder(plan: RunPlan) -> Path | None:
     text = plan.settings.pretrain_checkpoint_path
     if text is None or text == "none":
         return None
+    if plan.hugging_face is not None:
+        return plan.run_dir / "pretrained" / "checkpoint"  # converted before the start
     path = Path(text).absolute()
     return (
         path / "checkpoint" if checkpoint_iteration(path) is None and (path / "checkpoint").is_dir() else path
@@ -36,7 +38,7 @@ def check_resume(plan: RunPlan) -> None:
         _same_optimizer(plan)
         return
     source = pretrained_folder(plan)
-    if source is None:
+    if source is None or (plan.hugging_face is not None and checkpoint_iteration(source) is None):
         return
     given = f"PRETRAIN_CHECKPOINT_PATH={plan.settings.pretrain_checkpoint_path}"
     if checkpoint_iteration(source) is None:

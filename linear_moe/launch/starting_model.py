@@ -9,6 +9,7 @@ from typing import Any
 
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.hugging_face import future_config, hugging_face_folder
 from linear_moe.launch.plan import registered_mixers
 from linear_moe.launch.resume import mixer_options, read_config
 from linear_moe.model.families import (
@@ -45,7 +46,7 @@ def starting_model(given: Mapping[str, str], family: str) -> StartingModel:
 
     Raises PreflightError when it is of another family.
     """
-    config = _config(given["PRETRAIN_CHECKPOINT_PATH"])
+    config = _config(given)
     saved, arguments = config.get("architecture", {}), config.get("arguments", [])
     if saved.get("family", family) != family:
         raise PreflightError(
@@ -60,10 +61,15 @@ def starting_model(given: Mapping[str, str], family: str) -> StartingModel:
     if size is not None and not {"MODEL_SIZE", "MOE"} & given.keys():
         found["MODEL_SIZE"] = saved.get("model_size") or "checkpoint"
         sizes = {**FAMILIES[family].sizes, found["MODEL_SIZE"]: size}
-        families[family] = replace(FAMILIES[family], sizes=sizes, old_sizes={})
+        pre_softmax = "--moe-router-pre-softmax" in arguments if size.is_moe else None
+        known = FAMILIES[family]
+        before = known.softmax_before_topk if pre_softmax is None else pre_softmax
+        families[family] = replace(known, sizes=sizes, old_sizes={}, softmax_before_topk=before)
     tokenizer, rows = given.get("TOKENIZER") or found.get("TOKENIZER"), saved.get("padded_vocab_size")
     if rows and tokenizer:
         found |= _rows(tokenizer, rows)
+    elif "vocab_size" in config:
+        found["VOCAB_SIZE"] = str(config["vocab_size"])
     found = {name: text for name, text in found.items() if text and name not in given}
     options = mixer_options(
         arguments, registered_mixers(given.get("MIXER_MODULES") or found.get("MIXER_MODULES"))
@@ -110,8 +116,10 @@ def _rope_scaling(arguments: list[str]) -> Llama3Rope | YarnRope | None:
     return Llama3Rope(factor=number("--rope-scaling-factor")) if "--use-rope-scaling" in arguments else None
 
 
-def _config(path: str) -> dict[str, Any]:
-    folder = Path(path)
+def _config(given: Mapping[str, str]) -> dict[str, Any]:
+    if (source := hugging_face_folder(given)) is not None:
+        return future_config(source, given)
+    folder = Path(given["PRETRAIN_CHECKPOINT_PATH"])
     found = map(read_config, (folder, folder.parent))
     return next((config for config in found if "architecture" in config), {})
 

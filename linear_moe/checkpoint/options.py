@@ -1,0 +1,46 @@
+"""The command line of an imported model: that of a training which would have made it. Imports no Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from linear_moe.checkpoint.hf_config import Described
+from linear_moe.model.families import megatron_arguments, padded_vocab_size
+from linear_moe.model.pattern import SOFTMAX
+
+_NARROW = ("based", "rebased")
+"""Their feature maps square the width of a key: it stays as it is."""
+
+
+def model_arguments(described: Described, kinds: Sequence[str]) -> list[str]:
+    """Flags of the model; those of the training are there because some must be."""
+    size = described.size
+    argv = ["--family", described.family.name, "--model-size", described.size_name]
+    argv += ["--layer-kinds", ",".join(kinds), *megatron_arguments(described.family, size)]
+    argv += ["--seq-length", str(min(size.max_position_embeddings, 2048)), "--micro-batch-size", "1"]
+    argv += ["--train-iters", "1", "--lr", "1e-4", "--init-method-std", "0.02"]
+    argv += {"bfloat16": ["--bf16"], "float16": ["--fp16"], "float32": []}[described.dtype]
+    return [*argv, "--padded-vocab-size", str(padded_vocab_size(size.vocab_size))]
+
+
+def linear_options(kinds: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Arguments that let mixers take over whole heads and start with a gate that is neither shut nor in the way.
+
+    Args:
+        kinds: of the layers.
+        given: arguments of the user, which win.
+    """
+    from linear_moe import lsm  # torch, which a launcher imports for this only
+
+    flags = {word.split("=")[0] for word in given}
+    shared = {"expand_k": "--expand-k", "expand_v": "--expand-v", "output_gate": "--la-gate-fn"}
+    wanted = {"expand_k": (0.5, "1.0"), "expand_v": (2.0, "1.0"), "output_gate": ("swish", "sigmoid")}
+    found = []
+    for kind in sorted(set(kinds) - {SOFTMAX}):
+        config = lsm.get(kind).Config
+        for field, (default, value) in wanted.items():
+            flag = f"--{kind}-{field}".replace("_", "-")
+            is_default = getattr(config, field) == default
+            if is_default and kind not in _NARROW and not flags & {flag, shared[field]}:
+                found += [flag, value]
+    return found

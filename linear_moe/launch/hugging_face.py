@@ -1,0 +1,91 @@
+"""PRETRAIN_CHECKPOINT_PATH as a Hugging Face folder: what its model is, and its conversion, once, into the run.
+
+The folder is read as the run that it will become, `RUN/pretrained`, so that everything else takes it for one.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from linear_moe.checkpoint.hf_config import describe, is_hf_folder, read_config
+from linear_moe.checkpoint.options import linear_options, model_arguments
+from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
+from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.plan import RunPlan, registered_mixers
+from linear_moe.launch.resume import checkpoint_iteration, mixer_options
+from linear_moe.model.families import padded_vocab_size
+from linear_moe.model.pattern import SOFTMAX, layer_kinds
+
+_PATTERN = ("LAYER_TYPE_LIST", "LA_MODULE", "HYBRID_OVERRIDE_PATTERN")
+
+
+def hugging_face_folder(given: Mapping[str, str]) -> Path | None:
+    """The folder that PRETRAIN_CHECKPOINT_PATH names, if it is one of Hugging Face."""
+    text = given.get("PRETRAIN_CHECKPOINT_PATH", "").strip()
+    return Path(text).absolute() if text and text != "none" and is_hf_folder(Path(text)) else None
+
+
+def future_config(folder: Path, given: Mapping[str, str]) -> dict[str, Any]:
+    """`config.json` of the run that a Hugging Face folder becomes, with the pattern of the variables.
+
+    Raises PreflightError for a model that cannot be imported.
+    """
+    try:
+        described = describe(read_config(folder))
+        kinds = (SOFTMAX,) * described.size.num_layers
+        if any(given.get(name, "").strip() for name in _PATTERN):
+            known = registered_mixers(given.get("MIXER_MODULES"))
+            pattern, module, hybrid = (given.get(name, "").strip() or None for name in _PATTERN)
+            kinds = layer_kinds(pattern, module, described.size.num_layers, hybrid, known=known)
+    except ValueError as error:
+        raise PreflightError.of(error) from None
+    arguments = model_arguments(described, kinds)
+    if set(kinds) != {SOFTMAX}:
+        from linear_moe.lsm.registry import import_mixers  # torch, for this alone
+
+        import_mixers(given.get("MIXER_MODULES", ""))
+        arguments += linear_options(kinds, given.get("EXTRA_ARGS", "").split())
+    rows = padded_vocab_size(described.size.vocab_size)
+    architecture = {"family": described.family.name, "model_size": described.size_name}
+    architecture |= {"layer_kinds": list(kinds), "padded_vocab_size": rows}
+    config = {"architecture": architecture, "arguments": arguments, "vocab_size": described.size.vocab_size}
+    try:
+        describe_tokenizer(str(folder))
+    except TokenizerError:
+        return config
+    tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
+    return config | {"tokenizer": tokenizer}
+
+
+def convert(plan: RunPlan, announce: Callable[[str], None]) -> bool:
+    """Make `RUN/pretrained` where it is needed and not there yet; whether all is well.
+
+    On many nodes the first one converts and the others wait: they share the disk of the run.
+    """
+    source = plan.hugging_face
+    target = plan.run_dir / "pretrained"
+    if source is None or checkpoint_iteration(plan.run_dir / "checkpoint") is not None:
+        return True
+    if checkpoint_iteration(target / "checkpoint") is not None:
+        announce(f"PRETRAIN_CHECKPOINT_PATH={source} was converted before, into {target}")
+        return True
+    announce(f"PRETRAIN_CHECKPOINT_PATH={source} is a Hugging Face folder: converting it once, into {target}")
+    if plan.settings.node_rank > 0:
+        while checkpoint_iteration(target / "checkpoint") is None:
+            time.sleep(2)
+        return True
+    return subprocess.run(import_command(plan, source, target), check=False).returncode == 0
+
+
+def import_command(plan: RunPlan, source: Path, target: Path) -> list[str]:
+    """The conversion, as a person could type it."""
+    options = mixer_options(list(plan.extra_args), registered_mixers(plan.settings.mixer_modules))
+    words = [word for pair in options.items() for word in pair]
+    if plan.settings.mixer_modules:
+        words += ["--mixer-module", plan.settings.mixer_modules]
+    command = [sys.executable, "-m", "linear_moe.checkpoint", "import", "--hf", str(source)]
+    command += ["--save", str(target), "--layer-kinds", ",".join(plan.kinds)]
+    return [*command, f"--extra-args={' '.join(words)}"]

@@ -1,0 +1,93 @@
+"""Run scripts take a Hugging Face folder: its sizes, its conversion, and what happens is said in one line."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from linear_moe.launch import __main__ as launcher
+from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.hugging_face import convert, import_command
+from linear_moe.launch.megatron_args import training_arguments
+from linear_moe.launch.preflight import preflight
+from tests.checkpoint.hf_models import save_hf
+from tests.training.tiny import metrics, train
+
+SMALL = {"SEQ_LEN": "32", "TRAIN_ITERS": "2", "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "2", "PR": "fp32"}
+
+
+def save(rank, world, folder, name):
+    save_hf(folder, name)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, _pool):
+    base = tmp_path_factory.mktemp("hf")
+    for name in ("qwen2_moe-renormalised", "llama"):
+        _pool.run(1, save, str(base / name), name)
+    return base
+
+
+def plan_of(folder, tmp_path, family="qwen2", **variables):
+    """As run_pretrain_*.sh would: it always names a size and a mixer."""
+    script = {"MODEL_SIZE": "A0.3B", "LA_MODULE": "gla", "LAYER_TYPE_LIST": "LN", "EXTRA_VOCAB_SIZE": ""}
+    given = {**script, **SMALL, "OUTPUT_BASEPATH": str(tmp_path / "out"), **variables}
+    given["PRETRAIN_CHECKPOINT_PATH"] = str(folder)
+    plan = launcher._plan_pretraining(given, family, 0)
+    preflight(plan)
+    return plan
+
+
+def run_command(rank, world, words):
+    from linear_moe.checkpoint.__main__ import main
+
+    with patch.object(sys, "argv", words):
+        return main()
+
+
+def test_from_the_folder_to_a_step(folders, gloo, tmp_path):
+    plan = plan_of(folders / "qwen2_moe-renormalised", tmp_path)
+    assert (plan.size.hidden_size, plan.size.num_experts, plan.padded_vocab_size) == (64, 4, 256)
+    assert not plan.family.softmax_before_topk  # renormalised probabilities
+    assert not plan.run_dir.exists()
+    said: list[str] = []
+    with patch("subprocess.run") as run:
+        run.return_value.returncode = 0
+        assert convert(plan, said.append)
+    words = run.call_args.args[0]
+    assert words == import_command(plan, folders / "qwen2_moe-renormalised", plan.run_dir / "pretrained")
+    assert len(said) == 1 and "is a Hugging Face folder: converting it once" in said[0]
+    assert gloo(1, run_command, words[2:])[0] == 0
+    assert convert(plan, said.append) and "converted before" in said[1]
+    preflight(plan)  # the same architecture as what was converted
+    arguments = training_arguments(plan)
+    gloo(1, train, [*arguments, "--eval-iters", "0"])
+    assert 4 < metrics(plan.run_dir)[0]["lm_loss"] < 7
+    saved = json.loads((plan.run_dir / "pretrained" / "config.json").read_text())["architecture"]
+    trained = json.loads((plan.run_dir / "config.json").read_text())["architecture"]
+    assert saved == trained | {"model_size": saved["model_size"]}
+
+
+def test_another_pattern_than_was_converted(folders, gloo, tmp_path):
+    plan = plan_of(folders / "llama", tmp_path, "llama3", RUN_NAME="one", LAYER_TYPE_LIST="N")
+    assert plan.kinds == ("softmax",) * 2 and plan.size.kv_channels == 24
+    words = import_command(plan, folders / "llama", plan.run_dir / "pretrained")
+    gloo(1, run_command, words[2:])
+    with pytest.raises(PreflightError, match="another architecture"):
+        plan_of(folders / "llama", tmp_path, "llama3", RUN_NAME="one", LAYER_TYPE_LIST="L")
+
+
+def test_mistakes(folders, tmp_path):
+    with pytest.raises(PreflightError, match="is a llama3 model"):
+        plan_of(folders / "llama", tmp_path)
+    with pytest.raises(PreflightError, match="tensor parallel 3"):
+        plan_of(folders / "llama", tmp_path, "llama3", TP="3", GPUS_PER_NODE="3")
+    broken = Path(shutil.copytree(folders / "llama", tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(PreflightError, match="hidden_act = 'gelu'"):
+        plan_of(broken, tmp_path, "llama3")
+    assert not (tmp_path / "out").exists()
