@@ -11,7 +11,7 @@ RETIRED = {
     "FL": "softmax layers pick flash attention by themselves",
     "FU": "Transformer Engine picks its own attention kernel; EXTRA_ARGS='--attention-backend fused' forces one",
     "MB": "MegaBlocks is gone: USE_GEMM=true is the fast path, and works with the distributed optimizer",
-    "PAD_LEN": "pretraining does not pad; SEQ_LEN is the length",
+    "PAD_LEN": "SEQ_LEN is the length; finetuning pads the end of a sequence only",
     "EVAL_CAPACITY_FACTOR": "evaluation uses TRAIN_CAPACITY_FACTOR",
     "LA_MODE": "the kernel is chosen for the device; the results are the same",
     "SLW": "no layer has a sliding window",
