@@ -49,7 +49,7 @@ def future_config(folder: Path, given: Mapping[str, str]) -> dict[str, Any]:
         import_mixers(given.get("MIXER_MODULES", ""))
         arguments += linear_options(kinds, given.get("EXTRA_ARGS", "").split())
     rows = padded_vocab_size(described.size.vocab_size)
-    architecture = {"family": described.family.name, "model_size": described.size_name}
+    architecture: dict[str, Any] = {"family": described.family.name, "model_size": described.size_name}
     architecture |= {"layer_kinds": list(kinds), "padded_vocab_size": rows}
     config = {"architecture": architecture, "arguments": arguments, "vocab_size": described.size.vocab_size}
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -91,3 +92,43 @@ def test_mistakes(folders, tmp_path):
     with pytest.raises(PreflightError, match="hidden_act = 'gelu'"):
         plan_of(broken, tmp_path, "llama3")
     assert not (tmp_path / "out").exists()
+
+
+CONVERTERS = Path(__file__).parents[2] / "toolkits" / "model_checkpoints_convertor"
+OLD_COMMANDS = {
+    "qwen/hf2mcore_qwen2_convertor.sh A14B SRC DST 4 2 8 bf16 true false": "import --hf SRC --save DST",
+    "qwen/hf2mcore_qwen2_convertor.sh 7B SRC DST 1 1 1 fp32 true true HF": "export --load SRC --hf DST --tokenizer HF",
+    "deepseek/hf2mcore_deepseek_v2_moe_convertor.sh A2.4B SRC DST 1 1 4 false": "import --hf SRC --save DST",
+    "deepseek/hf2mcore_deepseek_v2_moe_convertor.sh A2.4B SRC DST 1 1 4 bf16 true HF": (
+        "export --load SRC --hf DST --tokenizer HF"
+    ),
+    "mistral/hf2mcore_convertor.sh 8x7B SRC ../../../ SRC DST 4 1 0 8 2 4 false 8": "import --hf SRC --save DST",
+    "llama/hf2mcore_convertor.sh 8B HF ../../../ SRC DST 4 1 256 0 0 0 0 true": (
+        "export --load SRC --hf DST --tokenizer HF"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", OLD_COMMANDS)
+def test_old_converters(tmp_path, command):
+    """Their positional arguments, as they were typed for the earlier system."""
+    (tmp_path / "HF").mkdir()
+    (tmp_path / "HF" / "tokenizer.json").touch()
+    script, *words = command.split()
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": "echo"}
+    done = subprocess.run(
+        ["sh", str(CONVERTERS / script), *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"python tools/convert.py {OLD_COMMANDS[command]}"
+    assert done.stdout.splitlines()[1].endswith(f"tools/convert.py {OLD_COMMANDS[command]}")
+
+
+def test_old_converters_say_how_they_are_called():
+    for script in CONVERTERS.glob("*/*.sh"):
+        done = subprocess.run(["sh", str(script)], capture_output=True, text=True)
+        assert done.returncode == 2 and f"# {script.name} MODEL_SIZE" in done.stderr
