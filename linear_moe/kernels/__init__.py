@@ -1,6 +1,7 @@
 """Linear-recurrence kernels: pure functions of tensors, no Megatron and no mixers."""
 
 from linear_moe.kernels.ops import (
+    collect_rows,
     cross_entropy_,
     delta_rule,
     delta_rule_segment,
@@ -10,11 +11,13 @@ from linear_moe.kernels.ops import (
     dplr_delta_rule_segment,
     gated_rms_norm,
     short_conv,
+    spread_rows,
 )
 from linear_moe.kernels.segment import Segment
 
 __all__ = [
     "Segment",
+    "collect_rows",
     "cross_entropy_",
     "delta_rule",
     "delta_rule_segment",
@@ -24,4 +27,5 @@ __all__ = [
     "dplr_delta_rule_segment",
     "gated_rms_norm",
     "short_conv",
+    "spread_rows",
 ]

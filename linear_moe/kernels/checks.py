@@ -141,6 +141,18 @@ def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
     _check_shape("weight", weight, logits.shape[:1], "[M]")
 
 
+def check_rows(x: Tensor, order: Tensor, place: Tensor, num_rows: int) -> None:
+    """Everything that moves between tokens and slots; values are not looked at."""
+    for name, index in (("order", order), ("place", place)):
+        if index.dtype != torch.int64 or index.device != x.device:
+            _fail(name, f"is {index.dtype} on {index.device}", f"int64 on {x.device}")
+    if place.ndim != 2 or order.shape != (place.numel(),):
+        found = f"has shape {_show(place.shape)} and order {_show(order.shape)}"
+        _fail("place", found, "[S, k] and the order of its S * k slots")
+    if x.shape[0] != num_rows or num_rows not in (place.shape[0], place.numel()):
+        _fail("x", f"has {x.shape[0]} rows", f"{num_rows} rows, with place {_show(place.shape)}")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> int:
     """Returns the number of documents. Values are looked at on the CPU only."""
     if cu_seqlens is None:

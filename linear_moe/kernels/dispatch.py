@@ -25,6 +25,7 @@ from linear_moe.kernels import (
     cross_entropy,
     gated_norm,
     reference,
+    rows,
 )
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
@@ -89,6 +90,19 @@ def _fused_diag_decay_takes(
     return log_decay_v is None or log_decay is None or log_decay.ndim < 4
 
 
+def _fused_delta_rule(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import delta
+
+    return delta.delta_rule(*args, **kwargs)
+
+
+def _fused_delta_rule_takes(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, **others: Any
+) -> bool:
+    """No vector decay yet."""
+    return log_decay is None or log_decay.ndim < 4
+
+
 def _backends(
     chunked: Callable[..., Any], token_loop: Callable[..., Any], *fused: Backend
 ) -> tuple[Backend, ...]:
@@ -123,13 +137,29 @@ def _fused_cross_entropy_(*args: Any, **kwargs: Any) -> Any:
     return fused.cross_entropy_(*args, **kwargs)
 
 
+def _fused_spread_rows(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import rows as fused
+
+    return fused.spread_rows(*args, **kwargs)
+
+
+def _fused_collect_rows(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import rows as fused
+
+    return fused.collect_rows(*args, **kwargs)
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "diag_decay": _backends(
         chunked_diag.diag_decay,
         reference.diag_decay,
         Backend("triton", _fused_diag_decay, _fused, _fused_diag_decay_takes),
     ),
-    "delta_rule": _backends(chunked_delta.delta_rule, reference.delta_rule),
+    "delta_rule": _backends(
+        chunked_delta.delta_rule,
+        reference.delta_rule,
+        Backend("triton", _fused_delta_rule, _fused, _fused_delta_rule_takes),
+    ),
     "diag_decay_segment": _backends(chunked_diag.diag_decay_segment, reference.diag_decay_segment),
     "delta_rule_segment": _backends(chunked_delta.delta_rule_segment, reference.delta_rule_segment),
     "dplr_delta_rule": _backends(chunked_dplr.dplr_delta_rule, reference.dplr_delta_rule),
@@ -150,6 +180,12 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         cross_entropy.cross_entropy_,
         reference.cross_entropy_,
         Backend("triton", _fused_cross_entropy_, _fused),
+    ),
+    "spread_rows": _backends(
+        rows.spread_rows, reference.spread_rows, Backend("triton", _fused_spread_rows, _fused)
+    ),
+    "collect_rows": _backends(
+        rows.collect_rows, reference.collect_rows, Backend("triton", _fused_collect_rows, _fused)
     ),
 }
 
@@ -195,11 +231,6 @@ def _warn_of_torch_once(op: str) -> None:
         f"memory, so it is slower than a fused kernel; {ENVIRONMENT_VARIABLE}=chunked chooses it without this notice",
         stacklevel=2,
     )
-
-
-def is_asked() -> bool:
-    """Whether a backend is chosen by name."""
-    return bool(_asked())
 
 
 def is_asked() -> bool:

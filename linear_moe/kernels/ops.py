@@ -252,6 +252,37 @@ def cross_entropy_(
     return _run("cross_entropy_", logits, logits, labels, weight, combine=combine)
 
 
+def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    """Give each of a token's slots its row: ``y[place[t, j]] = x[t]``.
+
+    Args:
+        x: ``[S, ...]``, tokens; any dtype.
+        order: ``[S * k]`` int64, the inverse of ``place``: slot ``t * k + j`` of each place.
+        place: ``[S, k]`` int64, a permutation of all ``S * k`` places.
+
+    Returns:
+        ``[S * k, ...]`` in x's dtype.
+    """
+    checks.check_rows(x, order, place, x.shape[0])
+    return _run("spread_rows", x, x, order, place)
+
+
+def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Add up each token's slots: ``y[t] = sum_j weight[t, j] * x[place[t, j]]``.
+
+    Args:
+        x: ``[S * k, ...]``, any float dtype.
+        order: as in :func:`spread_rows`.
+        place: as in :func:`spread_rows`.
+        weight: ``[S, k]``; ``None``: ones.
+
+    Returns:
+        ``[S, ...]`` in x's dtype.
+    """
+    checks.check_rows(x, order, place, order.shape[0])
+    return _run("collect_rows", x, x, order, place, weight)
+
+
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     if op in step.OPERATIONS and not dispatch.is_asked() and step.takes(*args, **kwargs):
         return step.OPERATIONS[op](*args, **kwargs)

@@ -253,6 +253,19 @@ def cross_entropy_(
     return torch.stack(losses)
 
 
+def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    """One slot after the other."""
+    return torch.stack([x[slot // place.shape[1]] for slot in order.tolist()])
+
+
+def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
+    """One token after the other."""
+    weights = torch.ones_like(place, dtype=x.dtype) if weight is None else weight.to(x.dtype)
+    return torch.stack(
+        [sum(w * x[p] for w, p in zip(ws, ps)) for ws, ps in zip(weights, place.tolist())]  # type: ignore[misc]
+    )
+
+
 def _each_document(
     run: Callable[[TokenInputs, Tensor], tuple[Tensor, Tensor]],
     tokens: TokenInputs,

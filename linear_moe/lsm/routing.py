@@ -9,11 +9,11 @@ Letters: S tokens of all rows, N runs, E memories, k memories per token, M = S *
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from linear_moe.kernels import collect_rows, spread_rows
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ class Slots:
         return cls(order, place, key_M // num_runs, bounds, per_token, num_memories)
 
     @property
-    def tokens(self) -> Tensor:
-        """``[M]`` int64, the token of each sorted slot."""
-        return self.order // self.per_token
-
-    @property
     def ends(self) -> Tensor:
         """``[E]`` int32, where each memory's sorted slots end; dropped ones count to the last."""
         num_slots = self.order.shape[0]
@@ -83,47 +78,11 @@ class Slots:
 
     def gather(self, x_SD: Tensor) -> Tensor:
         """``[S, ...]`` of tokens to ``[M, ...]`` of sorted slots."""
-        gathered: Tensor = _Gather.apply(x_SD, self.tokens, self.place, self.per_token)
-        return gathered
+        return spread_rows(x_SD, self.order, self.place.view(-1, self.per_token))
 
     def scatter(self, x_MD: Tensor, weight_Sk: Tensor) -> Tensor:
         """``[M, ...]`` of sorted slots to ``[S, ...]``: the weighted sum of each token's slots."""
-        x_SkD = _Permute.apply(x_MD, self.place, self.order).unflatten(0, (-1, self.per_token))
-        weight = weight_Sk.to(x_SkD.dtype).view(*weight_Sk.shape, *(1,) * (x_SkD.ndim - 2))
-        total: Tensor = (x_SkD * weight).sum(1)
-        return total
-
-
-class _Gather(torch.autograd.Function):
-    """Rows by token; the gradient adds up a token's slots in a fixed order instead of by atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, place: Tensor, per_token: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.per_token = per_token
-        return x.index_select(0, tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (place,) = ctx.saved_tensors
-        slots = grads[0].index_select(0, place).unflatten(0, (-1, ctx.per_token))
-        return slots.sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order; the gradient is the inverse permutation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
+        return collect_rows(x_MD, self.order, self.place.view(-1, self.per_token), weight_Sk)
 
 
 def route(logits_BTE: Tensor, per_token: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,7 @@ def test_slots_are_sorted_by_memory_run_and_time(run, limit):
     kept = len(truth)
     assert slots.order[:kept].tolist() == [slot for *_, slot in truth]
     assert slots.memory[:kept].tolist() == [memory for memory, *_ in truth]
-    assert slots.tokens[:kept].tolist() == [t for _, _, t, _ in truth]
+    assert (slots.order // slots.per_token)[:kept].tolist() == [t for _, _, t, _ in truth]
     assert (slots.memory[kept:] == E).all() and int(slots.cu_seqlens[-1]) == kept
     assert sorted(slots.order.tolist()) == list(range(40 * K))
     assert torch.equal(slots.place[slots.order], torch.arange(40 * K))
@@ -58,10 +58,10 @@ def test_gather_and_scatter_and_their_gradients():
     slots = Slots.sort(choices(11), torch.tensor([0] * 4 + [1] * 7), E, 2)
     x = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(11, K, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(slots.gather(x), x[slots.tokens])
+    assert torch.equal(slots.gather(x), x[(slots.order // slots.per_token)])
     y = torch.randn(22, 3, dtype=torch.float64, requires_grad=True)
     truth = torch.zeros(11, 3, dtype=torch.float64)
-    truth = truth.index_add(0, slots.tokens, y * weight.flatten()[slots.order, None])
+    truth = truth.index_add(0, (slots.order // slots.per_token), y * weight.flatten()[slots.order, None])
     assert torch.allclose(slots.scatter(y, weight), truth, atol=1e-14)
     assert torch.autograd.gradcheck(slots.gather, [x]) and torch.autograd.gradcheck(
         slots.scatter, [y, weight]

@@ -1,0 +1,59 @@
+"""Rows between tokens and slots: torch path and fused kernels (interpreted) against loops over rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from row_cases import CASES, errors, make
+
+from linear_moe import kernels
+from linear_moe.kernels import collect_rows, rows, spread_rows
+
+EXACT, SINGLE = 1e-12, 1e-5
+
+
+@pytest.fixture(scope="module")
+def fused_errors() -> dict[str, list[float]]:
+    """All cases in one process, which Triton's interpreter needs for itself."""
+    command = [sys.executable, str(Path(__file__).with_name("row_cases.py"))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torch_path_is_exact(name: str) -> None:
+    assert max(errors(name, rows, torch.float64)) <= EXACT
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_kernels(name: str, fused_errors: dict[str, list[float]]) -> None:
+    assert len(fused_errors[name]) == 6 and max(fused_errors[name]) <= SINGLE
+
+
+def test_whole_numbers_travel_too() -> None:
+    given = make("three slots, heads", torch.float64)
+    positions = torch.arange(6)
+    assert torch.equal(spread_rows(positions, given["order"], given["place"]), given["order"] // 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(order=torch.zeros(6, dtype=torch.int32)), "order is torch.int32"),
+        (dict(place=torch.zeros(3, 3, dtype=torch.int64)), r"place has shape \[3, 3\]"),
+        (dict(x=torch.zeros(4, 2)), "x has 4 rows"),
+    ],
+)
+@pytest.mark.parametrize("function", [spread_rows, collect_rows])
+def test_refuses_what_does_not_fit(function: Any, change: dict[str, Any], message: str) -> None:
+    order = torch.arange(6)
+    num_rows = 3 if function is kernels.spread_rows else 6
+    with pytest.raises(ValueError, match=message):
+        function(**{**dict(x=torch.zeros(num_rows, 2), order=order, place=order.view(3, 2)), **change})
