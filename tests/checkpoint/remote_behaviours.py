@@ -56,18 +56,20 @@ def rows_are_chosen_and_repeated(folder: Path) -> None:
 
 
 def any_column_may_be_padding(folder: Path) -> None:
-    """Holes in the middle, and a row without tokens in the first of two calls."""
-    model, ids = opened(folder), some_tokens(2, 12)
+    """Holes in the middle, a row without tokens in the first call, and a call without tokens."""
+    model, ids = opened(folder), some_tokens(2, 14)
     mask = torch.ones_like(ids)
-    mask[0, :7] = 0
-    mask[1, 3:5] = 0
+    mask[0, :8] = 0
+    mask[1, 3:4] = 0
+    mask[:, 5:7] = 0
     cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
-    found = model(ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
+    model(ids[:, 5:7], attention_mask=mask[:, :7], past_key_values=cache)
+    found = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
     for row in range(2):
         real = mask[row].bool()
         alone = model(ids[row][real][None]).logits[0]
-        last = int(real[5:].sum())
-        torch.testing.assert_close(found[row][real[5:]], alone[-last:], rtol=0, atol=1e-4)
+        last = int(real[7:].sum())
+        torch.testing.assert_close(found[row][real[7:]], alone[-last:], rtol=0, atol=1e-4)
 
 
 def it_trains(folder: Path) -> None:
