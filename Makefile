@@ -25,7 +25,7 @@ test-gpu: setup
 	@$(python) -m pytest -m gpu $(ARGS)
 
 parity: setup
-	@LINEAR_MOE_ALL_LAYOUTS=1 $(python) -m pytest tests/training/test_layouts.py $(ARGS)
+	@LINEAR_MOE_ALL_LAYOUTS=1 $(python) -m pytest tests/training/test_layouts.py tests/training/test_family_layouts.py $(ARGS)
 
 lint: setup
 	$(python) -m ruff check .

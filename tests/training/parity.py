@@ -210,8 +210,9 @@ class Comparison:
         exact = not {DISTRIBUTED_OPTIMIZER[0], VPP2[0]} & set(flags)
         changes, expected = self.gradients(world, flags, f"{name} gradient", exact), self.changes(exact)
         errors = {key: relative_error(changes[key], expected[key]) for key in changes}
-        limit = 2e-6 if exact else 1e-3
-        wrong = [f"{key}: relative error {error:.1e}" for key, error in errors.items() if not error <= limit]
+        limits = {torch.float64: 2e-6, torch.float32: 1e-5}  # what stays float32 is moved by rounded steps
+        limit = {key: limits[change.dtype] if exact else 1e-3 for key, change in changes.items()}
+        wrong = [f"{key}: relative error {e:.1e}" for key, e in errors.items() if not e <= limit[key]]
         assert not wrong, "gradients of " + "; ".join(wrong)
 
 
