@@ -10,7 +10,6 @@ Letters: S tokens of a sequence, n tokens of a sample.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -119,12 +118,14 @@ def sequence(samples: list[Sample], length: int) -> dict[str, np.ndarray]:
 def instruction_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset | None, None]:
     """Train and validation set; every evaluation reads the whole validation set."""
     step = args.global_batch_size
-    # One step more than there are: Megatron's sampler wants some left, also of a run that has ended.
-    train = _dataset(args, args.instruction_data, (args.train_iters + 1) * step, shuffle=True)
+    # Megatron's sampler wants some left, also of a run that has ended or that is told to end earlier.
+    slots = max(args.train_iters * step, args.consumed_train_samples) + step
+    train = _dataset(args, args.instruction_data, slots, shuffle=True)
     if args.valid_instruction_data is None or not args.eval_iters:
         return train, None, None
     evaluations = args.train_iters // args.eval_interval + 2
-    valid = _dataset(args, args.valid_instruction_data, evaluations * args.eval_iters * step, shuffle=False)
+    slots = args.consumed_valid_samples + evaluations * args.eval_iters * step
+    valid = _dataset(args, args.valid_instruction_data, slots, shuffle=False)
     return train, valid, None
 
 
@@ -173,8 +174,3 @@ def _scale(config: TransformerConfig, loss_share: float) -> Tensor:
     scale = torch.full((1,), loss_share, device=torch.cuda.current_device())
     scale_loss: Callable[[Any], Any] | None = config.grad_scale_func
     return scale if scale_loss is None else scale_loss(scale)
-
-
-def steps_of(epochs: float, steps_per_epoch: int) -> int:
-    """Steps of so many epochs, rounded up."""
-    return math.ceil(round(epochs * steps_per_epoch, 6))
