@@ -79,6 +79,8 @@ class Decoder:
         tokens = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
         found: list[Tensor | None] = [None] * self.batch_size
         each = max(1, chunk // len(rows))
+        starts = self.context.lengths
+        self.context.reserve(max(start + len(row) for start, row in zip(starts, tokens, strict=True)))
         for first in range(0, max(map(len, tokens)), each):
             parts = [row[first : first + each] for row in tokens]
             ending = [i for i, row in enumerate(tokens) if first < len(row) <= first + each]
@@ -177,12 +179,12 @@ class Decoder:
                 kv_cache += sum(map(_bytes, held.tensors))
         return MemorySize(recurrent, kv_cache)
 
-    def jump(self, length: int) -> None:
+    def jump(self, length: int, room: int = 0) -> None:
         """Pretend that every row has ``length`` tokens, for measurements: a step's time does not depend on them.
 
-        One token must have been read; keys that were never written are zeros.
+        One token must have been read; keys that were never written are zeros. The cache gets ``room`` for more.
         """
-        self.context.reserve(length)
+        self.context.reserve(length + room)
         self.context.set_lengths([length] * self.batch_size)
 
     def forget(self) -> None:

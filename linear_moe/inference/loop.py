@@ -77,7 +77,8 @@ class Loop:
             self.growths = self.decoder.context.growths
         else:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # Other threads may ask for events meanwhile (NCCL's).
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self._advance()
             self.graph.replay()
 

@@ -21,14 +21,16 @@ def random_model(kinds: list[str], *extra: str, moe: bool = True, dtype: torch.d
     return random_weights(argv(kinds, *extra, moe=moe), dtype)
 
 
-def random_family(family: str, size: str, kinds: list[str], *extra: str) -> Any:
+def random_family(
+    family: str, size: str, kinds: list[str], *extra: str, dtype: torch.dtype = torch.float64
+) -> Any:
     """The same of a family's shrunken size."""
     from linear_moe.model.families import FAMILIES
     from tests.model.family_models import command_line, shrunken
 
     shape = shrunken(FAMILIES[family].sizes[size])
     kinds = kinds[: shape.num_layers]
-    return random_weights(command_line(FAMILIES[family], shape, kinds, *extra), torch.float64)
+    return random_weights(command_line(FAMILIES[family], shape, kinds, *extra), dtype)
 
 
 def random_weights(words: list[str], dtype: torch.dtype) -> Any:
@@ -55,8 +57,8 @@ def random_weights(words: list[str], dtype: torch.dtype) -> Any:
 
 def whole_forward(model: Any, tokens: list[list[int]]) -> torch.Tensor:
     """Logits ``[B, T, V]`` of one forward pass without any memory, as in training."""
-    tokens_BT = torch.tensor(tokens)
-    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    tokens_BT = torch.tensor(tokens, device=next(model.parameters()).device)
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     with torch.no_grad():
         return model(tokens_BT, positions_BT, None)
 

@@ -1,4 +1,4 @@
-"""A step of generation does nothing that a CUDA graph cannot hold, checked without one: no value read, no shape of data.
+"""A step of generation does nothing that a CUDA graph cannot hold, checked without one: it reads no value.
 
 On a CPU the same operations run as on a GPU, but for the grouped GEMM of experts, which stands in here as a product
 with all experts. The capture itself is in test_generate_gpu.py.
@@ -88,6 +88,10 @@ def test_a_step_reads_nothing_on_the_host(gloo, kinds):
     extra = ("--gated-deltanet-conv-size", "4", "--mom-gla-conv-size", "4")
     shared = ("--moe-shared-expert-intermediate-size", "32")
     names = gloo(1, step_operations, [*kinds, "softmax"], (*extra, *shared))[0]
-    assert "scaled_dot_product_attention" in str(names) or "_scaled_dot_product" in str(names) or "bmm" in str(names)
+    assert (
+        "scaled_dot_product_attention" in str(names)
+        or "_scaled_dot_product" in str(names)
+        or "bmm" in str(names)
+    )
     assert not [name for name in names if name.split(".")[0] in FORBIDDEN or name in FORBIDDEN], names
     assert "index by bool" not in names

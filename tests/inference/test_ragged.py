@@ -130,6 +130,28 @@ def test_a_row_draws_and_ends_by_itself(gloo):
         assert list(column) == row + [None] * (len(steps) - len(row)), "an ended row stays ended"
 
 
+def largest_call(rank, world):
+    """Tokens of each call, and the capacity, while a long prompt is read."""
+    from linear_moe.inference.decoder import Decoder
+
+    decoder, seen = Decoder(random_model(["gla", "softmax"]).model, 2, 400), []
+    begin = decoder.context.begin_reading
+
+    def recorded(counts, packed=None):
+        seen.append((sum(counts), decoder.context.max_sequence_length))
+        return begin(counts, packed)
+
+    decoder.context.begin_reading = recorded
+    decoder.read([prompts(1, 300)[0], prompts(1, 90)[0]], chunk=64)
+    return seen
+
+
+def test_a_long_prompt_is_read_in_small_calls_with_one_allocation(gloo):
+    seen = gloo(1, largest_call)[0]
+    assert sum(tokens for tokens, _ in seen) == 390 and max(tokens for tokens, _ in seen) == 64
+    assert {capacity for _, capacity in seen} == {320}
+
+
 def addresses(rank, world):
     """Where everything is that a step uses: the same until the cache grows, which it does seldom."""
     from linear_moe.inference.decoder import Decoder
