@@ -18,11 +18,12 @@ def decode(rank: int, world: int, size_name: str) -> dict[str, Tensor]:
     from tests.workers import leave_model_parallel
 
     size = shrunken(FAMILY.sizes[size_name])
-    model = build(FAMILY, size, ["softmax", "gla", "softmax"], dtype=torch.float64)
+    parallel = ["--tensor-model-parallel-size", str(world)]
+    model = build(FAMILY, size, ["softmax", "gla", "softmax"], *parallel, dtype=torch.float64)
     rows_BT, found = tokens(), []
     positions_BT = torch.arange(rows_BT.shape[1]).expand_as(rows_BT)
     with torch.no_grad():
-        whole_BTV = model(rows_BT, positions_BT, None)
+        whole_BTV = model(rows_BT, positions_BT, None, runtime_gather_output=True)
     decoder = Decoder(model, *rows_BT.shape)
     found.append(decoder.read([row[:n] for row, n in zip(rows_BT, LENGTHS, strict=True)], chunk=8))
     for step in range(STEPS):
@@ -43,9 +44,9 @@ def decode(rank: int, world: int, size_name: str) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", ["A2.4B", "A21B"])
-def test_every_step_is_the_whole_sequence(gloo, size):
-    (seen,) = gloo(1, decode, size)
+@pytest.mark.parametrize(("size", "world"), [("A2.4B", 1), ("A21B", 1), ("A21B", 2)])
+def test_every_step_is_the_whole_sequence(gloo, size, world):
+    seen = gloo(world, decode, size)[0]
     torch.testing.assert_close(
         seen["found"], seen["expected"], atol=1e-6, rtol=1e-6
     )  # rotary tables are float32
