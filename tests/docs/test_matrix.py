@@ -125,6 +125,7 @@ def layouts_of_families() -> dict[str, list[str]]:
 
 def document(ran: Any) -> str:
     cells = {m: ["T" if trained(ran(f)[m]) else "**no**" for f in FAMILIES] for m in MIXERS}
+    models = ", ".join(" ".join(model) for model in families_in_layouts.STACKS)
     return f"""# What was run
 
 Written by `tests/docs/test_matrix.py`, whose test fails when this file says anything else than what ran.
@@ -149,7 +150,7 @@ first layer hands a value to the later ones.
 
 ## Family x layout
 
-The same comparison of a shrunken model of the family: deepseek_v2 A21B, mixtral 8x7B, llama3 1B (dense, tied tables).
+The same comparison of shrunken models: {models}; and of those of the table above, which are of the kind of qwen2.
 
 {table(["family", *LAYOUTS], layouts_of_families())}
 """
