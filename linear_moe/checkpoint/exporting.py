@@ -30,12 +30,13 @@ from linear_moe.checkpoint.folders import (
     run_and_iteration,
     silent,
 )
-from linear_moe.checkpoint.hf_config import describe, native_config, native_type
+from linear_moe.checkpoint.hf_config import OURS, RUN_FILE, describe, native_config, native_type
 from linear_moe.checkpoint.hf_folder import SHARD_BYTES, Planned, shards, write_index, write_shard
 from linear_moe.checkpoint.report import differences
 from linear_moe.checkpoint.tables import Row, rows
 from linear_moe.checkpoint.torch_dist import Reader
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
+from linear_moe.inference.rebuild import model_arguments
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training.run import read_config
 
@@ -110,10 +111,13 @@ def export_model(
             done += tensors[tensor].size
             progress(done, total)
     write_index(part, files, tensors)
-    _write_rest(part, run, config, texts, is_native=kind != "linear_moe")
+    _write_rest(part, run, config, texts, is_native=kind != OURS)
+    if kind == OURS:
+        again = {"architecture": saved["architecture"], "arguments": model_arguments(saved["arguments"])}
+        (part / RUN_FILE).write_text(json.dumps(again, indent=2) + "\n")
     finish(part, target)
     architecture = config["architectures"][0]
-    return Exported(target, architecture, kind != "linear_moe", iteration, len(tensors), warnings)
+    return Exported(target, architecture, kind != OURS, iteration, len(tensors), warnings)
 
 
 def _check_checkpoint(folder: Path, model: Blueprint, reader: Reader) -> None:
@@ -143,13 +147,13 @@ def _architecture(
 ) -> tuple[str, dict[str, Any]]:
     """``model_type`` of the table, and the whole config.json."""
     if native and set(model.kinds) == {SOFTMAX}:
-        if origin is not None:
+        if origin is not None and origin["model_type"] != OURS:
             return describe(origin).model_type, origin
         family, size = family_and_size(model)
         kind = native_type(family, size)
         if kind is not None:
             return kind, native_config(kind, family, size, dtype=dtype)
-    return "linear_moe", remote.hf_config(model.config, vocab_size=vocab_size, dtype=dtype)
+    return OURS, remote.hf_config(model.config, vocab_size=vocab_size, dtype=dtype)
 
 
 # ---- tensors ----

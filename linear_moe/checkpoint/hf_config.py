@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope
+from linear_moe.model.pattern import SOFTMAX
+
+OURS = "linear_moe"
+"""``model_type`` of folders with our code."""
+
+RUN_FILE = "linear_moe_run.json"
+"""File of such a folder: the architecture and arguments of the run, from which it is imported."""
 
 CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
@@ -101,6 +108,10 @@ class Described:
     """Its sizes; ``vocab_size`` counts all rows of its embedding."""
     dtype: str
     """bfloat16, float16 or float32: of the weights, as the config says."""
+    kinds: tuple[str, ...]
+    """Mixer of every layer: softmax, but for models that we exported."""
+    arguments: tuple[str, ...] | None = None
+    """Of a model that we exported: the command line of its training, as far as it shapes the model."""
 
     @property
     def size_name(self) -> str:
@@ -143,8 +154,33 @@ def is_hf_folder(folder: Path) -> bool:
         return False
 
 
+def describe_folder(folder: Path) -> Described:
+    """A model folder as a family and a size; ``ValueError`` when it cannot be imported."""
+    config = read_config(folder)
+    return _exported_by_us(folder, config) if config.get("model_type") == OURS else describe(config)
+
+
+def _exported_by_us(folder: Path, config: Mapping[str, Any]) -> Described:
+    from linear_moe.launch.starting_model import size_of  # reads flags; imports this module
+
+    try:
+        run = json.loads((folder / RUN_FILE).read_text())
+        architecture, arguments = run["architecture"], run["arguments"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} has no {RUN_FILE} that can be read: {type(error).__name__}: {error}\n"
+            f"  why: export writes the arguments of the model there, and import builds it from them\n"
+            f"  try: the folder as it was exported"
+        ) from None
+    size = size_of(arguments)
+    assert size is not None, arguments
+    size = replace(size, vocab_size=config["vocab_size"])
+    family, kinds = FAMILIES[architecture["family"]], tuple(architecture["layer_kinds"])
+    return Described(OURS, family, size, _dtype(config), kinds, tuple(arguments))
+
+
 def describe(config: Mapping[str, Any]) -> Described:
-    """A Hugging Face config as a family and a size.
+    """A config of one of transformers' classes as a family and a size.
 
     Raises:
         ValueError: an architecture that we do not have, or a switch that our layers do not know.
@@ -153,7 +189,7 @@ def describe(config: Mapping[str, Any]) -> Described:
     if kind not in CLASSES:
         raise ValueError(
             f"config.json describes a model of type {kind!r} ({', '.join(config.get('architectures') or ['?'])})\n"
-            f"  why: the types that can be imported are {', '.join(CLASSES)}\n"
+            f"  why: the types that can be imported are {', '.join([*CLASSES, OURS])}\n"
             f"  try: a model of one of them"
         )
     _refuse_other_switches(kind, config)
@@ -162,7 +198,7 @@ def describe(config: Mapping[str, Any]) -> Described:
     if kind == "qwen2_moe":
         # softmax over all and then over the chosen ones is softmax over the chosen ones
         family = replace(family, softmax_before_topk=not config.get("norm_topk_prob", False))
-    return Described(kind, family, size, _dtype(config))
+    return Described(kind, family, size, _dtype(config), (SOFTMAX,) * size.num_layers)
 
 
 def _refuse_other_switches(kind: str, config: Mapping[str, Any]) -> None:

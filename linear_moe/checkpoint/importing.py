@@ -10,6 +10,7 @@ Everything is checked before anything is written.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from linear_moe.checkpoint.folders import (
     refuse_existing,
     silent,
 )
-from linear_moe.checkpoint.hf_config import Described, describe, read_config
+from linear_moe.checkpoint.hf_config import Described, describe_folder
 from linear_moe.checkpoint.hf_folder import Stored, stored_tensors
 from linear_moe.checkpoint.linearise import start_layer, start_tables
 from linear_moe.checkpoint.options import linear_options, model_arguments
@@ -44,7 +45,7 @@ from linear_moe.checkpoint.torch_dist import Piece
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.inference.checkpoint import TRACKER
 from linear_moe.model.families import padded_vocab_size
-from linear_moe.model.pattern import SOFTMAX, layer_kinds
+from linear_moe.model.pattern import layer_kinds
 from linear_moe.training import arguments
 from linear_moe.training.run import write_config
 
@@ -96,12 +97,12 @@ def import_model(
     source, target = Path(source), Path(target)
     refuse_existing(target)
     arguments.import_mixer_modules(list(extra_args))
-    described = describe(read_config(source))
+    described = describe_folder(source)
     stored = stored_tensors(source, allow_pickle=allow_pickle)
     kinds = tuple(kinds or _kinds(described, la_module, layer_type_list))
     tokenizer, warnings = _tokenizer_arguments(source, described, target)
     argv = [*model_arguments(described, kinds), *tokenizer]
-    argv += [*linear_options(kinds, extra_args), *extra_args]
+    argv += [*linear_options(set(kinds) - set(described.kinds), extra_args), *extra_args]
     model = blueprint(argv, padded_vocab_size=padded_vocab_size(described.size.vocab_size))
     pieces, origins = _pieces(source, described, model, stored)
     total = sum(piece.size for piece in pieces)
@@ -121,7 +122,7 @@ def _kinds(described: Described, la_module: str | None, layer_type_list: str | N
     from linear_moe import lsm
 
     if la_module is None and layer_type_list is None:
-        return (SOFTMAX,) * described.size.num_layers
+        return described.kinds
     return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
 
 
@@ -145,11 +146,10 @@ def _tokenizer_arguments(source: Path, described: Described, target: Path) -> tu
 def _pieces(
     source: Path, described: Described, model: Blueprint, stored: Mapping[str, Stored]
 ) -> tuple[list[Piece], list[Origin]]:
-    shape = model.shape(described.size.vocab_size)
-    as_softmax = softmax_tensors(model, described)
-    carried, unknown = rows(described.model_type, shape, as_softmax)
+    before = source_model(model, described)
+    carried, unknown = rows(described.model_type, before.shape(described.size.vocab_size), before.tensors)
     assert not unknown, unknown
-    expected = {name: size for row in carried for name, size in _their_shapes(row, as_softmax[row.key])}
+    expected = {name: size for row in carried for name, size in _their_shapes(row, before.tensors[row.key])}
     found = {name: entry.shape for name, entry in stored.items()}
     ignored = [*IGNORED, r"^lm_head\.weight$"] if described.size.tie_embeddings else list(IGNORED)
     if wrong := differences(expected, found, ignored=ignored):
@@ -161,25 +161,33 @@ def _pieces(
     pieces = []
     origins: dict[str, Origin] = {}
     for row in carried:
-        if row.key in model.tensors:
+        if not _is_replaced(row.key, described.kinds, model.kinds):
             pieces.append(_carried_piece(row, model.tensors[row.key], stored))
             Origin.note(origins, row.key, "carried", ", ".join(row.names))
     by_key = {row.key: row for row in carried}
     for layer, kind in enumerate(model.kinds):
-        if kind != SOFTMAX:
+        if kind != described.kinds[layer]:
             pieces += start_layer(model, layer, by_key, stored, origins)
-    pieces += start_tables(model, origins)
+    pieces += start_tables(model, set(model.kinds) - set(described.kinds), origins)
     _check_complete(model, pieces)
     return pieces, list(origins.values())
 
 
-def softmax_tensors(model: Blueprint, described: Described) -> dict[str, tuple[int, ...]]:
-    """What the checkpoint would hold if every layer were softmax: the tensors of the source."""
-    if set(model.kinds) == {SOFTMAX}:
-        return model.tensors
-    argv = model_arguments(described, (SOFTMAX,) * len(model.kinds))
+def source_model(model: Blueprint, described: Described) -> Blueprint:
+    """The model of the source: the same with the mixers that it has."""
+    if model.kinds == described.kinds:
+        return model
+    argv = model_arguments(described, described.kinds)
     argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(described.size.vocab_size - 1)]
-    return blueprint(argv, padded_vocab_size=model.args.padded_vocab_size).tensors
+    return blueprint(argv, padded_vocab_size=model.args.padded_vocab_size)
+
+
+def _is_replaced(key: str, before: Sequence[str], after: Sequence[str]) -> bool:
+    """Whether a key of the source belongs to a mixer that its layer, or every layer, gives up."""
+    if match := re.match(r"decoder\.layers\.(\d+)\.self_attention\.", key):
+        return before[int(match[1])] != after[int(match[1])]
+    owner = re.match(r"(\w+)_tables\.", key)
+    return owner is not None and owner[1] not in after
 
 
 def _their_shapes(row: Row, size: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:

@@ -74,11 +74,11 @@ def start_layer(
     return pieces
 
 
-def start_tables(model: Blueprint, origins: dict[str, Origin]) -> list[Piece]:
-    """The pieces of what all layers of a mixer share, as a training from scratch starts it."""
+def start_tables(model: Blueprint, kinds: set[str], origins: dict[str, Origin]) -> list[Piece]:
+    """The pieces of what all layers of each of ``kinds`` share, as a training from scratch starts it."""
     pieces = []
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    for kind in sorted(set(model.kinds) - {SOFTMAX}):
+    for kind in sorted(kinds - {SOFTMAX}):
         mixer = lsm.get(kind)(mixer_config(kind, model.config.transformer))
         shared = [table for table in mixer.all_parameters() if table.per_model]
         if not shared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from linear_moe.checkpoint.hf_config import Described
 from linear_moe.model.families import megatron_arguments, padded_vocab_size
@@ -15,15 +15,38 @@ _NARROW = ("based", "rebased")
 def model_arguments(described: Described, kinds: Sequence[str]) -> list[str]:
     """Flags of the model; those of the training are there because some must be."""
     size = described.size
+    if described.arguments is not None:
+        return _exported_arguments(described, kinds)
     argv = ["--family", described.family.name, "--model-size", described.size_name]
     argv += ["--layer-kinds", ",".join(kinds), *megatron_arguments(described.family, size)]
-    argv += ["--seq-length", str(min(size.max_position_embeddings, 2048)), "--micro-batch-size", "1"]
-    argv += ["--train-iters", "1", "--lr", "1e-4", "--init-method-std", "0.02"]
+    argv += ["--seq-length", str(min(size.max_position_embeddings, 2048)), "--init-method-std", "0.02"]
+    return [*argv, *_of_a_training(described)]
+
+
+def _exported_arguments(described: Described, kinds: Sequence[str]) -> list[str]:
+    assert described.arguments is not None
+    argv = list(described.arguments)
+    for flag in ("--layer-kinds", "--la-module", "--layer-type-list", "--padded-vocab-size"):
+        if flag in argv:
+            place = argv.index(flag)
+            del argv[place : place + 2]
+    changed = [i for i, kind in enumerate(kinds) if described.kinds[i] not in (SOFTMAX, kind)]
+    if changed:
+        raise ValueError(
+            f"layer {changed[0]} of the model is {described.kinds[changed[0]]}, not softmax\n"
+            f"  why: only the projections of softmax layers can be carried over to another mixer\n"
+            f"  try: a pattern that leaves layers {', '.join(map(str, changed))} as they are"
+        )
+    return [*argv, "--layer-kinds", ",".join(kinds), *_of_a_training(described)]
+
+
+def _of_a_training(described: Described) -> list[str]:
+    argv = ["--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
     argv += {"bfloat16": ["--bf16"], "float16": ["--fp16"], "float32": []}[described.dtype]
-    return [*argv, "--padded-vocab-size", str(padded_vocab_size(size.vocab_size))]
+    return [*argv, "--padded-vocab-size", str(padded_vocab_size(described.size.vocab_size))]
 
 
-def linear_options(kinds: Sequence[str], given: Sequence[str]) -> list[str]:
+def linear_options(kinds: Collection[str], given: Sequence[str]) -> list[str]:
     """Arguments that let mixers take over whole heads and start with a gate that is neither shut nor in the way.
 
     Args:

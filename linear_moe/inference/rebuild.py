@@ -165,6 +165,29 @@ def _check_divisible(args: argparse.Namespace, ranks: int) -> None:
             )
 
 
+def model_arguments(argv: list[str]) -> list[str]:
+    """The part of a training's command line that shapes its model: no paths, no data, no optimizer."""
+    arguments.import_mixer_modules(argv)
+    parser = _Parser(allow_abbrev=False)
+    arguments.add_arguments(add_megatron_arguments(parser))
+    dropped = _reset_names(parser) | {
+        "tokenizer_type",
+        "tokenizer_model",
+        "vocab_size",
+        "mock_data",
+        "data_path",
+    }
+    kept: list[str] = []
+    is_kept = False
+    for word in argv:
+        action = parser._option_string_actions.get(word.partition("=")[0])
+        if action is not None:
+            is_kept = action.dest not in dropped
+        if is_kept:
+            kept.append(word)
+    return kept
+
+
 def _reset_names(parser: argparse.ArgumentParser) -> set[str]:
     groups: dict[str | None, Any] = {group.title: group for group in parser._action_groups}
     names = {action.dest for title in RESET_GROUPS for action in groups[title]._group_actions}

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from linear_moe.checkpoint.hf_config import describe, is_hf_folder, read_config
+from linear_moe.checkpoint.hf_config import describe_folder, is_hf_folder
 from linear_moe.checkpoint.options import linear_options, model_arguments
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, registered_mixers
 from linear_moe.launch.resume import checkpoint_iteration, mixer_options
 from linear_moe.model.families import padded_vocab_size
-from linear_moe.model.pattern import SOFTMAX, layer_kinds
+from linear_moe.model.pattern import layer_kinds
 
 _PATTERN = ("LAYER_TYPE_LIST", "LA_MODULE", "HYBRID_OVERRIDE_PATTERN")
 
@@ -34,20 +34,20 @@ def future_config(folder: Path, given: Mapping[str, str]) -> dict[str, Any]:
     Raises PreflightError for a model that cannot be imported.
     """
     try:
-        described = describe(read_config(folder))
-        kinds = (SOFTMAX,) * described.size.num_layers
+        described = describe_folder(folder)
+        kinds = described.kinds
         if any(given.get(name, "").strip() for name in _PATTERN):
             known = registered_mixers(given.get("MIXER_MODULES"))
             pattern, module, hybrid = (given.get(name, "").strip() or None for name in _PATTERN)
             kinds = layer_kinds(pattern, module, described.size.num_layers, hybrid, known=known)
+        arguments = model_arguments(described, kinds)
     except ValueError as error:
         raise PreflightError.of(error) from None
-    arguments = model_arguments(described, kinds)
-    if set(kinds) != {SOFTMAX}:
+    if set(kinds) != set(described.kinds):
         from linear_moe.lsm.registry import import_mixers  # torch, for this alone
 
         import_mixers(given.get("MIXER_MODULES", ""))
-        arguments += linear_options(kinds, given.get("EXTRA_ARGS", "").split())
+        arguments += linear_options(set(kinds) - set(described.kinds), given.get("EXTRA_ARGS", "").split())
     rows = padded_vocab_size(described.size.vocab_size)
     architecture: dict[str, Any] = {"family": described.family.name, "model_size": described.size_name}
     architecture |= {"layer_kinds": list(kinds), "padded_vocab_size": rows}

@@ -149,3 +149,41 @@ def test_it_trains(gloo, tmp_path):
     gloo(1, train, [*saved["arguments"], *steps, "--run-dir", str(out), "--load", str(out / "checkpoint")])
     steps = metrics(out)
     assert len(steps) == 3 and all(step["lm_loss"] < 7 and step["grad_norm"] > 0 for step in steps)
+
+
+def there_and_back(rank, world, folder):
+    """A folder with our code: imported as it is, with one more layer replaced, and with a mixer replaced (refused)."""
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.checkpoint.hf_folder import stored_tensors
+    from linear_moe.checkpoint.importing import import_model
+    from linear_moe.inference.load import load_model
+
+    folder = Path(folder)
+    mixers = {"layer_type_list": "LN", "extra_args": ["--hgrn2-expand-ratio", "16"]}
+    import_model(folder / "hf", folder / "run", la_module="hgrn2", **mixers)
+    exported = export_model(folder / "run", folder / "ours")
+    done = import_model(folder / "ours", folder / "again")
+    assert not exported.is_native and {origin.how for origin in done.origins} == {"carried"}
+    assert export_model(folder / "again", folder / "back").num_tensors == exported.num_tensors
+    tensors = [{k: s.read(k) for k, s in stored_tensors(folder / p).items()} for p in ("ours", "back")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[1][key], tensor) for key, tensor in tensors[0].items())
+    logits = [whole_forward(load_model(folder / p).model, some_tokens()) for p in ("run", "again")]
+    assert torch.equal(*logits)
+    done = import_model(folder / "ours", folder / "more", la_module="hgrn2,gla", layer_type_list="12")
+    hows = {(origin.pattern, *origin.layers): origin.how for origin in done.origins}
+    prefix = "decoder.layers.*.self_attention."
+    assert hows[prefix + "norm_weight", 1] == "started" and hows[prefix + "norm_weight", 0] == "carried"
+    assert hows["hgrn2_tables.lower_bounds",] == "carried"
+    assert whole_forward(load_model(folder / "more").model, some_tokens()).isfinite().all()
+    try:
+        import_model(folder / "ours", folder / "none", la_module="gla")
+    except ValueError as error:
+        return str(error), [(folder / p / "config.json").read_text() for p in ("ours", "back")]
+
+
+def test_our_own_folders_come_back(gloo, tmp_path):
+    gloo(1, source_model, str(tmp_path / "hf"))
+    refusal, configs = gloo(1, there_and_back, str(tmp_path))[0]
+    assert "layer 0 of the model is hgrn2, not softmax" in refusal
+    assert configs[0] == configs[1]
