@@ -6,6 +6,7 @@ or a mixture of experts. The pattern is for the whole model; each pipeline stage
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,6 +28,7 @@ from linear_moe.model.backend import make_backend
 from linear_moe.model.config import LinearMoEConfig
 from linear_moe.model.group_router import GroupLimitedRouter
 from linear_moe.model.latent_attention import LatentAttention
+from linear_moe.model.local_dispatcher import MoE
 from linear_moe.model.mixer_layer import MixerLayer
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.model.softmax_attention import SoftmaxAttention
@@ -79,8 +81,10 @@ def layer_spec(config: LinearMoEConfig, backend: BackendSpecProvider, kind: str,
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=is_moe and not config.sequential_experts,
     )
-    if is_moe and config.moe_router_group_topk is not None:
-        mlp.keywords["submodules"].router = GroupLimitedRouter
+    if is_moe:
+        mlp = partial(MoE, **mlp.keywords)
+        if config.moe_router_group_topk is not None:
+            mlp.keywords["submodules"].router = GroupLimitedRouter
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -1,0 +1,107 @@
+"""Experts that are all on this rank: tokens are sorted by expert where they are, once, and nothing waits for a device.
+
+Megatron's dispatchers serve expert parallelism. Without it they still copy the tokens a second time, expert by expert,
+and read on the host how many each has. Here the sorted slots of MoM's routing do: one gather, and a sum back over each
+token's experts in the order of the experts, whatever the other tokens chose.
+
+Letters: N tokens, E experts, k experts per token, M = N * k slots, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from linear_moe.kernels import collect_rows, spread_rows
+from linear_moe.lsm.routing import Slots
+
+
+class LocalDispatcher:
+    """In the place of a layer's ``token_dispatcher``, with its methods.
+
+    Args:
+        per_token: k.
+        tp_group: ranks that hold the same tokens and slices of the same experts, whose outputs are summed (not their
+            gradients: for inference); ``None``: this rank has whole experts.
+    """
+
+    def __init__(self, per_token: int, tp_group: torch.distributed.ProcessGroup | None = None) -> None:
+        self.per_token, self.tp_group = per_token, tp_group
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``[T, B, D]`` and ``[N, E]`` to the sorted slots ``[M, D]`` and their probabilities."""
+        self.shape = hidden_states.shape
+        choice_Nk = chosen(routing_map, self.per_token)
+        run_N = torch.zeros(len(choice_Nk), dtype=choice_Nk.dtype, device=choice_Nk.device)
+        self.slots = Slots.sort(choice_Nk, run_N, routing_map.shape[1], 1)
+        self.place_Nk = self.slots.place.view(-1, self.per_token)
+        slots_MD = spread_rows(hidden_states.reshape(-1, self.shape[-1]), self.slots.order, self.place_Nk)
+        return slots_MD, probs.gather(1, choice_Nk).flatten()[self.slots.order]
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing to send."""
+        return hidden_states, probs
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots, how many each expert has, and the probabilities."""
+        return hidden_states, self.slots.cu_seqlens.diff(), probs
+
+    def get_expert_zero_copy_buffers(self) -> tuple[None, None]:
+        """None."""
+        return None, None
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """The sum over each token's experts."""
+        return collect_rows(hidden_states, self.slots.order, self.place_Nk)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """The sum over the ranks' slices."""
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            torch.distributed.all_reduce(hidden_states, group=self.tp_group)
+        return hidden_states
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """As the tokens came."""
+        del self.slots, self.place_Nk
+        return hidden_states.view(self.shape)
+
+
+class MoE(MoELayer):
+    """Megatron's layer of experts; with a :class:`LocalDispatcher` where all of them are on this rank."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        dispatcher = self.token_dispatcher
+        if _is_local(self.config, dispatcher.ep_size, dispatcher.tp_size):
+            self.token_dispatcher = LocalDispatcher(self.config.moe_router_topk)
+
+
+def chosen(routing_map: Tensor, per_token: int) -> Tensor:
+    """``[N, E]`` bool, k true in a row, to the experts ``[N, k]`` int64 in rising order.
+
+    A row with fewer, of a padded token, gets others, whose probability is 0.
+    """
+    expert_E = torch.arange(routing_map.shape[1], device=routing_map.device)
+    key_NE = torch.where(routing_map, len(expert_E) - expert_E, -1 - expert_E)
+    key_Nk = key_NE.topk(per_token, dim=1).values
+    return torch.where(key_Nk > 0, len(expert_E) - key_Nk, -1 - key_Nk)
+
+
+def _is_local(config: TransformerConfig, ep_size: int, tp_size: int) -> bool:
+    """Whether nothing is sent, nothing dropped, and nothing of Megatron's own takes part in dispatching."""
+    return (
+        config.moe_token_dispatcher_type == "alltoall"
+        and ep_size == tp_size == 1
+        and config.moe_expert_capacity_factor is None
+        and not config.moe_permute_fusion
+        and not config.moe_router_padding_for_quantization
+        and not config.moe_shared_expert_overlap
+        and not config.overlap_moe_expert_parallel_comm
+        and config.cuda_graph_impl == "none"
+    )
