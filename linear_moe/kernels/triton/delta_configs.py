@@ -1,0 +1,65 @@
+"""Block sizes, warps and pipeline depth of the fused delta-rule kernels, by rule: nothing is timed at run time.
+
+Not measured on a device yet. benchmarks/compile_check.py keeps every one of them free of spills and inside the shared
+memory of sm_90.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one kernel is cut; letters as in delta.py."""
+
+    keys: int
+    """BK"""
+    values: int
+    """BV"""
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What Triton's launcher takes."""
+        blocks = dict(BK=self.keys, BV=self.values) if self.values else dict(BK=self.keys)
+        return dict(**blocks, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of both scans over chunks: BK is the whole of K, S of BK x BV float32 stays in registers."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2:
+        if keys <= 128:
+            return Cut(keys, min(32, values), 4, 2)
+        return Cut(keys, min(32, values), 8, 1)
+    return Cut(keys, min(16, values), 4, 1)
+
+
+def solve(num_keys: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel that solves the chunks: BK is the whole of K."""
+    return Cut(_padded(num_keys), 0, 4, 1)
+
+
+def tiles(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for outputs: BK is the whole of K."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2:
+        return Cut(keys, min(128 if keys <= 128 else 64, values), 4, 1)
+    return Cut(keys, min(32, values), 4, 1)
+
+
+def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2:
+        return Cut(min(64, keys), min(64, values), 8, 2)
+    return Cut(min(32, keys), min(16, values), 4, 1)
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))

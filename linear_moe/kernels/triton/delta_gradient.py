@@ -1,0 +1,157 @@
+# mypy: allow-untyped-defs
+"""Gradients of q, k, beta and of decays that are scalars, from what the two scans left: all chunks at once.
+
+With D, L and P as in delta_chunk.py, S before the chunk, dS the gradient of the memory after it, y = D * (do e^T),
+x = D * (dv e^T) and sums over columns of V, docs/kernels_delta.md derives
+
+    dq = scale * read * (do S^T) + scale * (y beta) K
+    dk = -read * (dv S^T) + write * beta * (e dS^T) + scale * (y beta)^T Q - (x beta + (x beta)^T) K     x strict
+    d beta_j = sum_i (scale * y_ij q_i . k_j - x_ij k_i . k_j) + write_j k_j . (e dS^T)_j
+    d log a_t = sum_{i >= t > j} Z_ij + sum_{i >= t} R_i + sum_{j < t} W_j + total * <S, dS>
+    Z_ij = beta_j (scale * y_ij q_i . k_j - x_ij k_i . k_j)
+    R_i = read_i (scale * q_i . (do S^T)_i - k_i . (dv S^T)_i)
+    W_j = beta_j write_j k_j . (e dS^T)_j
+
+A program owns a chunk, a head and BK columns of K. Both last gradients are sums over K, so every block leaves its
+part. No product is transposed: scores of both orders are products of their own (see diag_scan.py on Triton).
+
+Letters: S chunks of all documents, H heads, C tokens in a chunk, DK and DV the dims of k and v, BK a block of DK, BV of
+DV, NK and NV blocks, L tokens of all rows.
+"""
+
+import triton
+import triton.language as tl
+
+from linear_moe.kernels.triton.delta_chunk import factors
+from linear_moe.kernels.triton.layout import segment_of
+
+
+@triton.jit
+def products_over_values(
+    do, e, dv, states, d_states, o_t, v_t, left,
+    i_K, m_K, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """do e^T, e do^T, dv e^T, e dv^T, do S^T, dv S^T, e dS^T, and S * dS summed over V: [BK]."""
+    i_C = tl.arange(0, C)
+    b_oe = tl.zeros([C, C], tl.float32)
+    b_eo = tl.zeros([C, C], tl.float32)
+    b_ve = tl.zeros([C, C], tl.float32)
+    b_ev = tl.zeros([C, C], tl.float32)
+    b_oS = tl.zeros([C, BK], tl.float32)
+    b_vS = tl.zeros([C, BK], tl.float32)
+    b_eS = tl.zeros([C, BK], tl.float32)
+    through = tl.zeros([BK], tl.float32)
+    for block in range(0, (DV + BV - 1) // BV):
+        i_V = block * BV + tl.arange(0, BV)
+        m_V = (i_V < DV) | (DV % BV == 0)
+        m_v = (i_C[:, None] < left) & m_V[None, :]
+        i_v = i_C[:, None] * v_t + i_V[None, :]
+        b_do = tl.load(do + i_C[:, None] * o_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
+        b_e = tl.load(e + i_v, mask=m_v, other=0.0)
+        b_dv = tl.load(dv + i_v, mask=m_v, other=0.0)
+        i_ST, m_ST = i_K[None, :] * DV + i_V[:, None], m_V[:, None] & m_K[None, :]
+        b_ST = tl.load(states + i_ST, mask=m_ST, other=0.0)  # [BV, BK]
+        b_dST = tl.load(d_states + i_ST, mask=m_ST, other=0.0)
+        b_oe = tl.dot(b_do, tl.trans(b_e), b_oe, input_precision="ieee")
+        b_eo = tl.dot(b_e, tl.trans(b_do), b_eo, input_precision="ieee")
+        b_ve = tl.dot(b_dv, tl.trans(b_e), b_ve, input_precision="ieee")
+        b_ev = tl.dot(b_e, tl.trans(b_dv), b_ev, input_precision="ieee")
+        b_oS = tl.dot(b_do, b_ST, b_oS, input_precision="ieee")
+        b_vS = tl.dot(b_dv, b_ST, b_vS, input_precision="ieee")
+        b_eS = tl.dot(b_e, b_dST, b_eS, input_precision="ieee")
+        through += tl.sum(b_ST.to(tl.float32) * b_dST.to(tl.float32), 0)
+    return b_oe, b_eo, b_ve, b_ev, b_oS, b_vS, b_eS, through
+
+
+@triton.jit
+def clear_values(dv, token, head, num_heads, length, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr):
+    """Zeros in ``length`` tokens of a head."""
+    i_C, v_t = tl.arange(0, C), tl.cast(num_heads, tl.int64) * DV
+    for block in range(0, (DV + BV - 1) // BV):
+        i_V = block * BV + tl.arange(0, BV)
+        p_dv = dv + token.to(tl.int64) * v_t + head * DV + i_C[:, None] * v_t + i_V[None, :]
+        nothing = tl.zeros([C, BV], tl.float32).to(dv.dtype.element_ty)
+        tl.store(p_dv, nothing, mask=(i_C[:, None] < length) & (i_V[None, :] < DV))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+def gradient_kernel(
+    q, k, do, beta, log_decay, sums, plan,
+    e, dv,  # [L, H, DV]
+    states, d_states,  # [S, H, DK, DV]
+    dq, dk,  # [L, H, DK]
+    d_beta, d_decay,  # [NK, L, H] float32
+    num_tokens, num_all, num_heads, chunks_per_row, num_documents, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, o_b, o_t, o_h, b_b, b_t, b_h,
+    K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: S * H * NK."""
+    NK: tl.constexpr = (DK + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    head = (tl.program_id(0) // NK) % num_heads
+    chunk = tl.program_id(0) // NK // num_heads
+    row, start, length, left = segment_of(
+        plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
+    )
+    i_C, i_K = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
+    m_K = (i_K < DK) | (DK % BK == 0)
+    batch, at, token = row.to(tl.int64), start.to(tl.int64), row * num_tokens + start
+    g_t = tl.cast(num_heads, tl.int64) * DK
+    i_g = token.to(tl.int64) * g_t + head * DK + i_C[:, None] * g_t + i_K[None, :]
+    i_token = (i_k * tl.cast(num_all, tl.int64) + token + i_C) * num_heads + head
+    m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
+    if left > 0:
+        tile = (chunk.to(tl.int64) * num_heads + head) * (DK * DV)
+        v_t = tl.cast(num_heads, tl.int64) * DV
+        of_v = token.to(tl.int64) * v_t + head * DV
+        do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
+        b_oe, b_eo, b_ve, b_ev, b_oS, b_vS, b_eS, through = products_over_values(
+            do, e + of_v, dv + of_v, states + tile, d_states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C
+        )  # fmt: skip
+        m_C = i_C < left
+        m_q = m_C[:, None] & m_K[None, :]
+        q += batch * q_b + at * q_t + (head // K_PER).to(tl.int64) * q_h
+        k += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
+        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)
+        p_beta = beta + batch * b_b + (at + i_C) * b_t + head.to(tl.int64) * b_h
+        b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
+        read, write, total, pair = factors(
+            log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C
+        )
+        _, _, _, pair_T = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, True, C)
+        is_below = i_C[:, None] > i_C[None, :]
+        b_y = b_oe * pair * scale
+        b_x = tl.where(is_below, b_ve * pair, 0.0)
+
+        b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
+        b_z = b_y * b_qk - b_x * b_kk
+        b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
+        tl.store(d_beta + i_token, tl.sum(b_z, 0) + b_W, mask=m_C)
+        if DECAY != 0:
+            b_R = tl.sum(b_q.to(tl.float32) * b_oS * scale - b_k.to(tl.float32) * b_vS, 1) * read
+            b_z = b_z * b_beta[None, :]
+            b_later = tl.cumsum(b_z, 0, reverse=True) + (b_W * b_beta)[None, :]  # [t, j]
+            b_log = tl.sum(tl.where(is_below, b_later, 0.0), 1) + tl.sum(through) * total
+            b_log += tl.sum(tl.where(i_C[:, None] <= i_C[None, :], b_R[None, :], 0.0), 1)
+            tl.store(d_decay + i_token, b_log, mask=m_C)
+
+        b_dq = b_oS * (read * scale)[:, None]
+        b_dq = tl.dot((b_y * b_beta[None, :]).to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
+        b_dk = b_eS * (write * b_beta)[:, None] - b_vS * read[:, None]
+        b_yT = b_eo * pair_T * (b_beta * scale)[:, None]
+        b_dk = tl.dot(b_yT.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        b_xT = tl.where(i_C[:, None] < i_C[None, :], b_ev * pair_T, 0.0) * b_beta[:, None]
+        b_dk = tl.dot((-b_x * b_beta[None, :] - b_xT).to(b_k.dtype), b_k, b_dk, input_precision="ieee")
+        tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
+    else:  # after the last document; unused chunks have no tokens
+        nothing, none = tl.zeros([C, BK], tl.float32), tl.zeros([C], tl.float32)
+        tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
+        tl.store(dk + i_g, nothing.to(dk.dtype.element_ty), mask=m_g)
+        tl.store(d_beta + i_token, none, mask=m_token)
+        if DECAY != 0:
+            tl.store(d_decay + i_token, none, mask=m_token)
+        clear_values(dv, token, head, num_heads, (i_k == 0) * length, DV, BV, C)

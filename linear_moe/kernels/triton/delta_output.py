@@ -1,0 +1,62 @@
+# mypy: allow-untyped-defs
+"""Outputs of the delta rule from what the scan left: all chunks at once.
+
+    o = scale * read * (Q S) + P e
+
+With a vector decay (``DECAY == 3``) read is in the rows of Q that it is given.
+
+Letters: S chunks of all documents, H heads, C tokens in a chunk, DK and DV the dims of q and v, BK >= DK, BV a block
+of DV, NV blocks of it, L tokens of all rows.
+"""
+
+import triton
+import triton.language as tl
+
+from linear_moe.kernels.triton.delta_chunk import factors
+from linear_moe.kernels.triton.layout import segment_of
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+def output_kernel(
+    q_read, log_decay, sums, plan,
+    scores,  # [S, H, C, C]: P
+    states,  # [S, H, DK, DV]: the memory before each chunk
+    errors,  # [L, H, DV]: e
+    o,  # [L, H, DV]
+    num_tokens, num_all, num_heads, chunks_per_row, num_documents, scale,
+    q_b, q_t, q_h,
+    K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: S * H * NV."""
+    NV: tl.constexpr = (DV + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    head = (tl.program_id(0) // NV) % num_heads
+    chunk = tl.program_id(0) // NV // num_heads
+    row, start, length, left = segment_of(
+        plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
+    )
+    i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
+    m_S, m_v = m_K[:, None] & m_V[None, :], (i_C[:, None] < left) & m_V[None, :]
+    token = row * num_tokens + start
+    tile = chunk.to(tl.int64) * num_heads + head
+    o_t = tl.cast(num_heads, tl.int64) * DV
+    i_o = token.to(tl.int64) * o_t + head * DV + i_C[:, None] * o_t + i_V[None, :]
+    q_read += row.to(tl.int64) * q_b + start.to(tl.int64) * q_t + (head // K_PER).to(tl.int64) * q_h
+
+    m_q = (i_C[:, None] < left) & m_K[None, :]
+    b_q = tl.load(q_read + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
+    p_S = states + tile * (DK * DV) + i_K[:, None] * DV + i_V[None, :]
+    b_S = tl.load(p_S, mask=m_S & (left > 0), other=0.0)  # [BK, BV]
+    p_tile = scores + tile * (C * C) + i_C[:, None] * C + i_C[None, :]
+    b_P = tl.load(p_tile, mask=(i_C[:, None] < left) & (i_C[None, :] < left), other=0.0)  # [C, C]
+    b_e = tl.load(errors + i_o, mask=m_v, other=0.0)  # [C, BV]
+    b_o = tl.dot(b_q, b_S, input_precision="ieee") * scale
+    if (DECAY == 1) | (DECAY == 2):
+        read, _, _, _ = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C)
+        b_o = b_o * read[:, None]
+    b_o = tl.dot(b_P, b_e, b_o, input_precision="ieee")
+    if IS_PACKED:
+        b_o = tl.where(i_C[:, None] < left, b_o, 0.0)  # after the last document even the decay may be NaN
+    tl.store(o + i_o, b_o.to(o.dtype.element_ty), mask=(i_C[:, None] < length) & m_V[None, :])

@@ -1,0 +1,206 @@
+# mypy: allow-untyped-defs
+"""The two scans of the delta rule over the chunks of a document: the memory forward, its gradient backward in time.
+
+    e = T (v - read * (K S))            S  <- total * S + K^T (write * beta * e)           forward, e is kept
+    x = P^T do + write * beta * (K dS)  dv = T^T x
+    dS <- total * dS + Q^T (scale * read * do) - K^T (read * dv)                           backward
+
+e_t = v_t - (a_t S_{t-1})^T k_t is what the memory got wrong before token t wrote; T and P come from delta_chunk.py.
+Three dependent products a step, no other work: everything else of the operation is parallel over chunks. A program
+owns one document, one head and BV columns of S, which never leaves the chip except in the dtype of the inputs, once
+for each chunk: what the other kernels read.
+
+With a vector decay (``DECAY == 3``) read and write are in the rows of K and Q that it is given, total is a vector.
+
+Letters: S chunks of all documents, N documents, H heads, C tokens in a chunk, DK and DV the dims of k and v,
+BK >= DK, BV a block of DV, NV blocks of it, L tokens of all rows.
+"""
+
+import triton
+import triton.language as tl
+
+from linear_moe.kernels.triton.delta_chunk import factors
+
+
+@triton.jit
+def document_of(plan, first_chunk, document, num_tokens, chunks_per_row, IS_PACKED: tl.constexpr):
+    """Row, first token, tokens, first chunk and number of chunks of a document."""
+    if IS_PACKED:
+        row = document * 0
+        first = tl.load(first_chunk + document)
+        count = tl.load(first_chunk + document + 1) - first
+        last = first + count - 1
+        start = tl.load(plan + first * 3, mask=count > 0, other=0)
+        end = tl.load(plan + last * 3, mask=count > 0, other=0)
+        length = end + tl.load(plan + last * 3 + 1, mask=count > 0, other=0) - start
+    else:
+        row, start, length = document, document * 0, num_tokens
+        first, count = document * chunks_per_row, chunks_per_row
+    return row, start, length, first, count
+
+
+@triton.jit
+def step_factors(
+    beta, log_decay, sums, totals, head, num_heads, token, num_all, left, b_t, chunk, i_K, DK: tl.constexpr,
+    BK: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """read [C], write * beta [C] and total [BK] of a step; ``beta`` points at its first token."""
+    i_C = tl.arange(0, C)
+    b_beta = tl.load(beta + i_C * b_t, mask=i_C < left, other=0.0).to(tl.float32)
+    if DECAY == 3:
+        read, write = tl.full([C], 1.0, tl.float32), b_beta
+        p_total = totals + (tl.cast(chunk, tl.int64) * num_heads + head) * DK + i_K
+        total = tl.load(p_total, mask=(i_K < DK) | (DK == BK), other=0.0)
+    else:
+        read, write, kept, _ = factors(
+            log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C
+        )
+        write = write * b_beta
+        total = tl.full([BK], 1.0, tl.float32) * kept
+    return read, write, total
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row"])
+def forward_kernel(
+    k_read, k_write, v, beta, log_decay, sums, totals, inverse, plan, first_chunk,
+    initial, final,  # [N, H, DK, DV] float32; initial may be nothing
+    states,  # [S, H, DK, DV]: the memory before each chunk
+    errors,  # [L, H, DV]: e
+    num_tokens, num_all, num_heads, chunks_per_row,
+    k_b, k_t, k_h, w_b, w_t, w_h, v_b, v_t, v_h, b_b, b_t, b_h,
+    K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: N * H * NV; the blocks of one head are neighbours, so that the second finds k in L2."""
+    NV: tl.constexpr = (DV + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    head = (tl.program_id(0) // NV) % num_heads
+    document = tl.program_id(0) // NV // num_heads
+    row, start, length, first, count = document_of(
+        plan, first_chunk, document, num_tokens, chunks_per_row, IS_PACKED
+    )
+    i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    batch, at = row.to(tl.int64), start.to(tl.int64)
+    token = row * num_tokens + start
+    k_read += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
+    k_write += batch * w_b + at * w_t + (head // K_PER).to(tl.int64) * w_h
+    v += batch * v_b + at * v_t + head.to(tl.int64) * v_h
+    beta += batch * b_b + at * b_t + head.to(tl.int64) * b_h
+    e_t = tl.cast(num_heads, tl.int64) * DV
+    errors += token.to(tl.int64) * e_t + head * DV
+
+    m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
+    m_S, i_S = m_K[:, None] & m_V[None, :], i_K[:, None] * DV + i_V[None, :]
+    of_document = (document.to(tl.int64) * num_heads + head) * (DK * DV)
+    b_S = tl.zeros([BK, BV], tl.float32)
+    if HAS_INITIAL:
+        b_S = tl.load(initial + of_document + i_S, mask=m_S, other=0.0)
+
+    for step in range(0, count):
+        left = length - step * C
+        past = tl.cast(step, tl.int64) * C
+        m_C = i_C < left
+        chunk = first + step
+        tile = tl.cast(chunk, tl.int64) * num_heads + head
+        b_k = tl.load(
+            k_read + past * k_t + i_C[:, None] * k_t + i_K[None, :],
+            mask=m_C[:, None] & m_K[None, :],
+            other=0.0,
+        )  # [C, BK]
+        b_kT = tl.load(
+            k_write + past * w_t + i_K[:, None] + i_C[None, :] * w_t,
+            mask=m_K[:, None] & m_C[None, :],
+            other=0.0,
+        )  # [BK, C]
+        m_v = m_C[:, None] & m_V[None, :]
+        b_v = tl.load(v + past * v_t + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
+        b_T = tl.load(inverse + tile * (C * C) + i_C[:, None] * C + i_C[None, :])  # [C, C]
+        read, write, total = step_factors(
+            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, num_all, left, b_t,
+            chunk, i_K, DK, BK, DECAY, C,
+        )  # fmt: skip
+        b_state = b_S.to(b_k.dtype)
+        tl.store(states + tile * (DK * DV) + i_S, b_state, mask=m_S)
+        b_y = b_v.to(tl.float32) - tl.dot(b_k, b_state, input_precision="ieee") * read[:, None]
+        b_e = tl.dot(b_T, b_y.to(b_T.dtype), b_y, input_precision="ieee")  # [C, BV]
+        p_e = errors + past * e_t + i_C[:, None] * e_t + i_V[None, :]
+        tl.store(p_e, b_e.to(errors.dtype.element_ty), mask=m_v)
+        b_w = (b_e * write[:, None]).to(b_kT.dtype)
+        b_S = tl.dot(b_kT, b_w, b_S * total[:, None], input_precision="ieee")
+    tl.store(final + of_document + i_S, b_S, mask=m_S)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row"])
+def backward_kernel(
+    q_read, k_read, k_write, do, beta, log_decay, sums, totals, inverse, scores, plan, first_chunk,
+    d_final, d_initial,  # [N, H, DK, DV] float32; d_final may be nothing
+    d_states,  # [S, H, DK, DV]: the gradient of the memory after each chunk
+    dv,  # [L, H, DV]
+    num_tokens, num_all, num_heads, chunks_per_row, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, o_b, o_t, o_h, b_b, b_t, b_h,
+    K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, HAS_FINAL: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: N * H * NV."""
+    NV: tl.constexpr = (DV + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    head = (tl.program_id(0) // NV) % num_heads
+    document = tl.program_id(0) // NV // num_heads
+    row, start, length, first, count = document_of(
+        plan, first_chunk, document, num_tokens, chunks_per_row, IS_PACKED
+    )
+    i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    batch, at = row.to(tl.int64), start.to(tl.int64)
+    token = row * num_tokens + start
+    q_read += batch * q_b + at * q_t + (head // K_PER).to(tl.int64) * q_h
+    k_read += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
+    k_write += batch * w_b + at * w_t + (head // K_PER).to(tl.int64) * w_h
+    do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
+    beta += batch * b_b + at * b_t + head.to(tl.int64) * b_h
+    v_t = tl.cast(num_heads, tl.int64) * DV
+    dv += token.to(tl.int64) * v_t + head * DV
+
+    m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
+    m_S, i_S = m_K[:, None] & m_V[None, :], i_K[:, None] * DV + i_V[None, :]
+    of_document = (document.to(tl.int64) * num_heads + head) * (DK * DV)
+    b_dS = tl.zeros([BK, BV], tl.float32)
+    if HAS_FINAL:
+        b_dS = tl.load(d_final + of_document + i_S, mask=m_S, other=0.0)
+
+    for back in range(0, count):
+        step = count - 1 - back
+        left = length - step * C
+        past = tl.cast(step, tl.int64) * C
+        m_C = i_C < left
+        chunk = first + step
+        tile = tl.cast(chunk, tl.int64) * num_heads + head
+        m_kT, m_v = m_K[:, None] & m_C[None, :], m_C[:, None] & m_V[None, :]
+        b_k = tl.load(
+            k_write + past * w_t + i_C[:, None] * w_t + i_K[None, :],
+            mask=m_C[:, None] & m_K[None, :],
+            other=0.0,
+        )  # [C, BK]
+        b_kT = tl.load(
+            k_read + past * k_t + i_K[:, None] + i_C[None, :] * k_t, mask=m_kT, other=0.0
+        )  # [BK, C]
+        b_qT = tl.load(q_read + past * q_t + i_K[:, None] + i_C[None, :] * q_t, mask=m_kT, other=0.0)
+        b_do = tl.load(do + past * o_t + i_C[:, None] * o_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
+        p_tile = tile * (C * C) + i_C[:, None] + i_C[None, :] * C  # transposed
+        b_PT = tl.load(scores + p_tile)  # [C, C]
+        b_TT = tl.load(inverse + p_tile)
+        read, write, total = step_factors(
+            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, num_all, left, b_t,
+            chunk, i_K, DK, BK, DECAY, C,
+        )  # fmt: skip
+        b_state = b_dS.to(b_k.dtype)
+        tl.store(d_states + tile * (DK * DV) + i_S, b_state, mask=m_S)
+        b_x = tl.dot(b_k, b_state, input_precision="ieee") * write[:, None]  # [C, BV]
+        b_x = tl.dot(b_PT, b_do, b_x, input_precision="ieee")
+        b_dv = tl.dot(b_TT, b_x.to(b_TT.dtype), b_x, input_precision="ieee")
+        p_dv = dv + past * v_t + i_C[:, None] * v_t + i_V[None, :]
+        tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_v)
+        b_from_o = (b_do.to(tl.float32) * (read * scale)[:, None]).to(b_qT.dtype)
+        b_from_v = (b_dv * -read[:, None]).to(b_kT.dtype)
+        b_dS = tl.dot(b_qT, b_from_o, b_dS * total[:, None], input_precision="ieee")
+        b_dS = tl.dot(b_kT, b_from_v, b_dS, input_precision="ieee")
+    tl.store(d_initial + of_document + i_S, b_dS, mask=m_S)

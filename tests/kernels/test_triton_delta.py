@@ -1,0 +1,44 @@
+"""The fused delta rule, kernels interpreted on the CPU, against the token loop: forward and every gradient."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from triton_delta_cases import CASES
+
+SINGLE, HALF = 1e-5, 2e-3
+Errors = dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def errors_of(request: pytest.FixtureRequest) -> Callable[[str], Errors]:
+    """One process runs the cases of every test that was picked: importing torch costs more than most of them."""
+    picked = {item.callspec.params["name"] for item in request.session.items if _is_ours(item)}
+    command = [sys.executable, str(Path(__file__).with_name("triton_delta_cases.py")), *sorted(picked)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    found = dict(json.loads(line) for line in run.stdout.splitlines())
+
+    def get(name: str) -> Errors:
+        if name not in found:
+            pytest.fail(f"no result for this case; the process ended with\n{run.stderr[-3000:]}")
+        if isinstance(found[name], str):
+            pytest.fail(found[name])
+        return found[name]
+
+    return get
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    return item.path == Path(__file__) and isinstance(item, pytest.Function)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_token_loop(name: str, errors_of: Callable[[str], Errors]) -> None:
+    tolerance = HALF if "half" in name else SINGLE
+    errors = errors_of(name)
+    assert errors and all(error <= tolerance for error in errors.values()), errors
