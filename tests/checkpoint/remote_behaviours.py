@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 
 def opened(folder: Path, **options: Any) -> Any:
@@ -126,6 +127,15 @@ def hidden_states_are_returned(folder: Path) -> None:
     assert torch.allclose(out.attentions[0].sum(-1), torch.ones(()))
 
 
+def every_file_needs_torch_and_transformers_only(folder: Path) -> None:
+    """As transformers reads it: it asks for every package that a file imports outside of a try."""
+    files = sorted(folder.glob("*.py"))
+    wanted = {name for file in files for name in get_imports(file)} - sys.stdlib_module_names
+    assert wanted == {"torch", "transformers"}, wanted
+    reached = {Path(name).name for name in get_relative_import_files(folder / "modeling_linear_moe.py")}
+    assert reached == {file.name for file in files} - {"modeling_linear_moe.py"}
+
+
 def it_refuses(folder: Path) -> None:
     model, ids = opened(folder), some_tokens()
     cache = model(ids, use_cache=True).past_key_values
@@ -180,6 +190,7 @@ BEHAVIOURS = [
     half_precision_keeps_what_must_be_float32,
     a_new_model_starts,
     hidden_states_are_returned,
+    every_file_needs_torch_and_transformers_only,
     it_refuses,
     installed_kernels_are_used,
 ]

@@ -47,8 +47,10 @@ def bundle(kinds: tuple[str, ...]) -> dict[str, str]:
     mixers = {lsm.get(kind).__module__ for kind in kinds}
     sources: dict[str, str] = {}
     kernels = _path(f"{PACKAGE}.kernels").read_text()
-    waiting = [*ENTRY, *sorted(mixers), f"{PACKAGE}.lsm.mom"]
-    waiting += [names.source for _, names in _imports(kernels, mixers)]
+    index = _path(f"{PACKAGE}.lsm").read_text()
+    waiting = [*ENTRY, *sorted(mixers)]
+    for text in (kernels, index):
+        waiting += [names.source for _, names in _imports(text, mixers) if names.objects]
     while waiting:
         module = waiting.pop()
         if module not in sources and module not in MADE_UP:
@@ -58,7 +60,7 @@ def bundle(kinds: tuple[str, ...]) -> dict[str, str]:
     files = {flat(module): _rewritten(module, source, mixers) for module, source in sources.items()}
     files["kernels_dispatch"] += NO_FUSED
     files["kernels"] = _kernels_file(kernels)
-    files["lsm"] = _lsm_file(mixers, tuple(sorted({*files, "kernels"})))
+    files["lsm"] = _lsm_file(index, mixers, tuple(sorted({*files, "kernels"})))
     return files
 
 
@@ -149,20 +151,20 @@ def _kernels_file(source: str) -> str:
     )
 
 
-def _lsm_file(mixers: set[str], files: tuple[str, ...]) -> str:
+def _lsm_file(source: str, mixers: set[str], files: tuple[str, ...]) -> str:
+    """Of the package's own: what mixers are made of first, since they may import it from here."""
+    own = [names for _, names in _imports(source, set()) if names.objects]
+    base = "".join(f"from .{flat(x.source)} import {', '.join(a.name for a in x.objects)}\n" for x in own)
+    exported = sorted(alias.name for names in own for alias in names.objects)
     imports = "".join(f"from . import {flat(module)}\n" for module in sorted(mixers, key=flat))
     listed = "".join(f"    from .{name} import *\n" for name in files if name not in {flat(m) for m in ENTRY})
     return (
         f"{_header(f'{PACKAGE}/lsm/__init__.py')}"
         '"""The mixers of this model, registered by name."""\n\n'
-        "from typing import TYPE_CHECKING\n\n"
-        f"{imports}"
-        "from .lsm_mom import add_mixtures\n"
-        "from .lsm_registry import get, names\n\n"
+        f"from typing import TYPE_CHECKING\n\n{base}{imports}\n"
         "if TYPE_CHECKING:  # never runs: transformers copies the files that it finds in lines like these\n"
         f"{listed}\n"
-        "add_mixtures()\n\n"
-        '__all__ = ["get", "names"]\n'
+        f"add_mixtures()\n\n__all__ = {json.dumps(exported)}\n"
     )
 
 

@@ -6,6 +6,7 @@ Letters: B rows, T columns, S real tokens of all rows, D any channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class Padding:
             return None
         cu_seqlens = F.pad(is_real_BT.sum(1).cumsum(0), (1, 0))
         return cls(is_real_BT.flatten().nonzero().squeeze(1), cu_seqlens, (batch, columns))
+
+    def to(self, device: torch.device, **options: Any) -> Padding:
+        """On another device, where a model's layers are on several (accelerate calls this)."""
+        return Padding(self.index.to(device), self.cu_seqlens.to(device), self.shape)
 
     def pack(self, x_BTD: Tensor) -> Tensor:
         """``[B, T, ...]`` to ``[1, S, ...]``."""
