@@ -12,7 +12,14 @@ import torch
 from linear_moe.data.instructions.packing import pack
 from tests.finetune.chat import chat_tokenizer, mixed_messages, prepared, write_lines
 from tests.finetune.runs import arguments, one_step
-from tests.training.parity import LAYOUTS, START, checkpoint_weights, relative_error
+from tests.training.parity import (
+    LAYOUTS,
+    RECOMPUTE_LAYERS,
+    START,
+    VPP2,
+    checkpoint_weights,
+    relative_error,
+)
 from tests.training.tiny import metrics, train
 from tests.workers import Pool
 
@@ -101,6 +108,8 @@ def test_padding_is_no_load_of_experts(data: Data):
     for layout, length in [("one process", 64), ("one process", 96), ("cp2", 96), ("tp2-pp2", 96)]:
         world, flags = LAYOUTS.get(layout, (1, []))
         name = f"{layout} {length}"
+        if layout == "tp2-pp2":
+            flags = [*flags, *VPP2, *RECOMPUTE_LAYERS]
         options = ["--no-instruction-packing", "--moe-aux-loss-coeff", "0.1", "--lr", "0", "--min-lr", "0"]
         options += [
             "--seq-length",
