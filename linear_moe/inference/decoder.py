@@ -24,7 +24,7 @@ from torch import Tensor
 
 from linear_moe.inference.experts import keep_tokens_here
 from linear_moe.lsm import MixerState
-from linear_moe.model.decoding import DecodingContext, map_state, state_tensors
+from linear_moe.model.decoding import DecodingContext, state_tensors
 from linear_moe.model.mixer_layer import MixerLayer
 
 PREFILL_CHUNK = 4096
@@ -78,15 +78,16 @@ class Decoder:
         assert len(rows) == self.batch_size and all(len(row) for row in rows)
         tokens = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
         found: list[Tensor | None] = [None] * self.batch_size
-        each = max(1, chunk // len(rows))
-        starts = self.context.lengths
+        starts, first = self.context.lengths, 0
         self.context.reserve(max(start + len(row) for start, row in zip(starts, tokens, strict=True)))
-        for first in range(0, max(map(len, tokens)), each):
+        while any(len(row) > first for row in tokens):
+            each = max(1, chunk // sum(len(row) > first for row in tokens))
             parts = [row[first : first + each] for row in tokens]
             ending = [i for i, row in enumerate(tokens) if first < len(row) <= first + each]
             logits = self.call(parts, self._after_last(parts, ending))
             for row, logits_V in zip(ending, logits, strict=True):
                 found[row] = logits_V
+            first += each
         logits_BV = torch.stack([x for x in found if x is not None])
         return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
 
@@ -186,13 +187,6 @@ class Decoder:
         """
         self.context.reserve(length + room)
         self.context.set_lengths([length] * self.batch_size)
-
-    def forget(self) -> None:
-        """Begin new sequences at the addresses of the old ones."""
-        self.context.set_lengths([0] * self.batch_size)
-        for held in self.context.key_value_memory_dict.values():
-            if isinstance(held, MixerState):
-                map_state(Tensor.zero_, held)
 
 
 def _bytes(tensor: Tensor) -> int:

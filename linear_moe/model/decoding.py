@@ -13,7 +13,7 @@ Letters: B rows, T tokens of a call, S capacity, L query tokens of a row, G key 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -124,6 +124,7 @@ class DecodingContext(StaticInferenceContext):
         self.reading: Reading | None = None
         self.allowed_B11S: Tensor | None = None
         self.growths = 0
+        self.tables: dict[int, Tensor] = {}
 
     # ---- how a call begins and ends ----
 
@@ -175,6 +176,7 @@ class DecodingContext(StaticInferenceContext):
         wanted = max(needed, capacity + capacity // 4) if self.has_cache else 1
         self.max_sequence_length = _blocks(min(wanted, self.limit))
         self.growths += 1
+        self.tables.clear()
         for held in self.key_value_memory_dict.values():
             if isinstance(held, KeyValueCache):
                 held.grow(self.max_sequence_length)
@@ -199,11 +201,18 @@ class DecodingContext(StaticInferenceContext):
         """The place of each token of this call in its row."""
         return self.lengths_B[None] if self.reading is None else self.reading.positions_TB
 
+    def hold(self, layer: int, table: Tensor) -> Tensor:
+        """The table of rotary angles that a layer uses, the same until the cache grows.
+
+        Megatron caches a few of them for all models: one that a captured step reads must not make room for another.
+        """
+        return self.tables.setdefault(layer, table)
+
     def keep(self, layer: int, state: MixerState) -> None:
         """Keep the state of a mixer where the one before it was."""
         before = self.key_value_memory_dict.get(layer)
         if before is None:
-            self.key_value_memory_dict[layer] = map_state(torch.clone, state)
+            self.key_value_memory_dict[layer] = _cloned(state)
             return
         for old, new in zip(state_tensors(before), state_tensors(state), strict=True):
             old.copy_(new)
@@ -215,12 +224,12 @@ def state_tensors(state: MixerState) -> list[Tensor]:
     return [*state.memory, *(x for x in beside if x is not None)]
 
 
-def map_state(fn: Callable[[Tensor], Tensor], state: MixerState) -> MixerState:
-    """``fn`` of every tensor of a state."""
+def _cloned(state: MixerState) -> MixerState:
+    """In memory of its own: what a call gives may be a view of all its tokens."""
     beside = {field.name: getattr(state, field.name) for field in fields(state)[1:]}
     return MixerState(
-        tuple(fn(x) for x in state.memory),
-        **{name: None if x is None else fn(x) for name, x in beside.items()},
+        tuple(x.clone() for x in state.memory),
+        **{name: None if x is None else x.clone() for name, x in beside.items()},
     )
 
 

@@ -83,7 +83,7 @@ class LatentAttention(MLASelfAttention):
         c_TBC, r_TBR = kv.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
         table = self.rotary_pos_emb(context.max_sequence_length)
         freqs_S11R, mscale = table if isinstance(table, tuple) else (table, 1.0)
-        freqs_TB1R = freqs_S11R[:, 0][context.positions_TB]
+        freqs_TB1R = context.hold(self.layer_number, freqs_S11R)[:, 0][context.positions_TB]
         q_TBHR, r_TB1R = (
             apply_rotary_pos_emb(
                 x,

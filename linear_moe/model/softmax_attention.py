@@ -55,7 +55,7 @@ class SoftmaxAttention(SelfAttention):
             gate = projected[3]
         if rotary_pos_emb is not None and not self._has_no_rope():
             freqs = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
-            freqs_TB1K = freqs[:, 0][context.positions_TB]
+            freqs_TB1K = context.hold(self.layer_number, freqs)[:, 0][context.positions_TB]
             q_TBHK, k_TBGK = (self._rotate(x, freqs_TB1K) for x in (q_TBHK, k_TBGK))
         k_BGSK, v_BGSV = context.write(self.layer_number, k_TBGK, v_TBGV)
         if context.reading is None:

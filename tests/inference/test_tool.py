@@ -147,3 +147,13 @@ def test_errors_are_three_lines(gloo, run, options, text):
     code, out, err = gloo(1, command, run, options)[0]
     assert code == 2 and out == "" and text in err
     assert len(err.strip().splitlines()) == 3 and "\n  why: " in err and "\n  try: " in err
+
+
+def test_options_in_the_documentation_exist():
+    text = (ROOT / "docs" / "generate.md").read_text()
+    sources = [(ROOT / name).read_text() for name in ("tools/generate.py", "benchmarks/decode.py")]
+    known = set(re.findall(r'"(--[a-z-]+)"', "".join(sources))) | {"--nproc-per-node"}
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
+    assert set(re.findall(r'"(--[a-z-]+)"', sources[0])) <= set(re.findall(r"--[a-z-]+", text)) | {
+        "--tokenizer"
+    }
