@@ -185,7 +185,22 @@ def test_messages_need_a_chat_template(bare_tokenizer, tmp_path):
         of_lines(tmp_path, bare_tokenizer, [CHAT])
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, tmp_path):
+def test_where_earlier_turns_are_rewritten_each_answer_is_a_sample(tokenizer, tmp_path):
+    """As templates of models that think: thoughts are in the last turn only."""
+    template = CHATML.replace(
+        "message['content']", "('- ' if loop.last and loop.index % 2 == 0 else '') + message['content']"
+    )
+    rounds = [*CHAT["messages"], *CHAT["messages"]]
+    samples = of_lines(tmp_path, tokenizer, [{"messages": rounds}, CHAT], template=template)
+    assert samples.report.samples == 3 and samples.report.split == 1
+    assert "1 conversation(s) became one sample for each answer" in samples.report.notes(256)[0]
+    assert [learned_text(samples, tokenizer, i) for i in range(3)] == [["- Lima<|im_end|>"]] * 3
+    for i, messages in ((0, rounds[:2]), (1, rounds), (2, rounds[:2])):
+        text = opened(tokenizer).apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert opened(tokenizer).decode(samples.sample(i).tokens) == text.rstrip()
+
+
+def test_a_template_that_rewrites_prompts_is_refused(tokenizer, tmp_path):
     template = "{{ messages | length }}" + CHATML
     with pytest.raises(ValueError, match="cannot be split into prompts and answers"):
         of_lines(tmp_path, tokenizer, [CHAT], template=template)

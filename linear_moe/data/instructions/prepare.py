@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from linear_moe.data.instructions.records import Conversation, read_conversations
-from linear_moe.data.instructions.template import ChatTemplate
+from linear_moe.data.instructions.report import Report
+from linear_moe.data.instructions.template import ChatTemplate, Rendered
 from linear_moe.data.instructions.tokens import Sample, tokenize
 
 FORMAT = 1
@@ -29,47 +30,6 @@ _BATCH = 1024
 """Samples tokenized at a time, by as many threads as there are cores."""
 
 OverLong = Literal["drop", "truncate"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What became of the samples."""
-
-    source: list[str]
-    """Files."""
-    samples: int
-    """Samples that are trained on."""
-    tokens: int
-    """Their tokens, as many as they take room in sequences."""
-    learned_tokens: int
-    """Those in the loss."""
-    longest: int
-    """Room of the longest sample in the files, kept or not."""
-    over_long: int
-    """Samples longer than a sequence: dropped, or cut."""
-    cut: int
-    """Of them, those that were cut and kept."""
-    empty_answers: int
-    """Samples dropped because an answer is empty."""
-    template: str | None = None
-    """Chat template that was used, if it is not the tokenizer's own."""
-
-    def notes(self, seq_length: int) -> list[str]:
-        """What a person should know, one line each; nothing when every sample is used whole."""
-        found, names = [], ", ".join(Path(path).name for path in self.source)
-        read = self.samples + self.empty_answers + self.over_long - self.cut
-        if self.empty_answers:
-            found.append(
-                f"{names}: {self.empty_answers} of {read} samples have an empty answer and are left out."
-            )
-        if self.over_long:
-            lost = self.over_long - self.cut
-            fate = f"{self.cut} are cut, and {lost} left out" if self.cut else "are left out"
-            found.append(
-                f"{names}: {self.over_long} of {read} samples are longer than SEQ_LEN={seq_length} and {fate}; "
-                f"SEQ_LEN={self.longest} holds all"
-            )
-        return found
 
 
 @dataclass(frozen=True)
@@ -180,7 +140,7 @@ class _Tally:
 
     def __init__(self, seq_length: int, over_long: OverLong) -> None:
         self.seq_length, self.over_long = seq_length, over_long
-        self.count = dict.fromkeys(("longest", "over_long", "cut", "empty_answers"), 0)
+        self.count = dict.fromkeys(("longest", "over_long", "cut", "empty_answers", "split"), 0)
         self.kept: list[Sample] = []
 
     def with_answers(self, conversations: Iterator[Conversation]) -> Iterator[Conversation]:
@@ -189,6 +149,11 @@ class _Tally:
                 self.count["empty_answers"] += 1
             else:
                 yield conversation
+
+    def texts(self, parts: Iterable[list[Rendered]]) -> Iterator[Rendered]:
+        for part in parts:
+            self.count["split"] += len(part) > 1
+            yield from part
 
     def add(self, sample: Sample) -> None:
         self.count["longest"] = max(self.count["longest"], sample.positions)
@@ -208,7 +173,7 @@ def _write(folder: Path, paths: list[str], chat: ChatTemplate, seq_length: int, 
     backend.no_padding()
     conversations = tally.with_answers(itertools.chain.from_iterable(map(read_conversations, paths)))
     for batch in itertools.batched(conversations, _BATCH):
-        for sample in tokenize(backend, [chat.render(conversation) for conversation in batch]):
+        for sample in tokenize(backend, list(tally.texts(map(chat.render, batch)))):
             tally.add(sample)
     if not tally.kept:
         raise _nothing(paths, tally)

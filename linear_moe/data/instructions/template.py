@@ -57,11 +57,14 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder.values()
         self.special = tuple(token.content for token in added if token.special)
 
-    def render(self, sample: Conversation) -> Rendered:
+    def render(self, sample: Conversation) -> list[Rendered]:
         """The text of a sample up to its last answer.
 
+        Some templates write earlier turns otherwise than the last one (they leave out its thoughts). A conversation is
+        then one text for each answer, as the model will be asked.
+
         Raises:
-            ValueError: there is no chat template, it refuses the messages, or it rewrites earlier turns.
+            ValueError: there is no chat template, it refuses the messages, or an answer does not follow its prompt.
         """
         if sample.has_roles and not self.knows_roles:
             raise ValueError(
@@ -70,17 +73,25 @@ class ChatTemplate:
                 f"  try: CHAT_TEMPLATE=<file with a Jinja template>, the tokenizer of a chat model, or samples with "
                 f"instruction and output"
             )
-        last = max(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
-        messages = sample.messages[: last + 1]
+        answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        parts = [self._cut(sample, answers)]
+        if parts[0] is None:
+            parts = [self._cut(sample, [answer]) for answer in answers]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            raise self._rewrites(sample.where)
+        return found
+
+    def _cut(self, sample: Conversation, answers: list[int]) -> Rendered | None:
+        """The text up to the last of the ``answers``, all of which are learned; ``None`` if it cannot be cut there."""
+        messages, last = sample.messages[: answers[-1] + 1], answers[-1]
         text = self._text(messages, sample.where)
         pieces, done = [], 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        for i in answers:
             prompt = self._text(messages[:i], sample.where, prompt=True)
             turn = self._text(messages[: i + 1], sample.where)
             if not (text.startswith(turn) and turn.startswith(prompt) and done <= len(prompt) < len(turn)):
-                raise self._rewrites(sample.where)
+                return None
             turn = self._until_special(turn) if i < last else self._ended(turn)
             pieces += [turn[done : len(prompt)], turn[len(prompt) :]]
             done = len(turn)
@@ -115,9 +126,8 @@ class ChatTemplate:
     def _rewrites(where: str) -> ValueError:
         return ValueError(
             f"{where} cannot be split into prompts and answers by the chat template\n"
-            f"  why: what the template writes for the first turns is not the beginning of what it writes for all of "
-            f"them\n"
-            f"  try: CHAT_TEMPLATE=<file with a Jinja template that only adds text>, or samples of one answer"
+            f"  why: what the template writes with an answer does not begin with the prompt that it gives for it\n"
+            f"  try: CHAT_TEMPLATE=<file with a Jinja template that only adds text>"
         )
 
 
