@@ -37,6 +37,8 @@ def main() -> int:
         except ValueError as error:
             if is_first:
                 print(f"linear_moe: {error}", file=sys.stderr)
+            elif not is_guest:
+                time.sleep(2)  # torchrun ends all processes once the first has ended: that one may still speak
             return 2
         finally:
             if has_process_group() and not is_guest:
