@@ -75,6 +75,8 @@ class LocalDispatcher:
 class MoE(MoELayer):
     """Megatron's layer of experts; with a :class:`LocalDispatcher` where all of them are on this rank."""
 
+    token_dispatcher: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         dispatcher = self.token_dispatcher

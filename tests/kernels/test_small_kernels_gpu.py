@@ -1,0 +1,129 @@
+"""Fused convolution, gated norm, cross entropy and rows on a CUDA device, against their definitions in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from scan_cases import poison_empty
+from torch import Tensor
+
+from linear_moe import kernels
+from linear_moe.kernels import reference
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+"""Root mean square of the error over that of the truth."""
+
+Call = Callable[[ModuleType, dict[str, Tensor]], list[Tensor]]
+
+
+def short_conv(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x = t["x"].unflatten(-1, (4, 160))[..., :96]  # slices of a fused projection
+    return list(module.short_conv(x, t["taps"], activation="silu", cu_seqlens=t.get("cu_seqlens")))
+
+
+def gated_norm(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x, gate = t["x"].unflatten(-1, (5, 128)), t["gate"].unflatten(-1, (5, 128))
+    return [
+        module.gated_rms_norm(x, t["weight"], gate),
+        module.gated_rms_norm(x, eps=1e-6 / 128, scale=128**-0.5),
+    ]
+
+
+def rows(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x = t["x"].flatten(0, 1)
+    spread = module.spread_rows(x, t["order"], t["place"])
+    return [spread, module.collect_rows(spread * 1.5, t["order"], t["place"], t["share"])]
+
+
+def cross_entropy(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    logits = t["logits"].detach().clone()
+    return [module.cross_entropy_(logits, t["labels"], t["factor"]), logits]
+
+
+CALLS: dict[str, Call] = {f.__name__: f for f in (short_conv, gated_norm, rows, cross_entropy)}
+WIDE = ("factor",)
+"""What stays float32 in bfloat16 runs."""
+
+
+def make(packed: bool) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    batch, tokens, slots = (1, 600, 8) if packed else (2, 300, 8)
+    place = torch.randperm(600 * slots, generator=draw)
+    found = dict(
+        x=normal(batch, tokens, 640),
+        gate=normal(batch, tokens, 640),
+        taps=normal(4, 96, 4),
+        weight=normal(128),
+        share=torch.rand(600, slots, generator=draw, dtype=torch.float64),
+        order=place.argsort(),
+        place=place.view(600, slots),
+        logits=normal(50, 30011) * 4,
+        labels=torch.randint(0, 30011, (50,), generator=draw),
+        factor=torch.rand(50, generator=draw, dtype=torch.float64),
+    )
+    if packed:
+        found["cu_seqlens"] = torch.tensor([0, 0, 3, 4, 300, 590])
+    return found
+
+
+def on(tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def move(name: str, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x.to(device)
+        wide = name in WIDE and dtype == torch.bfloat16
+        return x.detach().to(device, torch.float32 if wide else dtype).requires_grad_()
+
+    return {name: move(name, x) for name, x in tensors.items()}
+
+
+def run(call: Call, module: Any, tensors: dict[str, Tensor]) -> list[Tensor]:
+    outputs = call(module, tensors)
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    if not any(y.requires_grad for y in outputs):
+        return outputs
+    total = sum((y.double() * (0.3 + y.detach().double().cos())).sum() for y in outputs)
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [*outputs, *(g for g in grads if g is not None)]
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", "triton")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    poison_empty(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("name", CALLS)
+def test_equals_the_definition(name: str, packed: bool, dtype: torch.dtype) -> None:
+    given = {n: x.to(dtype).double() if x.is_floating_point() else x for n, x in make(packed).items()}
+    truth = run(CALLS[name], reference, on(given, "cpu", torch.float64))
+    found = run(CALLS[name], kernels, on(given, "cuda", dtype))
+    for ours, true in zip(found, truth, strict=True):
+        difference = (ours.cpu().double() - true).square().mean().sqrt()
+        assert difference <= TOLERANCE[dtype] * true.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_same_bits_in_every_run_and_in_a_graph(name: str) -> None:
+    tensors = on(make(packed=True), "cuda", torch.bfloat16)
+    first = run(CALLS[name], kernels, tensors)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run(CALLS[name], kernels, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.graph(graph):
+        captured = run(CALLS[name], kernels, tensors)
+    graph.replay()
+    for one, two, three in zip(first, second, captured, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
