@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -71,6 +72,41 @@ def any_column_may_be_padding(folder: Path) -> None:
         alone = model(ids[row][real][None]).logits[0]
         last = int(real[7:].sum())
         torch.testing.assert_close(found[row][real[7:]], alone[-last:], rtol=0, atol=1e-4)
+
+
+def documents_in_a_row_are_read_alone(folder: Path) -> None:
+    """As TRL and transformers pack them: positions start again, and there is no mask."""
+    model, ids = opened(folder), some_tokens(2, 10)
+    places = torch.tensor([[*range(4), *range(6)], [*range(10)]])
+    logits = model(ids, position_ids=places).logits
+    alone = [model(part).logits for part in (ids[:1, :4], ids[:1, 4:], ids[1:])]
+    torch.testing.assert_close(logits[:1], torch.cat(alone[:2], dim=1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits[1:], alone[2], rtol=0, atol=1e-4)
+
+
+def scores_do_not_depend_on_the_batch(folder: Path) -> None:
+    """Log-likelihoods of texts alone, and in batches padded left or right: the same order, to the printed digits."""
+    model = opened(folder)
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(1, 127, (int(n),), generator=generator) for n in torch.arange(32) % 19 + 2]
+    alone = torch.stack([_scores(model, [text], left=True)[0] for text in texts])
+    for left in (True, False):
+        for size in (5, 16):
+            batches = [texts[i : i + size] for i in range(0, len(texts), size)]
+            found = torch.cat([_scores(model, batch, left) for batch in batches])
+            torch.testing.assert_close(found, alone, rtol=1e-6, atol=1e-4)
+            assert found.argsort().equal(alone.argsort())
+
+
+def _scores(model: Any, texts: list[torch.Tensor], left: bool) -> torch.Tensor:
+    longest = max(map(len, texts))
+    rows = [(longest - len(text), 0) if left else (0, longest - len(text)) for text in texts]
+    ids = torch.stack([F.pad(text, pads) for text, pads in zip(texts, rows, strict=True)])
+    mask = torch.stack([F.pad(torch.ones_like(t), pads) for t, pads in zip(texts, rows, strict=True)])
+    with torch.no_grad():
+        log_p = model(ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
+    of_tokens = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (of_tokens * mask[:, :-1] * mask[:, 1:]).sum(1)
 
 
 def it_trains(folder: Path) -> None:
@@ -186,6 +222,8 @@ BEHAVIOURS = [
     beams_carry_their_states,
     rows_are_chosen_and_repeated,
     any_column_may_be_padding,
+    documents_in_a_row_are_read_alone,
+    scores_do_not_depend_on_the_batch,
     it_trains,
     half_precision_keeps_what_must_be_float32,
     a_new_model_starts,

@@ -47,6 +47,7 @@ FAMILIES = {
     "mixtral": of_family("mixtral", "tiny", ["gated_deltanet", "softmax"]),
     "qwen2": of_family("qwen2", "tiny", ["mom_gla", "softmax"], *SHARED),
     "qwen2_dense": of_family("qwen2", "tiny-dense", ["mamba2", "softmax"]),
+    "tied": [flag for flag in of_family("llama3", "tiny", ["deltanet"]) if "untie" not in flag],
     "sigmoid_router": of_family("mixtral", "tiny", ["softmax", "rwkv6"], *E4),
 }
 BEHAVIOUR_KINDS = ["rwkv7", "softmax", "hgrn2", "gated_deltanet", "rwkv7", "hgrn2"]

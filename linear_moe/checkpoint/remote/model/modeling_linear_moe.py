@@ -157,7 +157,8 @@ class LinearMoeModel(LinearMoePreTrainedModel):
         Args:
             input_ids: ``[B, T]`` int64.
             attention_mask: ``[B, past + T]``, 0 at padding.
-            position_ids: ``[B, T]`` or ``[1, T]``; unless given, places among the real tokens of a row.
+            position_ids: ``[B, T]`` or ``[1, T]``; unless given, places among the real tokens of a row. Without a
+                mask and a cache, a document starts where they do not go on; no cache is made then.
             past_key_values: what earlier calls left.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
             use_cache: return a cache.
@@ -171,12 +172,15 @@ class LinearMoeModel(LinearMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, columns = inputs_embeds.shape[:2]
+        padding, past = Padding.of(attention_mask, batch, columns), 0
         if past_key_values is not None:
             check_cache(past_key_values)
-        elif use_cache:
+            past = past_key_values.get_seq_length()
+        if past == 0 and attention_mask is None and position_ids is not None:
+            padding = Padding.of_documents(position_ids, batch)
+            past_key_values, use_cache = (past_key_values, use_cache) if padding is None else (None, False)
+        if use_cache and past_key_values is None:
             past_key_values = LinearMoeCache(self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        padding = Padding.of(attention_mask, batch, columns)
         options: dict[str, Any] = {"past_key_values": past_key_values, "padding": padding}
         if SOFTMAX in (self.config.layer_kinds or []):
             if position_ids is None:
@@ -187,6 +191,7 @@ class LinearMoeModel(LinearMoePreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
+                position_ids=position_ids,
             )
         hidden_BTD = self.norm(self._run(inputs_embeds, options))
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=past_key_values)

@@ -1,6 +1,8 @@
 """Padding of a batch: mixers read the real tokens only, packed one row after another, so that no pad touches them.
 
-Letters: B rows, T columns, S real tokens of all rows, D any channels.
+Rows that hold several documents, told by positions that start again, are packed in the same way: each is read alone.
+
+Letters: N documents, B rows, T columns, S real tokens of all rows, D any channels.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ class Padding:
 
     Attributes:
         index: ``[S]`` int64, their places in the flattened batch.
-        cu_seqlens: ``[B + 1]`` int64, where each row's tokens start and end among them.
+        cu_seqlens: ``[B + 1]`` int64, where each row's tokens start and end among them; or ``[N + 1]``, documents.
         shape: B and T.
     """
 
@@ -47,6 +49,18 @@ class Padding:
             return None
         cu_seqlens = F.pad(is_real_BT.sum(1).cumsum(0), (1, 0))
         return cls(is_real_BT.flatten().nonzero().squeeze(1), cu_seqlens, (batch, columns))
+
+    @classmethod
+    def of_documents(cls, position_ids: Tensor, batch: int) -> Padding | None:
+        """From positions ``[B, T]`` or ``[1, T]`` that start again at each document; ``None``: one in each row."""
+        position_BT = position_ids.expand(batch, -1)
+        goes_on_BT = position_BT.diff(dim=1) == 1
+        if bool(goes_on_BT.all()):
+            return None
+        starts_N = F.pad(~goes_on_BT, (1, 0), value=True).flatten().nonzero().squeeze(1)
+        index = torch.arange(position_BT.numel(), device=position_ids.device)
+        cu_seqlens = F.pad(starts_N, (0, 1), value=len(index))
+        return cls(index, cu_seqlens, (batch, position_BT.shape[1]))
 
     def to(self, device: torch.device, **options: Any) -> Padding:
         """On another device, where a model's layers are on several (accelerate calls this)."""
