@@ -10,6 +10,7 @@ from typing import Any
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.hugging_face import future_config, hugging_face_folder
+from linear_moe.launch.instructions import kept_tokenizer
 from linear_moe.launch.plan import registered_mixers
 from linear_moe.launch.resume import mixer_options, read_config
 from linear_moe.model.families import (
@@ -55,7 +56,7 @@ def starting_model(given: Mapping[str, str], family: str) -> StartingModel:
             f"sh examples/{SCRIPTS.get(saved['family'], '*/run_finetune_*.sh')}",
         )
     families = dict(FAMILIES)
-    found = _pattern(saved, given) | _tokenizer(config)
+    found = _pattern(saved, given) | _tokenizer(config, Path(given["PRETRAIN_CHECKPOINT_PATH"]))
     found["MIXER_MODULES"] = _value(arguments, "--mixer-module") or ""
     size = size_of(arguments)
     if size is not None and not {"MODEL_SIZE", "MOE"} & given.keys():
@@ -134,9 +135,12 @@ def _pattern(saved: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, st
     return {"LAYER_TYPE_LIST": pattern} | ({"LA_MODULE": ",".join(mixers)} if mixers else {})
 
 
-def _tokenizer(config: Mapping[str, Any]) -> dict[str, str]:
+def _tokenizer(config: Mapping[str, Any], run: Path) -> dict[str, str]:
     tokenizer = config.get("tokenizer", {})
     path = tokenizer.get("tokenizer_model")
+    if path and not Path(path).exists():  # the run has moved, or its data have: it keeps a copy
+        kept = (kept_tokenizer(folder) for folder in (run, run.parent))
+        path = next((str(folder) for folder in kept if folder.exists()), path)
     return {"TOKENIZER": path} if path and tokenizer.get("tokenizer_type") == "HuggingFaceTokenizer" else {}
 
 

@@ -126,6 +126,11 @@ def test_the_model_is_that_of_the_checkpoint(files, tmp_path, family, size):
         assert given.get(flag) == before.get(flag), flag
     assert given["--gla-gate-rank"] == "8" and given["--weight-decay"] == "0"
     assert given["--pretrained-checkpoint"] == str(run / "checkpoint")
+    assert found.tokenizer is not None and found.tokenizer.path == str(files / "tokenizer")
+    moved = saved_run(tmp_path / "moved", trained, Path("/absent"))
+    keep_tokenizer(moved, files / "tokenizer", None)
+    found = plan(files, tmp_path, family, **unsaid | {"PRETRAIN_CHECKPOINT_PATH": str(moved)})
+    assert found.tokenizer is not None and found.tokenizer.path == str(moved / "tokenizer")
 
 
 @pytest.mark.parametrize("family,size", [(f, s) for f in FAMILIES for s in FAMILIES[f].sizes])
