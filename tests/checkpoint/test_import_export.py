@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoint.hf_models import MODELS, VOCAB, hf_logits, save_hf, some_tokens
-from tests.inference.models import whole_forward
+from tests.inference.models import argv, whole_forward
 from tests.training.tiny import losses, train, whole
 
 
@@ -105,3 +105,68 @@ def checkpoint_tensors(rank, world, folder):
 
     reader = Reader(Path(folder))
     return {key: reader.read(key) for key in reader.tensors}
+
+
+def saved_under_a_layout(folder):
+    layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2"]
+    folders = ["--run-dir", str(folder), "--save", str(folder / "checkpoint"), "--train-iters", "1"]
+    return argv(["gated_deltanet", "softmax", "rwkv7", "mamba2"], *folders, "--lr-warmup-iters", "0", *layout)
+
+
+def test_every_layout_is_exported(gloo, tmp_path):
+    """A checkpoint of two ranks with TP and EP: what is read is what the ranks held; the folder computes the same."""
+    run = tmp_path / "run"
+    held = whole([seen["after"] for seen in gloo(2, train, saved_under_a_layout(run), True)])
+    there = gloo(1, checkpoint_tensors, str(run / "checkpoint" / "iter_0000001"))[0]
+    for key, weight in held.items():
+        assert torch.equal(there[key], weight), key
+    logits, architecture = gloo(1, exported, str(run), str(tmp_path / "hf"))[0]
+    assert architecture == "LinearMoeForCausalLM"
+    tokens = [[token % 127 for token in row] for row in some_tokens()]
+    theirs = hf_logits(tmp_path / "hf", tokens, trust_remote_code=True)
+    torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-5)
+
+
+def exported(rank, world, run, target):
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.inference.load import load_model
+
+    tokens = [[token % 127 for token in row] for row in some_tokens()]
+    architecture = export_model(run, target).architecture
+    return whole_forward(load_model(run).model, tokens), architecture
+
+
+def with_a_tokenizer(rank, world, folder):
+    """The tokenizer comes along both ways, and stays with a run that moves."""
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.checkpoint.importing import import_model
+    from linear_moe.data.tokenizer import train_tokenizer
+    from linear_moe.inference.load import load_model
+
+    folder = Path(folder)
+    save_hf(folder / "hf", "qwen2", vocab_size=300)
+    train_tokenizer(["import os\n" * 9], 270, str(folder / "hf"))
+    done = import_model(folder / "hf", folder / "run")
+    (folder / "run").rename(folder / "moved")
+    loaded = load_model(folder / "moved")
+    assert loaded.tokenizer.detokenize(loaded.tokenizer.tokenize("import os")) == "import os"
+    back = export_model(folder / "moved", folder / "back")
+    assert done.warnings == back.warnings == []
+    files = [(folder / part / "tokenizer.json").read_bytes() for part in ("hf", "moved/tokenizer", "back")]
+    assert files[0] == files[1] == files[2]
+    return sorted(path.name for path in (folder / "back").iterdir()), loaded.tokenizer.eod
+
+
+def test_tokenizers_come_along(gloo, tmp_path):
+    import transformers
+
+    names, eod = gloo(1, with_a_tokenizer, str(tmp_path))[0]
+    expected = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert names == expected
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").eos_token_id == eod
