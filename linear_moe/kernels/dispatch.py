@@ -96,13 +96,6 @@ def _fused_delta_rule(*args: Any, **kwargs: Any) -> Any:
     return delta.delta_rule(*args, **kwargs)
 
 
-def _fused_delta_rule_takes(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, **others: Any
-) -> bool:
-    """No vector decay yet."""
-    return log_decay is None or log_decay.ndim < 4
-
-
 def _backends(
     chunked: Callable[..., Any], token_loop: Callable[..., Any], *fused: Backend
 ) -> tuple[Backend, ...]:
@@ -158,7 +151,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "delta_rule": _backends(
         chunked_delta.delta_rule,
         reference.delta_rule,
-        Backend("triton", _fused_delta_rule, _fused, _fused_delta_rule_takes),
+        Backend("triton", _fused_delta_rule, _fused),
     ),
     "diag_decay_segment": _backends(chunked_diag.diag_decay_segment, reference.diag_decay_segment),
     "delta_rule_segment": _backends(chunked_delta.delta_rule_segment, reference.delta_rule_segment),

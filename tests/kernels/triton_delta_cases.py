@@ -31,7 +31,7 @@ Change = Callable[[dict[str, torch.Tensor]], None]
 CASES: dict[str, Callable[[], Errors]] = {}
 FORGET = float("-inf")
 SMALL = dict(batch=1, groups=1, num_heads=1)
-DECAYS = ("none", "head", "scalar")
+DECAYS = ("none", "head", "scalar", "vector")
 
 
 def case(name: str, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Errors]], Callable[..., Errors]]:

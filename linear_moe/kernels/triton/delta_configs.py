@@ -30,22 +30,33 @@ class Cut:
         return dict(**blocks, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
-    """Of both scans over chunks: BK is the whole of K, S of BK x BV float32 stays in registers."""
-    keys, values = _padded(num_keys), _padded(num_values)
-    if dtype.itemsize == 2:
-        if keys <= 128:
-            return Cut(keys, min(32, values), 4, 2)
-        return Cut(keys, min(32, values), 8, 1)
-    return Cut(keys, min(16, values), 4, 1)
-
-
 def solve(num_keys: int, dtype: torch.dtype) -> Cut:
     """Of the kernel that solves the chunks: BK is the whole of K."""
     return Cut(_padded(num_keys), 0, 4, 1)
 
 
-def tiles(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+def solve_levels(num_keys: int, dtype: torch.dtype) -> Cut:
+    """The same for decays per row: blocks of K in a loop."""
+    return Cut(min(64 if dtype.itemsize == 2 else 32, _padded(num_keys)), 0, 4, 1)
+
+
+def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the scan over chunks: BK is the whole of K, S of BK x BV float32 stays in registers."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2:
+        return Cut(keys, min(32, values), 4, 2) if keys <= 128 else Cut(keys, min(32, values), 8, 1)
+    return Cut(keys, min(16, values), 4, 1)
+
+
+def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """The same backward in time, with two more tiles of a chunk."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2:
+        return Cut(keys, min(32, values), 4, 2) if keys <= 128 else Cut(keys, min(32, values), 8, 1)
+    return Cut(keys, min(16, values), 4, 1)
+
+
+def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for outputs: BK is the whole of K."""
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2:
@@ -54,7 +65,7 @@ def tiles(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 
 
 def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
-    """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop."""
+    """Of the kernels for gradients: blocks of K in the grid, blocks of V in a loop."""
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2:
         return Cut(min(64, keys), min(64, values), 8, 2)

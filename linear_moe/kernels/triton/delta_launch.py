@@ -1,0 +1,238 @@
+"""Launches of the fused delta-rule kernels: memory, grids and strides.
+
+Letters: B batch, T tokens, Hqk query/key heads, H heads, K key dim, V value dim, N documents, S chunks of all
+documents, C tokens in a chunk, L = B * T, BK and BV blocks of K and V, NK blocks of K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from linear_moe.kernels.triton import configs, delta_configs
+from linear_moe.kernels.triton.decay_sums import sums_kernel
+from linear_moe.kernels.triton.delta_chunk import solve_kernel
+from linear_moe.kernels.triton.delta_gradient import gradient_kernel
+from linear_moe.kernels.triton.delta_levels import solve_levels_kernel
+from linear_moe.kernels.triton.delta_output import output_kernel
+from linear_moe.kernels.triton.delta_scan import backward_kernel, forward_kernel
+from linear_moe.kernels.triton.delta_vector_gradient import vector_gradient_kernel
+from linear_moe.kernels.triton.diag_levels import level_sums
+from linear_moe.kernels.triton.layout import Layout, lay_out
+
+NO_DECAY, HEAD_DECAY, TOKEN_DECAY, KEY_DECAY = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What every chunk knows without the memory."""
+
+    inverse: Tensor
+    """T - I, ``[S, H, C, C]``."""
+    scores: Tensor
+    """P, ``[S, H, C, C]``."""
+    q_read: Tensor
+    """q; for decays per row ``[B, T, H, K]``, as it reads the memory before its chunk."""
+    k_read: Tensor
+    """k, the same."""
+    k_write: Tensor
+    """k; for decays per row as it is written to the memory after its chunk."""
+    totals: Tensor
+    """``[S, H, K]`` float32 for decays per row: what a chunk keeps."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """For ``save_for_backward``."""
+        return self.inverse, self.scores, self.q_read, self.k_read, self.k_write, self.totals
+
+
+@dataclass(frozen=True)
+class DeltaChunks:
+    """Everything that the kernels of one call share."""
+
+    layout: Layout
+    """Its segments are chunks."""
+    num_heads: int
+    num_keys: int
+    num_values: int
+    dtype: torch.dtype
+    scale: float
+    chunk: int
+    decay: int
+    log_decay: Tensor
+    sums: Tensor
+    """Of scalar decays; for decays per row the table that sums them."""
+
+    @classmethod
+    def plan(
+        cls, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float
+    ) -> DeltaChunks:
+        """Chunks of all documents, and the sums of log decays in them."""
+        rows, num_tokens, num_heads, num_values = v.shape
+        chunk = configs.chunk_size(v.dtype)
+        layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
+        common = layout, num_heads, k.shape[-1], num_values, v.dtype, scale, chunk
+        if log_decay is None:
+            return cls(*common, NO_DECAY, v, v)
+        if log_decay.ndim == 1:
+            return cls(*common, HEAD_DECAY, log_decay.contiguous(), v)
+        if log_decay.ndim == 4:
+            return cls(*common, KEY_DECAY, log_decay, level_sums(chunk, False, v.dtype, v.device))
+        sums = torch.empty(2, num_heads, layout.num_all, dtype=torch.float32, device=v.device)
+        heads = min(16, triton.next_power_of_2(num_heads))
+        sums_kernel[(layout.num_segments, triton.cdiv(num_heads, heads))](
+            log_decay, sums, layout.plan, num_tokens, layout.num_all, num_heads, chunk,
+            layout.segments_per_row, layout.num_documents, 1, *log_decay.stride(),
+            BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
+        )  # fmt: skip
+        return cls(*common, TOKEN_DECAY, log_decay, sums)
+
+    def solve(self, q: Tensor, k: Tensor, beta: Tensor) -> Solved:
+        """The triangular system of every chunk, and its scores."""
+        layout = self.layout
+        shape = layout.num_segments, self.num_heads, self.chunk, self.chunk
+        inverse, scores = self._empty(*shape), self._empty(*shape)
+        precision = "ieee" if self.dtype == torch.float32 else "tf32x3"
+        if self.decay == KEY_DECAY:
+            q_read, k_read, k_write = (self._empty(*self._tokens(), self.num_keys) for _ in range(3))
+            totals = self._empty(*shape[:2], self.num_keys, dtype=torch.float32)
+            cut = delta_configs.solve_levels(self.num_keys, self.dtype)
+            solve_levels_kernel[(self._places(),)](
+                q, k, beta, self.log_decay, self.sums, layout.plan, inverse, scores,
+                q_read, k_read, k_write, totals, layout.num_tokens, self.num_heads, layout.segments_per_row,
+                layout.num_documents, self.scale,
+                *q.stride()[:3], *k.stride()[:3], *beta.stride(), *self.log_decay.stride(),
+                K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, LEVELS=self._levels(),
+                PRECISION=precision, IS_PACKED=layout.is_packed, **cut.launch,
+            )  # fmt: skip
+            return Solved(inverse, scores, q_read, k_read, k_write, totals)
+        cut = delta_configs.solve(self.num_keys, self.dtype)
+        solve_kernel[(self._places(),)](
+            q, k, beta, self.log_decay, self.sums, layout.plan, inverse, scores,
+            *self._sizes(), layout.num_documents, self.scale,
+            *q.stride()[:3], *k.stride()[:3], *beta.stride(),
+            K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, DECAY=self.decay,
+            PRECISION=precision, IS_PACKED=layout.is_packed, **cut.launch,
+        )  # fmt: skip
+        return Solved(inverse, scores, q, k, k, inverse)
+
+    def forward(
+        self, solved: Solved, v: Tensor, beta: Tensor, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The memory before every chunk ``[S, H, K, V]``, e ``[L, H, V]``, and the final memory."""
+        layout, k_read, k_write = self.layout, solved.k_read, solved.k_write
+        states = self._empty(layout.num_segments, self.num_heads, self.num_keys, self.num_values)
+        errors, final = self._empty(*self._tokens(), self.num_values), self._new_final()
+        cut = delta_configs.forward_scan(self.num_keys, self.num_values, self.dtype)
+        forward_kernel[(layout.num_documents * self.num_heads * self._blocks_of_values(cut),)](
+            k_read, k_write, v, beta, self.log_decay, self.sums, solved.totals, solved.inverse,
+            layout.plan, layout.first_segment, v if initial is None else initial, final, states, errors,
+            *self._sizes(), *k_read.stride()[:3], *k_write.stride()[:3], *v.stride()[:3], *beta.stride(),
+            K_PER=self._sharing(k_read), **self._dims(), HAS_INITIAL=initial is not None, **cut.launch,
+        )  # fmt: skip
+        return states, errors, final
+
+    def output(self, solved: Solved, states: Tensor, errors: Tensor) -> Tensor:
+        """o, ``[B, T, H, V]``."""
+        layout, q_read = self.layout, solved.q_read
+        o = self._empty(*self._tokens(), self.num_values)
+        cut = delta_configs.output(self.num_keys, self.num_values, self.dtype)
+        output_kernel[(self._places() * self._blocks_of_values(cut),)](
+            q_read, self.log_decay, self.sums, layout.plan, solved.scores, states, errors, o,
+            *self._sizes(), layout.num_documents, self.scale, *q_read.stride()[:3],
+            K_PER=self._sharing(q_read), **self._dims(), **cut.launch,
+        )  # fmt: skip
+        return o
+
+    def backward(
+        self, solved: Solved, do: Tensor, beta: Tensor, d_final: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the memory after every chunk, of v, and of the initial memory."""
+        layout, q_read, k_read, k_write = self.layout, solved.q_read, solved.k_read, solved.k_write
+        d_states = self._empty(layout.num_segments, self.num_heads, self.num_keys, self.num_values)
+        dv, d_initial = self._empty(*self._tokens(), self.num_values), self._new_final()
+        cut = delta_configs.backward_scan(self.num_keys, self.num_values, self.dtype)
+        backward_kernel[(layout.num_documents * self.num_heads * self._blocks_of_values(cut),)](
+            q_read, k_read, k_write, do, beta, self.log_decay, self.sums, solved.totals, solved.inverse,
+            solved.scores, layout.plan, layout.first_segment, do if d_final is None else d_final, d_initial,
+            d_states, dv, *self._sizes(), self.scale, *q_read.stride()[:3], *k_read.stride()[:3],
+            *k_write.stride()[:3], *do.stride()[:3], *beta.stride(),
+            K_PER=self._sharing(k_read), **self._dims(), HAS_FINAL=d_final is not None, **cut.launch,
+        )  # fmt: skip
+        return d_states, dv, d_initial
+
+    def gradients(
+        self,
+        q: Tensor,
+        k: Tensor,
+        do: Tensor,
+        beta: Tensor,
+        solved: Solved,
+        errors: Tensor,
+        dv: Tensor,
+        states: Tensor,
+        d_states: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of q and k for every head ``[B, T, H, K]``, of beta and the decay; clears dv where no document is."""
+        layout, tokens = self.layout, self._tokens()
+        dq, dk = self._empty(*tokens, self.num_keys), self._empty(*tokens, self.num_keys)
+        cut = delta_configs.gradient(self.num_keys, self.num_values, self.dtype)
+        grid = (self._places() * triton.cdiv(self.num_keys, cut.keys),)
+        parts = triton.cdiv(self.num_keys, cut.keys), *tokens
+        d_beta = self._empty(*parts, dtype=torch.float32)
+        strides = *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], *beta.stride()
+        if self.decay == KEY_DECAY:
+            d_decay = self._empty(*tokens, self.num_keys, dtype=self.log_decay.dtype)
+            dims = self._dims()
+            del dims["DECAY"]
+            vector_gradient_kernel[grid](
+                q, k, do, beta, self.log_decay, self.sums, solved.totals, layout.plan, errors, dv,
+                states, d_states, dq, dk, d_decay, d_beta, *self._sizes(), layout.num_documents, self.scale,
+                *strides, *self.log_decay.stride(),
+                K_PER=self._sharing(k), LEVELS=self._levels(), **dims, **cut.launch,
+            )  # fmt: skip
+            return dq, dk, d_beta.sum(0), d_decay
+        d_decay = d_beta if self.decay == NO_DECAY else self._empty(*parts, dtype=torch.float32)
+        gradient_kernel[grid](
+            q, k, do, beta, self.log_decay, self.sums, layout.plan, errors, dv, states, d_states,
+            dq, dk, d_beta, d_decay, *self._sizes(), layout.num_documents, self.scale, *strides,
+            K_PER=self._sharing(k), **self._dims(), **cut.launch,
+        )  # fmt: skip
+        if self.decay == NO_DECAY:
+            return dq, dk, d_beta.sum(0), None
+        d_decay = d_decay.sum((0, 1, 2) if self.decay == HEAD_DECAY else 0)
+        return dq, dk, d_beta.sum(0), d_decay.to(self.log_decay.dtype)
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device=self.sums.device)
+
+    def _new_final(self) -> Tensor:
+        shape = self.layout.num_documents, self.num_heads, self.num_keys, self.num_values
+        return self._empty(*shape, dtype=torch.float32)
+
+    def _tokens(self) -> tuple[int, int, int]:
+        return self.layout.num_rows, self.layout.num_tokens, self.num_heads
+
+    def _places(self) -> int:
+        return self.layout.num_segments * self.num_heads
+
+    def _blocks_of_values(self, cut: delta_configs.Cut) -> int:
+        return triton.cdiv(self.num_values, cut.values)
+
+    def _sharing(self, k: Tensor) -> int:
+        return self.num_heads // k.shape[2]
+
+    def _levels(self) -> int:
+        return self.chunk.bit_length() - 1
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        layout = self.layout
+        return layout.num_tokens, layout.num_all, self.num_heads, layout.segments_per_row
+
+    def _dims(self) -> dict[str, Any]:
+        """What most kernels are compiled for."""
+        sizes = dict(DK=self.num_keys, DV=self.num_values, C=self.chunk)
+        return dict(**sizes, DECAY=self.decay, IS_PACKED=self.layout.is_packed)

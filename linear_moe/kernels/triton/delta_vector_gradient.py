@@ -1,0 +1,146 @@
+# mypy: allow-untyped-defs
+"""Gradients of q, k, beta and log_decay for a decay of its own for each row of the memory: all chunks at once.
+
+As delta_gradient.py, with y = scale * do e^T, x = dv e^T without any decay. At level l (diag_levels.py) tokens have
+one role each, f is what decays between them and the border, q' = f * q, k' = f * k, and y and x count for pairs of the
+level only:
+
+    reader   r = (y beta) k' for q, s = -(x beta) k' for k          writer   w = beta * (y^T q' - x^T k')
+    dq += f * r,   dk += f * (s + w),   d beta_j += k'_j . w_j / beta_j
+    d log a_t += sum of c_i over the tokens i whose f contains a_t,    c = q' * r + k' * (s + w)
+
+Readers and writers of one pair divide the decay between them at the border, so no term is added only to be taken away
+again. The memory adds, as for scalar decays, what reads it before the chunk (R) and is written to the one after (W).
+
+Letters: S chunks of all documents, H heads, C tokens in a chunk, DK and DV the dims of k and v, BK a block of DK, BV of
+DV, NK blocks of K, L tokens of all rows.
+"""
+
+import triton
+import triton.language as tl
+
+from linear_moe.kernels.triton.delta_gradient import clear_values, products_over_values
+from linear_moe.kernels.triton.delta_levels import level_pairs
+from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_over
+from linear_moe.kernels.triton.layout import segment_of
+
+
+@triton.jit
+def spread(table, level, x, dtype: tl.constexpr, LEVELS: tl.constexpr):
+    """[C, BK]: for token t the sum of x over the tokens whose ``level_sums`` contain t."""
+    high, low = halves(x, dtype)
+    return sum_over(table, LEVELS + 2 + level, high, low)
+
+
+@triton.jit
+def level_gradients(
+    table, b_q, b_k, high, low, b_oe, b_eo, b_ve, b_ev, b_beta, b_dq, b_dk, b_log, b_dbeta,
+    LEVELS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Adds to dq, dk, d log a [C, BK] and d beta [C] what comes from pairs of tokens of the chunk."""
+    dtype: tl.constexpr = b_oe.dtype
+    i_C = tl.arange(0, C)
+    nothing = tl.zeros([C, C], b_oe.dtype)
+    for level in range(0, LEVELS):
+        factor = tl.exp2(sum_over(table, level, high, low))
+        b_x, b_z = b_q * factor, b_k * factor
+        half_x, half_z = b_x.to(dtype), b_z.to(dtype)
+        reads = level_pairs(table, level, LEVELS, C)
+        # pairs of the transposed scores: tokens i write, tokens j read
+        p_pairs = table + (2 * (LEVELS + 2) + level) * (C * C) + i_C[:, None] * C + i_C[None, :]
+        writes = (tl.load(p_pairs) > 0) & (i_C[:, None] < i_C[None, :])
+        b_r = tl.dot(tl.where(reads, b_oe, nothing), half_z, input_precision="ieee")
+        b_s = tl.dot(tl.where(reads, b_ve, nothing), half_z, input_precision="ieee")
+        b_w = tl.dot(tl.where(writes, b_eo, nothing), half_x, input_precision="ieee")
+        b_w -= tl.dot(tl.where(writes, b_ev, nothing), half_z, input_precision="ieee")
+        b_dbeta += tl.sum(b_z * b_w, 1)
+        b_w = b_w * b_beta[:, None] - b_s
+        b_dq += factor * b_r
+        b_dk += factor * b_w
+        b_log += spread(table, level, b_x * b_r + b_z * b_w, dtype, LEVELS)
+    return b_dq, b_dk, b_log, b_dbeta
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+def vector_gradient_kernel(
+    q, k, do, beta, log_decay, table, totals, plan,
+    e, dv,  # [L, H, DV]
+    states, d_states,  # [S, H, DK, DV]
+    dq, dk, d_decay,  # [L, H, DK]
+    d_beta,  # [NK, L, H] float32
+    num_tokens, num_all, num_heads, chunks_per_row, num_documents, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, o_b, o_t, o_h, b_b, b_t, b_h, a_b, a_t, a_h, a_d,
+    K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: S * H * NK."""
+    NK: tl.constexpr = (DK + BK - 1) // BK
+    i_k = tl.program_id(0) % NK
+    head = (tl.program_id(0) // NK) % num_heads
+    chunk = tl.program_id(0) // NK // num_heads
+    row, start, length, left = segment_of(
+        plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
+    )
+    i_C, i_K = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
+    m_K = (i_K < DK) | (DK % BK == 0)
+    batch, at, token = row.to(tl.int64), start.to(tl.int64), row * num_tokens + start
+    g_t = tl.cast(num_heads, tl.int64) * DK
+    i_g = token.to(tl.int64) * g_t + head * DK + i_C[:, None] * g_t + i_K[None, :]
+    i_token = (i_k * tl.cast(num_all, tl.int64) + token + i_C) * num_heads + head
+    m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
+    if left > 0:
+        place = chunk.to(tl.int64) * num_heads + head
+        v_t = tl.cast(num_heads, tl.int64) * DV
+        of_v = token.to(tl.int64) * v_t + head * DV
+        do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
+        b_oe, b_eo, b_ve, b_ev, b_oS, b_vS, b_eS, through = products_over_values(
+            do, e + of_v, dv + of_v, states + place * (DK * DV), d_states + place * (DK * DV), o_t, v_t, left,
+            i_K, m_K, DV, BK, BV, C,
+        )  # fmt: skip
+        m_C = i_C < left
+        m_q = m_C[:, None] & m_K[None, :]
+        q += batch * q_b + at * q_t + (head // K_PER).to(tl.int64) * q_h
+        k += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
+        log_decay += batch * a_b + at * a_t + head.to(tl.int64) * a_h
+        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0).to(tl.float32)
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0).to(tl.float32)
+        p_beta = beta + batch * b_b + (at + i_C) * b_t + head.to(tl.int64) * b_h
+        b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
+        high, low = halves(
+            load_log_decay(log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d, m_q), e.dtype.element_ty
+        )
+
+        read = tl.exp2(sum_over(table, LEVELS, high, low))
+        b_dq = b_oS * read * scale
+        b_dk = b_vS * -read
+        b_R = b_q * b_dq + b_k * b_dk
+        b_log = spread(table, LEVELS, b_R, e.dtype.element_ty, LEVELS)
+        written = b_eS * tl.exp2(sum_over(table, LEVELS + 1, high, low))
+        b_dbeta = tl.sum(b_k * written, 1)
+        written = written * b_beta[:, None]
+        b_dk += written
+        b_log += spread(table, LEVELS + 1, b_k * written, e.dtype.element_ty, LEVELS)
+        total = tl.load(totals + place * DK + i_K, mask=m_K, other=0.0)
+        b_log += (total * through)[None, :]
+
+        own = tl.sum(tl.where(i_C[:, None] == i_C[None, :], b_oe, 0.0), 1) * scale
+        b_dbeta += own * tl.sum(b_q * b_k, 1)
+        b_dq += (own * b_beta)[:, None] * b_k
+        b_dk += (own * b_beta)[:, None] * b_q
+        b_oe = (b_oe * (b_beta * scale)[None, :]).to(e.dtype.element_ty)
+        b_ve = (b_ve * b_beta[None, :]).to(e.dtype.element_ty)
+        b_eo, b_ev = (b_eo * scale).to(e.dtype.element_ty), b_ev.to(e.dtype.element_ty)
+        b_dq, b_dk, b_log, b_dbeta = level_gradients(
+            table, b_q, b_k, high, low, b_oe, b_eo, b_ve, b_ev, b_beta, b_dq, b_dk, b_log, b_dbeta, LEVELS, C
+        )
+        tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
+        tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
+        tl.store(d_decay + i_g, b_log.to(d_decay.dtype.element_ty), mask=m_q)
+        tl.store(d_beta + i_token, b_dbeta, mask=m_C)
+    else:  # after the last document; unused chunks have no tokens
+        nothing = tl.zeros([C, BK], tl.float32)
+        tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
+        tl.store(dk + i_g, nothing.to(dk.dtype.element_ty), mask=m_g)
+        tl.store(d_decay + i_g, nothing.to(d_decay.dtype.element_ty), mask=m_g)
+        tl.store(d_beta + i_token, tl.zeros([C], tl.float32), mask=m_token)
+        clear_values(dv, token, head, num_heads, (i_k == 0) * length, DV, BV, C)
