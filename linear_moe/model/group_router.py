@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from linear_moe.model.router import Router
 
-class GroupLimitedRouter(TopKRouter):
+
+class GroupLimitedRouter(Router):
     """Megatron's router with DeepSeek-V2's choice of groups.
 
     Raises:

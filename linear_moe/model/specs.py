@@ -31,6 +31,7 @@ from linear_moe.model.latent_attention import LatentAttention
 from linear_moe.model.local_dispatcher import MoE
 from linear_moe.model.mixer_layer import MixerLayer
 from linear_moe.model.pattern import SOFTMAX
+from linear_moe.model.router import Router
 from linear_moe.model.softmax_attention import SoftmaxAttention
 
 
@@ -83,8 +84,8 @@ def layer_spec(config: LinearMoEConfig, backend: BackendSpecProvider, kind: str,
     )
     if is_moe:
         mlp = partial(MoE, **mlp.keywords)
-        if config.moe_router_group_topk is not None:
-            mlp.keywords["submodules"].router = GroupLimitedRouter
+        is_grouped = config.moe_router_group_topk is not None
+        mlp.keywords["submodules"].router = GroupLimitedRouter if is_grouped else Router
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

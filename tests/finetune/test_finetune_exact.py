@@ -125,3 +125,19 @@ def test_padding_is_no_load_of_experts(data: Data):
     assert len(expected) == 2 and expected[0] != pytest.approx(1, rel=1e-3)
     for name, losses in found.items():
         assert losses == pytest.approx(expected, rel=1e-5), name
+
+
+def test_padding_leaves_the_balance_its_weight_in_every_layout(data: Data):
+    """Gradients, those of the balance included, of sequences that are mostly padding: as in one process."""
+    options = ["--no-instruction-packing", "--moe-aux-loss-coeff", "0.1"]
+    options += ["--seq-length", "96", "--max-position-embeddings", "96"]
+    found = {}
+    for layout in ("one process", "cp2", "tp2-sp"):
+        world, flags = LAYOUTS.get(layout, (1, []))
+        batch = data.samples.report.samples
+        _, found[layout] = data.step(f"balance {layout}", world, *flags, *options, batch=batch)
+    expected = found.pop("one process")
+    for layout, change in found.items():
+        errors = {key: relative_error(change[key], expected[key]) for key in expected}
+        wrong = [f"{key}: {error:.1e}" for key, error in errors.items() if not error <= 2e-6]
+        assert not wrong, f"{layout}: {wrong}"
