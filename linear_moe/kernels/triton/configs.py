@@ -1,8 +1,9 @@
 """Block sizes, warps and pipeline depth of the fused kernels, by rule: nothing is timed at run time.
 
-Not measured on a device yet. The reasons so far: S of BK x BV float32 must fit the registers (128 x 64 on 4 warps is
-64 registers a thread), two stages of the tiles of a chunk must fit shared memory (227 KiB on sm_90), twice where two
-programs are to share a multiprocessor, and wgmma wants at least 64 rows for 4 warps.
+Not measured on a device yet. The reasons so far: benchmarks/compile_check.py finds every one of them free of spills on
+sm_90 and inside its shared memory (227 KiB), twice inside where two programs are to share a multiprocessor; wgmma wants
+at least 64 rows for 4 warps; and the fewer blocks of columns, the less often q and k are read and multiplied.
+docs/kernels.md has the table, ``benchmarks/kernels.py --sweep`` tries the neighbours on a device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import triton
 class Blocks:
     """How one kernel is cut; letters as in diag_scan.py."""
 
-    chunk: int
     keys: int
     """BK, the whole of DK."""
     values: int
@@ -42,13 +42,36 @@ PROGRAMS_PER_PROCESSOR = 2
 
 
 def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
-    """For q and k of width ``num_keys`` and v of width ``num_values``, in the sense of diag_scan.py."""
+    """For states.py, and for diag_scan.py without a decay; q and k of width ``num_keys`` and v of ``num_values``."""
+    if dtype.itemsize == 4:  # no tensor cores: a product keeps rows of both factors in registers
+        return _blocks(num_keys, num_values, 16, 8 if num_keys <= 128 else 16, 1)
+    return _blocks(num_keys, num_values, *((64, 4, 2) if num_keys <= 128 else (32, 8, 2)))
+
+
+def scan_blocks(
+    num_keys: int, num_values: int, dtype: torch.dtype, has_decay: bool, has_gradient: bool
+) -> Blocks:
+    """For a run of diag_scan.py; ``has_gradient``: with the sums for the gradient of the decay."""
+    if dtype.itemsize == 4 or not has_decay:
+        return blocks(num_keys, num_values, dtype)
+    if num_keys <= 64:
+        return _blocks(num_keys, num_values, *((32, 4, 3) if has_gradient else (64, 4, 2)))
+    if num_keys <= 128:
+        return _blocks(num_keys, num_values, 32 if has_gradient else 64, 8, 2)
+    return _blocks(num_keys, num_values, 16, 8, 1 if has_gradient else 2)
+
+
+def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
+    """For diag_vector_scan.py."""
+    if dtype.itemsize == 4:
+        return blocks(num_keys, num_values, dtype)
+    return _blocks(num_keys, num_values, 64, 4 if num_keys <= 128 else 8, 2)
+
+
+def _blocks(num_keys: int, num_values: int, values: int, num_warps: int, num_stages: int) -> Blocks:
     keys = max(16, triton.next_power_of_2(num_keys))
     widest = max(16, triton.next_power_of_2(num_values))
-    if dtype.itemsize == 2:
-        num_warps, num_stages = (4, 3) if keys <= 64 else (4, 2) if keys == 128 else (8, 2)
-        return Blocks(chunk_size(dtype), keys, min(64, widest), num_warps, num_stages)
-    return Blocks(chunk_size(dtype), keys, min(32, widest), 8, 1)  # no tensor cores: registers are short
+    return Blocks(keys, min(values, widest), num_warps, num_stages)
 
 
 @dataclass(frozen=True)
@@ -61,11 +84,6 @@ class Columns:
     num_stages: int
 
 
-def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
-    """For diag_vector_scan.py: as :func:`blocks`, with one more tile of C x C to load."""
-    return blocks(num_keys, num_values, dtype)
-
-
 def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
     """For diag_levels.py."""
     widest = max(16, triton.next_power_of_2(width))
@@ -74,8 +92,12 @@ def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
 
 def combine_blocks(width: int, dtype: torch.dtype) -> Columns:
     """For diag_combine.py."""
-    widest = max(16, triton.next_power_of_2(width))
-    return Columns(min(64 if dtype.itemsize == 2 else 32, widest), 8, 1)
+    return Columns(min(32, max(16, triton.next_power_of_2(width))), 4, 1)
+
+
+def diag_chunk_size(dtype: torch.dtype) -> int:
+    """Of the scan with diagonal decay; the same in every run of one call: sums of log decays start with a chunk."""
+    return chunk_size(dtype) if dtype.itemsize == 2 else 16
 
 
 def chunk_size(dtype: torch.dtype) -> int:

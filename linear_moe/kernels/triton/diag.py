@@ -93,7 +93,7 @@ class _DiagDecay(torch.autograd.Function):
         d_final = None if d_final is None else d_final.contiguous()
         after, d_state = scan.states_between(q, do, d_final, reverse=True)
 
-        parts = scan.new_parts(k) if needs_decay else None
+        parts = scan.new_parts(k, v) if needs_decay else None
         dq: Tensor | None = None
         dk: Tensor | None = None
         dv: Tensor | None = None
@@ -143,7 +143,7 @@ class _Scan:
         cls, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float
     ) -> _Scan:
         rows, num_tokens, num_heads, num_values = v.shape
-        chunk = configs.chunk_size(v.dtype)
+        chunk = configs.diag_chunk_size(v.dtype)
         blocks = triton.cdiv(num_values, configs.blocks(k.shape[-1], num_values, v.dtype).values)
         processors = configs.num_processors(v.device)
         size = configs.segment_size(rows, num_tokens, num_heads, blocks, chunk, processors)
@@ -181,7 +181,7 @@ class _Scan:
         grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
         local_state_kernel[grid](
             k, v, self.log_decay, self.sums, layout.plan, states, totals, *self._sizes(), self.scale,
-            *k.stride()[:3], *v.stride()[:3],
+            k.stride(0), k.stride(2), v.stride(0), v.stride(2), k.stride(1), v.stride(1),
             K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
             DK=num_keys, DV=num_values, BK=cut.keys, BV=cut.values, C=self.chunk,
             DECAY=self.decay, REVERSE=reverse, IS_PACKED=layout.is_packed,
@@ -215,7 +215,7 @@ class _Scan:
         """Fill ``o`` (and ``final``, ``saved``, ``parts``): one row of the table in diag_scan.py."""
         layout, num_heads = self.layout, self.num_heads
         num_keys, num_values = k.shape[-1], v.shape[-1]
-        cut = configs.blocks(num_keys, num_values, v.dtype)
+        cut = configs.scan_blocks(num_keys, num_values, v.dtype, self.decay != NO_DECAY, parts is not None)
         stores_final = final is not None and not layout.is_split
         role = WITHOUT_GRADIENT if parts is None else WRITES if reverse else READS
         x = v if x is None else x
@@ -229,10 +229,11 @@ class _Scan:
             v if parts is None else parts.write if reverse else parts.read,
             v if parts is None else parts.through,
             *self._sizes(), layout.num_segments, self.scale,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *x.stride()[:3],
-            *((1, num_keys) if is_transposed else (num_values, 1)),
+            *(n for y in (q, k, v, o, x) for n in (y.stride(0), y.stride(2))),
+            *(y.stride(1) for y in (q, k, v, o, x)),
             Q_PER=num_heads // q.shape[2], K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
             DK=num_keys, DV=num_values, BK=cut.keys, BV=cut.values, C=self.chunk,
+            S_K=1 if is_transposed else num_values, S_V=num_keys if is_transposed else 1,
             DECAY=self.decay, REVERSE=reverse, GRADIENT=role, EVERY=self._every(), G=self._groups(),
             HAS_BEFORE=before is not None, STORE_FINAL=stores_final, STORE_SAVED=saves,
             IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
@@ -260,10 +261,11 @@ class _Scan:
         shape = self.layout.num_segments, self._groups(), self.num_heads, k.shape[-1], v.shape[-1]
         return torch.empty(shape, dtype=v.dtype, device=v.device)
 
-    def new_parts(self, k: Tensor) -> _Parts:
+    def new_parts(self, k: Tensor, v: Tensor) -> _Parts:
         """Room for the parts of the gradient of the decay; the runs of dq and dk have columns of K."""
-        layout, num_keys = self.layout, k.shape[-1]
-        blocks = triton.cdiv(num_keys, configs.blocks(num_keys, num_keys, k.dtype).values)
+        layout, num_keys, num_values = self.layout, k.shape[-1], v.shape[-1]
+        cut = configs.scan_blocks(num_values, num_keys, k.dtype, True, True)
+        blocks = triton.cdiv(num_keys, cut.values)
         pair, read, write = torch.empty(
             3, blocks, self.num_heads, layout.num_all, dtype=torch.float32, device=k.device
         )

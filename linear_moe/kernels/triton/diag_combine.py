@@ -19,21 +19,17 @@ Letters: as in diag_levels.py, G groups of ``EVERY`` chunks.
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.diag_levels import load_log_decay, next_level
+from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, load_roles, sum_over
 from linear_moe.kernels.triton.layout import chunk_slot, segment_of
 
 
 @triton.jit
-def across(differ, i_C, LEVEL: tl.constexpr, READ_FIRST: tl.constexpr):
-    """[t, i]: whether the sum of log decays of token i on this level contains token t."""
-    is_same_half = (differ >> LEVEL) == 0
-    is_reader = ((i_C >> LEVEL) & 1)[None, :] == 1
-    if READ_FIRST:
-        by_reader = i_C[None, :] > i_C[:, None]
-    else:
-        by_reader = i_C[None, :] >= i_C[:, None]
-    by_writer = i_C[None, :] < i_C[:, None]
-    return is_same_half & ((is_reader & by_reader) | (~is_reader & by_writer))
+def add_across(b_log, sums, level, product):
+    """Add to the gradient of log2 a of each token the products of all tokens whose sum contains it."""
+    C: tl.constexpr = product.shape[0]
+    i_C = tl.arange(0, C)
+    b_sums = tl.load(sums + level * (C * C) + i_C[:, None] * C + i_C[None, :])
+    return tl.dot(b_sums, product, b_log, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
@@ -46,9 +42,11 @@ def combine_kernel(
     dx, dy,  # [L, H, D]
     d_log,  # [L, H, D] float32
     d_bonus,  # [G, H, D] float32
+    sums,  # level_sums
     plan,
-    num_tokens, num_heads, segment_size, segments_per_row, num_documents, groups_per_segment, scale,
-    x_b, x_t, x_h, y_b, y_t, y_h, a_b, a_t, a_h, a_d,
+    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, groups_per_segment, scale,
+    x_b, x_h, y_b, y_h, a_b, a_h,
+    x_t: tl.constexpr, y_t: tl.constexpr, a_t: tl.constexpr, a_d: tl.constexpr,
     X_PER: tl.constexpr, Y_PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, EVERY: tl.constexpr, FORWARD: tl.constexpr, HAS_DECAY_GRADIENT: tl.constexpr,
     HAS_BONUS: tl.constexpr, IS_PACKED: tl.constexpr,
@@ -67,7 +65,6 @@ def combine_kernel(
     log_decay += row * a_b + first * a_t + head.to(tl.int64) * a_h
     i_C, i_D = tl.arange(0, C), tl.program_id(2) * BD + tl.arange(0, BD)
     m_D = i_D < D
-    differ = i_C[:, None] ^ i_C[None, :]
 
     last_chunk = tl.cdiv(length, C) - 1 - group * EVERY
     of_group = (chunk_slot(token, segment, group, C * EVERY) * num_heads + head) * D + i_D
@@ -78,72 +75,78 @@ def combine_kernel(
     if HAS_BONUS:
         b_u = tl.load(bonus + head * D + i_D, mask=m_D, other=0.0)
 
+    sums_T, is_level = sums + (LEVELS + 2) * C * C, sums + 2 * (LEVELS + 2) * C * C
     for step in range(0, tl.minimum(last_chunk + 1, EVERY)):
-        past = ((last_chunk - step) * C).to(tl.int64)
+        past = (last_chunk - step) * C
         left = readable - past
         mask = (i_C[:, None] < left) & m_D[None, :]
         of_chunk = (token + past) * num_heads + head
-        p_D = of_chunk * D + i_C[:, None].to(tl.int64) * num_heads * D + i_D[None, :]
+        i_tile = i_C[:, None] * (num_heads * D) + i_D[None, :]
         m_store = (i_C[:, None] < length - past) & m_D[None, :]
-        p_a = log_decay + past * a_t + i_C[:, None].to(tl.int64) * a_t + i_D[None, :] * a_d
-        b_a = load_log_decay(p_a, mask)  # [C, BD]
-        b_x = tl.zeros([C, BD], y.dtype.element_ty)
-        if not FORWARD:
-            b_x = tl.load(x + past * x_t + i_C[:, None] * x_t + i_D[None, :], mask=mask, other=0.0)
-        b_y = tl.load(y + past * y_t + i_C[:, None] * y_t + i_D[None, :], mask=mask, other=0.0)
-        later, earlier = tl.maximum(i_C[:, None], i_C[None, :]), tl.minimum(i_C[:, None], i_C[None, :])
-        p_pairs = pairs + of_chunk * C + later.to(tl.int64) * num_heads * C + earlier
-        b_pairs = tl.load(p_pairs, mask=later < left, other=0.0).to(tl.float32) * scale  # [C, C], symmetric
-        own = tl.sum(tl.where(differ == 0, b_pairs, 0.0), 1)[:, None]
-        b_pairs = b_pairs.to(b_y.dtype)
+        x_chunk, y_chunk = x + past.to(tl.int64) * x_t, y + past.to(tl.int64) * y_t
+        p_a = log_decay + past.to(tl.int64) * a_t + i_C[:, None] * a_t + i_D[None, :] * a_d
+        high, low = halves(load_log_decay(p_a, mask), dx.dtype.element_ty)  # [C, BD]
+        p_pairs = pairs + of_chunk * C + i_C[:, None] * (num_heads * C) + i_C[None, :]
+        b_pairs = tl.load(p_pairs, mask=i_C[:, None] < left, other=0.0).to(tl.float32) * scale  # [C, C]
+        b_pairs = tl.where(i_C[:, None] > i_C[None, :], b_pairs, 0.0).to(dx.dtype.element_ty)
+        b_pairs += tl.trans(b_pairs)
 
-        # a token with itself does not decay
-        b_dx, b_dy = own * b_y.to(tl.float32), own * b_x.to(tl.float32)
-        if HAS_BONUS:
-            b_du += tl.sum(b_dx * b_x.to(tl.float32), 0)
-            b_dx, b_dy = b_dx * b_u[None, :], b_dy * b_u[None, :]
-
-        before, after = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
-        b_log = tl.zeros([C, BD], tl.float32) + b_through[None, :]
-        for level in tl.static_range(LEVELS):
-            is_reader = ((i_C >> level) & 1)[:, None] == 1
-            read = before if HAS_BONUS else before + b_a
-            factor = tl.exp2(tl.where(is_reader, read, after))
-            b_z = (tl.where(is_reader, b_x, b_y).to(tl.float32) * factor).to(b_y.dtype)
-            of_level = tl.where((differ >> level) == 1, b_pairs, 0.0)
+        b_dx, b_dy = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
+        b_log = tl.zeros([C, BD], tl.float32)
+        half = 1
+        for level in range(LEVELS):
+            b_factor = tl.exp2(sum_over(sums, level, high, low))
+            b_z = load_roles(x_chunk, y_chunk, x_t, y_t, i_D, half, left, m_D, C)
+            b_z = (b_z.to(tl.float32) * b_factor).to(dx.dtype.element_ty)
+            of_level = b_pairs * tl.load(is_level + level * C * C + i_C[:, None] * C + i_C[None, :])
             b_dz = tl.dot(of_level, b_z, input_precision="ieee")  # [C, BD]
             if HAS_DECAY_GRADIENT:
-                b_across = across(differ, i_C, level, HAS_BONUS).to(b_y.dtype)
-                b_product = (b_z.to(tl.float32) * b_dz).to(b_y.dtype)
-                b_log = tl.dot(b_across, b_product, b_log, input_precision="ieee")
-            b_dz *= factor
+                b_log = add_across(b_log, sums_T, level, (b_z.to(tl.float32) * b_dz).to(dx.dtype.element_ty))
+            b_dz *= b_factor
+            is_reader = (i_C & half)[:, None] != 0
             b_dx = tl.where(is_reader, b_dx + b_dz, b_dx)
             b_dy = tl.where(is_reader, b_dy, b_dy + b_dz)
-            before, after = next_level(before, after, b_a, level)
+            half *= 2
 
-        factor = tl.exp2(before if HAS_BONUS else before + b_a) * scale
-        b_scaled = tl.load(scaled_dx + p_D, mask=mask, other=0.0).to(tl.float32) * factor
-        b_dx += b_scaled
-        tl.store(dx + p_D, b_dx.to(dx.dtype.element_ty), mask=m_store)
+        # a token with itself does not decay; tiles are read again, since registers are short
+        p_own = pairs + of_chunk * C + i_C * (num_heads * C + 1)
+        own = (tl.load(p_own, mask=i_C < left, other=0.0).to(tl.float32) * scale)[:, None]
+        b_scaled = tl.load(scaled_dx + of_chunk * D + i_tile, mask=mask, other=0.0).to(tl.float32)
+        b_scaled *= tl.exp2(sum_over(sums, LEVELS, high, low)) * scale
+        b_own = own * tl.load(y_chunk + i_C[:, None] * y_t + i_D[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        if HAS_BONUS:
+            b_own *= b_u[None, :]
+        b_dx += b_own
+        tl.store(dx + of_chunk * D + i_tile, (b_dx + b_scaled).to(dx.dtype.element_ty), mask=m_store)
         if not FORWARD:
-            b_reads = b_scaled * b_x.to(tl.float32)
-            b_scaled = tl.load(scaled_dy + p_D, mask=mask, other=0.0).to(tl.float32) * tl.exp2(after)
-            b_dy += b_scaled
-            tl.store(dy + p_D, b_dy.to(dy.dtype.element_ty), mask=m_store)
+            b_x = tl.load(x_chunk + i_C[:, None] * x_t + i_D[None, :], mask=mask, other=0.0).to(tl.float32)
+            b_scaled *= b_x
+            read = tl.sum(b_scaled, 0)
             if HAS_DECAY_GRADIENT:
-                b_writes = b_scaled * b_y.to(tl.float32)
+                b_log = add_across(b_log, sums_T, LEVELS, b_scaled.to(dx.dtype.element_ty))
+            b_own = own * b_x
+            if HAS_BONUS:
+                b_y = tl.load(y_chunk + i_C[:, None] * y_t + i_D[None, :], mask=mask, other=0.0).to(
+                    tl.float32
+                )
+                b_du += tl.sum(b_own * b_y, 0)
+                b_own *= b_u[None, :]
+            b_dy += b_own
+            b_scaled = tl.load(scaled_dy + of_chunk * D + i_tile, mask=mask, other=0.0).to(tl.float32)
+            b_scaled *= tl.exp2(sum_over(sums, LEVELS + 1, high, low))
+            tl.store(dy + of_chunk * D + i_tile, (b_dy + b_scaled).to(dy.dtype.element_ty), mask=m_store)
+            if HAS_DECAY_GRADIENT:
+                p_y = y_chunk + i_C[:, None] * y_t + i_D[None, :]
+                b_scaled *= tl.load(p_y, mask=mask, other=0.0).to(tl.float32)
                 if step > 0:
-                    passed = tl.sum(b_writes, 0)
-                    b_through -= passed
-                    b_log -= passed[None, :]
-                if HAS_BONUS:
-                    readers = i_C[None, :] > i_C[:, None]
-                else:
-                    readers = i_C[None, :] >= i_C[:, None]
-                b_log = tl.dot(readers.to(b_y.dtype), b_reads.to(b_y.dtype), b_log, input_precision="ieee")
-                writers = (i_C[None, :] < i_C[:, None]).to(b_y.dtype)
-                b_log = tl.dot(writers, b_writes.to(b_y.dtype), b_log, input_precision="ieee")
-                tl.store(d_log + p_D, tl.where(mask, b_log, 0.0), mask=m_store)
-                b_through += tl.sum(b_reads, 0)
+                    b_through -= tl.sum(b_scaled, 0)
+                b_log = (
+                    add_across(b_log, sums_T, LEVELS + 1, b_scaled.to(dx.dtype.element_ty))
+                    + b_through[None, :]
+                )
+                tl.store(d_log + of_chunk * D + i_tile, tl.where(mask, b_log, 0.0), mask=m_store)
+                b_through += read
     if HAS_BONUS:
         tl.store(d_bonus + of_group, b_du, mask=m_D & (last_chunk >= 0))

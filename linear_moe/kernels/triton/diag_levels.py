@@ -11,33 +11,61 @@ At one level every token has one role, so that one tile holds readers and writer
 
     z_t = x_t 2^before_t  or  y_t 2^after_t          scores = z z^T, kept where the highest differing bit is l
 
-``before`` sums log2 a from the start of the token's block of 2^l tokens up to the token, ``after`` from the next token
-to the end of the block. From level to level both grow by sums over the sibling block, nothing is ever subtracted, and
-at the last level they are what the chunk reads from the memory before it and leaves behind.
-
-A secondary chunk of 16 tokens (arXiv:2312.06635, section 4.3) needs 16 x 16 x K exponentials on its diagonal; this
-needs C x K for each of log2 C levels, and the tensor cores for all of the rest.
+``before`` sums log2 a from the start of the token's block of 2^l tokens up to the token (exclusive of it, where a token
+reads before the memory decays), ``after`` from the next token to the end of the block. Both are products with matrices
+of 0 and 1 (``level_sums``), of two rounded parts of log2 a in half precision: sums of non-positive numbers, nothing is
+ever subtracted. So the tensor cores do all but C x K exponentials for each of log2 C levels. A secondary chunk of 16
+tokens (arXiv:2312.06635, section 4.3) needs 16 x 16 x K of them for each of its diagonal blocks, 2.7 times as many in
+all, and no tensor core can take part there.
 
 Letters: C tokens in a chunk, D width of x and y, BD a block of it, H heads, L tokens of all rows, M chunks
 (``chunk_slot``). ``X_PER`` heads of the scan share one head of x.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from linear_moe.kernels.triton.decay_sums import LOG2_E, LOG_FORGET
 from linear_moe.kernels.triton.layout import chunk_slot, segment_of
 
 
+@cache
+def level_sums(chunk: int, reads_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[3, LEVELS + 2, C, C]`` of 0 and 1; first [i, t]: whether the sum of token i contains log2 a of token t.
+
+    One entry for each level; then what token i reads of the memory before the chunk, and what is left of its write at
+    the end of the chunk. Second the same transposed. Third, for each level, which pairs of tokens are of it.
+    """
+    i, t = torch.arange(chunk, device=device)[:, None], torch.arange(chunk, device=device)[None, :]
+    up_to = t < i if reads_first else t <= i
+    levels = range(chunk.bit_length() - 1)
+    sums = [((i ^ t) < 2**n) & torch.where((i & 2**n) != 0, up_to, t > i) for n in levels]
+    table = torch.stack([*sums, up_to, t > i])
+    is_level = torch.stack([((i ^ t) >= 2**n) & ((i ^ t) < 2 ** (n + 1)) for n in (*levels, 62, 62)])
+    return torch.stack([table, table.mT, is_level]).to(dtype).contiguous()
+
+
 @triton.jit
-def next_level(before, after, log_a, LEVEL: tl.constexpr):
-    """``before`` (exclusive of the token) and ``after`` for blocks twice as large."""
-    i_C = tl.arange(0, before.shape[0])
-    sibling_end = (((i_C >> LEVEL) ^ 1) << LEVEL) | ((1 << LEVEL) - 1)
-    index = tl.broadcast_to(sibling_end[:, None], before.shape[0], before.shape[1])
-    of_sibling = tl.gather(before + log_a, index, 0)  # the sum over the whole block, at its last token
-    is_reader = ((i_C >> LEVEL) & 1)[:, None] == 1
-    return tl.where(is_reader, before + of_sibling, before), tl.where(is_reader, after, after + of_sibling)
+def halves(x, dtype: tl.constexpr):
+    """Two parts of ``x`` for products in half precision; in single, the first is all of it."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def sum_over(sums, level, high, low):
+    """[C, BD]: sums of log2 a by one of ``level_sums``."""
+    C: tl.constexpr = high.shape[0]
+    i_C = tl.arange(0, C)
+    b_sums = tl.load(sums + level * (C * C) + i_C[:, None] * C + i_C[None, :])
+    b_sum = tl.dot(b_sums, high, input_precision="ieee")
+    if high.dtype != tl.float32:
+        b_sum = tl.dot(b_sums, low, b_sum, input_precision="ieee")
+    return b_sum
 
 
 @triton.jit
@@ -47,6 +75,14 @@ def load_log_decay(p_a, mask):
     return tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
 
 
+@triton.jit
+def load_roles(x, y, x_t, y_t, i_D, half, left, m_D, C: tl.constexpr):
+    """[C, BD]: x of the readers and y of the writers of a level."""
+    i_C = tl.arange(0, C)
+    p_z = tl.where((i_C & half) != 0, x + i_C * x_t, y + i_C * y_t)
+    return tl.load(p_z[:, None] + i_D[None, :], mask=(i_C[:, None] < left) & m_D[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
 def scale_kernel(
     x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
@@ -54,9 +90,11 @@ def scale_kernel(
     scaled_x, scaled_y,  # [L, H, D]: what reads the memory before the chunk, what is written to the memory after it
     pairs,  # [L, H, C]: what each token takes from the tokens of its chunk
     totals,  # [M, H, D] float32: log2 of what the chunk keeps
+    sums,  # level_sums
     plan,
-    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, chunks_per_segment, scale,
-    x_b, x_t, x_h, y_b, y_t, y_h, a_b, a_t, a_h, a_d,
+    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, chunks_per_segment, scale,
+    x_b, x_h, y_b, y_h, a_b, a_h,
+    x_t: tl.constexpr, y_t: tl.constexpr, a_t: tl.constexpr, a_d: tl.constexpr,
     X_PER: tl.constexpr, Y_PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, HAS_X: tl.constexpr, HAS_BONUS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -67,8 +105,9 @@ def scale_kernel(
     row, start, length, readable = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
+    row, start = row.to(tl.int64), start.to(tl.int64)
     if chunk * C < length:
-        row, first = row.to(tl.int64), start.to(tl.int64) + chunk * C
+        first = start + chunk * C
         token = row * num_tokens + start
         slot = chunk_slot(token, segment, chunk, C)
         left = readable - chunk * C
@@ -77,40 +116,40 @@ def scale_kernel(
         log_decay += row * a_b + first * a_t + head.to(tl.int64) * a_h
         of_chunk = (token + chunk * C) * num_heads + head
         i_C = tl.arange(0, C)
-        differ = i_C[:, None] ^ i_C[None, :]
         b_pairs = tl.zeros([C, C], tl.float32)
         for block in range(0, D, BD):
             i_D = block + tl.arange(0, BD)
-            mask = (i_C[:, None] < left) & (i_D[None, :] < D)
-            p_a = log_decay + i_C[:, None].to(tl.int64) * a_t + i_D[None, :] * a_d
-            b_a = load_log_decay(p_a, mask)  # [C, BD]
-            b_y = tl.load(y + i_C[:, None] * y_t + i_D[None, :], mask=mask, other=0.0)
-            before, after = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
+            m_D = i_D < D
+            mask = (i_C[:, None] < left) & m_D[None, :]
+            b_a = load_log_decay(log_decay + i_C[:, None] * a_t + i_D[None, :] * a_d, mask)  # [C, BD]
+            tl.store(totals + (slot * num_heads + head) * D + i_D, tl.sum(b_a, 0), mask=m_D)
+            high, low = halves(b_a, scaled_y.dtype.element_ty)
             if HAS_X:
-                b_x = tl.load(x + i_C[:, None] * x_t + i_D[None, :], mask=mask, other=0.0)
-                own = b_x.to(tl.float32) * b_y.to(tl.float32)
-                if HAS_BONUS:
-                    own *= tl.load(bonus + head * D + i_D, mask=i_D < D, other=0.0)[None, :]
-                own_score = tl.sum(own, 1)
-                b_pairs = tl.where(differ == 0, b_pairs + own_score[:, None], b_pairs)
-            for level in tl.static_range(LEVELS):
-                if HAS_X:
-                    is_reader = ((i_C >> level) & 1)[:, None] == 1
-                    read = before if HAS_BONUS else before + b_a
-                    factor = tl.exp2(tl.where(is_reader, read, after))
-                    b_z = (tl.where(is_reader, b_x, b_y).to(tl.float32) * factor).to(b_y.dtype)
+                half = 1
+                for level in range(LEVELS):
+                    b_factor = tl.exp2(sum_over(sums, level, high, low))
+                    b_z = load_roles(x, y, x_t, y_t, i_D, half, left, m_D, C)
+                    b_z = (b_z.to(tl.float32) * b_factor).to(scaled_y.dtype.element_ty)
                     b_level = tl.dot(b_z, tl.trans(b_z), input_precision="ieee")  # [C, C]
-                    is_level = ((differ >> level) == 1) & (i_C[:, None] > i_C[None, :])
-                    b_pairs = tl.where(is_level, b_pairs + b_level, b_pairs)
-                before, after = next_level(before, after, b_a, level)
-            p_D = of_chunk * D + i_C[:, None].to(tl.int64) * num_heads * D + i_D[None, :]
+                    is_level = tl.load(
+                        sums + (2 * (LEVELS + 2) + level) * C * C + i_C[:, None] * C + i_C[None, :]
+                    )
+                    b_pairs += b_level * is_level
+                    half *= 2
+            p_D = i_C[:, None] * (num_heads * D) + i_D[None, :]
+            b_y = tl.load(y + i_C[:, None] * y_t + i_D[None, :], mask=mask, other=0.0).to(tl.float32)
             if HAS_X:
-                read = before if HAS_BONUS else before + b_a
-                b_scaled = b_x.to(tl.float32) * (tl.exp2(read) * scale)
-                tl.store(scaled_x + p_D, b_scaled.to(scaled_x.dtype.element_ty), mask=mask)
-            b_scaled = b_y.to(tl.float32) * tl.exp2(after)
-            tl.store(scaled_y + p_D, b_scaled.to(scaled_y.dtype.element_ty), mask=mask)
-            tl.store(totals + (slot * num_heads + head) * D + i_D, tl.sum(b_a, 0), mask=i_D < D)
+                b_x = tl.load(x + i_C[:, None] * x_t + i_D[None, :], mask=mask, other=0.0).to(tl.float32)
+                own = b_x * b_y
+                if HAS_BONUS:
+                    own *= tl.load(bonus + head * D + i_D, mask=m_D, other=0.0)[None, :]
+                own = tl.sum(own, 1)
+                b_pairs = tl.where(i_C[:, None] == i_C[None, :], b_pairs + own[:, None], b_pairs)
+                b_scaled = b_x * (tl.exp2(sum_over(sums, LEVELS, high, low)) * scale)
+                tl.store(scaled_x + of_chunk * D + p_D, b_scaled.to(scaled_x.dtype.element_ty), mask=mask)
+            b_scaled = b_y * tl.exp2(sum_over(sums, LEVELS + 1, high, low))
+            tl.store(scaled_y + of_chunk * D + p_D, b_scaled.to(scaled_y.dtype.element_ty), mask=mask)
         if HAS_X:
-            p_pairs = pairs + of_chunk * C + i_C[:, None].to(tl.int64) * num_heads * C + i_C[None, :]
-            tl.store(p_pairs, (b_pairs * scale).to(pairs.dtype.element_ty), mask=i_C[:, None] < left)
+            b_pairs = tl.where(i_C[:, None] >= i_C[None, :], b_pairs * scale, 0.0)
+            p_pairs = pairs + of_chunk * C + i_C[:, None] * (num_heads * C) + i_C[None, :]
+            tl.store(p_pairs, b_pairs.to(pairs.dtype.element_ty), mask=i_C[:, None] < left)

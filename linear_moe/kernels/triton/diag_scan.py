@@ -34,12 +34,15 @@ from linear_moe.kernels.triton.layout import segment_of
 
 
 @triton.jit
-def chunk_factors(high, low, last_high, last_low, scale, REVERSE: tl.constexpr):
+def chunk_factors(
+    high, low, last_high, last_low, scale, REVERSE: tl.constexpr, HAS_LOW: tl.constexpr = True
+):  # fmt: skip
     """read [C], write [C] and pair [C, C] of one chunk; pair of the wrong order is 0, masked before exp2."""
     i_C = tl.arange(0, high.shape[0])
-    to_end = tl.exp2((last_high - high) + (last_low - low))
-    from_start = tl.exp2(high + low)
-    span = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    to_end, from_start, span = last_high - high, high, high[:, None] - high[None, :]
+    if HAS_LOW:
+        to_end, from_start, span = to_end + (last_low - low), high + low, span + (low[:, None] - low[None, :])
+    to_end, from_start = tl.exp2(to_end), tl.exp2(from_start)
     if REVERSE:
         read, write = to_end, from_start * scale
         pair = tl.exp2(tl.where(i_C[:, None] <= i_C[None, :], -span, float("-inf"))) * scale
@@ -52,20 +55,23 @@ def chunk_factors(high, low, last_high, last_low, scale, REVERSE: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
 def scan_kernel(
     q, k, v, o, x, log_decay, sums, plan,
-    before,  # [S, H, DK, DV] float32 (strides s_k, s_v): what S starts from, or nothing
+    before,  # [S, H, DK, DV] float32 (strides S_K, S_V): what S starts from, or nothing
     final,  # the same: what S ends with
-    saved,  # [S, G, H, DK, DV] (strides s_k, s_v): S before every EVERY-th chunk, counted from the end
+    saved,  # [S, G, H, DK, DV] (strides S_K, S_V): S before every EVERY-th chunk, counted from the end
     pair_sums, inter_sums,  # [NV, H, L] float32
     through,  # [NV, S, G, H] float32
-    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_segments, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, x_b, x_t, x_h, s_k, s_v,
+    num_tokens, num_all, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, num_segments, scale,
+    q_b, q_h, k_b, k_h, v_b, v_h, o_b, o_h, x_b, x_h,
+    q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, o_t: tl.constexpr, x_t: tl.constexpr,
     Q_PER: tl.constexpr, K_PER: tl.constexpr, V_PER: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRADIENT: tl.constexpr, EVERY: tl.constexpr, G: tl.constexpr,
+    S_K: tl.constexpr, S_V: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    GRADIENT: tl.constexpr, EVERY: tl.constexpr, G: tl.constexpr,
     HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr, STORE_SAVED: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H * NV; the blocks of one head are neighbours, so that the second finds q and k in L2."""
     NV: tl.constexpr = (DV + BV - 1) // BV
+    HAS_LOW: tl.constexpr = v.dtype.element_ty == tl.float32
     i_v = tl.program_id(0) % NV
     head = (tl.program_id(0) // NV) % num_heads
     segment = tl.program_id(0) // NV // num_heads
@@ -83,8 +89,8 @@ def scan_kernel(
     token = row * num_tokens + start  # of all rows
     of_sums = (i_v * num_heads + head).to(tl.int64) * num_all + token
 
-    # whole tiles of S, by the strides of what it is stored as
-    i_S = i_K[:, None] * s_k + i_V[None, :] * s_v
+    # whole tiles of S, by the strides of what it is stored as; known ones, or the offsets would fill the registers
+    i_S = i_K[:, None] * S_K + i_V[None, :] * S_V
     m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
     m_S = m_K[:, None] & m_V[None, :]
     at = (segment.to(tl.int64) * num_heads + head) * (DK * DV)
@@ -109,45 +115,52 @@ def scan_kernel(
         if STORE_SAVED and from_end % EVERY == 0:
             tl.store(saved + group * (DK * DV) + i_S, b_S.to(saved.dtype.element_ty), mask=m_S)
 
-        b_o = tl.dot(b_q, b_S.to(b_q.dtype), input_precision="ieee")  # [C, BV]
+        # scores end before b_o begins: together they would not fit the registers
         b_scores = tl.dot(b_q, b_kT, input_precision="ieee")  # [C, C]
         if DECAY != 0:
             high, low, last_high, last_low = chunk_decay(
-                log_decay, sums, head, num_heads, token + past, num_all, left, DECAY, C
+                log_decay, sums, head, num_heads, token + past, num_all, left, DECAY, C, HAS_LOW
             )
-            read, write, pair = chunk_factors(high, low, last_high, last_low, scale, REVERSE)
-            b_o = b_o * read[:, None]
+            read, write, pair = chunk_factors(high, low, last_high, last_low, scale, REVERSE, HAS_LOW)
             b_scores = b_scores * pair
-            b_S = b_S * tl.exp2(last_high)
-            b_write = (b_v * write[:, None]).to(b_v.dtype)
         elif REVERSE:
             b_scores = tl.where(i_C[:, None] <= i_C[None, :], b_scores * scale, 0.0)
-            b_write = (b_v * scale).to(b_v.dtype)
         else:
-            b_o = b_o * scale
             b_scores = tl.where(i_C[:, None] >= i_C[None, :], b_scores * scale, 0.0)
-            b_write = b_v
-
         if GRADIENT != 0:
             b_x = tl.load(x + past * x_t + i_C[:, None] * x_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
-            b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
-            tl.store(inter_sums + of_sums + past + i_C, b_inter, mask=i_C < left)
-        if GRADIENT == 2 and from_end % EVERY == 0:
-            # b_S has decayed through the chunk, which has not written yet
-            b_saved = tl.load(saved + group * (DK * DV) + i_S, mask=m_S, other=0.0).to(tl.float32)
-            part = (i_v * num_segments).to(tl.int64) * G * num_heads
-            tl.store(through + part + group, tl.sum(b_S * b_saved))
         if GRADIENT == 1:
             b_pairs = tl.dot(b_x, tl.trans(b_v), input_precision="ieee")  # [C, C], of loaded tiles
             b_pairs = tl.where(i_C[:, None] > i_C[None, :], b_pairs * b_scores, 0.0)
             b_pair = tl.sum(b_pairs, 1) - tl.sum(b_pairs, 0)
             tl.store(pair_sums + of_sums + past + i_C, b_pair, mask=i_C < left)
+        b_scores = b_scores.to(b_v.dtype)
 
-        b_o = tl.dot(b_scores.to(b_v.dtype), b_v, b_o, input_precision="ieee")
+        b_o = tl.dot(b_q, b_S.to(b_q.dtype), input_precision="ieee")  # [C, BV]
+        if DECAY != 0:
+            b_o = b_o * read[:, None]
+        elif not REVERSE:
+            b_o = b_o * scale
+        if GRADIENT != 0:
+            b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
+            tl.store(inter_sums + of_sums + past + i_C, b_inter, mask=i_C < left)
+        b_o = tl.dot(b_scores, b_v, b_o, input_precision="ieee")
         if IS_PACKED:
             b_o = tl.where(i_C[:, None] < left, b_o, 0.0)  # after the last document even the decay may be NaN
         m_o = (chunk * C + i_C[:, None] < length) & m_V[None, :]
         tl.store(o + past * o_t + i_C[:, None] * o_t + i_V[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
+
+        b_write = b_v
+        if DECAY != 0:
+            b_S = b_S * tl.exp2(last_high)
+            b_write = (b_v * write[:, None]).to(b_v.dtype)
+        elif REVERSE:
+            b_write = (b_v * scale).to(b_v.dtype)
+        if GRADIENT == 2 and from_end % EVERY == 0:
+            # b_S has decayed through the chunk, which has not written yet
+            b_saved = tl.load(saved + group * (DK * DV) + i_S, mask=m_S, other=0.0).to(tl.float32)
+            part = (i_v * num_segments).to(tl.int64) * G * num_heads
+            tl.store(through + part + group, tl.sum(b_S * b_saved))
         b_S = tl.dot(b_kT, b_write, b_S, input_precision="ieee")  # [BK, BV]
 
     if STORE_FINAL:

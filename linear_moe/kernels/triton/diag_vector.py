@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.triton import configs
 from linear_moe.kernels.triton.diag_combine import combine_kernel
-from linear_moe.kernels.triton.diag_levels import scale_kernel
+from linear_moe.kernels.triton.diag_levels import level_sums, scale_kernel
 from linear_moe.kernels.triton.diag_vector_scan import scaled_scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
 from linear_moe.kernels.triton.states import carry_kernel
@@ -198,8 +198,8 @@ class VectorScan:
     ) -> VectorScan:
         """Cut the rows, or the packed documents, into segments."""
         rows, num_tokens, num_heads, num_values = v.shape
-        chunk = configs.chunk_size(v.dtype)
-        blocks = triton.cdiv(num_values, configs.blocks(k.shape[-1], num_values, v.dtype).values)
+        chunk = configs.diag_chunk_size(v.dtype)
+        blocks = triton.cdiv(num_values, configs.scaled_scan_blocks(k.shape[-1], num_values, v.dtype).values)
         processors = configs.num_processors(v.device)
         size = configs.segment_size(rows, num_tokens, num_heads, blocks, chunk, processors)
         layout = lay_out(rows, num_tokens, size, cu_seqlens, like=v)
@@ -224,12 +224,15 @@ class VectorScan:
         totals = torch.empty(num_chunks, self.memory[0], self.width, dtype=torch.float32, device=y.device)
         x = y if x is None else x
         per_segment = triton.cdiv(layout.segment_size, chunk)
+        a = self.log_decay
         cut = configs.scale_blocks(self.width, y.dtype)
         scale_kernel[(layout.num_segments * per_segment, self.memory[0])](
-            x, y, self.log_decay, y if self.bonus is None else self.bonus,
-            y if scaled_x is None else scaled_x, scaled_y, y if pairs is None else pairs, totals, layout.plan,
-            layout.num_tokens, layout.num_all, *self._sizes(), per_segment, self.scale,
-            *x.stride()[:3], *y.stride()[:3], *self.log_decay.stride(),
+            x, y, a, y if self.bonus is None else self.bonus,
+            y if scaled_x is None else scaled_x, scaled_y, y if pairs is None else pairs, totals,
+            self._sums(y), layout.plan,
+            layout.num_tokens, *self._sizes(), per_segment, self.scale,
+            *(n for z in (x, y, a) for n in (z.stride(0), z.stride(2))),
+            *(z.stride(1) for z in (x, y, a)), a.stride(3),
             X_PER=self._sharing(x), Y_PER=self._sharing(y), D=self.width, BD=cut.columns, C=chunk,
             LEVELS=chunk.bit_length() - 1, HAS_X=scaled_x is not None, HAS_BONUS=self.bonus is not None,
             IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
@@ -316,7 +319,7 @@ class VectorScan:
     def combine_forward(self, y: Tensor, pairs: Tensor, scaled_dx: Tensor) -> Tensor:
         """``[B, T, H, D]``, dx alone."""
         dx = self._per_head(y)
-        self._combine(y, y, pairs, scaled_dx, y, None, dx, y, y, None)
+        self._combine(y, y, pairs, scaled_dx, y, None, dx, None, None, None)
         return dx
 
     def combine(
@@ -368,14 +371,16 @@ class VectorScan:
         num_keys, num_values = k.shape[-1], v.shape[-1]
         cut = configs.scaled_scan_blocks(num_keys, num_values, v.dtype)
         out = v if o is None else o
-        strides = (num_values, 1) if rows == self.decays_rows else (1, num_keys)
+        is_transposed = rows != self.decays_rows
         grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
         scaled_scan_kernel[grid](
             q, k, v, out, *(v if x is None else x for x in (pairs, totals, kept)), layout.plan,
             *(v if x is None else x for x in (before, final, saved, through)), layout.num_tokens, *self._sizes(),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *strides,
+            *(n for y in (q, k, v, out) for n in (y.stride(0), y.stride(2))),
+            *(y.stride(1) for y in (q, k, v, out)),
             Q_PER=self._sharing(q), K_PER=self._sharing(k), V_PER=self._sharing(v),
             DK=num_keys, DV=num_values, BK=cut.keys, BV=cut.values, C=self.chunk,
+            S_K=1 if is_transposed else num_values, S_V=num_keys if is_transposed else 1,
             ROWS=rows, REVERSE=reverse, HAS_OUTPUT=o is not None, EVERY=self.every,
             HAS_BEFORE=before is not None, STORE_FINAL=final is not None,
             STORE_SAVED=saved is not None and through is None, STORE_THROUGH=through is not None,
@@ -391,22 +396,24 @@ class VectorScan:
         scaled_dy: Tensor,
         through: Tensor | None,
         dx: Tensor,
-        dy: Tensor,
+        dy: Tensor | None,
         d_log: Tensor | None,
         d_bonus: Tensor | None,
     ) -> None:
         layout, chunk = self.layout, self.chunk
         groups = triton.cdiv(triton.cdiv(layout.segment_size, chunk), self.every)
+        a = self.log_decay
         cut = configs.combine_blocks(self.width, y.dtype)
         grid = layout.num_segments * groups, self.memory[0], triton.cdiv(self.width, cut.columns)
         combine_kernel[grid](
-            x, y, self.log_decay, y if self.bonus is None else self.bonus, pairs, scaled_dx, scaled_dy,
-            y if through is None else through, dx, dy, y if d_log is None else d_log,
-            y if d_bonus is None else d_bonus, layout.plan,
+            x, y, a, y if self.bonus is None else self.bonus, pairs, scaled_dx, scaled_dy,
+            y if through is None else through, dx, y if dy is None else dy, y if d_log is None else d_log,
+            y if d_bonus is None else d_bonus, self._sums(y), layout.plan,
             layout.num_tokens, *self._sizes(), groups, self.scale,
-            *x.stride()[:3], *y.stride()[:3], *self.log_decay.stride(),
+            *(n for z in (x, y, a) for n in (z.stride(0), z.stride(2))),
+            *(z.stride(1) for z in (x, y, a)), a.stride(3),
             X_PER=self._sharing(x), Y_PER=self._sharing(y), D=self.width, BD=cut.columns, C=chunk,
-            LEVELS=chunk.bit_length() - 1, EVERY=self.every, FORWARD=dy is y,
+            LEVELS=chunk.bit_length() - 1, EVERY=self.every, FORWARD=dy is None,
             HAS_DECAY_GRADIENT=d_log is not None, HAS_BONUS=self.bonus is not None,
             IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
@@ -414,6 +421,9 @@ class VectorScan:
     def _sizes(self) -> tuple[int, ...]:
         layout = self.layout
         return self.memory[0], layout.segment_size, layout.segments_per_row, layout.num_documents
+
+    def _sums(self, like: Tensor) -> Tensor:
+        return level_sums(self.chunk, self.bonus is not None, like.dtype, like.device)
 
     def _sharing(self, x: Tensor) -> int:
         return self.memory[0] // x.shape[2]

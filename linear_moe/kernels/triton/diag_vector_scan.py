@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The scan over chunks for decays of single elements: diag_levels.py has put what happens inside chunks into its inputs.
+"""The scan over chunks for decays of single elements: diag_levels.py has put the inside of chunks into its inputs.
 
     rows       o = q S + pairs v,    S[k, :] <- 2^total[k] S[k, :] + k^T v
     columns    o = q S,              S[:, v] <- S[:, v] 2^total[v] + k^T v,         pairs = q k^T, as a result
@@ -33,15 +33,17 @@ def scaled_scan_kernel(
     totals,  # [M, H, D] float32: log2 of what a chunk keeps
     kept,  # [S, H, D] float32: what a segment keeps
     plan,
-    before,  # [S, H, DK, DV] float32 (strides s_k, s_v): what S starts from, or nothing
+    before,  # [S, H, DK, DV] float32 (strides S_K, S_V): what S starts from, or nothing
     final,  # the same: what S ends with
-    saved,  # [G, H, DK, DV] (strides s_k, s_v): S before every EVERY-th chunk, counted from the end
+    saved,  # [G, H, DK, DV] (strides S_K, S_V): S before every EVERY-th chunk, counted from the end
     through,  # [G, H, D] float32: what only passes through that chunk, times its gradient
-    num_tokens, num_heads, segment_size, segments_per_row, num_documents,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, s_k, s_v,
+    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents,
+    q_b, q_h, k_b, k_h, v_b, v_h, o_b, o_h,
+    q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, o_t: tl.constexpr,
     Q_PER: tl.constexpr, K_PER: tl.constexpr, V_PER: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, REVERSE: tl.constexpr, HAS_OUTPUT: tl.constexpr, EVERY: tl.constexpr,
+    S_K: tl.constexpr, S_V: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr, EVERY: tl.constexpr,
     HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr, STORE_SAVED: tl.constexpr,
     STORE_THROUGH: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +64,7 @@ def scaled_scan_kernel(
     o += row * o_b + first * o_t + head.to(tl.int64) * o_h
     token = row * num_tokens + start  # of all rows
 
-    i_S = i_K[:, None] * s_k + i_V[None, :] * s_v
+    i_S = i_K[:, None] * S_K + i_V[None, :] * S_V
     m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
     m_S = m_K[:, None] & m_V[None, :]
     if ROWS:

@@ -23,8 +23,8 @@ def local_state_kernel(
     k, v, log_decay, sums, plan,
     local,  # [S, H, DK, DV] float32
     totals,  # [S, H] float32: what a segment keeps of the memory before it
-    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, write_scale,
-    k_b, k_t, k_h, v_b, v_t, v_h,
+    num_tokens, num_all, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, write_scale,
+    k_b, k_h, v_b, v_h, k_t: tl.constexpr, v_t: tl.constexpr,
     K_PER: tl.constexpr, V_PER: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, IS_PACKED: tl.constexpr,

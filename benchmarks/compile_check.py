@@ -1,0 +1,249 @@
+"""Compile the fused kernels for Hopper (sm_90) on any machine, and read what they take: no GPU is needed.
+
+Every operator is called through ``linear_moe.kernels``, forward and backward, on small CPU tensors, with a driver that
+only says that there is an H100: Triton compiles what it would launch there, with the shipped block sizes, and launches
+nothing. A row for each kernel: registers of a thread, bytes of spilled stores and loads, shared memory of a program,
+programs that fit one multiprocessor by registers, shared memory and warps, seconds to compile.
+
+    PYTHONPATH=. python benchmarks/compile_check.py [--ops diag_decay ...] [--dtypes bfloat16 ...] [--dims 128x128 ...]
+                                                    [--kinds vector ...] [--json FILE]
+
+The exit code is 1 if a kernel spills, or takes more shared memory than a program can have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["LINEAR_MOE_KERNELS"] = "triton"
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from linear_moe import kernels
+from linear_moe.kernels import dispatch
+from linear_moe.kernels.triton import configs
+
+SHARED_LIMIT = 227 * 1024
+REGISTERS, SHARED, THREADS = 65536, 228 * 1024, 2048
+"""Of a multiprocessor of sm_90."""
+KINDS = {
+    "diag_decay": ("none", "head", "scalar", "vector", "bonus", "values"),
+    "delta_rule": ("none", "scalar", "vector"),
+}
+"""Decays of each operator; a fused backend need not take them all."""
+DIMS = ("64x64", "128x128", "128x256", "256x128", "256x256")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one kernel of one call takes."""
+
+    call: str
+    kernel: str
+    flags: str
+    warps: int
+    stages: int
+    registers: int
+    spilled: int
+    """Bytes, stores and loads."""
+    shared: int
+    resident: int
+    """Programs that fit one multiprocessor."""
+    seconds: float
+
+    @property
+    def is_bad(self) -> bool:
+        """It spills, or cannot be launched."""
+        return self.spilled > 0 or self.shared > SHARED_LIMIT
+
+
+class _Hopper:
+    """A driver, as far as Triton's compiler asks one."""
+
+    def get_current_device(self) -> int:
+        """The first of one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Nothing is launched there."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """An H100 or H200."""
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def compiling_only(call: str) -> Iterator[list[Row]]:
+    """Kernels launched within are compiled, appended to the list, and not run."""
+    rows: list[Row] = []
+    seen: set[str] = set()
+    run = triton.runtime.jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            rows.append(_row(call, kernel, kwargs, time.perf_counter() - start))
+        return kernel
+
+    available = lambda device, dtype: (True, "compiled only")  # noqa: E731
+    table = {
+        op: tuple(dataclasses.replace(b, available=available) if b.name == "triton" else b for b in backends)
+        for op, backends in dispatch.BACKENDS.items()
+    }
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_Hopper())
+    try:
+        with (
+            mock.patch.object(triton.runtime.jit.JITFunction, "run", compile_only),
+            mock.patch.dict(dispatch.BACKENDS, table),
+            mock.patch.object(configs, "num_processors", lambda device: 132),
+        ):
+            yield rows
+    finally:
+        triton.runtime.driver._active = active
+
+
+def check(op: str, kind: str, dtype: torch.dtype, dims: str, packed: bool = False) -> list[Row]:
+    """Forward and backward of one call."""
+    num_keys, num_values = (int(n) for n in dims.split("x"))
+    name = f"{op} {kind} {str(dtype).removeprefix('torch.')} {dims}{' packed' if packed else ''}"
+    inputs = _inputs(op, kind, dtype, num_keys, num_values, packed)
+    with compiling_only(name) as rows:
+        o, state = getattr(kernels, op)(**inputs, scale=0.5)
+        leaves = [x for x in inputs.values() if x.requires_grad]
+        torch.autograd.grad([o, state], leaves, [torch.zeros_like(o), torch.zeros_like(state)])
+    return rows
+
+
+def _inputs(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: int, packed: bool) -> dict[str, Tensor]:
+    """Long enough for segments; a call with a state and every gradient."""
+    shape = 1, 2048, 16
+    ones = lambda *s, dtype=dtype: torch.zeros(*s, dtype=dtype).requires_grad_()  # noqa: E731
+    inputs = {"q": ones(*shape, num_keys), "k": ones(*shape, num_keys), "v": ones(*shape, num_values)}
+    decays = {"head": shape[2:], "scalar": shape, "vector": (*shape, num_keys), "bonus": (*shape, num_keys)}
+    if kind in decays:
+        inputs["log_decay"] = ones(*decays[kind], dtype=torch.float32)
+    if kind == "values":
+        inputs["log_decay_v"] = ones(*shape, num_values, dtype=torch.float32)
+    if kind == "bonus":
+        inputs["bonus"] = ones(shape[2], num_keys, dtype=torch.float32)
+    if op == "delta_rule":
+        inputs["beta"] = ones(*shape)
+    documents = 2 if packed else 1
+    inputs["state"] = ones(documents, shape[2], num_keys, num_values, dtype=torch.float32)
+    if packed:
+        inputs["cu_seqlens"] = torch.tensor([0, 300, 2048], dtype=torch.int32)
+    return inputs
+
+
+def _row(call: str, kernel: Any, kwargs: dict[str, Any], seconds: float) -> Row:
+    found = _resources(kernel)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    registers = found["REG"]
+    per_program = -(-registers // 8) * 8 * 32 * warps
+    resident = min(REGISTERS // per_program, SHARED // (shared + 1024), THREADS // (32 * warps))
+    flags = " ".join(
+        name if value is True else f"{name}={value}"
+        for name, value in kwargs.items()
+        if value is True or (name in ("BK", "BV", "BD", "C") and isinstance(value, int))
+    )
+    spilled = _spilled(kernel) if found["STACK"] else 0
+    return Row(
+        call, kernel.name, flags, warps, kernel.metadata.num_stages, registers, spilled, shared, resident, seconds
+    )  # fmt: skip
+
+
+def _resources(kernel: Any) -> dict[str, int]:
+    """Of the machine code: registers, stack frame, static shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        dump = _nvidia("cuobjdump", "--dump-resource-usage", file.name).stdout
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", dump.split("Function", 1)[1])}
+
+
+def _spilled(kernel: Any) -> int:
+    """Bytes of spilled stores and loads, from the assembler: a stack frame alone may be something else."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(kernel.asm["ptx"])
+        command = "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder, "kernel.cubin"))
+        report = _nvidia("ptxas", *command).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+
+
+def _nvidia(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
+    path = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / tool
+    return subprocess.run([str(path), *args], capture_output=True, text=True, check=True)
+
+
+def show(rows: list[Row]) -> None:
+    """The table."""
+    for row in rows:
+        mark = " <- BAD" if row.is_bad else ""
+        print(
+            f"{row.call:38} {row.kernel:22} {row.warps} warps {row.stages} stages {row.registers:3} registers "
+            f"{row.spilled:5} spilled {row.shared / 1024:6.1f} KiB {row.resident} resident {row.seconds:5.1f} s "
+            f"{row.flags}{mark}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    """Every combination asked for; one that fails is reported, and the rest go on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", help="decays; all by default")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dims", nargs="+", default=list(DIMS), help="KxV")
+    parser.add_argument("--packed", action="store_true", help="packed documents instead of rows")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    rows: list[Row] = []
+    failed = []
+    for op in asked.ops:
+        for kind in KINDS[op]:
+            if asked.kinds and kind not in asked.kinds:
+                continue
+            for dtype in asked.dtypes:
+                for dims in asked.dims:
+                    try:
+                        found = check(op, kind, getattr(torch, dtype), dims, asked.packed)
+                    except Exception:  # the rest goes on
+                        failed.append(f"{op} {kind} {dtype} {dims}")
+                        print(f"{failed[-1]} FAILED\n{traceback.format_exc()}", flush=True)
+                        continue
+                    show(found)
+                    rows += found
+    bad = [row for row in rows if row.is_bad]
+    total = sum(row.seconds for row in rows)
+    print(f"{len(rows)} kernels, {total:.0f} s to compile, {len(bad)} bad, {len(failed)} calls failed")
+    if asked.json:
+        found_json = {"triton": triton.__version__, "failed": failed, "rows": [dataclasses.asdict(r) for r in rows]}
+        asked.json.write_text(json.dumps(found_json, indent=1) + "\n")
+    return 1 if bad or failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
