@@ -122,7 +122,19 @@ def _with_samples(plan: RunPlan, template: str | None, announce: Callable[[str],
         packs=packs(train),
         valid_packs=None if valid is None else packs(valid),
     )
+    for samples in filter(None, (train, valid)):
+        _check_rows(plan, samples)
     return replace(plan, instructions=instructions)
+
+
+def _check_rows(plan: RunPlan, samples: Prepared) -> None:
+    largest = samples.report.largest_token
+    if largest >= plan.padded_vocab_size:
+        raise PreflightError(
+            f"{', '.join(samples.report.source)} has token {largest}, and the embedding {plan.padded_vocab_size} rows.",
+            "the tokenizer has tokens that the model does not.",
+            "TOKENIZER=<the tokenizer of the model>",
+        )
 
 
 def _with_steps(plan: RunPlan, given: Mapping[str, str]) -> RunSettings:

@@ -211,6 +211,20 @@ def test_a_template_that_refuses_is_quoted(tokenizer, tmp_path):
         of_lines(tmp_path, tokenizer, [CHAT], template="{{ raise_exception('only users') }}")
 
 
+def test_a_tokenizer_that_does_not_open_is_told(tmp_path):
+    folder = tmp_path / "tokenizer"
+    chat_tokenizer(folder)
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"cannot be opened by transformers: [^\n]+\n  why: "):
+        preparing.prepare(
+            [write_lines(tmp_path / "lines.jsonl", [CHAT])],
+            str(folder),
+            tmp_path / "cache",
+            fingerprint="",
+            seq_length=64,
+        )
+
+
 @pytest.mark.parametrize(
     "records,expected",
     [

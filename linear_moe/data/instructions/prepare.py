@@ -89,10 +89,7 @@ def prepare(
     folder = cache / f"instructions-{_key(settings, [*paths, *map(str, template_files)], optional=2)}"
     if not folder.exists():
         announce(f"tokenizing {', '.join(paths)}")
-        from transformers import AutoTokenizer
-
-        chat = ChatTemplate(AutoTokenizer.from_pretrained(tokenizer, local_files_only=True), template)
-        _write(folder, paths, chat, seq_length, over_long)
+        _write(folder, paths, ChatTemplate(_open(tokenizer), template), seq_length, over_long)
     return open_prepared(folder)
 
 
@@ -133,6 +130,19 @@ def _key(settings: list[Any], paths: list[str], optional: int) -> str:
                 f"  try: DATASET_PATH=<file>.jsonl"
             ) from None
     return digest.hexdigest()[:16]
+
+
+def _open(tokenizer: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"TOKENIZER={tokenizer} cannot be opened by transformers: {str(error).strip().splitlines()[0]}\n"
+            f"  why: it writes conversations as text, by the tokenizer's chat template\n"
+            f"  try: the folder of a tokenizer as save_pretrained leaves it"
+        ) from None
 
 
 class _Tally:
@@ -185,6 +195,7 @@ def _write(folder: Path, paths: list[str], chat: ChatTemplate, seq_length: int, 
         samples=len(tally.kept),
         tokens=len(tokens) - len(ends),
         learned_tokens=sum(int(sample.learned[1:].sum()) for sample in tally.kept),
+        largest_token=int(tokens.max()),
         template=chat.foreign,
         **tally.count,
     )

@@ -16,6 +16,8 @@ class Report:
     """Their tokens, as many as they take room in sequences."""
     learned_tokens: int
     """Those in the loss."""
+    largest_token: int
+    """Largest token: the model's embedding has to have its row."""
     longest: int
     """Room of the longest sample in the files, kept or not."""
     over_long: int
