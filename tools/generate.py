@@ -34,11 +34,15 @@ def main() -> int:
                 session.stream(texts[0])
             else:
                 session.batches(texts)
+        except KeyboardInterrupt:
+            return 130
         except ValueError as error:
             if is_first:
                 print(f"linear_moe: {error}", file=sys.stderr)
             elif not is_guest:
-                time.sleep(2)  # torchrun ends all processes once the first has ended: that one may still speak
+                time.sleep(
+                    2
+                )  # torchrun ends all processes once the first has ended: that one may still speak
             return 2
         finally:
             if has_process_group() and not is_guest:
@@ -50,7 +54,7 @@ class Session:
     """A loaded model that answers, and where its text goes."""
 
     def __init__(self, args: argparse.Namespace, loaded: Any, write: Callable[[str], None]) -> None:
-        self.args, self.loaded, self.write, self.chat = args, loaded, write, None
+        self.args, self.loaded, self.write, self.chat, self.warned = args, loaded, write, None, False
         if args.chat:
             from linear_moe.inference.chat import ChatTemplate
 
@@ -121,10 +125,17 @@ class Session:
             self.write(f"--- {number}\n{'' if self.chat else row['prompt']}{row['text']}\n")
 
     def generation(self, prompts: list[list[int]], seed: int) -> Any:
-        """The continuation of prompts."""
+        """The continuation of prompts; on a GPU it says once if its steps are slow ones."""
         from linear_moe.inference.generate import Generation
 
-        return Generation(self.loaded, prompts, seed=seed, **self.options)
+        generation = Generation(self.loaded, prompts, seed=seed, **self.options)
+        reason = generation.loop.why_no_graph
+        if reason is not None and generation.decoder.device.type == "cuda" and not self.warned:
+            print(
+                f"linear_moe: no CUDA graph, several times slower at small batches: {reason}", file=sys.stderr
+            )
+            self.warned = True
+        return generation
 
     def answer(self, prompt: list[int], generation: Any) -> str:
         """The text of one continuation, written as it comes."""
@@ -144,7 +155,7 @@ class Session:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue prompts with the model of a run.")
     add = parser.add_argument
-    folder = "run folder, with config.json and checkpoint/; its checkpoint/, or one iteration in that"
+    folder = "run folder; its checkpoint/; one iteration in that; or a folder of Hugging Face's"
     add("--load", required=True, metavar="DIR", help=folder)
     add("--prompt", action="append", help="text, may be repeated; numbers for a run without a tokenizer")
     add("--prompts", metavar="FILE", help="a prompt per line; of .jsonl, a string or the field prompt")

@@ -59,8 +59,12 @@ class Decoder:
         self.model = model
         self.batch_size = batch_size
         self.device = next(model.parameters()).device
-        mixers = [isinstance(layer.self_attention, MixerLayer) for layer in model.decoder.layers]
-        self.context = DecodingContext(batch_size, max_length, self.device, has_cache=not all(mixers))
+        mixers = [x.self_attention for x in model.decoder.layers if isinstance(x.self_attention, MixerLayer)]
+        has_cache = len(mixers) < len(model.decoder.layers)
+        self.context = DecodingContext(batch_size, max_length, self.device, has_cache)
+        for layer in mixers:  # single_process_arguments switches it off
+            capacity = getattr(layer.mixer.cfg, "capacity", None)
+            assert capacity is None, "what a memory takes would depend on the other tokens of a call"
         keep_tokens_here(model)
 
     @property

@@ -14,6 +14,7 @@ if cpu.needed():
     cpu.activate()  # before Megatron looks for a device
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-from linear_moe.inference.checkpoint import checkpoint_folder, find_run, load_weights
+from linear_moe.inference.checkpoint import checkpoint_folder, find_run, is_hugging_face, load_weights
 from linear_moe.inference.rebuild import single_process_arguments
 from linear_moe.model.builder import LinearMoEBuilder, LinearMoEModelConfig
 from linear_moe.training import arguments
@@ -65,7 +66,8 @@ def load_model(
     parallelism.
 
     Args:
-        run: folder with ``config.json`` and ``checkpoint/``; its checkpoint folder; or one iteration in that.
+        run: folder with ``config.json`` and ``checkpoint/``; its checkpoint folder; one iteration in that; or a folder
+            of Hugging Face's, which is imported into a temporary one (``TMPDIR`` needs room for it).
         step: which checkpoint; the last complete one unless given.
         dtype: of the weights; the run's unless given. What training keeps in float32 stays float32.
         max_sequence_length: refuse longer sequences; unless given, only learned positions set a limit.
@@ -74,7 +76,29 @@ def load_model(
     Raises:
         ValueError: not a run, no such checkpoint, a damaged one, no tokenizer, or more processes than can share it.
     """
-    run, step = find_run(Path(run), step)
+    if not is_hugging_face(Path(run)):
+        return _load_run(Path(run), step, dtype, max_sequence_length, tokenizer)
+    if step is not None or world_size() > 1:
+        raise ValueError(
+            f"{run} is a model in Hugging Face's format\n"
+            f"  why: it has no steps, and only one process reads it directly\n"
+            f"  try: python tools/convert.py import --hf {run} --save <folder>, and that folder"
+        )
+    from linear_moe.checkpoint.importing import import_model  # it builds on this module
+
+    with tempfile.TemporaryDirectory(prefix="linear_moe_import_") as folder:
+        import_model(run, Path(folder) / "run")
+        return _load_run(Path(folder) / "run", None, dtype, max_sequence_length, tokenizer)
+
+
+def _load_run(
+    run: Path,
+    step: int | None,
+    dtype: torch.dtype | None,
+    max_sequence_length: int | None,
+    tokenizer: Path | str | None,
+) -> LoadedModel:
+    run, step = find_run(run, step)
     saved = read_config(run)
     folder, iteration = checkpoint_folder(run, step)
     ranks = world_size()

@@ -50,7 +50,7 @@ class Loop:
     ) -> None:
         device, batch = decoder.device, decoder.batch_size
         self.decoder, self.sampling, self.vocab_size = decoder, sampling, vocab_size
-        self.uses_graph = _uses_graph(decoder, graph)
+        self.why_no_graph = _why_no_graph(decoder, graph)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.growths = -1  # of the cache when the last step ran as it is
         self.uniform_TB = draws(seeds, steps, device) if sampling.temperature else None
@@ -69,7 +69,7 @@ class Loop:
         self.decoder.context.prepare_step()
         if self.graph is not None and self.growths == self.decoder.context.growths:
             self.graph.replay()
-        elif not self.uses_graph:
+        elif self.why_no_graph is not None:
             self._advance()
         elif self.growths != self.decoder.context.growths:
             self.graph = None  # its memory first
@@ -109,8 +109,8 @@ class Loop:
         self.step_1 += 1
 
 
-def _uses_graph(decoder: Decoder, graph: bool | None) -> bool:
-    """Whether steps are captured.
+def _why_no_graph(decoder: Decoder, graph: bool | None) -> str | None:
+    """Why steps are not captured; None: they are.
 
     Raises:
         ValueError: a graph is demanded where none can be.
@@ -129,4 +129,4 @@ def _uses_graph(decoder: Decoder, graph: bool | None) -> bool:
         warnings.warn(
             f"decoding without a CUDA graph, several times slower at small batches: {reason}", stacklevel=3
         )
-    return graph is not False and reason is None
+    return "nobody wants one" if graph is False else reason

@@ -139,7 +139,7 @@ def test_what_is_no_run(gloo, tmp_path, run):
     (cut / "config.json").write_text((run / "config.json").read_text()[:100])
     refused(gloo, cut, "config.json cannot be read")
     (cut / "config.json").write_text('{"model_type": "qwen2"}')
-    refused(gloo, cut, "Hugging Face", "tools/convert.py import")
+    refused(gloo, cut, "Hugging Face", "tools/convert.py import", step=1)
 
 
 def test_steps_that_are_not_there(gloo, tmp_path, run):
@@ -196,6 +196,31 @@ def test_a_folder_inside_a_run(gloo, run, inside):
     assert iteration == (1 if "iter" in inside else 2)
     steps = whole([gloo(1, loaded_weights, run, {"step": iteration})[0][0]])
     assert all(torch.equal(weight, steps[key]) for key, weight in whole([weights]).items())
+
+
+def ours_and_theirs(rank, world, folder):
+    """Greedy continuations of a folder of Hugging Face's: by us, and by transformers, left-padded."""
+    import transformers
+
+    from linear_moe.inference.generate import generate
+    from linear_moe.inference.load import load_model
+    from tests.checkpoint.hf_models import save_hf
+
+    save_hf(folder, "qwen2_moe")
+    text, pad = [row[:length] for row, length in zip(prompts(3, 9), (9, 2, 5), strict=True)], 0
+    ours = generate(load_model(folder), text, max_new_tokens=12)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.tensor([[pad] * (9 - len(row)) + row for row in text])
+    mask = torch.tensor([[0] * (9 - len(row)) + [1] * len(row) for row in text])
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": pad}
+    theirs = model.generate(tokens, attention_mask=mask, **options)[:, 9:].tolist()
+    return ours, theirs
+
+
+def test_a_folder_of_hugging_face(gloo, tmp_path):
+    ours, theirs = gloo(1, ours_and_theirs, tmp_path)[0]
+    assert ours == theirs
+    refused(gloo, tmp_path, "Hugging Face", "tools/convert.py import", world=2)
 
 
 MIXED = ["rwkv7", "mamba2", "mom_gla", "hgrn2", "rwkv7", "retention", "softmax"]
