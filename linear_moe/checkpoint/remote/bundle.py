@@ -1,6 +1,6 @@
 """The code of an exported folder: the model's files, the mixers and torch kernels they use, as flat modules.
 
-``transformers`` copies a model's file and the files reached from it by lines ``from .name import ..``, from one folder.
+``transformers`` copies a model's file and the files that lines ``from .name import ..`` in it name, from one folder.
 So every module of this package that the model imports is written beside it under a flat name, ``linear_moe.lsm.gla`` as
 ``lsm_gla.py``, and its imports are rewritten; nothing else is changed. Two files are made up: ``lsm.py``, which names
 the mixers of this model, and ``kernels.py``, which prefers the kernels of an installed ``linear_moe``.
@@ -29,6 +29,11 @@ NO_FUSED = """
 BACKENDS = {op: tuple(x for x in table if x.name in ("chunked", "reference")) for op, table in BACKENDS.items()}
 """
 """Ends the list of backends in a folder."""
+
+LISTED = """
+if False:  # transformers copies the files that it finds in lines like these, older versions in this file only
+"""
+"""Ends the model's file."""
 
 
 def write_code(directory: Path, config: Mapping[str, Any]) -> None:
@@ -60,7 +65,11 @@ def bundle(kinds: tuple[str, ...]) -> dict[str, str]:
     files = {flat(module): _rewritten(module, source, mixers) for module, source in sources.items()}
     files["kernels_dispatch"] += NO_FUSED
     files["kernels"] = _kernels_file(kernels)
-    files["lsm"] = _lsm_file(index, mixers, tuple(sorted({*files, "kernels"})))
+    files["lsm"] = _lsm_file(index, mixers)
+    entries = {flat(module) for module in ENTRY}
+    files[flat(ENTRY[0])] += LISTED + "".join(
+        f"    from .{name} import *\n" for name in sorted({*files} - entries)
+    )
     return files
 
 
@@ -151,19 +160,16 @@ def _kernels_file(source: str) -> str:
     )
 
 
-def _lsm_file(source: str, mixers: set[str], files: tuple[str, ...]) -> str:
+def _lsm_file(source: str, mixers: set[str]) -> str:
     """Of the package's own: what mixers are made of first, since they may import it from here."""
     own = [names for _, names in _imports(source, set()) if names.objects]
     base = "".join(f"from .{flat(x.source)} import {', '.join(a.name for a in x.objects)}\n" for x in own)
     exported = sorted(alias.name for names in own for alias in names.objects)
     imports = "".join(f"from . import {flat(module)}\n" for module in sorted(mixers, key=flat))
-    listed = "".join(f"    from .{name} import *\n" for name in files if name not in {flat(m) for m in ENTRY})
     return (
         f"{_header(f'{PACKAGE}/lsm/__init__.py')}"
         '"""The mixers of this model, registered by name."""\n\n'
-        f"from typing import TYPE_CHECKING\n\n{base}{imports}\n"
-        "if TYPE_CHECKING:  # never runs: transformers copies the files that it finds in lines like these\n"
-        f"{listed}\n"
+        f"{base}{imports}\n"
         f"add_mixtures()\n\n__all__ = {json.dumps(exported)}\n"
     )
 

@@ -54,6 +54,10 @@ class MixerCacheLayer(CacheLayerMixin):
         """None."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same, as older versions of transformers call it."""
+        return -1
+
     def reset(self) -> None:
         """Forget everything."""
         self.state, self.num_columns, self.is_initialized = None, 0, False

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # the file that is loaded first
+    raise ImportError(
+        f"transformers {transformers.__version__} cannot open this model\n"
+        "  why: its code is for version 5, tested with 5.6.2 and 5.23.0\n"
+        "  try: pip install -U transformers"
+    )
+
 from transformers import PreTrainedConfig
 
 SOFTMAX = "softmax"
