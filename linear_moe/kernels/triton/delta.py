@@ -1,4 +1,4 @@
-"""Fused delta rule, forward and backward, for decays that are none, per head, per token and head, or per row of the memory.
+"""Fused delta rule, forward and backward, for decays that are none, per head, per token, or per row of the memory.
 
     S' = a_t * S_{t-1},    S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,    o_t = scale * S_t^T q_t
 

@@ -110,8 +110,8 @@ def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
 def solve_kernel(
     q, k, beta, log_decay, sums, plan,
     inverse, scores,  # [S, H, C, C] in the dtype of q: T - I, and P
-    num_tokens, num_all, num_heads, chunks_per_row, num_documents, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, b_b, b_t, b_h,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, PRECISION: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip

@@ -27,16 +27,33 @@ from linear_moe.kernels.triton.layout import segment_of
 
 
 @triton.jit
-def products_over_values(
-    do, e, dv, states, d_states, o_t, v_t, left,
+def products_of_tokens(
+    x_1, y_1, x_2, y_2, x1_t: tl.constexpr, y1_t: tl.constexpr, x2_t: tl.constexpr, y2_t: tl.constexpr, left,
+    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """x_1 y_1^T and x_2 y_2^T, [C, C]."""
+    i_C = tl.arange(0, C)
+    b_1 = tl.zeros([C, C], tl.float32)
+    b_2 = tl.zeros([C, C], tl.float32)
+    for block in range(0, (DV + BV - 1) // BV):
+        i_V = block * BV + tl.arange(0, BV)
+        mask = (i_C[:, None] < left) & ((i_V < DV) | (DV % BV == 0))[None, :]
+        b_x1 = tl.load(x_1 + i_C[:, None] * x1_t + i_V[None, :], mask=mask, other=0.0)  # [C, BV]
+        b_y1 = tl.load(y_1 + i_C[:, None] * y1_t + i_V[None, :], mask=mask, other=0.0)
+        b_x2 = tl.load(x_2 + i_C[:, None] * x2_t + i_V[None, :], mask=mask, other=0.0)
+        b_y2 = tl.load(y_2 + i_C[:, None] * y2_t + i_V[None, :], mask=mask, other=0.0)
+        b_1 = tl.dot(b_x1, tl.trans(b_y1), b_1, input_precision="ieee")
+        b_2 = tl.dot(b_x2, tl.trans(b_y2), b_2, input_precision="ieee")
+    return b_1, b_2
+
+
+@triton.jit
+def products_with_memory(
+    do, e, dv, states, d_states, o_t: tl.constexpr, v_t: tl.constexpr, left,
     i_K, m_K, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """do e^T, e do^T, dv e^T, e dv^T, do S^T, dv S^T, e dS^T, and S * dS summed over V: [BK]."""
+    """do S^T, dv S^T, e dS^T, [C, BK], and S * dS summed over V, [BK]."""
     i_C = tl.arange(0, C)
-    b_oe = tl.zeros([C, C], tl.float32)
-    b_eo = tl.zeros([C, C], tl.float32)
-    b_ve = tl.zeros([C, C], tl.float32)
-    b_ev = tl.zeros([C, C], tl.float32)
     b_oS = tl.zeros([C, BK], tl.float32)
     b_vS = tl.zeros([C, BK], tl.float32)
     b_eS = tl.zeros([C, BK], tl.float32)
@@ -52,21 +69,20 @@ def products_over_values(
         i_ST, m_ST = i_K[None, :] * DV + i_V[:, None], m_V[:, None] & m_K[None, :]
         b_ST = tl.load(states + i_ST, mask=m_ST, other=0.0)  # [BV, BK]
         b_dST = tl.load(d_states + i_ST, mask=m_ST, other=0.0)
-        b_oe = tl.dot(b_do, tl.trans(b_e), b_oe, input_precision="ieee")
-        b_eo = tl.dot(b_e, tl.trans(b_do), b_eo, input_precision="ieee")
-        b_ve = tl.dot(b_dv, tl.trans(b_e), b_ve, input_precision="ieee")
-        b_ev = tl.dot(b_e, tl.trans(b_dv), b_ev, input_precision="ieee")
         b_oS = tl.dot(b_do, b_ST, b_oS, input_precision="ieee")
         b_vS = tl.dot(b_dv, b_ST, b_vS, input_precision="ieee")
         b_eS = tl.dot(b_e, b_dST, b_eS, input_precision="ieee")
         through += tl.sum(b_ST.to(tl.float32) * b_dST.to(tl.float32), 0)
-    return b_oe, b_eo, b_ve, b_ev, b_oS, b_vS, b_eS, through
+    return b_oS, b_vS, b_eS, through
 
 
 @triton.jit
-def clear_values(dv, token, head, num_heads, length, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr):
+def clear_values(
+    dv, token, head, num_heads: tl.constexpr, length, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr
+):
     """Zeros in ``length`` tokens of a head."""
-    i_C, v_t = tl.arange(0, C), tl.cast(num_heads, tl.int64) * DV
+    i_C = tl.arange(0, C)
+    v_t: tl.constexpr = num_heads * DV
     for block in range(0, (DV + BV - 1) // BV):
         i_V = block * BV + tl.arange(0, BV)
         p_dv = dv + token.to(tl.int64) * v_t + head * DV + i_C[:, None] * v_t + i_V[None, :]
@@ -81,8 +97,9 @@ def gradient_kernel(
     states, d_states,  # [S, H, DK, DV]
     dq, dk,  # [L, H, DK]
     d_beta, d_decay,  # [NK, L, H] float32
-    num_tokens, num_all, num_heads, chunks_per_row, num_documents, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, o_b, o_t, o_h, b_b, b_t, b_h,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h,
+    o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -97,55 +114,64 @@ def gradient_kernel(
     i_C, i_K = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     m_K = (i_K < DK) | (DK % BK == 0)
     batch, at, token = row.to(tl.int64), start.to(tl.int64), row * num_tokens + start
-    g_t = tl.cast(num_heads, tl.int64) * DK
+    g_t: tl.constexpr = num_heads * DK
     i_g = token.to(tl.int64) * g_t + head * DK + i_C[:, None] * g_t + i_K[None, :]
     i_token = (i_k * tl.cast(num_all, tl.int64) + token + i_C) * num_heads + head
     m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
     if left > 0:
         tile = (chunk.to(tl.int64) * num_heads + head) * (DK * DV)
-        v_t = tl.cast(num_heads, tl.int64) * DV
+        v_t: tl.constexpr = num_heads * DV
         of_v = token.to(tl.int64) * v_t + head * DV
         do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
-        b_oe, b_eo, b_ve, b_ev, b_oS, b_vS, b_eS, through = products_over_values(
-            do, e + of_v, dv + of_v, states + tile, d_states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C
-        )  # fmt: skip
+        e, of_dv = e + of_v, dv + of_v
         m_C = i_C < left
         m_q = m_C[:, None] & m_K[None, :]
         q += batch * q_b + at * q_t + (head // K_PER).to(tl.int64) * q_h
         k += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
-        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
-        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)
         p_beta = beta + batch * b_b + (at + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
+        is_below = i_C[:, None] > i_C[None, :]
+
+        # what tokens read of each other
+        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C)
         read, write, total, pair = factors(
             log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C
         )
-        _, _, _, pair_T = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, True, C)
-        is_below = i_C[:, None] > i_C[None, :]
-        b_y = b_oe * pair * scale
-        b_x = tl.where(is_below, b_ve * pair, 0.0)
+        b_y = b_y * pair * scale
+        b_x = tl.where(is_below, b_x * pair, 0.0)
+        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)
+        b_z = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_y
+        b_z -= tl.dot(b_k, tl.trans(b_k), input_precision="ieee") * b_x
+        b_dbeta = tl.sum(b_z, 0)
+        if DECAY != 0:
+            b_later = tl.cumsum(b_z * b_beta[None, :], 0, reverse=True)  # [t, j]
+            b_log = tl.sum(tl.where(is_below, b_later, 0.0), 1)
+        b_dq = tl.dot((b_y * b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
+        b_dk = tl.dot((b_x * -b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
 
-        b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
-        b_z = b_y * b_qk - b_x * b_kk
+        # what they read of the memory before the chunk, and leave in the one after
+        b_oS, b_vS, b_eS, through = products_with_memory(
+            do, e, of_dv, states + tile, d_states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C
+        )  # fmt: skip
         b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
-        tl.store(d_beta + i_token, tl.sum(b_z, 0) + b_W, mask=m_C)
+        tl.store(d_beta + i_token, b_dbeta + b_W, mask=m_C)
         if DECAY != 0:
             b_R = tl.sum(b_q.to(tl.float32) * b_oS * scale - b_k.to(tl.float32) * b_vS, 1) * read
-            b_z = b_z * b_beta[None, :]
-            b_later = tl.cumsum(b_z, 0, reverse=True) + (b_W * b_beta)[None, :]  # [t, j]
-            b_log = tl.sum(tl.where(is_below, b_later, 0.0), 1) + tl.sum(through) * total
+            b_log += tl.sum(tl.where(is_below, (b_W * b_beta)[None, :], 0.0), 1) + tl.sum(through) * total
             b_log += tl.sum(tl.where(i_C[:, None] <= i_C[None, :], b_R[None, :], 0.0), 1)
             tl.store(d_decay + i_token, b_log, mask=m_C)
-
-        b_dq = b_oS * (read * scale)[:, None]
-        b_dq = tl.dot((b_y * b_beta[None, :]).to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        b_dq += b_oS * (read * scale)[:, None]
+        b_dk += b_eS * (write * b_beta)[:, None] - b_vS * read[:, None]
         tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
-        b_dk = b_eS * (write * b_beta)[:, None] - b_vS * read[:, None]
-        b_yT = b_eo * pair_T * (b_beta * scale)[:, None]
-        b_dk = tl.dot(b_yT.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-        b_xT = tl.where(i_C[:, None] < i_C[None, :], b_ev * pair_T, 0.0) * b_beta[:, None]
-        b_dk = tl.dot((-b_x * b_beta[None, :] - b_xT).to(b_k.dtype), b_k, b_dk, input_precision="ieee")
+
+        # what they write for each other
+        b_y, b_x = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C)
+        _, _, _, pair = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, True, C)
+        b_y = b_y * pair * (b_beta * scale)[:, None]
+        b_x = tl.where(i_C[:, None] < i_C[None, :], b_x * pair * -b_beta[:, None], 0.0)
+        b_dk = tl.dot(b_y.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        b_dk = tl.dot(b_x.to(b_k.dtype), b_k, b_dk, input_precision="ieee")
         tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
     else:  # after the last document; unused chunks have no tokens
         nothing, none = tl.zeros([C, BK], tl.float32), tl.zeros([C], tl.float32)

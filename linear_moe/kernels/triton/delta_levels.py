@@ -21,11 +21,15 @@ from linear_moe.kernels.triton.layout import segment_of
 
 
 @triton.jit
-def level_pairs(sums, level, LEVELS: tl.constexpr, C: tl.constexpr):
-    """[C, C]: whether token i reads what j writes at this level."""
+def level_pairs(table, level, LEVELS: tl.constexpr, WRITES: tl.constexpr, C: tl.constexpr):
+    """[C, C]: whether token i reads what j writes at this level; ``WRITES``: i writes what j reads."""
     i_C = tl.arange(0, C)
-    p_pairs = sums + (2 * (LEVELS + 2) + level) * (C * C) + i_C[:, None] * C + i_C[None, :]
-    return (tl.load(p_pairs) > 0) & (i_C[:, None] > i_C[None, :])
+    p_pairs = table + (2 * (LEVELS + 2) + level) * (C * C) + i_C[:, None] * C + i_C[None, :]
+    if WRITES:
+        is_order = i_C[:, None] < i_C[None, :]
+    else:
+        is_order = i_C[:, None] > i_C[None, :]
+    return (tl.load(p_pairs) > 0) & is_order
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
@@ -36,8 +40,9 @@ def solve_levels_kernel(
     inverse, scores,  # [S, H, C, C]: T - I, and P
     q_read, k_read, k_write,  # [L, H, DK]
     totals,  # [S, H, DK] float32
-    num_tokens, num_heads, chunks_per_row, num_documents, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, b_b, b_t, b_h, a_b, a_t, a_h, a_d,
+    num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h,
+    b_b, b_t: tl.constexpr, b_h, a_b, a_t: tl.constexpr, a_h, a_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     PRECISION: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -69,12 +74,12 @@ def solve_levels_kernel(
                 factor = tl.exp2(sum_over(table, level, high, low))
                 b_z = (b_k * factor).to(inverse.dtype.element_ty)
                 b_x = (b_q * factor).to(inverse.dtype.element_ty)
-                is_level = level_pairs(table, level, LEVELS, C)
+                is_level = level_pairs(table, level, LEVELS, False, C)
                 b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision="ieee"), 0.0)
                 b_L += tl.where(is_level, tl.dot(b_z, tl.trans(b_z), input_precision="ieee"), 0.0)
             own = tl.sum(b_q * b_k, 1)
             b_P += tl.where(i_C[:, None] == i_C[None, :], own[:, None], 0.0)
-            p_K = of_chunk + i_C[:, None].to(tl.int64) * (num_heads * DK) + i_K[None, :]
+            p_K = of_chunk + i_C[:, None] * (num_heads * DK) + i_K[None, :]
             read = tl.exp2(sum_over(table, LEVELS, high, low))
             tl.store(q_read + p_K, (b_q * read).to(q_read.dtype.element_ty), mask=mask)
             tl.store(k_read + p_K, (b_k * read).to(k_read.dtype.element_ty), mask=mask)

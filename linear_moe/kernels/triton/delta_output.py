@@ -23,8 +23,8 @@ def output_kernel(
     states,  # [S, H, DK, DV]: the memory before each chunk
     errors,  # [L, H, DV]: e
     o,  # [L, H, DV]
-    num_tokens, num_all, num_heads, chunks_per_row, num_documents, scale,
-    q_b, q_t, q_h,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    q_b, q_t: tl.constexpr, q_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def output_kernel(
     m_S, m_v = m_K[:, None] & m_V[None, :], (i_C[:, None] < left) & m_V[None, :]
     token = row * num_tokens + start
     tile = chunk.to(tl.int64) * num_heads + head
-    o_t = tl.cast(num_heads, tl.int64) * DV
+    o_t: tl.constexpr = num_heads * DV
     i_o = token.to(tl.int64) * o_t + head * DV + i_C[:, None] * o_t + i_V[None, :]
     q_read += row.to(tl.int64) * q_b + start.to(tl.int64) * q_t + (head // K_PER).to(tl.int64) * q_h
 

@@ -66,8 +66,9 @@ def forward_kernel(
     initial, final,  # [N, H, DK, DV] float32; initial may be nothing
     states,  # [S, H, DK, DV]: the memory before each chunk
     errors,  # [L, H, DV]: e
-    num_tokens, num_all, num_heads, chunks_per_row,
-    k_b, k_t, k_h, w_b, w_t, w_h, v_b, v_t, v_h, b_b, b_t, b_h,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row,
+    k_b, k_t: tl.constexpr, k_h, w_b, w_t: tl.constexpr, w_h,
+    v_b, v_t: tl.constexpr, v_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +87,7 @@ def forward_kernel(
     k_write += batch * w_b + at * w_t + (head // K_PER).to(tl.int64) * w_h
     v += batch * v_b + at * v_t + head.to(tl.int64) * v_h
     beta += batch * b_b + at * b_t + head.to(tl.int64) * b_h
-    e_t = tl.cast(num_heads, tl.int64) * DV
+    e_t: tl.constexpr = num_heads * DV
     errors += token.to(tl.int64) * e_t + head * DV
 
     m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)
@@ -136,8 +137,9 @@ def backward_kernel(
     d_final, d_initial,  # [N, H, DK, DV] float32; d_final may be nothing
     d_states,  # [S, H, DK, DV]: the gradient of the memory after each chunk
     dv,  # [L, H, DV]
-    num_tokens, num_all, num_heads, chunks_per_row, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, o_b, o_t, o_h, b_b, b_t, b_h,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, scale,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, w_b,
+    w_t: tl.constexpr, w_h, o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, HAS_FINAL: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +159,7 @@ def backward_kernel(
     k_write += batch * w_b + at * w_t + (head // K_PER).to(tl.int64) * w_h
     do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
     beta += batch * b_b + at * b_t + head.to(tl.int64) * b_h
-    v_t = tl.cast(num_heads, tl.int64) * DV
+    v_t: tl.constexpr = num_heads * DV
     dv += token.to(tl.int64) * v_t + head * DV
 
     m_K, m_V = (i_K < DK) | (DK == BK), (i_V < DV) | (DV % BV == 0)

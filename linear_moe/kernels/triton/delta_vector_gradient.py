@@ -19,7 +19,11 @@ DV, NK blocks of K, L tokens of all rows.
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.delta_gradient import clear_values, products_over_values
+from linear_moe.kernels.triton.delta_gradient import (
+    clear_values,
+    products_of_tokens,
+    products_with_memory,
+)
 from linear_moe.kernels.triton.delta_levels import level_pairs
 from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_over
 from linear_moe.kernels.triton.layout import segment_of
@@ -33,32 +37,45 @@ def spread(table, level, x, dtype: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def level_gradients(
-    table, b_q, b_k, high, low, b_oe, b_eo, b_ve, b_ev, b_beta, b_dq, b_dk, b_log, b_dbeta,
-    LEVELS: tl.constexpr, C: tl.constexpr,
+def readers(
+    table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log, LEVELS: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """Adds to dq, dk, d log a [C, BK] and d beta [C] what comes from pairs of tokens of the chunk."""
-    dtype: tl.constexpr = b_oe.dtype
-    i_C = tl.arange(0, C)
-    nothing = tl.zeros([C, C], b_oe.dtype)
+    """Adds to dq, dk and d log a, [C, BK], what readers get; b_y is y beta, b_x is x beta."""
+    dtype: tl.constexpr = b_y.dtype
+    nothing = tl.zeros([C, C], dtype)
     for level in range(0, LEVELS):
         factor = tl.exp2(sum_over(table, level, high, low))
-        b_x, b_z = b_q * factor, b_k * factor
-        half_x, half_z = b_x.to(dtype), b_z.to(dtype)
-        reads = level_pairs(table, level, LEVELS, C)
-        # pairs of the transposed scores: tokens i write, tokens j read
-        p_pairs = table + (2 * (LEVELS + 2) + level) * (C * C) + i_C[:, None] * C + i_C[None, :]
-        writes = (tl.load(p_pairs) > 0) & (i_C[:, None] < i_C[None, :])
-        b_r = tl.dot(tl.where(reads, b_oe, nothing), half_z, input_precision="ieee")
-        b_s = tl.dot(tl.where(reads, b_ve, nothing), half_z, input_precision="ieee")
-        b_w = tl.dot(tl.where(writes, b_eo, nothing), half_x, input_precision="ieee")
-        b_w -= tl.dot(tl.where(writes, b_ev, nothing), half_z, input_precision="ieee")
-        b_dbeta += tl.sum(b_z * b_w, 1)
-        b_w = b_w * b_beta[:, None] - b_s
-        b_dq += factor * b_r
-        b_dk += factor * b_w
-        b_log += spread(table, level, b_x * b_r + b_z * b_w, dtype, LEVELS)
-    return b_dq, b_dk, b_log, b_dbeta
+        b_z = b_k.to(tl.float32) * factor
+        is_pair = level_pairs(table, level, LEVELS, False, C)
+        b_r = tl.dot(tl.where(is_pair, b_y, nothing), b_z.to(dtype), input_precision="ieee") * factor
+        b_s = tl.dot(tl.where(is_pair, b_x, nothing), b_z.to(dtype), input_precision="ieee") * factor
+        b_dq += b_r
+        b_dk -= b_s
+        b_c = b_q.to(tl.float32) * b_r - b_k.to(tl.float32) * b_s
+        b_log += spread(table, level, b_c, dtype, LEVELS)
+    return b_dq, b_dk, b_log
+
+
+@triton.jit
+def writers(
+    table, b_q, b_k, high, low, b_y, b_x, b_beta, b_dk, b_log, b_dbeta, LEVELS: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Adds to dk, d log a [C, BK] and d beta [C] what writers get; b_y and b_x are y^T and x^T."""
+    dtype: tl.constexpr = b_y.dtype
+    nothing = tl.zeros([C, C], dtype)
+    for level in range(0, LEVELS):
+        factor = tl.exp2(sum_over(table, level, high, low))
+        is_pair = level_pairs(table, level, LEVELS, True, C)
+        b_z = (b_q.to(tl.float32) * factor).to(dtype)
+        b_w = tl.dot(tl.where(is_pair, b_y, nothing), b_z, input_precision="ieee")
+        b_z = (b_k.to(tl.float32) * factor).to(dtype)
+        b_w -= tl.dot(tl.where(is_pair, b_x, nothing), b_z, input_precision="ieee")
+        b_w = b_w * factor
+        b_c = b_w * b_k.to(tl.float32)
+        b_dbeta += tl.sum(b_c, 1)
+        b_dk += b_w * b_beta[:, None]
+        b_log += spread(table, level, b_c * b_beta[:, None], dtype, LEVELS)
+    return b_dk, b_log, b_dbeta
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
@@ -68,8 +85,9 @@ def vector_gradient_kernel(
     states, d_states,  # [S, H, DK, DV]
     dq, dk, d_decay,  # [L, H, DK]
     d_beta,  # [NK, L, H] float32
-    num_tokens, num_all, num_heads, chunks_per_row, num_documents, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, o_b, o_t, o_h, b_b, b_t, b_h, a_b, a_t, a_h, a_d,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, o_b, o_t: tl.constexpr,
+    o_h, b_b, b_t: tl.constexpr, b_h, a_b, a_t: tl.constexpr, a_h, a_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -84,56 +102,60 @@ def vector_gradient_kernel(
     i_C, i_K = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     m_K = (i_K < DK) | (DK % BK == 0)
     batch, at, token = row.to(tl.int64), start.to(tl.int64), row * num_tokens + start
-    g_t = tl.cast(num_heads, tl.int64) * DK
+    g_t: tl.constexpr = num_heads * DK
     i_g = token.to(tl.int64) * g_t + head * DK + i_C[:, None] * g_t + i_K[None, :]
     i_token = (i_k * tl.cast(num_all, tl.int64) + token + i_C) * num_heads + head
     m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
     if left > 0:
         place = chunk.to(tl.int64) * num_heads + head
-        v_t = tl.cast(num_heads, tl.int64) * DV
+        v_t: tl.constexpr = num_heads * DV
         of_v = token.to(tl.int64) * v_t + head * DV
         do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
-        b_oe, b_eo, b_ve, b_ev, b_oS, b_vS, b_eS, through = products_over_values(
-            do, e + of_v, dv + of_v, states + place * (DK * DV), d_states + place * (DK * DV), o_t, v_t, left,
-            i_K, m_K, DV, BK, BV, C,
-        )  # fmt: skip
+        e, of_dv = e + of_v, dv + of_v
         m_C = i_C < left
         m_q = m_C[:, None] & m_K[None, :]
         q += batch * q_b + at * q_t + (head // K_PER).to(tl.int64) * q_h
         k += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
         log_decay += batch * a_b + at * a_t + head.to(tl.int64) * a_h
-        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0).to(tl.float32)
-        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0).to(tl.float32)
+        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)
         p_beta = beta + batch * b_b + (at + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
-        high, low = halves(
-            load_log_decay(log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d, m_q), e.dtype.element_ty
-        )
+        p_a = log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d
+        high, low = halves(load_log_decay(p_a, m_q), e.dtype.element_ty)
 
+        b_oS, b_vS, b_eS, through = products_with_memory(
+            do, e, of_dv, states + place * (DK * DV), d_states + place * (DK * DV), o_t, v_t, left,
+            i_K, m_K, DV, BK, BV, C,
+        )  # fmt: skip
         read = tl.exp2(sum_over(table, LEVELS, high, low))
         b_dq = b_oS * read * scale
         b_dk = b_vS * -read
-        b_R = b_q * b_dq + b_k * b_dk
+        b_R = b_q.to(tl.float32) * b_dq + b_k.to(tl.float32) * b_dk
         b_log = spread(table, LEVELS, b_R, e.dtype.element_ty, LEVELS)
-        written = b_eS * tl.exp2(sum_over(table, LEVELS + 1, high, low))
-        b_dbeta = tl.sum(b_k * written, 1)
-        written = written * b_beta[:, None]
-        b_dk += written
-        b_log += spread(table, LEVELS + 1, b_k * written, e.dtype.element_ty, LEVELS)
+        b_W = b_eS * tl.exp2(sum_over(table, LEVELS + 1, high, low))
+        b_dbeta = tl.sum(b_k.to(tl.float32) * b_W, 1)
+        b_W = b_W * b_beta[:, None]
+        b_dk += b_W
+        b_log += spread(table, LEVELS + 1, b_k.to(tl.float32) * b_W, e.dtype.element_ty, LEVELS)
         total = tl.load(totals + place * DK + i_K, mask=m_K, other=0.0)
         b_log += (total * through)[None, :]
 
-        own = tl.sum(tl.where(i_C[:, None] == i_C[None, :], b_oe, 0.0), 1) * scale
-        b_dbeta += own * tl.sum(b_q * b_k, 1)
-        b_dq += (own * b_beta)[:, None] * b_k
-        b_dk += (own * b_beta)[:, None] * b_q
-        b_oe = (b_oe * (b_beta * scale)[None, :]).to(e.dtype.element_ty)
-        b_ve = (b_ve * b_beta[None, :]).to(e.dtype.element_ty)
-        b_eo, b_ev = (b_eo * scale).to(e.dtype.element_ty), b_ev.to(e.dtype.element_ty)
-        b_dq, b_dk, b_log, b_dbeta = level_gradients(
-            table, b_q, b_k, high, low, b_oe, b_eo, b_ve, b_ev, b_beta, b_dq, b_dk, b_log, b_dbeta, LEVELS, C
-        )
+        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C)
+        own = tl.sum(tl.where(i_C[:, None] == i_C[None, :], b_y, 0.0), 1) * scale
+        b_dbeta += own * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
+        b_dq += (own * b_beta)[:, None] * b_k.to(tl.float32)
+        b_dk += (own * b_beta)[:, None] * b_q.to(tl.float32)
+        b_y = (b_y * (b_beta * scale)[None, :]).to(e.dtype.element_ty)
+        b_x = (b_x * b_beta[None, :]).to(e.dtype.element_ty)
+        b_dq, b_dk, b_log = readers(table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log, LEVELS, C)
         tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
+
+        b_u, b_v = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C)
+        b_u, b_v = (b_u * scale).to(e.dtype.element_ty), b_v.to(e.dtype.element_ty)
+        b_dk, b_log, b_dbeta = writers(
+            table, b_q, b_k, high, low, b_u, b_v, b_beta, b_dk, b_log, b_dbeta, LEVELS, C
+        )
         tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
         tl.store(d_decay + i_g, b_log.to(d_decay.dtype.element_ty), mask=m_q)
         tl.store(d_beta + i_token, b_dbeta, mask=m_C)
