@@ -18,8 +18,10 @@ setup:
 demo: setup
 	@PYTHON=$(python) sh scripts/demo.sh
 
+# Two files at a time; most tests wait for processes of their own, so that more would want more cores.
+JOBS ?= 2
 test: setup
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: setup
 	@$(python) -m pytest -m gpu $(ARGS)

@@ -27,6 +27,7 @@ FLAGS = {
     "--run-dir",
     "--lsm-recompute",
     "--no-lsm-recompute",
+    "--output-chunk-size",
     "--sequential-experts",
     "--instruction-data",
     "--valid-instruction-data",
