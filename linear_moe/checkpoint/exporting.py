@@ -40,7 +40,7 @@ from linear_moe.inference.rebuild import model_arguments
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training.run import read_config
 
-IGNORED = (r"^optimizer\.", r"_extra_state", r"^rng_state", r"^rerun_state")
+IGNORED = (r"(^|\.)optimizer\.", r"_extra_state", r"^rng_state", r"^rerun_state")
 """Tensors of a checkpoint that are not the model's."""
 
 

@@ -16,6 +16,7 @@ import pickle
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -130,6 +131,38 @@ def _tensors(pieces: Sequence[Piece]) -> dict[str, TensorStorageMetadata | Bytes
     return found
 
 
+class _Slice(io.RawIOBase):
+    """A part of a file as a file: torch reads the tensor in it without another copy."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self.file, self.start, self.length, self.place = file, start, length, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As of any file."""
+        self.place = offset + {0: 0, 1: self.place, 2: self.length}[whence]
+        return self.place
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any file."""
+        self.file.seek(self.start + self.place)
+        view = memoryview(buffer).cast("B")[: max(self.length - self.place, 0)]
+        count: int = self.file.readinto(view)  # type: ignore[attr-defined]
+        self.place += count
+        return count
+
+
 class Reader:
     """The weights of a checkpoint, saved under any layout.
 
@@ -151,10 +184,13 @@ class Reader:
                 f"  try: another iteration of the run"
             ) from error
         tensors = self.metadata.state_dict_metadata.items()
+        self.kept: tuple[str, dict[tuple[int, ...], Tensor]] = ("", {})
         self.tensors = {key: entry for key, entry in tensors if isinstance(entry, TensorStorageMetadata)}
 
     def read(self, key: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``first`` to ``stop`` of a tensor; pieces that lie elsewhere are not read.
+
+        A piece with more rows than these (all experts of a layer) is kept until another key is read.
 
         Raises:
             ValueError: a file is missing or cut short.
@@ -166,19 +202,30 @@ class Reader:
             low, high = max(first, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
             if low >= high:
                 continue
-            data = self._piece(key, chunk)[low - chunk.offsets[0] : high - chunk.offsets[0]]
+            piece = self._piece(key, chunk, keep=high - low < chunk.sizes[0])
+            data = piece[low - chunk.offsets[0] : high - chunk.offsets[0]]
             rest = [slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
             out[(slice(low - first, high - first), *rest)] = data
         return out
 
-    def _piece(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _piece(self, key: str, chunk: ChunkStorageMetadata, keep: bool) -> Tensor:
+        if self.kept[0] != key:
+            self.kept = (key, {})
+        offset = tuple(chunk.offsets)
+        if offset in self.kept[1]:
+            return self.kept[1][offset]
+        tensor = self._read_piece(key, chunk)
+        if keep:
+            self.kept[1][offset] = tensor
+        return tensor
+
+    def _read_piece(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.folder / place.relative_path
         try:
             with open(path, "rb") as file:
-                file.seek(place.offset)
-                stream = io.BytesIO(file.read(place.length))
-            tensor: Tensor = torch.load(stream, map_location="cpu", weights_only=True)
+                part = _Slice(file, place.offset, place.length)
+                tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as error:
             raise ValueError(
                 f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}\n"

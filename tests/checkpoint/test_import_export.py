@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -128,11 +129,21 @@ def test_every_layout_is_exported(gloo, tmp_path):
 
 
 def exported(rank, world, run, target):
+    from linear_moe.checkpoint import torch_dist
     from linear_moe.checkpoint.exporting import export_model
     from linear_moe.inference.load import load_model
 
     tokens = [[token % 127 for token in row] for row in some_tokens()]
-    architecture = export_model(run, target).architecture
+    pieces: list[tuple[str, tuple[int, ...]]] = []
+    read = torch_dist.Reader._read_piece
+
+    def counted(self, key, chunk):
+        pieces.append((key, tuple(chunk.offsets)))
+        return read(self, key, chunk)
+
+    with patch.object(torch_dist.Reader, "_read_piece", counted):
+        architecture = export_model(run, target).architecture
+    assert len(pieces) == len(set(pieces)), "a piece with several experts was read for each of them"
     return whole_forward(load_model(run).model, tokens), architecture
 
 
