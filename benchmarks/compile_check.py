@@ -136,7 +136,9 @@ def check(op: str, kind: str, dtype: torch.dtype, dims: str, packed: bool = Fals
     return rows
 
 
-def _inputs(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: int, packed: bool) -> dict[str, Tensor]:
+def _inputs(
+    op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: int, packed: bool
+) -> dict[str, Tensor]:
     """Long enough for segments; a call with a state and every gradient."""
     shape = 1, 2048, 16
     ones = lambda *s, dtype=dtype: torch.zeros(*s, dtype=dtype).requires_grad_()  # noqa: E731
@@ -212,7 +214,9 @@ def show(rows: list[Row]) -> None:
 
 def main() -> int:
     """Every combination asked for; one that fails is reported, and the rest go on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ops", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--kinds", nargs="+", help="decays; all by default")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -240,7 +244,11 @@ def main() -> int:
     total = sum(row.seconds for row in rows)
     print(f"{len(rows)} kernels, {total:.0f} s to compile, {len(bad)} bad, {len(failed)} calls failed")
     if asked.json:
-        found_json = {"triton": triton.__version__, "failed": failed, "rows": [dataclasses.asdict(r) for r in rows]}
+        found_json = {
+            "triton": triton.__version__,
+            "failed": failed,
+            "rows": [dataclasses.asdict(r) for r in rows],
+        }
         asked.json.write_text(json.dumps(found_json, indent=1) + "\n")
     return 1 if bad or failed else 0
 

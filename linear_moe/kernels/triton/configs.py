@@ -44,7 +44,7 @@ PROGRAMS_PER_PROCESSOR = 2
 def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
     """For states.py, and for diag_scan.py without a decay; q and k of width ``num_keys`` and v of ``num_values``."""
     if dtype.itemsize == 4:  # no tensor cores: a product keeps rows of both factors in registers
-        return _blocks(num_keys, num_values, 16, 8 if num_keys <= 128 else 16, 1)
+        return _blocks(num_keys, num_values, 16, 8, 1)
     return _blocks(num_keys, num_values, *((64, 4, 2) if num_keys <= 128 else (32, 8, 2)))
 
 
