@@ -11,8 +11,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from linear_moe.kernels.grouped_linear import can_group
+from linear_moe.lsm.mom import MixtureOfMemories
 from linear_moe.model.experts import GroupedExperts
 from linear_moe.model.local_dispatcher import LocalDispatcher
+from linear_moe.model.mixer_layer import MixerLayer
+
+PRODUCTS = ("memory_weight", "_down", "_up")
+"""Ends of the names of weights of which every memory of a mixture has its own."""
 
 
 def keep_tokens_here(model: GPTModel) -> None:
@@ -34,4 +39,8 @@ def waits_for_host(model: GPTModel) -> str | None:
             weight = experts.fc1_weight
             if not can_group(weight.new_empty(1, weight.shape[2]), weight, experts.fc2_weight):
                 return f"experts in {weight.dtype} run one after the other and read their tokens' number"
+        if isinstance(module, MixerLayer) and isinstance(module.mixer, MixtureOfMemories):
+            weights = [w for name, w in module.weights().items() if name.endswith(PRODUCTS)]
+            if not all(can_group(w.new_empty(1, w.shape[-1])) for w in weights):
+                return f"memories in {weights[0].dtype} run one after the other and read their tokens' number"
     return None

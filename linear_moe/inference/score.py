@@ -25,7 +25,7 @@ from linear_moe.inference.load import LoadedModel
 
 TOKENS_PER_CALL = {"cuda": 2048, "cpu": 256}
 """A call costs about as much with fewer."""
-OUTPUT_ROWS = 64
+OUTPUT_ROWS = {"cuda": 256, "cpu": 16}
 """Tokens whose logits are in memory at once."""
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -144,9 +144,10 @@ def _head(wanted: Sequence[tuple[int, int, int]], vocab_size: int) -> Callable[.
 
     def head(hidden_MD: Tensor, places: list[Tensor], output: Callable[[Tensor], Tensor]) -> Tensor:
         device, found = hidden_MD.device, []
-        for first in range(0, len(wanted), OUTPUT_ROWS):
-            part = wanted[first : first + OUTPUT_ROWS]
-            index = torch.zeros(OUTPUT_ROWS, dtype=torch.int64)
+        rows = OUTPUT_ROWS.get(device.type, 16)
+        for first in range(0, len(wanted), rows):
+            part = wanted[first : first + rows]
+            index = torch.zeros(rows, dtype=torch.int64)
             index[: len(part)] = torch.stack([places[i][t] for i, t, _ in part])
             logits_MV = output(hidden_MD[index.to(device)])[: len(part), :vocab_size]
             logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))

@@ -95,3 +95,16 @@ def test_a_step_reads_nothing_on_the_host(gloo, kinds):
     )
     assert not [name for name in names if name.split(".")[0] in FORBIDDEN or name in FORBIDDEN], names
     assert "index by bool" not in names
+
+
+def reasons(rank, world):
+    from linear_moe.inference.experts import waits_for_host
+
+    kinds = {"dense": (["gla"], False), "experts": (["gla"], True), "memories": (["mom_gla"], False)}
+    return {name: waits_for_host(random_model(case[0], moe=case[1]).model) for name, case in kinds.items()}
+
+
+def test_what_runs_one_after_the_other_is_not_captured(gloo):
+    found = gloo(1, reasons)[0]
+    assert found["dense"] is None
+    assert "experts in torch.float64" in found["experts"] and "memories in torch.float64" in found["memories"]
