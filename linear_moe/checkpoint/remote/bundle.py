@@ -127,8 +127,8 @@ def _rewritten(module: str, source: str, mixers: set[str]) -> str:
         # transformers wants every package that a file imports, but for those in a try.
         indent, statement = " " * fused.col_offset, ast.unparse(fused)
         guarded = f"{indent}try:\n{indent}    {statement}\n{indent}except ImportError:\n{indent}    raise"
-        assert fused.end_lineno == fused.lineno, statement
-        lines[fused.lineno - 1] = guarded
+        assert fused.end_lineno is not None
+        lines[fused.lineno - 1 : fused.end_lineno] = [guarded] + [""] * (fused.end_lineno - fused.lineno)
     text = "\n".join(lines)
     return f"{_header(f'{module.replace(".", "/")}.py')}{_without_gaps(text)}\n"
 
