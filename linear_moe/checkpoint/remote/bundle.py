@@ -121,7 +121,7 @@ def _rewritten(module: str, source: str, mixers: set[str]) -> str:
                 line = f"{indent}from .{flat(names.source)} import (\n{body}{indent})"
             new.insert(0, line)
         assert node.end_lineno is not None
-        # One string per line of the old statement keeps the numbers of the others.
+        # As many entries as before: the other statements stay where they were found.
         lines[node.lineno - 1 : node.end_lineno] = ["\n".join(new)] + [""] * (node.end_lineno - node.lineno)
     for fused in _fused_imports(source):
         # transformers wants every package that a file imports, but for those in a try.
