@@ -39,14 +39,19 @@ class MemoryBalance:
         self.config, self.layer = config, layer
         self.num_memories, self.coefficient = num_memories, coefficient
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.padding_BT: Tensor | None = None  # of the micro-batch that is going forward: not counted
         self._tally: Tensor | None = None
 
     def attach(self, weight_BTk: Tensor, probs_BTE: Tensor, index_BTk: Tensor) -> Tensor:
         """``weight_BTk`` with the loss behind it: its backward pass adds the loss's gradient to the router's."""
-        tokens = probs_BTE.shape[0] * probs_BTE.shape[1] * self.cp_group.size()
-        chosen_E = torch.nn.functional.one_hot(index_BTk.flatten(), self.num_memories).sum(0).float()
+        chosen_BTE = torch.nn.functional.one_hot(index_BTk, self.num_memories).sum(2)
+        if self.padding_BT is not None:
+            chosen_BTE = chosen_BTE.masked_fill(self.padding_BT[..., None], 0)
+            probs_BTE = probs_BTE.masked_fill(self.padding_BT[..., None], 0)
+        chosen_E = chosen_BTE.sum((0, 1)).float()
         if self.cp_group.size() > 1:
             dist.all_reduce(chosen_E, group=self.cp_group)
+        tokens = chosen_E.sum() / index_BTk.shape[-1]
         share_E = chosen_E / (tokens * index_BTk.shape[-1])
         balance = self.num_memories * (share_E * probs_BTE.sum((0, 1)) / tokens).sum()
         self._count(share_E, balance.detach())

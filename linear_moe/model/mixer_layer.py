@@ -38,7 +38,7 @@ from linear_moe.model.decoding import DecodingContext
 from linear_moe.model.memory_balance import MemoryBalance
 from linear_moe.model.mixer_parameters import ModelTables, TableModule
 from linear_moe.model.mixer_projections import GroupLinear, LowRankLinear, shifted, wait_for, whole_sequence
-from linear_moe.model.sequence import layout_of
+from linear_moe.model.sequence import layout_of, padding_of
 from linear_moe.parallel.halo import lengths_before, tokens_before
 from linear_moe.parallel.lasp2 import initial_states
 from linear_moe.parallel.layout import SequenceLayout
@@ -193,6 +193,8 @@ class MixerLayer(TableModule):
             length *= self.tp_group.size()
         layout = layout_of(packed_seq_params, batch=batch, local_length=length, cp_group=self.cp_group)
         state = None
+        if self.balance is not None:
+            self.balance.padding_BT = padding_of(packed_seq_params)
         if inference_context is not None:
             state = self._state(layout, inference_context)
         weights = self.weights()

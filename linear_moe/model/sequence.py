@@ -16,6 +16,17 @@ from torch import Tensor
 from linear_moe.parallel.layout import SequenceLayout
 
 _MEMO = "_linear_moe_layouts"
+_PADDING = "_linear_moe_padding"
+
+
+def mark_padding(packed_seq_params: PackedSeqParams, padding_BT: Tensor) -> None:
+    """Say which local tokens are padding, ``[B, T]`` bool, in sequences that are passed to every layer."""
+    packed_seq_params.__dict__[_PADDING] = padding_BT
+
+
+def padding_of(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+    """What :func:`mark_padding` said; ``None``: nothing is padding."""
+    return None if packed_seq_params is None else packed_seq_params.__dict__.get(_PADDING)
 
 
 def layout_of(

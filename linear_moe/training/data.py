@@ -25,6 +25,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from linear_moe.model.sequence import mark_padding
 from linear_moe.training.finetune import instruction_datasets, padding_mask
 
 
@@ -117,7 +118,10 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Ba
         cp_group=mpu.get_context_parallel_group(),
         use_per_sequence_balancing=True,
     )
-    return Batch(**local, packed_seq_params=documents(cu_seqlens, args.seq_length))
+    packed_seq_params = documents(cu_seqlens, args.seq_length)
+    if packed_seq_params is not None and instructions:
+        mark_padding(packed_seq_params, local["padding_mask"])
+    return Batch(**local, packed_seq_params=packed_seq_params)
 
 
 def trim_boundaries(cu_seqlens: Tensor) -> Tensor:

@@ -127,6 +127,25 @@ def test_padding_is_no_load_of_experts(data: Data):
         assert losses == pytest.approx(expected, rel=1e-5), name
 
 
+def test_padding_is_no_load_of_memories(data: Data):
+    """The same of a mixture's; all runs with the weights of the first."""
+    found, start = {}, str(data.folder / "memories")
+    for layout, length in [("one process", 64), ("one process", 96), ("cp2", 96)]:
+        world, flags = LAYOUTS.get(layout, (1, []))
+        name = f"memories {layout} {length}"
+        options = ["--no-instruction-packing", "--lr", "0", "--min-lr", "0", "--train-iters", "2"]
+        options += ["--seq-length", str(length), "--max-position-embeddings", str(length), *flags]
+        options += ["--pretrained-checkpoint" if found else "--save", start]
+        run = data.folder / name
+        data.pool.run(world, train, arguments(run, data.samples, data.tokenizer, "mom_gla,softmax", *options))
+        found[name] = [[*step["memory_balance"], *step["memory_load"][0]] for step in metrics(run)]
+    expected = found["memories one process 64"]
+    assert len(expected) == 2 and expected[0][0] != pytest.approx(1, rel=1e-4)
+    for name, steps in found.items():
+        for step, of_samples in zip(steps, expected, strict=True):
+            assert step == pytest.approx(of_samples, rel=1e-5), name
+
+
 def test_padding_leaves_the_balance_its_weight_in_every_layout(data: Data):
     """Gradients, those of the balance included, of sequences that are mostly padding: as in one process."""
     options = ["--no-instruction-packing", "--moe-aux-loss-coeff", "0.1"]
