@@ -1,10 +1,17 @@
 """From and to Hugging Face: import, export, and the mapping tables that both read. Importing this imports no torch.
 
-    tables.py      one table of rows per family: our checkpoint key <-> Hugging Face names, with an invertible transform
-    hf_folder.py   a Hugging Face folder: its config, its safetensors, read and written tensor by tensor
-    torch_dist.py  Megatron's checkpoint format, read by region and written tensor by tensor
-    importing.py   Hugging Face -> run folder         exporting.py   run folder -> Hugging Face
-    remote/        the ``trust_remote_code`` files for models that no class of transformers fits
+    importing.py    Hugging Face -> run folder
+    exporting.py    run folder -> Hugging Face
+    linearise.py    layers that get another mixer on the way in
+    remote/         the code of exported folders that no class of transformers fits
+    tables.py       one table per family: our checkpoint keys <-> Hugging Face names; transforms.py: exact both ways
+    hf_config.py    config.json <-> family and size
+    options.py      the command line that such a model is trained with
+    blueprint.py    what the checkpoint of a model holds, asked of the model itself
+    torch_dist.py   Megatron's checkpoint format, read by region and written tensor by tensor
+    hf_folder.py    safetensors, read and written tensor by tensor
+    folders.py report.py origins.py   complete or not there; one grouped report of differences; the table of origins
+    __main__.py     the command line of tools/convert.py
 
 What export calls of ``remote`` (it writes all tensors, ``generation_config.json`` and the tokenizer itself)::
 

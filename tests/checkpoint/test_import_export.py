@@ -43,6 +43,31 @@ def test_there_and_back(gloo, tmp_path, name):
     assert configs[0] == configs[1]
 
 
+def greedy(rank, world, folder, prompts):
+    from linear_moe.checkpoint.importing import import_model
+    from linear_moe.inference.generate import generate
+    from linear_moe.inference.load import load_model
+
+    import_model(Path(folder) / "hf", Path(folder) / "run")
+    return generate(load_model(Path(folder) / "run"), prompts, max_new_tokens=64)
+
+
+def save(rank, world, folder, name):
+    save_hf(folder, name)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2"])
+def test_greedy_text_is_the_same(gloo, tmp_path, name):
+    import transformers
+
+    gloo(1, save, str(tmp_path / "hf"), name)
+    prompts = some_tokens(2, 8)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    theirs = model.generate(torch.tensor(prompts), max_new_tokens=64, do_sample=False, eos_token_id=None)
+    ours = gloo(1, greedy, str(tmp_path), prompts)[0]
+    assert [list(tokens)[-64:] for tokens in ours] == theirs[:, 8:].tolist()
+
+
 def exported_from_arguments(rank, world, folder):
     """The same without the config of the source: what a model of our own training would become."""
     from linear_moe.checkpoint.exporting import export_model

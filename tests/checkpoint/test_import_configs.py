@@ -1,0 +1,207 @@
+"""Published config.json files are understood: old and new spellings, and which named size of ours each one is."""
+
+import pytest
+
+from linear_moe.checkpoint.hf_config import describe, native_config, native_type
+
+_QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+_DEEPSEEK = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+PUBLISHED = {
+    "Qwen2-7B": (_QWEN2, "7B"),
+    "Qwen2-57B-A14B": (
+        _QWEN2
+        | {"model_type": "qwen2_moe", "vocab_size": 151936, "sliding_window": 65536, "decoder_sparse_step": 1}
+        | {
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2560,
+            "norm_topk_prob": False,
+        }
+        | {"shared_expert_intermediate_size": 20480, "output_router_logits": False},
+        "A14B",
+    ),
+    "Llama-3.1-8B": (_LLAMA, "8B"),
+    "Llama-3.2-1B": (
+        _LLAMA
+        | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+        | {"rope_scaling": _LLAMA["rope_scaling"] | {"factor": 32.0}, "tie_word_embeddings": True},
+        "1B",
+    ),
+    "Llama-3-8B": (_LLAMA | {"rope_scaling": None, "max_position_embeddings": 8192}, "custom"),
+    "Mixtral-8x7B-v0.1": (
+        {
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mixtral",
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 32000,
+        },
+        "8x7B",
+    ),
+    "DeepSeek-V2-Lite": (_DEEPSEEK, "A2.4B"),
+    "DeepSeek-V2": (
+        _DEEPSEEK
+        | {
+            "hidden_size": 5120,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 1536,
+            "n_routed_experts": 160,
+        }
+        | {
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "num_hidden_layers": 60,
+            "q_lora_rank": 1536,
+        }
+        | {
+            "n_group": 8,
+            "topk_group": 3,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0,
+        },
+        "A21B",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_our_named_sizes(name):
+    config, size_name = PUBLISHED[name]
+    described = describe(config)
+    assert described.size_name == size_name and described.dtype == "bfloat16"
+    assert described.size.vocab_size == config["vocab_size"]
+    if size_name != "custom":
+        named = described.family.sizes[size_name]
+        assert named.vocab_size + named.extra_vocab_size == config["vocab_size"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_we_write_is_what_we_read(name):
+    described = describe(PUBLISHED[name][0])
+    kind = native_type(described.family, described.size)
+    assert kind == described.model_type
+    again = native_config(kind, described.family, described.size, dtype="bfloat16")
+    assert describe(again) == described
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type yarn"),
+        ({"rope_scaling": _LLAMA["rope_scaling"] | {"low_freq_factor": 2.0}}, "'low_freq_factor': 2.0"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"num_hidden_layers": None, "model_type": "gemma"}, "'gemma'"),
+    ],
+)
+def test_what_our_layers_do_not_compute(changes, message):
+    with pytest.raises(ValueError, match=message):
+        describe(_LLAMA | changes)
+
+
+def test_windows_and_lacking_fields():
+    mixtral = PUBLISHED["Mixtral-8x7B-v0.1"][0]
+    with pytest.raises(ValueError, match="sliding window of 4096"):
+        describe(mixtral | {"sliding_window": 4096})
+    del (cut := dict(mixtral))["num_local_experts"]
+    with pytest.raises(ValueError, match="lacks num_local_experts"):
+        describe(cut)
