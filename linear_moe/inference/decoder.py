@@ -27,8 +27,11 @@ from linear_moe.lsm import MixerState
 from linear_moe.model.decoding import DecodingContext, state_tensors
 from linear_moe.model.mixer_layer import MixerLayer
 
-PREFILL_CHUNK = 4096
-"""Tokens of all prompts read at once: bounds the activations of long prompts, changes no result."""
+PREFILL_CHUNK = {"cuda": 4096, "cpu": 512}
+"""Tokens of all prompts read at once: bounds the activations of long prompts, changes no result.
+
+On a CPU, softmax attention needs a number for each of them and each cached token.
+"""
 
 Head = Callable[[Tensor, list[Tensor], Callable[[Tensor], Tensor]], Tensor]
 """What is wanted of a call: told its hidden states ``[M, D]``, where in them each row's tokens are, and the output
@@ -74,14 +77,16 @@ class Decoder:
 
     # ---- reading ----
 
-    def read(self, rows: Sequence[Sequence[int] | Tensor], chunk: int = PREFILL_CHUNK) -> Tensor:
-        """Read more tokens of every row, ``chunk`` in a call; logits ``[B, V]`` after each row's last one.
+    def read(self, rows: Sequence[Sequence[int] | Tensor], chunk: int | None = None) -> Tensor:
+        """Read more tokens of every row; logits ``[B, V]`` after each row's last one, float32 or wider.
 
-        Rows may differ in length; each has one token at least. Logits are float32 or wider.
+        Rows may differ in length; each has one token at least. ``chunk`` tokens of all rows are read in a call; None:
+        as many as the device likes.
         """
         assert len(rows) == self.batch_size and all(len(row) for row in rows)
         tokens = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
         found: list[Tensor | None] = [None] * self.batch_size
+        chunk = chunk or PREFILL_CHUNK.get(self.device.type, 512)
         starts, first = self.context.lengths, 0
         self.context.reserve(max(start + len(row) for start, row in zip(starts, tokens, strict=True)))
         while any(len(row) > first for row in tokens):
@@ -165,7 +170,7 @@ class Decoder:
         context.end_step()
         return logits_B1V[:, -1].to(torch.promote_types(logits_B1V.dtype, torch.float32))
 
-    def feed(self, tokens_BT: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:
+    def feed(self, tokens_BT: Tensor, chunk: int | None = None) -> Tensor:
         """``read`` or ``step``: ``tokens_BT`` ``[B, T]`` int64, T >= 1; logits ``[B, V]`` of the next token."""
         assert tokens_BT.shape[1] >= 1
         if tokens_BT.shape[1] == 1 and min(self.context.lengths) > 0:

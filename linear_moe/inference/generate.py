@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from linear_moe.inference.decoder import PREFILL_CHUNK, Decoder, MemorySize
+from linear_moe.inference.decoder import Decoder, MemorySize
 from linear_moe.inference.load import LoadedModel
 from linear_moe.inference.loop import Loop
 from linear_moe.inference.sampling import Sampling
@@ -32,7 +32,7 @@ class Generation:
         temperature, top_k, top_p: see :class:`~linear_moe.inference.sampling.Sampling`; greedy by default.
         seed: of the draws: of each row, or of the first one, those after it get the next numbers.
         eos: token or tokens that end a sequence; None: none does.
-        prefill_chunk: tokens of all prompts read at once.
+        prefill_chunk: tokens of all prompts read at once; None: as many as the device likes.
         look_every: steps between two looks at the tokens; None: as the device likes it.
         graph: capture steps as a CUDA graph; None: wherever that can be done.
 
@@ -51,7 +51,7 @@ class Generation:
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         eos: int | Sequence[int] | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         look_every: int | None = None,
         graph: bool | None = None,
     ) -> None:
