@@ -67,7 +67,7 @@ def start_layer(
     prefix = f"decoder.layers.{layer}.self_attention."
     keys = [key for key in model.tensors if key.startswith(prefix)]
     source = _Source(softmax, stored, prefix)
-    start = _Started(model, layer, source)
+    start = _Started(model, layer, source, {key.removeprefix(prefix) for key in keys})
     pieces = []
     for key in keys:
         name = key.removeprefix(prefix)
@@ -127,8 +127,8 @@ class _Source:
 class _Started:
     """The tensors of one mixer layer, by name."""
 
-    def __init__(self, model: Blueprint, layer: int, source: _Source) -> None:
-        self.model, self.layer, self.source = model, layer, source
+    def __init__(self, model: Blueprint, layer: int, source: _Source, names: set[str]) -> None:
+        self.model, self.layer, self.source, self.names = model, layer, source, names
         self.kind = model.kinds[layer]
         config = model.config.transformer
         self.mixer: Mixer = lsm.get(self.kind)(mixer_config(self.kind, config))
@@ -169,7 +169,7 @@ class _Started:
         """One of them, as it starts."""
         tensor = self._fresh()[name].clone()
         self.asked.add(name)
-        if self.asked == set(self._fresh()):
+        if self.asked == self.names:
             self.fresh = None
         if name in ("in_proj.weight", "group_proj.weight", "memory_weight"):
             self._fill_projections(tensor, self._parts(name))
