@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linear_moe import lsm
-from tests.checkpoint.hf_models import save_hf, some_tokens
+from tests.checkpoint.hf_models import MODELS, save_hf, some_tokens
 from tests.inference.models import whole_forward
 from tests.training.tiny import metrics, train
 
@@ -119,6 +119,28 @@ def test_every_mixer_can_be_started(gloo, tmp_path):
     outputs = gloo(1, every_mixer, str(tmp_path))[0]
     assert not [mixer for mixer, (sound, _) in outputs.items() if not sound]
     assert {mixer for mixer, (_, how) in outputs.items() if how != "carried"} == {"mamba2"}
+
+
+def every_family(rank, world, folder):
+    """The first of two layers becomes gated_deltanet; what its output projection started from."""
+    from linear_moe.checkpoint.importing import import_model
+    from linear_moe.inference.load import load_model
+
+    found = {}
+    for name in MODELS:
+        source, run = Path(folder) / name, Path(folder) / f"{name}-run"
+        save_hf(source, name)
+        done = import_model(source, run, la_module="gated_deltanet", layer_type_list="LN")
+        hows = {o.pattern.split("self_attention.")[-1]: o.how for o in done.origins if o.layers == [0]}
+        assert whole_forward(load_model(run).model, some_tokens(1, 8)).isfinite().all(), name
+        found[name] = hows["in_proj.weight"], hows["out_proj.weight"]
+    return found
+
+
+def test_every_family_can_be_linearised(gloo, tmp_path):
+    found = gloo(1, every_family, str(tmp_path))[0]
+    for name, hows in found.items():
+        assert hows == ("started" if name.startswith("deepseek") else "carried", "carried"), name
 
 
 def test_options_of_the_user_win(gloo, tmp_path):

@@ -33,6 +33,8 @@ def test_files_that_are_named_exist():
 def test_options_of_tools_exist():
     for tool, rest in re.findall(r"python (tools/\w+\.py)([^\n]*)", README):
         source = (REPOSITORY / tool).read_text()
+        if elsewhere := re.search(r"from ([\w.]+) import main\b", source):
+            source += (REPOSITORY / f"{elsewhere[1].replace('.', '/')}.py").read_text()
         for option in re.findall(r"--[a-z-]+", rest):
             assert f'"{option}"' in source, (tool, option)
 
