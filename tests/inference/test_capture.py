@@ -8,10 +8,11 @@ import functools
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_moe import lsm
-from tests.inference.models import prompts, random_model
+from tests.inference.models import prompts, random_family, random_model
 
 NAMES = lsm.names()
 FORBIDDEN = (
@@ -21,6 +22,20 @@ FORBIDDEN = (
 """Reads a value on the host, or has a shape that follows from values."""
 WAITING = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 """The same as methods, which a CPU answers without an operation."""
+
+
+MAKERS = ("arange", "zeros", "ones", "empty", "full", "eye", "linspace", "rand", "randn")
+"""Make a tensor on the host unless they are told where."""
+
+
+class Placed(TorchFunctionMode):
+    """Every tensor is made where somebody says, which on a CPU would not show."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in MAKERS and "device" not in (kwargs or {}):
+            raise AssertionError(f"{name}{args} without a device in a step")
+        return func(*args, **(kwargs or {}))
 
 
 def refused(*args, **kwargs):
@@ -47,12 +62,13 @@ def _indices(func, args):
 
 def everywhere(x, weight, ends):
     """The grouped GEMM without counts on the host: every row with every expert, and the right one taken."""
-    expert = torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype), right=True)
+    row = torch.arange(x.shape[0], device=x.device)
+    expert = torch.searchsorted(ends, row.to(ends.dtype), right=True)
     outputs = torch.einsum("mi,eoi->emo", x, weight)
-    return outputs[expert.clamp(max=len(weight) - 1), torch.arange(x.shape[0])]
+    return outputs[expert.clamp(max=len(weight) - 1), row]
 
 
-def step_operations(rank, world, kinds, extra):
+def step_operations(rank, world, kinds, extra, family=None):
     import linear_moe.inference.experts
     import linear_moe.kernels.grouped_linear
     import linear_moe.model.experts
@@ -60,7 +76,8 @@ def step_operations(rank, world, kinds, extra):
     from linear_moe.inference.loop import Loop
     from linear_moe.inference.sampling import Sampling
 
-    loaded = random_model(kinds, *extra, dtype=torch.float32)
+    of = functools.partial(random_family, *family) if family else random_model
+    loaded = of(kinds, *extra, dtype=torch.float32)
     seen, modules = Seen(), (linear_moe.kernels.grouped_linear, linear_moe.model.experts)
     with pytest.MonkeyPatch.context() as patch:
         for module in (*modules, linear_moe.inference.experts):
@@ -78,7 +95,7 @@ def step_operations(rank, world, kinds, extra):
             patch.setattr(torch.Tensor, name, functools.partialmethod(refused, name))
         for name in ("tensor", "as_tensor", "from_numpy"):  # copies numbers from the host
             patch.setattr(torch, name, functools.partial(refused, name))
-        with seen:
+        with Placed(), seen:
             loop._advance()
     return sorted(seen.names)
 
@@ -93,8 +110,17 @@ def test_a_step_reads_nothing_on_the_host(gloo, kinds):
         or "_scaled_dot_product" in str(names)
         or "bmm" in str(names)
     )
-    assert not [name for name in names if name.split(".")[0] in FORBIDDEN or name in FORBIDDEN], names
-    assert "index by bool" not in names
+    assert not forbidden(names), names
+
+
+def test_nor_does_latent_attention(gloo):
+    family = ("deepseek_v2", "A21B")
+    names = gloo(1, step_operations, ["gla", "softmax", "softmax"], (), family)[0]
+    assert not forbidden(names), names
+
+
+def forbidden(names):
+    return [x for x in names if x.split(".")[0] in FORBIDDEN or x in (*FORBIDDEN, "index by bool")]
 
 
 def reasons(rank, world):
