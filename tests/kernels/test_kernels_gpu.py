@@ -85,8 +85,8 @@ DIMS = [(128, 128), (64, 64), (128, 256), (256, 128), (100, 48), (9, 3)]
 def fused_errors(inputs: Inputs, dtype: torch.dtype) -> dict[str, float]:
     """Relative RMS errors of backend ``triton`` on the GPU against the token loop in float64 on equal values."""
     inputs = inputs.to(dtype)
-    if "log_decay" in inputs.tensors:
-        inputs.tensors["log_decay"] = inputs.tensors["log_decay"].float()
+    for name in {"log_decay", "log_decay_v", "bonus"} & inputs.tensors.keys():
+        inputs.tensors[name] = inputs.tensors[name].float()
     on_gpu = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}, inputs.scale)
     found = results(on_gpu, kernels, dtype)
     truth = results(inputs.to(torch.float64), reference, dtype)
@@ -138,6 +138,71 @@ def test_fused_adversarial_decays(value, decay, dtype, fused):
         check_fused(inputs, dtype)
 
 
+KINDS = {"vector": ("vector", ""), "bonus": ("vector", "bonus"), "values": ("none", "log_decay_v")}
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_vector_layouts(kind, layout, dtype, fused):
+    decay, extra = KINDS[kind]
+    sizes = dict(num_keys=64, num_values=48, strength=0.1, **LAYOUTS[layout])
+    check_fused(make("diag_decay", decay, extra=extra, **sizes), dtype)
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize(("num_keys", "num_values"), DIMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_vector_dims_and_groups(kind, num_keys, num_values, dtype, fused):
+    decay, extra = KINDS[kind]
+    sizes = dict(num_keys=num_keys, num_values=num_values, num_heads=4, groups=2, num_tokens=130)
+    check_fused(make("diag_decay", decay, extra=extra, strength=0.3, **sizes), dtype)
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.0, -1e-3, -30.0, float("-inf"), "uneven"])
+def test_fused_vector_adversarial_decays(value, kind, dtype, fused):
+    """float16 holds no number as small as e^-30 and its products: gradients of such decays are 0 there."""
+    decay, extra = KINDS[kind]
+    sizes = dict(num_tokens=600, batch=1, groups=1, num_heads=2, num_keys=64, num_values=64)
+    inputs = make("diag_decay", decay, extra=extra, strength=0.01, **sizes)
+    name = "log_decay_v" if kind == "values" else "log_decay"
+    if value == "uneven":
+        inputs.tensors[name][:, 10:60:2, :, ::3] = -30.0
+        inputs.tensors[name][:, 70:90, :, 1::3] = -200.0
+        inputs.tensors[name][:, 100:500:37, :, 2::3] = float("-inf")
+    else:
+        inputs.tensors[name].fill_(value)
+    errors = fused_errors(inputs, dtype)
+    if dtype == torch.float16 and value == -30.0:
+        errors = {n: e for n, e in errors.items() if n not in (f"grad {name}", "grad state")}
+    of_outputs, of_gradients = RMS[dtype]
+    assert all(e <= (of_gradients if n.startswith("grad") else of_outputs) for n, e in errors.items()), errors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_vector_same_bits_and_in_a_graph(kind, fused):
+    decay, extra = KINDS[kind]
+    sizes = dict(num_tokens=300, num_keys=64, num_values=64, strength=0.1)
+    inputs = make("diag_decay", decay, extra=extra, **sizes).to(torch.bfloat16)
+    inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}).differentiable()
+
+    def step():
+        o, state = inputs.run(kernels)
+        y = o.float().square().sum() + state.square().sum()
+        return o, state, *torch.autograd.grad(y, list(inputs.tensors.values()))
+
+    eager, again = step(), step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y, z in zip(eager, again, captured, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_strided_deterministic_and_in_a_graph(dtype, fused):
     """Slices of one projection in [T, B, ...] order; the same bits from every run, captured in a CUDA graph or not."""
@@ -162,8 +227,9 @@ def test_fused_strided_deterministic_and_in_a_graph(dtype, fused):
     assert torch.equal(eager[0], contiguous[0]) and torch.equal(eager[1], contiguous[1])
 
 
-def test_fused_never_waits_for_the_device(fused):
-    inputs = make("diag_decay", "scalar", num_tokens=210, cu_seqlens=PACKED).to(torch.float32)
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_fused_never_waits_for_the_device(decay, fused):
+    inputs = make("diag_decay", decay, num_tokens=210, cu_seqlens=PACKED).to(torch.float32)
     inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}).differentiable()
     sum(x.sum() for x in inputs.run(kernels)).backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
