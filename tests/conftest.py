@@ -13,7 +13,6 @@ import torch
 
 from tests.workers import Pool
 
-
 LONG = {
     "test_layouts.py": 9,
     "test_resume.py": 8,

@@ -44,11 +44,11 @@ class MemoryBalance:
 
     def attach(self, weight_BTk: Tensor, probs_BTE: Tensor, index_BTk: Tensor) -> Tensor:
         """``weight_BTk`` with the loss behind it: its backward pass adds the loss's gradient to the router's."""
-        chosen_BTE = torch.nn.functional.one_hot(index_BTk, self.num_memories).sum(2)
+        chosen_BTE = torch.zeros_like(probs_BTE).scatter(2, index_BTk, 1.0)
         if self.padding_BT is not None:
             chosen_BTE = chosen_BTE.masked_fill(self.padding_BT[..., None], 0)
             probs_BTE = probs_BTE.masked_fill(self.padding_BT[..., None], 0)
-        chosen_E = chosen_BTE.sum((0, 1)).float()
+        chosen_E = chosen_BTE.sum((0, 1))
         if self.cp_group.size() > 1:
             dist.all_reduce(chosen_E, group=self.cp_group)
         tokens = chosen_E.sum() / index_BTk.shape[-1]

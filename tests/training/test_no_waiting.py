@@ -1,0 +1,88 @@
+"""Between the start of the forward pass and the optimizer nothing is read on the host, checked without a GPU.
+
+As in tests/inference/test_capture.py: every operation is looked at, and the grouped GEMM of experts has a stand-in.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from linear_moe import lsm
+from tests.inference.test_capture import FORBIDDEN, WAITING, Seen, everywhere
+from tests.regression.whole_models import build, random_tokens
+
+NAMES = lsm.names()
+DOCUMENTS = (0, 3, 4, 40, 64)
+
+
+def refused(name: str, *args: Any, **kwargs: Any) -> None:
+    raise AssertionError(f"{name} in a step")
+
+
+def number_of_documents(cu_seqlens: torch.Tensor | None, batch: int, *others: Any) -> int:
+    """The check of documents without the part that is for CPUs only."""
+    return batch if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def operations(rank: int, world: int, kinds: list[str], packed: bool, flags: tuple[str, ...]) -> list[str]:
+    """Names of all operations of a forward and a backward pass; the first pass makes what is made once."""
+    import linear_moe.kernels.checks
+    import linear_moe.kernels.grouped_linear
+    import linear_moe.model.experts
+    import linear_moe.model.sequence
+    from linear_moe.model.output_loss import loss_in_chunks
+    from linear_moe.training.data import documents
+
+    model = build(kinds, *flags, moe=True, train=True, dtype=torch.float32)
+    tokens = random_tokens(1, 64) if packed else random_tokens(2, 32)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    params = documents(torch.tensor([DOCUMENTS]) if packed else None, tokens.shape[1])
+    mask = torch.ones(tokens.shape)
+    seen = Seen()
+
+    def step(chunk: int | None) -> None:
+        process = None if chunk is None else loss_in_chunks(chunk)
+        losses = model(
+            tokens,
+            positions,
+            None,
+            labels=tokens,
+            loss_mask=mask,
+            packed_seq_params=params,
+            output_processor=process,
+        )
+        (losses * mask).sum().backward()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (linear_moe.kernels.grouped_linear, linear_moe.model.experts):
+            patch.setattr(module, "can_group", lambda *tensors: True)
+            patch.setattr(module, "grouped_linear", everywhere)
+        step(None)
+        for name in WAITING:
+            patch.setattr(torch.Tensor, name, functools.partial(refused, name))
+        patch.setattr(linear_moe.kernels.checks, "check_cu_seqlens", number_of_documents)
+        patch.setattr(
+            linear_moe.model.sequence, "_is_partition", lambda *values: True
+        )  # looked at on CPUs only
+        with seen:
+            step(None)
+        # Megatron's loss writes by a mask, which CUDA does as masked_fill, without looking at it.
+        names = seen.names - {"index by bool"}
+        with seen:
+            seen.names.clear()
+            step(24)
+    return sorted(names | seen.names)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("kinds", [NAMES[i::3] for i in range(3)], ids=range(3))
+def test_a_step_reads_nothing_on_the_host(gloo: Any, kinds: list[str], packed: bool) -> None:
+    flags = ("--moe-shared-expert-intermediate-size", "32")
+    (names,) = gloo(1, operations, [*kinds, "softmax"], packed, flags)
+    assert "index_select.default" in names
+    assert not [name for name in names if name.split(".")[0] in FORBIDDEN or name in FORBIDDEN], names
+    assert "index by bool" not in names
