@@ -81,7 +81,12 @@ def merge(a, x, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr):
     x = tl.reshape(x, (N, 2, B, B))
     left = tl.sum(tl.where(half[None, :, None, None] == 0, x, 0.0), 1)
     right = tl.sum(tl.where(half[None, :, None, None] == 1, x, 0.0), 1)
-    below = tl.dot(right, tl.dot(below, left, input_precision=PRECISION), input_precision=PRECISION)
+    if N == 1:
+        flat = tl.dot(tl.reshape(below, (B, B)), tl.reshape(left, (B, B)), input_precision=PRECISION)
+        flat = tl.dot(tl.reshape(right, (B, B)), flat, input_precision=PRECISION)
+        below = tl.reshape(flat, (N, B, B))
+    else:
+        below = tl.dot(right, tl.dot(below, left, input_precision=PRECISION), input_precision=PRECISION)
     of_left = half[None, None, :, None] == 0
     upper = tl.where(of_left, left[:, :, None, :], 0.0)  # [N, B, 2, B]
     lower = tl.where(of_left, -below[:, :, None, :], right[:, :, None, :])
@@ -92,7 +97,7 @@ def merge(a, x, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + a)^-1, float32, of a strictly lower triangular [C, C]; C is 16, 32 or 64."""
-    blocks = diagonal_blocks(a, C, 16)  # [N, 16, 16]
+    blocks = diagonal_blocks(a, C, 16)
     i = tl.arange(0, 16)
     x = tl.zeros_like(blocks) + tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None]
     for row in range(1, 16):

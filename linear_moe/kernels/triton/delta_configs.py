@@ -1,7 +1,7 @@
 """Block sizes, warps and pipeline depth of the fused delta-rule kernels, by rule: nothing is timed at run time.
 
-Not measured on a device yet. benchmarks/compile_check.py keeps every one of them free of spills and inside the shared
-memory of sm_90.
+Not measured on a device yet. By benchmarks/compile_check.py all are inside the shared memory of sm_90 and free of
+spills, except float32 with K over 64: without tensor cores, its products are written out over all of K.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Cut:
 
 def solve(num_keys: int, dtype: torch.dtype) -> Cut:
     """Of the kernel that solves the chunks: BK is the whole of K."""
-    return Cut(_padded(num_keys), 0, 4, 1)
+    return Cut(_padded(num_keys), 0, 4 if dtype.itemsize == 2 else 8, 1)
 
 
 def solve_levels(num_keys: int, dtype: torch.dtype) -> Cut:
     """The same for decays per row: blocks of K in a loop."""
-    return Cut(min(64 if dtype.itemsize == 2 else 32, _padded(num_keys)), 0, 4, 1)
+    return Cut(min(32, _padded(num_keys)), 0, 8, 1)
 
 
 def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
@@ -45,7 +45,7 @@ def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2:
         return Cut(keys, min(32, values), 4, 2) if keys <= 128 else Cut(keys, min(32, values), 8, 1)
-    return Cut(keys, min(16, values), 4, 1)
+    return Cut(keys, min(16, values), 8, 1)
 
 
 def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
@@ -53,7 +53,7 @@ def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2:
         return Cut(keys, min(32, values), 4, 2) if keys <= 128 else Cut(keys, min(32, values), 8, 1)
-    return Cut(keys, min(16, values), 4, 1)
+    return Cut(keys, min(16, values), 8, 1)
 
 
 def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
@@ -61,15 +61,25 @@ def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2:
         return Cut(keys, min(128 if keys <= 128 else 64, values), 4, 1)
-    return Cut(keys, min(32, values), 4, 1)
+    return Cut(keys, min(32, values), 8, 1)
 
 
 def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
-    """Of the kernels for gradients: blocks of K in the grid, blocks of V in a loop."""
+    """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop, which holds registers apart."""
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2:
-        return Cut(min(64, keys), min(64, values), 8, 2)
-    return Cut(min(32, keys), min(16, values), 4, 1)
+        return Cut(min(64, keys), 64 if values > 64 else min(32, values), 8, 2)
+    return Cut(min(32, keys), min(16, values), 8, 1)
+
+
+def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """The same for decays per row, with more of them."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2:
+        if values == 128 and keys <= 128:
+            return Cut(min(32, keys), 64, 8, 1)
+        return Cut(16, min(32, values), 8, 1)
+    return Cut(16, min(16, values), 8, 1)
 
 
 def _padded(dim: int) -> int:

@@ -179,7 +179,8 @@ class DeltaChunks:
         """Of q and k for every head ``[B, T, H, K]``, of beta and the decay; clears dv where no document is."""
         layout, tokens = self.layout, self._tokens()
         dq, dk = self._empty(*tokens, self.num_keys), self._empty(*tokens, self.num_keys)
-        cut = delta_configs.gradient(self.num_keys, self.num_values, self.dtype)
+        blocks = delta_configs.vector_gradient if self.decay == KEY_DECAY else delta_configs.gradient
+        cut = blocks(self.num_keys, self.num_values, self.dtype)
         grid = (self._places() * triton.cdiv(self.num_keys, cut.keys),)
         parts = triton.cdiv(self.num_keys, cut.keys), *tokens
         d_beta = self._empty(*parts, dtype=torch.float32)
