@@ -32,16 +32,21 @@ from linear_moe.checkpoint.folders import (
 )
 from linear_moe.checkpoint.hf_config import OURS, RUN_FILE, describe, native_config, native_type
 from linear_moe.checkpoint.hf_folder import SHARD_BYTES, Planned, shards, write_index, write_shard
+from linear_moe.checkpoint.options import model_arguments
 from linear_moe.checkpoint.report import differences
 from linear_moe.checkpoint.tables import Row, rows
 from linear_moe.checkpoint.torch_dist import Reader
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
-from linear_moe.inference.rebuild import model_arguments
+from linear_moe.inference.rebuild import shaping_arguments
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training.run import read_config
 
 IGNORED = (r"(^|\.)optimizer\.", r"_extra_state", r"^rng_state", r"^rerun_state")
 """Tensors of a checkpoint that are not the model's."""
+
+
+_FREE = ("initializer_range", "max_position_embeddings", "router_dtype")
+"""What is no part of the function: how training starts and how exactly it routes."""
 
 
 @dataclass
@@ -113,7 +118,7 @@ def export_model(
     write_index(part, files, tensors)
     _write_rest(part, run, config, texts, is_native=kind != OURS)
     if kind == OURS:
-        again = {"architecture": saved["architecture"], "arguments": model_arguments(saved["arguments"])}
+        again = {"architecture": saved["architecture"], "arguments": shaping_arguments(saved["arguments"])}
         (part / RUN_FILE).write_text(json.dumps(again, indent=2) + "\n")
     finish(part, target)
     architecture = config["architectures"][0]
@@ -152,8 +157,24 @@ def _architecture(
         family, size = family_and_size(model)
         kind = native_type(family, size)
         if kind is not None:
-            return kind, native_config(kind, family, size, dtype=dtype)
+            config = native_config(kind, family, size, dtype=dtype)
+            if _is_the_same(model, config):
+                return kind, config
     return OURS, remote.hf_config(model.config, vocab_size=vocab_size, dtype=dtype)
+
+
+def _is_the_same(model: Blueprint, config: dict[str, Any]) -> bool:
+    """Whether a model imported with this config would compute what ours does, by every fact that we know of both.
+
+    Families do not say everything that a command line can: norms of queries and keys, a rotary part, other scales.
+    """
+    described = describe(config)
+    argv = [*model_arguments(described, described.kinds), "--tokenizer-type", "NullTokenizer"]
+    again = blueprint([*argv, "--vocab-size", "1"], padded_vocab_size=model.args.padded_vocab_size)
+    facts = [remote.hf_config(m.config, vocab_size=1, dtype="float32") for m in (model, again)]
+    return model.tensors == again.tensors and all(
+        facts[0].get(name) == value for name, value in facts[1].items() if name not in _FREE
+    )
 
 
 # ---- tensors ----

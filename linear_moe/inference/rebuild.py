@@ -165,7 +165,7 @@ def _check_divisible(args: argparse.Namespace, ranks: int) -> None:
             )
 
 
-def model_arguments(argv: list[str]) -> list[str]:
+def shaping_arguments(argv: list[str]) -> list[str]:
     """The part of a training's command line that shapes its model: no paths, no data, no optimizer."""
     arguments.import_mixer_modules(argv)
     parser = _Parser(allow_abbrev=False)

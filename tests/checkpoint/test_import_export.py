@@ -172,6 +172,25 @@ def exported(rank, world, run, target):
     return whole_forward(load_model(run).model, tokens), architecture
 
 
+@pytest.mark.parametrize(
+    ("flags", "architecture"),
+    [
+        ([], "Qwen2ForCausalLM"),
+        (["--qk-layernorm"], "LinearMoeForCausalLM"),
+        (["--rotary-percent", "0.5"], "LinearMoeForCausalLM"),
+    ],
+)
+def test_a_class_of_transformers_only_where_it_computes_the_same(gloo, tmp_path, flags, architecture):
+    run = tmp_path / "run"
+    folders = ["--run-dir", str(run), "--save", str(run / "checkpoint"), "--train-iters", "1"]
+    gloo(1, train, argv(["softmax"] * 2, *folders, "--lr-warmup-iters", "0", *flags, moe=False))
+    logits, found = gloo(1, exported, str(run), str(tmp_path / "hf"))[0]
+    assert found == architecture
+    tokens = [[token % 127 for token in row] for row in some_tokens()]
+    theirs = hf_logits(tmp_path / "hf", tokens, trust_remote_code=True)
+    torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-5)
+
+
 def with_a_tokenizer(rank, world, folder):
     """The tokenizer comes along both ways, and stays with a run that moves."""
     from linear_moe.checkpoint.exporting import export_model
