@@ -105,7 +105,7 @@ def one_projection(tensors: dict[str, torch.Tensor]) -> None:
 
 
 for decay in DECAYS:
-    case(f"{decay} rows", decay, num_tokens=40, **({} if decay == "vector" else SMALL))(compare)
+    case(f"{decay} rows", decay, num_tokens=50, **({} if decay in ("head", "vector") else SMALL))(compare)
     if decay != "none":
         case(f"{decay} strong", decay, num_tokens=40, change=decays(-30.0), **SMALL)(compare)
         case(f"{decay} forgets all", decay, num_tokens=40, change=decays(FORGET), **SMALL)(compare)
