@@ -10,7 +10,7 @@
 set -eu
 
 # --- start and samples -----------------------------------------------------------------------------------------------
-: "${PRETRAIN_CHECKPOINT_PATH:=}"  # run folder, or checkpoint, saved under any layout; none: random weights
+: "${PRETRAIN_CHECKPOINT_PATH:=}"  # run or checkpoint of any layout, or a Hugging Face folder; none: random weights
 : "${DATASET_PATH:=}"              # JSONL: messages, or instruction, input and output
 : "${VALID_DATASET_PATH:=}"        # JSONL; empty: no evaluation
 : "${TOKENIZER:=}"                 # folder with tokenizer.json; empty: the checkpoint's

@@ -74,7 +74,7 @@ set -eu
 # --- where it goes ---------------------------------------------------------------------------------------------------
 : "${OUTPUT_BASEPATH:=output}"     # the run lives in OUTPUT_BASEPATH/RUN_NAME; starting it again resumes it
 : "${RUN_NAME:=}"                  # empty: made from family, size, mixers and pattern
-: "${PRETRAIN_CHECKPOINT_PATH:=none}" # weights to start from, saved under any layout
+: "${PRETRAIN_CHECKPOINT_PATH:=none}" # weights to start from: run or checkpoint of any layout, or a Hugging Face folder
 : "${EXTRA_ARGS:=}"                # anything else, passed to Megatron as it is
 
 export MODEL_SIZE MOE LA_MODULE MIXER_MODULES LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN BASE_MODEL EXTRA_VOCAB_SIZE

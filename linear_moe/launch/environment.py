@@ -140,7 +140,7 @@ class RunSettings:
     run_name: str | None = None
     """Name of this run's folder. Starting the same name again resumes it. Not set: family-size-mixers-pattern."""
     pretrain_checkpoint_path: str | None = None
-    """Checkpoint of the first weights, saved under any layout, or `none`. A run that resumes ignores it."""
+    """First weights: run, checkpoint of any layout, Hugging Face folder, or `none`. A run that resumes ignores it."""
     extra_args: str = ""
     """Anything else, passed to Megatron as typed: EXTRA_ARGS="--log-params-norm --num-workers 4"."""
 
