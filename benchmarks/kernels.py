@@ -58,6 +58,8 @@ from linear_moe.kernels import dispatch, reference
 ROOT = Path(__file__).parents[1]
 RMS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-3, 5e-3)}
 """Allowed relative error of outputs and states, and of gradients."""
+OF_SCALED_OUTPUTS = 4e-3
+"""bfloat16's, where single elements decay: docs/kernels.md says why."""
 PARTS = ("right", "time", "memory", "cold")
 
 
@@ -92,6 +94,8 @@ def is_right(family: Family, shape: Shape, dtype: torch.dtype, device: str) -> d
         for name, x in truth.items()
     }
     of_outputs, of_gradients = RMS[dtype]
+    if dtype == torch.bfloat16 and family.decay in ("vector", "values"):
+        of_outputs = OF_SCALED_OUTPUTS
     bad = {n: e for n, e in errors.items() if not e <= (of_gradients if n.startswith("grad") else of_outputs)}
     return {"worst": max(errors.values()), "errors": errors, "bad": sorted(bad)}
 

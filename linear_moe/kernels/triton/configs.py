@@ -27,12 +27,13 @@ class Blocks:
     num_stages: int
 
 
-SAVE_EVERY, SAVE_EVERY_PER_HEAD = 4, 1
+SAVE_EVERY, SAVE_EVERY_PER_ELEMENT, SAVE_EVERY_PER_HEAD = 4, 2, 1
 """Chunks between saved states, where the decay has a gradient: more saves bytes, fewer is more exact in half precision.
 
 A gradient per head is a sum over all tokens, and what a chunk inherits from the next is the same for all of its tokens:
 an error that is a rounding for each of them grows with the chunk (float16, 4 against 1: 0.3 % against 0.03 %). Rarely
-is a decay per head trained.
+is a decay per head trained. For a decay per element, bfloat16's error of the gradient is 0.59 % at 4, 0.45 % at 2 and
+0.36 % at 1 (weak decays, from float16 in the interpreter, times 8).
 """
 
 MIN_CHUNKS = 4

@@ -48,10 +48,10 @@ def diag_decay(
             assert log_decay.ndim < 4
             log_decay_v = log_decay_v + log_decay.to(log_decay_v.dtype)[..., None]
         return diag_vector.decay_columns(q, k, v, log_decay_v, state, cu_seqlens, float(scale))
-    if bonus is not None and log_decay is None:
-        log_decay = torch.zeros((), device=v.device)
-    if bonus is not None and log_decay.ndim < 4:
-        log_decay = log_decay[..., None].expand(*v.shape[:3], k.shape[-1])
+    if bonus is not None:
+        log_decay = torch.zeros((), device=v.device) if log_decay is None else log_decay
+        if log_decay.ndim < 4:
+            log_decay = log_decay[..., None].expand(*v.shape[:3], k.shape[-1])
     if log_decay is not None and log_decay.ndim == 4:
         return diag_vector.decay_rows(q, k, v, log_decay, bonus, state, cu_seqlens, float(scale))
     return _DiagDecay.apply(q, k, v, log_decay, state, cu_seqlens, float(scale))

@@ -94,17 +94,17 @@ class _RowDecay(torch.autograd.Function):
         scan: VectorScan = ctx.scan
         scaled = Scaled(*scaled)
         do = torch.zeros_like(v) if do is None else rows_together(do)
+        assert scaled.x is not None
         after, d_state = scan.states_between(scaled.x, do, scaled.totals, d_final, reverse=True)
         scaled_dx, pairs = scan.columns(scaled, do, v, before)
         dv = scan.rows_back(scaled, do, after, d_state)
         scaled_dy, through = scan.columns_back(scaled, do, v, after, saved)
         gradients = scan.combine(q, k, pairs, scaled_dx, scaled_dy, through)
-        dq, dk, d_log, d_bonus = gradients
-        d_log, d_bonus, d_state = (
-            None if x is None or dtype is None else x.to(dtype)
-            for x, dtype in zip((d_log, d_bonus, d_state), ctx.dtypes)
+        dq, dk, *others = (*gradients, d_state)
+        d_log, d_bonus, d_initial = (
+            None if x is None or dtype is None else x.to(dtype) for x, dtype in zip(others, ctx.dtypes)
         )
-        return of_groups(dq, q), of_groups(dk, k), dv, d_log, d_bonus, d_state, None, None
+        return of_groups(dq, q), of_groups(dk, k), dv, d_log, d_bonus, d_initial, None, None
 
 
 class _ColumnDecay(torch.autograd.Function):
@@ -141,6 +141,7 @@ class _ColumnDecay(torch.autograd.Function):
         scan: VectorScan = ctx.scan
         do = torch.zeros_like(v) if do is None else rows_together(do)
         scaled = scan.scaled(do, v)
+        assert scaled.x is not None
         after, d_state = scan.states_between(q, scaled.x, scaled.totals, d_final, reverse=True)
         saved = scan.new_saved(v) if ctx.needs_input_grad[3] else None
         dq = scan.rows(scaled, k, before, None, saved)
@@ -148,8 +149,8 @@ class _ColumnDecay(torch.autograd.Function):
         scaled_dv, through = scan.columns_back(scaled, q, k, after, saved)
         _, dv, d_log, _ = scan.combine(do, v, pairs, read, scaled_dv, through)
         d_log = None if d_log is None else d_log.to(ctx.dtypes[0])
-        d_state = None if ctx.dtypes[1] is None else d_state.to(ctx.dtypes[1])
-        return of_groups(dq, q), of_groups(dk, k), dv, d_log, d_state, None, None
+        d_initial = None if ctx.dtypes[1] is None else d_state.to(ctx.dtypes[1])
+        return of_groups(dq, q), of_groups(dk, k), dv, d_log, d_initial, None, None
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class VectorScan:
         size = configs.segment_size(rows, num_tokens, num_heads, blocks, chunk, processors)
         layout = lay_out(rows, num_tokens, size, cu_seqlens, like=v)
         every = (
-            configs.SAVE_EVERY if bonus is None else 1
+            configs.SAVE_EVERY_PER_ELEMENT if bonus is None else 1
         )  # a token reads before it decays: a sum would cancel
         memory = num_heads, k.shape[-1], num_values
         return cls(layout, log_decay, bonus, scale, memory, chunk, every, decays_rows)
