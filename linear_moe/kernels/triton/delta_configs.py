@@ -74,11 +74,9 @@ def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 
 def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """The same for decays per row, with more of them."""
-    keys, values = _padded(num_keys), _padded(num_values)
+    values = _padded(num_values)
     if dtype.itemsize == 2:
-        if values == 128 and keys <= 128 and dtype == torch.bfloat16:  # elsewhere it spills a few bytes
-            return Cut(min(32, keys), 64, 8, 1)
-        return Cut(16, min(32, values), 8, 1)
+        return Cut(16, 64 if values == 128 else min(32, values), 8, 1)
     return Cut(16, min(16, values), 8, 1)
 
 

@@ -6,7 +6,7 @@ x = D * (dv e^T) and sums over columns of V, docs/kernels_delta.md derives
 
     dq = scale * read * (do S^T) + scale * (y beta) K
     dk = -read * (dv S^T) + write * beta * (e dS^T) + scale * (y beta)^T Q - (x beta + (x beta)^T) K     x strict
-    d beta_j = sum_i (scale * y_ij q_i . k_j - x_ij k_i . k_j) + write_j k_j . (e dS^T)_j
+    d beta_j = sum_i (scale * y_ij q_i . k_j - x_ij k_i . k_j) + write_j k_j . (e dS^T)_j = e_j . dv_j / beta_j
     d log a_t = sum_{i >= t > j} Z_ij + sum_{i >= t} R_i + sum_{j < t} W_j + total * <S, dS>
     Z_ij = beta_j (scale * y_ij q_i . k_j - x_ij k_i . k_j)
     R_i = read_i (scale * q_i . (do S^T)_i - k_i . (dv S^T)_i)
@@ -77,6 +77,16 @@ def products_with_memory(
 
 
 @triton.jit
+def beta_gradient(terms, own, beta, is_first):
+    """e_j . dv_j / beta_j, left by the first of the blocks that are summed; for small beta the block's own terms.
+
+    Both are exact, but where keys repeat, the terms are differences of large numbers; for small beta they are not.
+    """
+    is_small = beta < 0.001
+    return tl.where(is_small, terms, tl.where(is_first, own / tl.where(is_small, 1.0, beta), 0.0))
+
+
+@triton.jit
 def clear_values(
     dv, token, head, num_heads: tl.constexpr, length, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr
 ):
@@ -137,6 +147,8 @@ def gradient_kernel(
         read, write, total, pair = factors(
             log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C
         )
+        is_own = i_C[:, None] == i_C[None, :]
+        b_own = tl.sum(tl.where(is_own, b_x, 0.0), 1)  # e_j . dv_j
         b_y = b_y * pair * scale
         b_x = tl.where(is_below, b_x * pair, 0.0)
         b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
@@ -155,7 +167,7 @@ def gradient_kernel(
             do, e, of_dv, states + tile, d_states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C
         )  # fmt: skip
         b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
-        tl.store(d_beta + i_token, b_dbeta + b_W, mask=m_C)
+        tl.store(d_beta + i_token, beta_gradient(b_dbeta + b_W, b_own, b_beta, i_k == 0), mask=m_C)
         if DECAY != 0:
             b_R = tl.sum(b_q.to(tl.float32) * b_oS * scale - b_k.to(tl.float32) * b_vS, 1) * read
             b_log += tl.sum(tl.where(is_below, (b_W * b_beta)[None, :], 0.0), 1) + tl.sum(through) * total

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.delta_gradient import (
+    beta_gradient,
     clear_values,
     products_of_tokens,
     products_with_memory,
@@ -142,7 +143,9 @@ def vector_gradient_kernel(
         b_log += (total * through)[None, :]
 
         b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C)
-        own = tl.sum(tl.where(i_C[:, None] == i_C[None, :], b_y, 0.0), 1) * scale
+        is_own = i_C[:, None] == i_C[None, :]
+        b_own = tl.sum(tl.where(is_own, b_x, 0.0), 1)  # e_j . dv_j
+        own = tl.sum(tl.where(is_own, b_y, 0.0), 1) * scale
         b_dbeta += own * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
         b_dq += (own * b_beta)[:, None] * b_k.to(tl.float32)
         b_dk += (own * b_beta)[:, None] * b_q.to(tl.float32)
@@ -158,7 +161,7 @@ def vector_gradient_kernel(
         )
         tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
         tl.store(d_decay + i_g, b_log.to(d_decay.dtype.element_ty), mask=m_q)
-        tl.store(d_beta + i_token, b_dbeta, mask=m_C)
+        tl.store(d_beta + i_token, beta_gradient(b_dbeta, b_own, b_beta, i_k == 0), mask=m_C)
     else:  # after the last document; unused chunks have no tokens
         nothing = tl.zeros([C, BK], tl.float32)
         tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
