@@ -97,25 +97,14 @@ def export_model(
     config = _origin_config(run, model)
     vocab_size = config["vocab_size"] if config else model.args.padded_vocab_size
     kind, config = _architecture(model, saved["params_dtype"], vocab_size, config, native)
-    table, unknown = rows(kind, model.shape(vocab_size), model.tensors)
-    assert not unknown, unknown
+    table = _table(kind, model, vocab_size)
     tensors = _planned(table, reader)
     files = shards(tensors, shard_bytes)
     texts, warnings = _tokenizer_folder(run, saved, tokenizer)
-    total = sum(planned.size for planned in tensors.values())
-    check_room(target, total + 10_000_000)
+    check_room(target, sum(planned.size for planned in tensors.values()) + 10_000_000)
     task = {"source": str(folder), "files": fingerprint(list(folder.iterdir())), "to": [kind, *files]}
     part = begin(target, task)
-    parts, done = _Parts(table, reader), 0
-    for name, group in files.items():
-        if (part / name).is_file():  # of an interrupted export
-            done += sum(tensors[tensor].size for tensor in group)
-            progress(done, total)
-            continue
-        for tensor in write_shard(part / name, group, tensors, parts.read):
-            done += tensors[tensor].size
-            progress(done, total)
-    write_index(part, files, tensors)
+    _write_tensors(part, files, tensors, _Parts(table, reader), progress)
     _write_rest(part, run, config, texts, is_native=kind != OURS)
     if kind == OURS:
         again = {"architecture": saved["architecture"], "arguments": shaping_arguments(saved["arguments"])}
@@ -180,6 +169,17 @@ def _is_the_same(model: Blueprint, config: dict[str, Any]) -> bool:
 # ---- tensors ----
 
 
+def _table(kind: str, model: Blueprint, vocab_size: int) -> list[Row]:
+    table, unknown = rows(kind, model.shape(vocab_size), model.tensors)
+    if unknown:
+        raise ValueError(
+            f"the model has {len(unknown)} tensors that cannot be exported: {', '.join(unknown[:3])}\n"
+            f"  why: they are of no layer that the families have (multi-token prediction, for one)\n"
+            f"  try: python tools/generate.py for this run, which needs no export"
+        )
+    return table
+
+
 def _planned(table: list[Row], reader: Reader) -> dict[str, Planned]:
     planned = {}
     for row in table:
@@ -211,6 +211,26 @@ class _Parts:
         if row.expert is None:
             return row.transform.to_theirs(self.reader.read(row.key))
         return row.transform.to_theirs(self.reader.read(row.key, row.expert, row.expert + 1)[0])
+
+
+def _write_tensors(
+    part: Path,
+    files: dict[str, list[str]],
+    tensors: dict[str, Planned],
+    parts: _Parts,
+    progress: Progress,
+) -> None:
+    """All files of weights but those that an interrupted export has left complete, and their index."""
+    done, total = 0, sum(planned.size for planned in tensors.values())
+    for name, group in files.items():
+        if (part / name).is_file():
+            done += sum(tensors[tensor].size for tensor in group)
+            progress(done, total)
+            continue
+        for tensor in write_shard(part / name, group, tensors, parts.read):
+            done += tensors[tensor].size
+            progress(done, total)
+    write_index(part, files, tensors)
 
 
 # ---- the rest of the folder ----

@@ -72,7 +72,9 @@ def convert(plan: RunPlan, announce: Callable[[str], None]) -> bool:
     if checkpoint_iteration(target / "checkpoint") is not None:
         announce(f"PRETRAIN_CHECKPOINT_PATH={source} was converted before, into {target}")
         return True
-    doing = "converting it once, into" if plan.settings.node_rank == 0 else "waiting for the first node to make"
+    doing = (
+        "converting it once, into" if plan.settings.node_rank == 0 else "waiting for the first node to make"
+    )
     announce(f"PRETRAIN_CHECKPOINT_PATH={source} is a Hugging Face folder: {doing} {target}")
     if plan.settings.node_rank > 0:
         while checkpoint_iteration(target / "checkpoint") is None:

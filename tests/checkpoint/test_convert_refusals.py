@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from tests.checkpoint.hf_models import save_hf
+from tests.inference.models import argv
+from tests.training.tiny import train
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,18 @@ def test_runs_that_are_none(source, refused, tmp_path):
     refused(run, wrong, direction="export")
     (run / "checkpoint" / "iter_0000001" / ".metadata").unlink()
     refused(run, "cannot be read as a torch_dist checkpoint", direction="export")
+
+
+def test_what_no_folder_can_hold(gloo, refused, tmp_path):
+    """A model with multi-token prediction."""
+    run = tmp_path / "run"
+    folders = ["--run-dir", str(run), "--save", str(run / "checkpoint"), "--train-iters", "1"]
+    gloo(
+        1,
+        train,
+        argv(["softmax"] * 2, *folders, "--lr-warmup-iters", "0", "--mtp-num-layers", "1", moe=False),
+    )
+    refused(run, "tensors that cannot be exported", "mtp.", direction="export")
 
 
 def stopped(rank, world, direction, source, target):
