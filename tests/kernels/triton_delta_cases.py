@@ -49,6 +49,7 @@ def compare(
     dtype: torch.dtype = torch.float32,
     change: Change | None = None,
     chunk: int | None = 16,
+    processors: int = 1,
     **sizes: Any,
 ) -> Errors:
     """Outputs, final state and gradients against the token loop; short chunks make more of them."""
@@ -56,17 +57,19 @@ def compare(
     if change is not None:
         change(inputs.tensors)
     inputs = inputs.to(dtype)
-    with chunked(chunk):
+    with chunked(chunk, processors):
         found = results(inputs, kernels)
     truth = results(inputs.to(torch.float64), reference)
     return {name: error(found[name], value) for name, value in truth.items()}
 
 
-def chunked(size: int | None) -> Any:
-    from linear_moe.kernels.triton import configs
+def chunked(size: int | None, processors: int = 1) -> Any:
+    """More ``processors`` cut rows in more pieces."""
+    from linear_moe.kernels.triton import configs, delta_configs
 
     chosen = configs.chunk_size if size is None else lambda dtype: size
-    return mock.patch.object(configs, "chunk_size", chosen)
+    delta_configs.MIN_CHUNKS = 1
+    return mock.patch.multiple(configs, chunk_size=chosen, num_processors=lambda device: processors)
 
 
 def decays(value: float) -> Change:
@@ -109,6 +112,7 @@ for decay in DECAYS:
     if decay != "none":
         case(f"{decay} strong", decay, num_tokens=40, change=decays(-30.0), **SMALL)(compare)
         case(f"{decay} forgets all", decay, num_tokens=40, change=decays(FORGET), **SMALL)(compare)
+    case(f"{decay} pieces", decay, num_tokens=130, processors=5, **SMALL)(compare)
     if decay not in ("none", "head"):
         case(f"{decay} packed", decay, chunk=32, num_tokens=210, cu_seqlens=PACKED, groups=1, num_heads=1)(
             compare
@@ -126,6 +130,9 @@ for decay in DECAYS:
             compare
         )
         case(f"{decay} nothing written", decay, num_tokens=20, change=betas(0.0), **SMALL)(compare)
+case("pieces of two rows", "scalar", num_tokens=75, processors=8, groups=1, num_heads=1, has_state=False)(
+    compare
+)
 case("keys wider than values", "none", num_tokens=20, num_keys=130, num_values=3, **SMALL)(compare)
 
 

@@ -55,24 +55,24 @@ class _DeltaRule(torch.autograd.Function):
         chunks = DeltaChunks.plan(k, v, log_decay, cu_seqlens, scale)
         solved = chunks.solve(q, k, beta)
         initial = None if state is None else state.float().contiguous()
-        states, errors, final = chunks.forward(solved, v, beta, initial)
+        states, errors, final, maps = chunks.forward(solved, v, beta, initial)
         o = chunks.output(solved, states, errors)
 
         ctx.chunks = chunks
         ctx.dtypes = beta.dtype, None if state is None else state.dtype
-        ctx.save_for_backward(q, k, v, beta, states, errors, *solved.tensors())
+        ctx.save_for_backward(q, k, v, beta, states, errors, maps, *solved.tensors())
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, beta, states, errors, *solved = ctx.saved_tensors
+        q, k, v, beta, states, errors, maps, *solved = ctx.saved_tensors
         chunks: DeltaChunks = ctx.chunks
         solved = Solved(*solved)
         do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()
-        d_states, dv, d_initial = chunks.backward(solved, do, beta, d_final)
+        d_states, dv, d_initial = chunks.backward(solved, do, beta, d_final, maps)
         gradients = chunks.gradients(q, k, do, beta, solved, errors, dv, states, d_states)
         dq, dk, d_beta, d_decay = gradients
         d_beta, d_initial = d_beta.to(ctx.dtypes[0]), d_initial.to(ctx.dtypes[1] or d_initial.dtype)

@@ -30,6 +30,19 @@ class Cut:
         return dict(**blocks, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
+MIN_PIECES, MIN_CHUNKS = 4, 8
+"""What pieces do to a memory costs two more scans of them: fewer than 4 gain nothing."""
+
+
+def pieces(programs: int, chunks: int, processors: int) -> int:
+    """In how many pieces to scan rows of so many chunks, where whole ones are too few programs; no more than 32."""
+    count = min(processors // programs, chunks // MIN_CHUNKS, 32)
+    if count < MIN_PIECES:
+        return 1
+    size = triton.cdiv(chunks, count)
+    return triton.cdiv(chunks, size)
+
+
 def solve(num_keys: int, dtype: torch.dtype) -> Cut:
     """Of the kernel that solves the chunks: BK is the whole of K."""
     return Cut(_padded(num_keys), 0, 4 if dtype.itemsize == 2 else 8, 1)

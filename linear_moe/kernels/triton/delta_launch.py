@@ -49,6 +49,16 @@ class Solved:
         return self.inverse, self.scores, self.q_read, self.k_read, self.k_write, self.totals
 
 
+def carried(maps: Tensor, written: Tensor, initial: Tensor | None) -> Tensor:
+    """The memory before every piece ``[B, pieces, H, K, V]``, from M ``[B, pieces, H, K, K]`` and N of each."""
+    memory = torch.zeros_like(written[:, 0]) if initial is None else initial
+    before = [memory]
+    for piece in range(maps.shape[1] - 1):
+        memory = maps[:, piece] @ memory + written[:, piece]
+        before.append(memory)
+    return torch.stack(before, 1)
+
+
 @dataclass(frozen=True)
 class DeltaChunks:
     """Everything that the kernels of one call share."""
@@ -65,6 +75,8 @@ class DeltaChunks:
     log_decay: Tensor
     sums: Tensor
     """Of scalar decays; for decays per row the table that sums them."""
+    pieces: int
+    """Of a row, for the scans."""
 
     @classmethod
     def plan(
@@ -75,12 +87,15 @@ class DeltaChunks:
         chunk = configs.chunk_size(v.dtype)
         layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
         common = layout, num_heads, k.shape[-1], num_values, v.dtype, scale, chunk
+        cut = delta_configs.forward_scan(k.shape[-1], num_values, v.dtype)
+        programs = rows * num_heads * triton.cdiv(num_values, cut.values)
+        pieces = delta_configs.pieces(programs, layout.segments_per_row, configs.num_processors(v.device))
         if log_decay is None:
-            return cls(*common, NO_DECAY, v, v)
+            return cls(*common, NO_DECAY, v, v, pieces)
         if log_decay.ndim == 1:
-            return cls(*common, HEAD_DECAY, log_decay.contiguous(), v)
+            return cls(*common, HEAD_DECAY, log_decay.contiguous(), v, pieces)
         if log_decay.ndim == 4:
-            return cls(*common, KEY_DECAY, log_decay, level_sums(chunk, False, v.dtype, v.device))
+            return cls(*common, KEY_DECAY, log_decay, level_sums(chunk, False, v.dtype, v.device), pieces)
         sums = torch.empty(2, num_heads, layout.num_all, dtype=torch.float32, device=v.device)
         heads = min(16, triton.next_power_of_2(num_heads))
         sums_kernel[(layout.num_segments, triton.cdiv(num_heads, heads))](
@@ -88,7 +103,7 @@ class DeltaChunks:
             layout.segments_per_row, layout.num_documents, 1, *log_decay.stride(),
             BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
         )  # fmt: skip
-        return cls(*common, TOKEN_DECAY, log_decay, sums)
+        return cls(*common, TOKEN_DECAY, log_decay, sums, pieces)
 
     def solve(self, q: Tensor, k: Tensor, beta: Tensor) -> Solved:
         """The triangular system of every chunk, and its scores."""
@@ -121,19 +136,48 @@ class DeltaChunks:
 
     def forward(
         self, solved: Solved, v: Tensor, beta: Tensor, initial: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The memory before every chunk ``[S, H, K, V]``, e ``[L, H, V]``, and the final memory."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The memory before every chunk ``[S, H, K, V]``, e ``[L, H, V]``, the final memory, and M of pieces."""
+        states = self._empty(self.layout.num_segments, self.num_heads, self.num_keys, self.num_values)
+        errors = self._empty(*self._tokens(), self.num_values)
+        if self.pieces == 1:
+            final = self._scan(solved, v, beta, initial, states, errors)
+            return states, errors, final, None
+        shape = self.layout.num_rows, self.pieces, self.num_heads, self.num_keys
+        identity = torch.eye(self.num_keys, dtype=torch.float32, device=v.device)
+        identity = identity.expand(*shape, -1).flatten(0, 1).contiguous()
+        maps = self._scan(solved, None, beta, identity, None, None).view(*shape, self.num_keys)
+        written = self._scan(solved, v, beta, None, None, None).view(*shape, self.num_values)
+        before = carried(maps, written, initial).flatten(0, 1)
+        final = self._scan(solved, v, beta, before, states, errors).view(*shape, self.num_values)[:, -1]
+        return states, errors, final.contiguous(), maps
+
+    def _scan(
+        self,
+        solved: Solved,
+        v: Tensor | None,
+        beta: Tensor,
+        initial: Tensor | None,
+        states: Tensor | None,
+        errors: Tensor | None,
+    ) -> Tensor:
+        """Memories after all documents, or pieces; with ``states`` also what else :meth:`forward` returns."""
         layout, k_read, k_write = self.layout, solved.k_read, solved.k_write
-        states = self._empty(layout.num_segments, self.num_heads, self.num_keys, self.num_values)
-        errors, final = self._empty(*self._tokens(), self.num_values), self._new_final()
-        cut = delta_configs.forward_scan(self.num_keys, self.num_values, self.dtype)
-        forward_kernel[(layout.num_documents * self.num_heads * self._blocks_of_values(cut),)](
-            k_read, k_write, v, beta, self.log_decay, self.sums, solved.totals, solved.inverse,
-            layout.plan, layout.first_segment, v if initial is None else initial, final, states, errors,
-            *self._sizes(), *k_read.stride()[:3], *k_write.stride()[:3], *v.stride()[:3], *beta.stride(),
-            K_PER=self._sharing(k_read), **self._dims(), HAS_INITIAL=initial is not None, **cut.launch,
+        num_values = self.num_keys if v is None else self.num_values
+        documents = layout.num_documents * self.pieces
+        final = self._empty(documents, self.num_heads, self.num_keys, num_values, dtype=torch.float32)
+        cut = delta_configs.forward_scan(self.num_keys, num_values, self.dtype)
+        dims = {**self._dims(), "DV": num_values}
+        forward_kernel[(documents * self.num_heads * triton.cdiv(num_values, cut.values),)](
+            k_read, k_write, beta if v is None else v, beta, self.log_decay, self.sums, solved.totals,
+            solved.inverse, layout.plan, layout.first_segment, final if initial is None else initial, final,
+            final if states is None else states, final if errors is None else errors,
+            *self._sizes(), self.pieces, *k_read.stride()[:3], *k_write.stride()[:3],
+            *(beta if v is None else v).stride()[:3], *beta.stride(),
+            K_PER=self._sharing(k_read), **dims, HAS_INITIAL=initial is not None,
+            HAS_V=v is not None, ONLY_FINAL=states is None, **cut.launch,
         )  # fmt: skip
-        return states, errors, final
+        return final
 
     def output(self, solved: Solved, states: Tensor, errors: Tensor) -> Tensor:
         """o, ``[B, T, H, V]``."""
@@ -148,21 +192,44 @@ class DeltaChunks:
         return o
 
     def backward(
-        self, solved: Solved, do: Tensor, beta: Tensor, d_final: Tensor | None
+        self, solved: Solved, do: Tensor, beta: Tensor, d_final: Tensor | None, maps: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the memory after every chunk, of v, and of the initial memory."""
+        d_states = self._empty(self.layout.num_segments, self.num_heads, self.num_keys, self.num_values)
+        dv = self._empty(*self._tokens(), self.num_values)
+        if maps is None:
+            return d_states, dv, self._scan_back(solved, do, beta, d_final, d_states, dv)
+        shape = self.layout.num_rows, self.pieces, self.num_heads, self.num_keys, self.num_values
+        read = self._scan_back(solved, do, beta, None, None, None).view(shape)
+        after = carried(maps.mT.flip(1), read.flip(1), d_final).flip(1).flatten(0, 1).contiguous()
+        d_initial = self._scan_back(solved, do, beta, after, d_states, dv).view(shape)[:, 0]
+        return d_states, dv, d_initial.contiguous()
+
+    def _scan_back(
+        self,
+        solved: Solved,
+        do: Tensor,
+        beta: Tensor,
+        d_final: Tensor | None,
+        d_states: Tensor | None,
+        dv: Tensor | None,
+    ) -> Tensor:
+        """Gradients of the memory before all documents, or pieces."""
         layout, q_read, k_read, k_write = self.layout, solved.q_read, solved.k_read, solved.k_write
-        d_states = self._empty(layout.num_segments, self.num_heads, self.num_keys, self.num_values)
-        dv, d_initial = self._empty(*self._tokens(), self.num_values), self._new_final()
+        documents = layout.num_documents * self.pieces
+        shape = documents, self.num_heads, self.num_keys, self.num_values
+        d_initial = self._empty(*shape, dtype=torch.float32)
         cut = delta_configs.backward_scan(self.num_keys, self.num_values, self.dtype)
-        backward_kernel[(layout.num_documents * self.num_heads * self._blocks_of_values(cut),)](
+        backward_kernel[(documents * self.num_heads * self._blocks_of_values(cut),)](
             q_read, k_read, k_write, do, beta, self.log_decay, self.sums, solved.totals, solved.inverse,
-            solved.scores, layout.plan, layout.first_segment, do if d_final is None else d_final, d_initial,
-            d_states, dv, *self._sizes(), self.scale, *q_read.stride()[:3], *k_read.stride()[:3],
+            solved.scores, layout.plan, layout.first_segment, d_initial if d_final is None else d_final,
+            d_initial, d_initial if d_states is None else d_states, d_initial if dv is None else dv,
+            *self._sizes(), self.pieces, self.scale, *q_read.stride()[:3], *k_read.stride()[:3],
             *k_write.stride()[:3], *do.stride()[:3], *beta.stride(),
-            K_PER=self._sharing(k_read), **self._dims(), HAS_FINAL=d_final is not None, **cut.launch,
+            K_PER=self._sharing(k_read), **self._dims(), HAS_FINAL=d_final is not None,
+            ONLY_INITIAL=d_states is None, **cut.launch,
         )  # fmt: skip
-        return d_states, dv, d_initial
+        return d_initial
 
     def gradients(
         self,
@@ -209,10 +276,6 @@ class DeltaChunks:
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device=self.sums.device)
-
-    def _new_final(self) -> Tensor:
-        shape = self.layout.num_documents, self.num_heads, self.num_keys, self.num_values
-        return self._empty(*shape, dtype=torch.float32)
 
     def _tokens(self) -> tuple[int, int, int]:
         return self.layout.num_rows, self.layout.num_tokens, self.num_heads

@@ -12,7 +12,11 @@ for each chunk: what the other kernels read.
 
 With a vector decay (``DECAY == 3``) read and write are in the rows of K and Q that it is given, total is a vector.
 
-Letters: S chunks of all documents, N documents, H heads, C tokens in a chunk, DK and DV the dims of k and v,
+Long rows of few heads are cut in pieces, which the kernels treat as documents. What a piece does to a memory,
+S -> M S + N, is the same scan with nothing kept but its end (``ONLY_FINAL``): N from an empty memory, M from the
+identity without v.
+
+Letters: S chunks of all documents, N documents (pieces), H heads, C tokens in a chunk, DK and DV the dims of k and v,
 BK >= DK, BV a block of DV, NV blocks of it, L tokens of all rows.
 """
 
@@ -23,8 +27,10 @@ from linear_moe.kernels.triton.delta_chunk import factors
 
 
 @triton.jit
-def document_of(plan, first_chunk, document, num_tokens, chunks_per_row, IS_PACKED: tl.constexpr):
-    """Row, first token, tokens, first chunk and number of chunks of a document."""
+def document_of(
+    plan, first_chunk, document, num_tokens, chunks_per_row, pieces, C: tl.constexpr, IS_PACKED: tl.constexpr
+):  # fmt: skip
+    """Row, first token, tokens, first chunk and number of chunks of a document; of rows, one of their pieces."""
     if IS_PACKED:
         row = document * 0
         first = tl.load(first_chunk + document)
@@ -34,8 +40,11 @@ def document_of(plan, first_chunk, document, num_tokens, chunks_per_row, IS_PACK
         end = tl.load(plan + last * 3, mask=count > 0, other=0)
         length = end + tl.load(plan + last * 3 + 1, mask=count > 0, other=0) - start
     else:
-        row, start, length = document, document * 0, num_tokens
-        first, count = document * chunks_per_row, chunks_per_row
+        row, piece = document // pieces, document % pieces
+        size = tl.cdiv(chunks_per_row, pieces)
+        start = piece * size * C
+        length = tl.maximum(tl.minimum(num_tokens - start, size * C), 0)
+        first, count = row * chunks_per_row + piece * size, tl.cdiv(length, C)
     return row, start, length, first, count
 
 
@@ -60,17 +69,18 @@ def step_factors(
     return read, write, total
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces"])
 def forward_kernel(
     k_read, k_write, v, beta, log_decay, sums, totals, inverse, plan, first_chunk,
     initial, final,  # [N, H, DK, DV] float32; initial may be nothing
     states,  # [S, H, DK, DV]: the memory before each chunk
     errors,  # [L, H, DV]: e
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, pieces,
     k_b, k_t: tl.constexpr, k_h, w_b, w_t: tl.constexpr, w_h,
     v_b, v_t: tl.constexpr, v_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, IS_PACKED: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_V: tl.constexpr, ONLY_FINAL: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: N * H * NV; the blocks of one head are neighbours, so that the second finds k in L2."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -78,7 +88,7 @@ def forward_kernel(
     head = (tl.program_id(0) // NV) % num_heads
     document = tl.program_id(0) // NV // num_heads
     row, start, length, first, count = document_of(
-        plan, first_chunk, document, num_tokens, chunks_per_row, IS_PACKED
+        plan, first_chunk, document, num_tokens, chunks_per_row, pieces, C, IS_PACKED
     )
     i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     batch, at = row.to(tl.int64), start.to(tl.int64)
@@ -114,34 +124,40 @@ def forward_kernel(
             other=0.0,
         )  # [BK, C]
         m_v = m_C[:, None] & m_V[None, :]
-        b_v = tl.load(v + past * v_t + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
+        b_v = tl.zeros([C, BV], tl.float32)
+        if HAS_V:
+            p_v = v + past * v_t + i_C[:, None] * v_t + i_V[None, :]
+            b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)  # [C, BV]
         b_T = tl.load(inverse + tile * (C * C) + i_C[:, None] * C + i_C[None, :])  # [C, C]
         read, write, total = step_factors(
             beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, num_all, left, b_t,
             chunk, i_K, DK, BK, DECAY, C,
         )  # fmt: skip
         b_state = b_S.to(b_k.dtype)
-        tl.store(states + tile * (DK * DV) + i_S, b_state, mask=m_S)
-        b_y = b_v.to(tl.float32) - tl.dot(b_k, b_state, input_precision="ieee") * read[:, None]
+        if not ONLY_FINAL:
+            tl.store(states + tile * (DK * DV) + i_S, b_state, mask=m_S)
+        b_y = b_v - tl.dot(b_k, b_state, input_precision="ieee") * read[:, None]
         b_e = tl.dot(b_T, b_y.to(b_T.dtype), b_y, input_precision="ieee")  # [C, BV]
-        p_e = errors + past * e_t + i_C[:, None] * e_t + i_V[None, :]
-        tl.store(p_e, b_e.to(errors.dtype.element_ty), mask=m_v)
+        if not ONLY_FINAL:
+            p_e = errors + past * e_t + i_C[:, None] * e_t + i_V[None, :]
+            tl.store(p_e, b_e.to(errors.dtype.element_ty), mask=m_v)
         b_w = (b_e * write[:, None]).to(b_kT.dtype)
         b_S = tl.dot(b_kT, b_w, b_S * total[:, None], input_precision="ieee")
     tl.store(final + of_document + i_S, b_S, mask=m_S)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces"])
 def backward_kernel(
     q_read, k_read, k_write, do, beta, log_decay, sums, totals, inverse, scores, plan, first_chunk,
     d_final, d_initial,  # [N, H, DK, DV] float32; d_final may be nothing
     d_states,  # [S, H, DK, DV]: the gradient of the memory after each chunk
     dv,  # [L, H, DV]
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, scale,
+    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, pieces, scale,
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, w_b,
     w_t: tl.constexpr, w_h, o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, DECAY: tl.constexpr, HAS_FINAL: tl.constexpr, IS_PACKED: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, HAS_FINAL: tl.constexpr,
+    ONLY_INITIAL: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: N * H * NV."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -149,7 +165,7 @@ def backward_kernel(
     head = (tl.program_id(0) // NV) % num_heads
     document = tl.program_id(0) // NV // num_heads
     row, start, length, first, count = document_of(
-        plan, first_chunk, document, num_tokens, chunks_per_row, IS_PACKED
+        plan, first_chunk, document, num_tokens, chunks_per_row, pieces, C, IS_PACKED
     )
     i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     batch, at = row.to(tl.int64), start.to(tl.int64)
@@ -195,12 +211,14 @@ def backward_kernel(
             chunk, i_K, DK, BK, DECAY, C,
         )  # fmt: skip
         b_state = b_dS.to(b_k.dtype)
-        tl.store(d_states + tile * (DK * DV) + i_S, b_state, mask=m_S)
+        if not ONLY_INITIAL:
+            tl.store(d_states + tile * (DK * DV) + i_S, b_state, mask=m_S)
         b_x = tl.dot(b_k, b_state, input_precision="ieee") * write[:, None]  # [C, BV]
         b_x = tl.dot(b_PT, b_do, b_x, input_precision="ieee")
         b_dv = tl.dot(b_TT, b_x.to(b_TT.dtype), b_x, input_precision="ieee")
-        p_dv = dv + past * v_t + i_C[:, None] * v_t + i_V[None, :]
-        tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_v)
+        if not ONLY_INITIAL:
+            p_dv = dv + past * v_t + i_C[:, None] * v_t + i_V[None, :]
+            tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_v)
         b_from_o = (b_do.to(tl.float32) * (read * scale)[:, None]).to(b_qT.dtype)
         b_from_v = (b_dv * -read[:, None]).to(b_kT.dtype)
         b_dS = tl.dot(b_qT, b_from_o, b_dS * total[:, None], input_precision="ieee")
