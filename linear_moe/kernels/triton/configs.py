@@ -55,10 +55,13 @@ def scan_blocks(
     """For a run of diag_scan.py; ``has_gradient``: with the sums for the gradient of the decay."""
     if dtype.itemsize == 4 or not has_decay:
         return blocks(num_keys, num_values, dtype)
+    values = 32 if has_gradient else 64
     if num_keys <= 64:
-        return _blocks(num_keys, num_values, *((32, 4, 3) if has_gradient else (64, 4, 2)))
+        return _blocks(
+            num_keys, num_values, values, 8 if has_gradient and _is_masked(num_keys, num_values) else 4, 2
+        )
     if num_keys <= 128:
-        return _blocks(num_keys, num_values, 32 if has_gradient else 64, 8, 2)
+        return _blocks(num_keys, num_values, values, 8, 2)
     return _blocks(num_keys, num_values, 16, 8, 1 if has_gradient else 2)
 
 
@@ -70,9 +73,15 @@ def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Bl
 
 
 def _blocks(num_keys: int, num_values: int, values: int, num_warps: int, num_stages: int) -> Blocks:
+    if _is_masked(num_keys, num_values):
+        values = min(values, 32)  # masks take registers
     keys = max(16, triton.next_power_of_2(num_keys))
     widest = max(16, triton.next_power_of_2(num_values))
     return Blocks(keys, min(values, widest), num_warps, num_stages)
+
+
+def _is_masked(*dims: int) -> bool:
+    return any(dim != triton.next_power_of_2(dim) for dim in dims)
 
 
 @dataclass(frozen=True)

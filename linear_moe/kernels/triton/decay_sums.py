@@ -72,14 +72,14 @@ def sums_kernel(
     """Grid: chunks of all segments, blocks of heads."""
     segment = tl.program_id(0) // chunks_per_segment
     chunk = tl.program_id(0) % chunks_per_segment
-    row, start, length, _ = segment_of(
+    row, start, length, readable = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
     i_C, i_H = chunk * C + tl.arange(0, C), tl.program_id(1) * BH + tl.arange(0, BH)
     mask = (i_C[:, None] < length) & (i_H[None, :] < num_heads)
     log_decay += row.to(tl.int64) * a_b + start.to(tl.int64) * a_t
     p_a = log_decay + i_C[:, None].to(tl.int64) * a_t + i_H[None, :] * a_h
-    log_a = tl.load(p_a, mask=mask, other=0.0).to(tl.float64)  # [C, BH]
+    log_a = tl.load(p_a, mask=mask & (i_C[:, None] < readable), other=0.0).to(tl.float64)  # [C, BH]
     log_a = tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
     g = tl.cumsum(log_a, 0)
     high = g.to(tl.float32)

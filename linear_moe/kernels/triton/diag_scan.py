@@ -145,8 +145,6 @@ def scan_kernel(
             b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
             tl.store(inter_sums + of_sums + past + i_C, b_inter, mask=i_C < left)
         b_o = tl.dot(b_scores, b_v, b_o, input_precision="ieee")
-        if IS_PACKED:
-            b_o = tl.where(i_C[:, None] < left, b_o, 0.0)  # after the last document even the decay may be NaN
         m_o = (chunk * C + i_C[:, None] < length) & m_V[None, :]
         tl.store(o + past * o_t + i_C[:, None] * o_t + i_V[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
 
