@@ -35,7 +35,7 @@ def errors_of(request: pytest.FixtureRequest) -> Callable[[str], Errors]:
 
 
 def _is_ours(item: pytest.Item) -> bool:
-    return item.path == Path(__file__) and isinstance(item, pytest.Function)
+    return item.path == Path(__file__) and hasattr(item, "callspec")
 
 
 @pytest.mark.parametrize("name", CASES)
