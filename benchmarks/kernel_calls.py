@@ -106,14 +106,14 @@ def calls(run: Callable[..., Any], named: dict[str, Tensor]) -> tuple[Callable[[
     """Forward, and forward with backward; ``run`` takes the named tensors."""
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in named.items()}
     wanted = [x for x in leaves.values() if x.requires_grad]
-    grad = torch.ones_like(run(**named)[0])
+    grad = torch.randn_like(run(**named)[0])
 
     def forward() -> Any:
         with torch.no_grad():
             return run(**named)[0]
 
     def both() -> Any:
-        return torch.autograd.grad(run(**leaves)[0], wanted, grad)
+        return torch.autograd.grad(run(**leaves)[0], wanted, grad, allow_unused=True)
 
     return forward, both
 

@@ -15,13 +15,14 @@ after it. It is computed for the last chunk of a segment and every ``EVERY``-th 
 through(c - 1) = through(c) + sum(read of c) - sum(write of c - 1). At the end of a document, whose last token writes
 undecayed, nothing is subtracted.
 
-Letters: S segments, H heads, C tokens in a chunk, L tokens of all rows, P partial sums, G groups of ``EVERY`` chunks.
+Letters: S segments, H heads, C tokens in a chunk, L tokens of all rows, P partial sums, G groups of ``EVERY`` chunks in
+a segment.
 """
 
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.layout import segment_of
+from linear_moe.kernels.triton.layout import chunk_slot, segment_of
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # exp of it is 0 in float32; sums of it stay finite (-inf minus -inf is NaN), and small enough for one float32
@@ -92,10 +93,10 @@ def sums_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
 def decay_gradient_kernel(
     pair, read, write,  # [P, H, L] float32
-    through,  # [P, S, G, H] float32
+    through,  # [P, num_groups, H] float32
     grad,  # [B, T, H] float32 contiguous, or [S, G, H] for a decay per head
     plan,
-    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_segments,
+    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_groups,
     C: tl.constexpr, EVERY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, G: tl.constexpr,
     DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -108,9 +109,8 @@ def decay_gradient_kernel(
     first = row * num_tokens + start
     last_chunk = tl.cdiv(length, C) - 1 - group * EVERY
 
-    p_through = (
-        through + (i_P * num_segments + segment).to(tl.int64) * (G * num_heads) + group * num_heads + head
-    )
+    place = chunk_slot(first.to(tl.int64), segment, group, C * EVERY)
+    p_through = through + (i_P * tl.cast(num_groups, tl.int64) + place) * num_heads + head
     m_through = (i_P < P) & (last_chunk >= 0) & (readable > 0)
     b_through = tl.sum(tl.load(p_through, mask=m_through, other=0.0), 0)
     of_head = 0.0

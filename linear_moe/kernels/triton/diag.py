@@ -123,7 +123,7 @@ class _Parts:
     read: Tensor
     write: Tensor
     through: Tensor
-    """``[P, S, G, H]``."""
+    """``[P, groups of all segments, H]``."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +228,13 @@ class _Scan:
             v if parts is None else parts.pair,
             v if parts is None else parts.write if reverse else parts.read,
             v if parts is None else parts.through,
-            *self._sizes(), layout.num_segments, self.scale,
+            *self._sizes(), self._num_groups(), self.scale,
             *(n for y in (q, k, v, o, x) for n in (y.stride(0), y.stride(2))),
             *(y.stride(1) for y in (q, k, v, o, x)),
             Q_PER=num_heads // q.shape[2], K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
             DK=num_keys, DV=num_values, BK=cut.keys, BV=cut.values, C=self.chunk,
             S_K=1 if is_transposed else num_values, S_V=num_keys if is_transposed else 1,
-            DECAY=self.decay, REVERSE=reverse, GRADIENT=role, EVERY=self._every(), G=self._groups(),
+            DECAY=self.decay, REVERSE=reverse, GRADIENT=role, EVERY=self._every(),
             HAS_BEFORE=before is not None, STORE_FINAL=stores_final, STORE_SAVED=saves,
             IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
@@ -250,15 +250,15 @@ class _Scan:
         num_parts = parts.pair.shape[0]
         decay_gradient_kernel[(layout.num_segments * groups, num_heads)](
             parts.pair, parts.read, parts.write, parts.through, grad, layout.plan,
-            *self._sizes(), layout.num_segments,
+            *self._sizes(), self._num_groups(),
             C=self.chunk, EVERY=self._every(), P=num_parts, BP=triton.next_power_of_2(num_parts), G=groups,
             DECAY=self.decay, IS_PACKED=layout.is_packed, num_warps=1,
         )  # fmt: skip
         return grad if self.decay == TOKEN_DECAY else grad.sum((0, 1))
 
     def new_saved(self, k: Tensor, v: Tensor) -> Tensor:
-        """``[S, G, H, K, V]``, room for states in the dtype of the inputs."""
-        shape = self.layout.num_segments, self._groups(), self.num_heads, k.shape[-1], v.shape[-1]
+        """``[groups of all segments, H, K, V]``, room for states in the dtype of the inputs."""
+        shape = self._num_groups(), self.num_heads, k.shape[-1], v.shape[-1]
         return torch.empty(shape, dtype=v.dtype, device=v.device)
 
     def new_parts(self, k: Tensor, v: Tensor) -> _Parts:
@@ -269,8 +269,11 @@ class _Scan:
         pair, read, write = torch.empty(
             3, blocks, self.num_heads, layout.num_all, dtype=torch.float32, device=k.device
         )
-        shape = blocks, layout.num_segments, self._groups(), self.num_heads
+        shape = blocks, self._num_groups(), self.num_heads
         return _Parts(pair, read, write, torch.empty(shape, dtype=torch.float32, device=k.device))
+
+    def _num_groups(self) -> int:
+        return self.layout.num_slots(self.chunk * self._every())
 
     def _groups(self) -> int:
         return triton.cdiv(triton.cdiv(self.layout.segment_size, self.chunk), self._every())

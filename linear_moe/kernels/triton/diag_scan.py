@@ -23,14 +23,15 @@ Every tile is loaded in the orientation in which it is used, and no product of m
 3.7.0 miscompiles that as the first factor of another product on Hopper (fla-org/flash-linear-attention#826).
 
 Letters: C tokens in a chunk, DK width of q and k, DV of v and o, BK >= DK, BV a block of DV, NV blocks of it, H heads,
-L tokens of all rows, S segments, G groups of ``EVERY`` chunks. ``Q_PER`` heads of the scan share one head of q.
+L tokens of all rows, S segments, G groups of ``EVERY`` chunks of all of them. ``Q_PER`` heads of the scan share one
+head of q.
 """
 
 import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.decay_sums import chunk_decay
-from linear_moe.kernels.triton.layout import segment_of
+from linear_moe.kernels.triton.layout import chunk_slot, segment_of
 
 
 @triton.jit
@@ -57,16 +58,16 @@ def scan_kernel(
     q, k, v, o, x, log_decay, sums, plan,
     before,  # [S, H, DK, DV] float32 (strides S_K, S_V): what S starts from, or nothing
     final,  # the same: what S ends with
-    saved,  # [S, G, H, DK, DV] (strides S_K, S_V): S before every EVERY-th chunk, counted from the end
+    saved,  # [G, H, DK, DV] (strides S_K, S_V): S before every EVERY-th chunk, counted from the end
     pair_sums, inter_sums,  # [NV, H, L] float32
-    through,  # [NV, S, G, H] float32
-    num_tokens, num_all, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, num_segments, scale,
+    through,  # [NV, G, H] float32
+    num_tokens, num_all, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, num_groups, scale,
     q_b, q_h, k_b, k_h, v_b, v_h, o_b, o_h, x_b, x_h,
     q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, o_t: tl.constexpr, x_t: tl.constexpr,
     Q_PER: tl.constexpr, K_PER: tl.constexpr, V_PER: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     S_K: tl.constexpr, S_V: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    GRADIENT: tl.constexpr, EVERY: tl.constexpr, G: tl.constexpr,
+    GRADIENT: tl.constexpr, EVERY: tl.constexpr,
     HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr, STORE_SAVED: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H * NV; the blocks of one head are neighbours, so that the second finds q and k in L2."""
@@ -111,7 +112,7 @@ def scan_kernel(
         b_v = tl.load(v + past * v_t + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
 
         from_end = num_chunks - 1 - chunk
-        group = (segment.to(tl.int64) * G + from_end // EVERY) * num_heads + head
+        group = chunk_slot(token, segment, from_end // EVERY, C * EVERY) * num_heads + head
         if STORE_SAVED and from_end % EVERY == 0:
             tl.store(saved + group * (DK * DV) + i_S, b_S.to(saved.dtype.element_ty), mask=m_S)
 
@@ -157,7 +158,7 @@ def scan_kernel(
         if GRADIENT == 2 and from_end % EVERY == 0:
             # b_S has decayed through the chunk, which has not written yet
             b_saved = tl.load(saved + group * (DK * DV) + i_S, mask=m_S, other=0.0).to(tl.float32)
-            part = (i_v * num_segments).to(tl.int64) * G * num_heads
+            part = (i_v * num_groups).to(tl.int64) * num_heads
             tl.store(through + part + group, tl.sum(b_S * b_saved))
         b_S = tl.dot(b_kT, b_write, b_S, input_precision="ieee")  # [BK, BV]
 
