@@ -112,7 +112,12 @@ for decay in ("none", "head", "scalar"):
     case(f"{decay} rows in segments", decay, num_tokens=150, batch=1, groups=1, num_heads=2, processors=16)(
         compare
     )
-    case(f"{decay} packed", decay, num_tokens=210, cu_seqlens=PACKED, groups=1, num_heads=2)(compare)
+    documents = (
+        dict(num_tokens=210, cu_seqlens=PACKED)
+        if decay == "scalar"
+        else dict(num_tokens=60, cu_seqlens=SHORT)
+    )
+    case(f"{decay} packed", decay, groups=1, num_heads=2, **documents)(compare)
     case(f"{decay} without state", decay, num_tokens=20, has_state=False, **SMALL)(compare)
     case(f"{decay} half precision", decay, num_tokens=150, chunk=None, dtype=torch.float16, **SMALL)(compare)
 case("chunks as shipped", "scalar", num_tokens=75, chunk=None, **SMALL)(compare)
