@@ -35,9 +35,17 @@ def _exported_arguments(described: Described, kinds: Sequence[str]) -> list[str]
         raise ValueError(
             f"layer {changed[0]} of the model is {described.kinds[changed[0]]}, not softmax\n"
             f"  why: only the projections of softmax layers can be carried over to another mixer\n"
-            f"  try: a pattern that leaves layers {', '.join(map(str, changed))} as they are"
+            f"  try: a pattern that leaves layers {', '.join(map(str, changed))} as they are{_same(described.kinds)}"
         )
     return [*argv, "--layer-kinds", ",".join(kinds), *_of_a_training(described)]
+
+
+def _same(kinds: Sequence[str]) -> str:
+    mixers = sorted(set(kinds) - {SOFTMAX})
+    if len(mixers) > 1:
+        return ""
+    symbols = "".join("N" if kind == SOFTMAX else "L" for kind in kinds)
+    return f"; LA_MODULE={mixers[0]} LAYER_TYPE_LIST={symbols} is all of them"
 
 
 def _of_a_training(described: Described) -> list[str]:

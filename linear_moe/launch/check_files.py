@@ -6,6 +6,7 @@ from pathlib import Path
 
 from linear_moe.data.indexed import CorruptDataError, read_index, read_manifest, read_tokens
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.megatron_args import held_out_documents
 from linear_moe.launch.plan import RunPlan
 from linear_moe.model.families import estimate_parameters
 
@@ -39,6 +40,12 @@ def check_data(plan: RunPlan) -> None:
                 f"a sample is SEQ_LEN + 1 = {plan.settings.seq_len + 1} tokens.",
                 f"more data, or SEQ_LEN={max(1, info.num_tokens // 4)}",
             )
+        if plan.settings.eval_iters and not held_out_documents(info.num_documents):
+            raise PreflightError(
+                f"DATASET_PATH={prefix} has {info.num_documents} document(s), too few to hold one out.",
+                "evaluation reads 1 % of the documents, rounded.",
+                "EVAL_ITERS=0 to train on all of them, or more than 50 documents",
+            )
         _check_vocabulary(plan, prefix)
 
 
@@ -64,11 +71,14 @@ def _check_vocabulary(plan: RunPlan, prefix: str) -> None:
     source = plan.settings.tokenizer or "null"
     if manifest is not None and plan.tokenizer is not None:
         if manifest.tokenizer_fingerprint != plan.tokenizer.fingerprint:
+            again = f"preprocess the text again with {source}"
+            has_changed = Path(manifest.tokenizer) == Path(plan.tokenizer.path).absolute()
             raise PreflightError(
                 f"DATASET_PATH={prefix} was written with another tokenizer than TOKENIZER={source}.",
-                f"the data has vocabulary {manifest.vocab_size} of {manifest.tokenizer}, "
+                f"the data has vocabulary {manifest.vocab_size} of {manifest.tokenizer}"
+                f"{', which has changed since' if has_changed else ''}, "
                 f"TOKENIZER {plan.tokenizer.vocab_size}, and their tokens mean different text.",
-                f"TOKENIZER={manifest.tokenizer}, or preprocess the text again with {source}",
+                again if has_changed else f"TOKENIZER={manifest.tokenizer}, or {again}",
             )
         return
     largest = (

@@ -77,6 +77,13 @@ def _check_given(given: Mapping[str, str], settings: FinetuneSettings) -> None:
             "finetuning starts from the weights of a trained model.",
             "PRETRAIN_CHECKPOINT_PATH=<run folder>, or none to start from random weights",
         )
+    start = given["PRETRAIN_CHECKPOINT_PATH"]
+    if start != "none" and not Path(start).exists():
+        raise PreflightError(
+            f"PRETRAIN_CHECKPOINT_PATH={start} does not exist.",
+            "finetuning starts from the weights there.",
+            "a run folder, its checkpoint/, a Hugging Face folder, or none to start from random weights",
+        )
     if settings.epochs == 0:
         raise PreflightError("EPOCHS=0 trains nothing.", "it counts passes over the samples.", "EPOCHS=1")
 

@@ -6,7 +6,9 @@ norm 1.0, cosine, initial std 0.008, no dropout, 1 % of the data held out. One l
 
 import shlex
 import sys
+from pathlib import Path
 
+from linear_moe.data.indexed import read_index
 from linear_moe.launch.instructions import instruction_arguments, kept_tokenizer
 from linear_moe.launch.plan import MOCK_DATA, RunPlan
 from linear_moe.launch.resume import pretrained_folder
@@ -106,7 +108,7 @@ def _data(plan: RunPlan) -> list[str]:
             "--data-cache-path",
             str(plan.run_dir.parent / "data_cache"),
         ]
-    flags += ["--split", "99,1,0", "--padded-vocab-size", str(plan.padded_vocab_size)]
+    flags += ["--split", _split(plan), "--padded-vocab-size", str(plan.padded_vocab_size)]
     if tokenizer is not None:
         flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     else:
@@ -118,6 +120,19 @@ def _data(plan: RunPlan) -> list[str]:
     if plan.on_cpu:
         flags += ["--num-workers", "0"]  # loader processes would take the cores that train
     return flags
+
+
+def _split(plan: RunPlan) -> str:
+    # Megatron counts the epochs of a part without documents for ever, even if nothing is asked of it.
+    documents = [
+        read_index(prefix).num_documents for prefix in plan.prefixes if Path(prefix + ".idx").exists()
+    ]
+    return "99,1,0" if all(map(held_out_documents, documents)) else "100,0,0"
+
+
+def held_out_documents(documents: int) -> int:
+    """How many of a data set's documents are for evaluation, rounded as Megatron rounds them."""
+    return documents - round(0.99 * documents)
 
 
 def _memory_and_kernels(plan: RunPlan) -> list[str]:

@@ -156,6 +156,7 @@ def test_mistakes(files, tmp_path):
         f"{files / 'broken.jsonl'}:17 is not JSON"
     )
     assert first(PRETRAIN_CHECKPOINT_PATH="") == "PRETRAIN_CHECKPOINT_PATH is not set."
+    assert first(PRETRAIN_CHECKPOINT_PATH="absent") == "PRETRAIN_CHECKPOINT_PATH=absent does not exist."
     assert first(TOKENIZER="") == "TOKENIZER is not set."
     assert first(TOKENIZER="null") == "TOKENIZER=null reads no text."
     assert first(TOKENIZER="absent") == "TOKENIZER=absent cannot be used: absent does not exist."

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from linear_moe.launch.header import header
+from linear_moe.launch.megatron_args import held_out_documents, training_arguments
 from linear_moe.launch.resume import architecture
 from tests.data.token_files import write_tokenizer, write_tokens
 from tests.launch.plans import make_plan, message
@@ -19,7 +20,7 @@ def data(tmp_path: Path) -> dict[str, str]:
     """A tokenizer of 300 tokens and 2000 tokens written with it, as variables."""
     tokenizer = write_tokenizer(tmp_path / "tok")
     prefix = write_tokens(tmp_path / "mine", np.arange(2000) % 300, tokenizer)
-    return {"DATASET_PATH": prefix, "TOKENIZER": tokenizer.path}
+    return {"DATASET_PATH": prefix, "TOKENIZER": tokenizer.path, "EVAL_ITERS": "0"}
 
 
 def test_good_data(data: dict[str, str]):
@@ -32,6 +33,23 @@ def test_the_tokenizer_is_asked_for(data: dict[str, str]):
         "  why: the vocabulary of the model and the end of a document come from the tokenizer.\n"
         f"  try: TOKENIZER={data['TOKENIZER']}"
     )
+
+
+def test_no_document_is_left_for_evaluation(data: dict[str, str]):
+    assert message(**data | {"EVAL_ITERS": "10"}) == (
+        f"DATASET_PATH={data['DATASET_PATH']} has 1 document(s), too few to hold one out.\n"
+        "  why: evaluation reads 1 % of the documents, rounded.\n"
+        "  try: EVAL_ITERS=0 to train on all of them, or more than 50 documents"
+    )
+    flags = training_arguments(make_plan(**data))
+    assert flags[flags.index("--split") + 1] == "100,0,0", "Megatron would count epochs of no token for ever"
+    assert [held_out_documents(count) for count in (50, 51, 250)] == [0, 1, 2]
+
+
+def test_a_tokenizer_trained_anew_under_the_same_name(data: dict[str, str], tmp_path: Path):
+    write_tokenizer(tmp_path / "tok", 280)
+    assert "which has changed since, TOKENIZER 280" in message(**data)
+    assert message(**data).endswith(f"\n  try: preprocess the text again with {tmp_path}/tok")
 
 
 def test_missing_prefix(data: dict[str, str], tmp_path: Path):
