@@ -35,8 +35,9 @@ def diag_decay(
     """Read and write a memory that decays element by element.
 
     Differentiable (once) in every tensor, through both results. Computes in float32, or float64 for float64
-    inputs (matmuls in TF32 only where ``torch.backends.cuda.matmul.allow_tf32`` says so; autocast is ignored), and
-    keeps only its inputs for the backward pass. Any strides.
+    inputs (matmuls in TF32 only where ``torch.backends.cuda.matmul.allow_tf32`` says so; autocast is ignored). For the
+    backward pass chunked torch keeps the inputs alone, the fused kernels states of chunks besides (docs/kernels.md).
+    Any strides.
 
     Args:
         q: ``[B, T, Hqk, K]``, any float dtype, the same for k and v.
