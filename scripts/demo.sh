@@ -15,7 +15,8 @@ if [ ! -f "$data/python_text_document.idx" ]; then
     step "1/5 text: the library and manual of the Python on this machine"
     "$PYTHON" tools/build_corpus.py "$data/python.jsonl"
     step "2/5 tokenizer: byte-level BPE, 1024 tokens"
-    "$PYTHON" tools/train_tokenizer.py --input "$data/python.jsonl" --vocab-size 1024 --output "$data/tokenizer"
+    "$PYTHON" tools/train_tokenizer.py --input "$data/python.jsonl" --vocab-size 1024 --output "$data/tokenizer" \
+        --overwrite
     step "3/5 token files, in Megatron's format"
     "$PYTHON" tools/preprocess_data.py --input "$data/python.jsonl" --output-prefix "$data/python" \
         --tokenizer "$data/tokenizer" --overwrite

@@ -28,7 +28,7 @@ def main() -> int:
         prefix, manifest = preprocess(
             args.input, args.output_prefix, args.tokenizer, key=args.json_key, overwrite=args.overwrite
         )
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         print(f"linear_moe: {error}", file=sys.stderr)
         return 2
     print(f"{manifest.num_documents} documents, {manifest.num_tokens} tokens of {manifest.vocab_size}")

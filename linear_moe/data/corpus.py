@@ -7,7 +7,7 @@ read where it lies; nothing of it is distributed.
 import ast
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Not text worth learning: tests and their data, generated tables, what pip installed, bytecode.
@@ -47,6 +47,18 @@ def _manual_topics(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             topics = ast.literal_eval(node.value)
             yield from (topics[name] for name in sorted(topics))
+
+
+def check_inputs(paths: Iterable[str]) -> None:
+    """Raises ValueError for the first of `paths` that is not a file."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(
+                f"{path} is not a file.\n"
+                f"  why: {'it is a folder' if Path(path).is_dir() else 'there is nothing of that name'}; "
+                f"inputs are JSONL, or text files of one document each.\n"
+                f"  try: --input with the paths of files"
+            )
 
 
 def read_documents(path: str, key: str = "text") -> Iterator[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from linear_moe.data.corpus import read_documents
+from linear_moe.data.corpus import check_inputs, read_documents
 from linear_moe.data.indexed import Manifest, manifest_text, read_index
-from linear_moe.data.tokenizer import describe_tokenizer
+from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 
 _BATCH = 256
 """Documents tokenized at a time, by as many threads as there are cores."""
@@ -25,7 +25,8 @@ def preprocess(
     """Tokenize the documents of `inputs` (JSONL, or one document per text file), in order.
 
     Returns the prefix for DATASET_PATH and the manifest written beside the files. Raises ValueError when the files
-    exist and `overwrite` is false, when an input line is broken, and when there is no document.
+    exist and `overwrite` is false, when an input is missing or a line of it broken, when `tokenizer` cannot be used,
+    and when there is no document.
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -36,7 +37,15 @@ def preprocess(
             f"  why: token files are never replaced by accident; a run may be reading them.\n"
             f"  try: --overwrite, or another --output-prefix"
         )
-    info = describe_tokenizer(tokenizer)
+    check_inputs(inputs)
+    try:
+        info = describe_tokenizer(tokenizer)
+    except TokenizerError as error:
+        raise ValueError(
+            f"--tokenizer {tokenizer} cannot be used: {error}.\n"
+            f"  why: a tokenizer is a folder with tokenizer.json and tokenizer_config.json.\n"
+            f"  try: the folder that tools/train_tokenizer.py wrote, or a Hugging Face model"
+        ) from None
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     part = f"{prefix}.part{os.getpid()}"
     dtype = DType.optimal_dtype(info.vocab_size)

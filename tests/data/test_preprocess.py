@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -78,6 +79,22 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, corpus: tuple[str, str]
     with pytest.raises(ValueError, match=r"bad\.jsonl:2 is not JSON"):
         preprocess([corpus[0], str(tmp_path / "bad.jsonl")], str(out / "mine"), corpus[1])
     assert list(out.iterdir()) == []
+
+
+def test_what_is_not_there_is_told_before_anything_is_written(tmp_path: Path, corpus: tuple[str, str]):
+    out = tmp_path / "out"
+    for inputs, tokenizer, problem in (
+        (
+            [corpus[0], "absent.txt"],
+            corpus[1],
+            "absent.txt is not a file.\n  why: there is nothing of that name",
+        ),
+        ([str(tmp_path)], corpus[1], "is not a file.\n  why: it is a folder"),
+        ([corpus[0]], "absent", "--tokenizer absent cannot be used: absent does not exist.\n  why: "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            preprocess(inputs, str(out / "mine"), tokenizer)
+        assert not out.exists()
 
 
 def test_a_failure_keeps_the_old_files(
@@ -159,9 +176,11 @@ def test_the_tools_from_text_to_token_files(
 
     corpus, tok, prefix = str(tmp_path / "python.jsonl"), str(tmp_path / "tok"), str(tmp_path / "python")
     assert "Python Software Foundation licence" in run("build_corpus.py", corpus, "--max-bytes", "300000")
-    assert "512 tokens" in run(
-        "train_tokenizer.py", "--input", corpus, "--vocab-size", "512", "--output", tok
-    )
+    train = ("train_tokenizer.py", "--vocab-size", "512", "--output", tok, "--input")
+    assert "512 tokens" in run(*train, corpus)
+    assert f"{tok} holds a tokenizer" in run(*train, corpus, code=2), "and data written with it"
+    assert "512 tokens" in run(*train, corpus, "--overwrite")
+    assert "absent.txt is not a file.\n  why: there is nothing" in run(*train, "absent.txt", code=2)
     preprocess_data = ("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer", tok)
     assert f"DATASET_PATH={prefix}_text_document TOKENIZER={tok}" in run(*preprocess_data)
     assert run(*preprocess_data, code=2).startswith("linear_moe: ")
