@@ -39,6 +39,8 @@ STACKS = {
         *("mom_rebased", "mom_retention", "gla", "mom_linear_attention"),
     ],
     "hybrid": ["gated_deltanet", "gla", "linear_attention", "softmax"],
+    # RWKV7 refuses to recompute layers: those of its stack without it.
+    "recomputed": ["hgrn2", "kda", "mamba2", "hgrn2", "rwkv6"],
 }
 
 TP2, SP = ["--tensor-model-parallel-size", "2"], ["--sequence-parallel"]
@@ -91,10 +93,12 @@ DENSE = ("tp2-no-sp", "tp2-no-sp-output-chunks")
 def impossible(layout: str, stack: str, packing: str) -> bool:
     """Cases that cannot be: two micro-batches are too few, and RWKV7 refuses to recompute layers.
 
-    Or that say nothing new: the output layer does not know what is below it.
+    Or that say nothing new: the output layer does not know what is below it, and mixers are in a stack of their own.
     """
     if layout.endswith("output-chunks"):
         return stack != "hybrid"
+    if stack == "recomputed":
+        return layout != "recompute-layers"
     few = packing == "packed" and layout in ("dp4", "dp2-pp2-vpp2-distributed-optimizer")
     return few or (layout == "recompute-layers" and "rwkv7" in STACKS[stack])
 

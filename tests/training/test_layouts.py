@@ -36,6 +36,7 @@ SELECTED = {
     ],  # waits for every gradient: also of a table that no layer reads
     ("recompute-mixers", "rnns"): ["plain"],
     ("recompute-layers", "memories"): ["packed"],
+    ("recompute-layers", "recomputed"): ["plain"],
     ("output-chunks", "hybrid"): ["plain"],
     ("tp2-sp-output-chunks", "hybrid"): ["packed"],
     ("tp2-no-sp-output-chunks", "hybrid"): ["plain"],
