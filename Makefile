@@ -7,7 +7,7 @@ help:
 	@echo "make demo      train a small hybrid Linear-MoE on real text, continue a prompt, draw the loss"
 	@echo "make test      the whole test suite, on CPU; ARGS='tests/launch -k heads' picks"
 	@echo "make test-gpu  the tests that need a CUDA device"
-	@echo "make parity    every layout x every mixer against one process (a few minutes; make test runs a part)"
+	@echo "make parity    every layout x every mixer against one process (half an hour; make test runs a part)"
 	@echo "make lint      ruff, its formatter, mypy"
 	@echo "make setup     only the environment, in .venv (PYTHON=<python3.12> chooses the interpreter)"
 	@echo "make clean     remove caches and build output; .venv and runs/ stay"
@@ -27,7 +27,7 @@ test-gpu: setup
 	@$(python) -m pytest -m gpu $(ARGS)
 
 parity: setup
-	@LINEAR_MOE_ALL_LAYOUTS=1 $(python) -m pytest tests/training/test_layouts.py tests/training/test_family_layouts.py $(ARGS)
+	@LINEAR_MOE_ALL_LAYOUTS=1 $(python) -m pytest -n $(JOBS) --dist loadfile tests/training/test_layouts.py tests/training/test_family_layouts.py $(ARGS)
 
 lint: setup
 	$(python) -m ruff check .
