@@ -21,6 +21,7 @@ LONG = {
     "test_family_layouts.py": 5,
     "test_matrix.py": 5,
     "test_end_to_end.py": 4,
+    "test_whole_path.py": 4,
 }
 """Test files that take longest, the longest first."""
 

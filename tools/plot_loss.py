@@ -23,6 +23,19 @@ def main() -> int:
     args = parser.parse_args()
     metrics = Path(args.run) / "metrics.jsonl" if Path(args.run).is_dir() else Path(args.run)
     output = Path(args.output) if args.output else metrics.parent / "loss.png"
+    missing = [
+        path
+        for path in (metrics, *(Path(f"{args.data}{end}") for end in (".bin", ".idx") if args.data))
+        if not path.is_file()
+    ]
+    if missing:
+        print(
+            f"linear_moe: there is no {missing[0]}\n"
+            f"  why: the curve is read from a run's metrics.jsonl, the entropy from a .bin/.idx pair\n"
+            f"  try: the folder of a run, and the DATASET_PATH it was trained with for --data",
+            file=sys.stderr,
+        )
+        return 2
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     tokens, total = [], 0
     for step in steps:
