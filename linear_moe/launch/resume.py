@@ -34,7 +34,8 @@ def pretrained_folder(plan: RunPlan) -> Path | None:
 def check_resume(plan: RunPlan) -> None:
     """The architecture is the one of the run that would be resumed, and of the checkpoint that would be loaded."""
     if checkpoint_iteration(plan.run_dir / "checkpoint") is not None:
-        _same_architecture(plan, plan.run_dir, f"run {plan.run_dir} has another architecture")
+        new = "another RUN_NAME for a new one"
+        _same_architecture(plan, plan.run_dir, f"run {plan.run_dir} has another architecture", new)
         _same_optimizer(plan)
         return
     source = pretrained_folder(plan)
@@ -52,7 +53,8 @@ def check_resume(plan: RunPlan) -> None:
             if only_tokenizer
             else "the run folder or its checkpoint/ folder, or PRETRAIN_CHECKPOINT_PATH=none",
         )
-    _same_architecture(plan, source.parent, f"{given} has another architecture")
+    folder = "the Hugging Face folder of an imported model, which says what it is"
+    _same_architecture(plan, source.parent, f"{given} has another architecture", folder)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def _same_optimizer(plan: RunPlan) -> None:
     )
 
 
-def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
+def _same_architecture(plan: RunPlan, run_dir: Path, what: str, instead: str) -> None:
     config = read_config(run_dir)
     mixers = registered_mixers(plan.settings.mixer_modules)
     saved = config.get("architecture", {}) | mixer_options(config.get("arguments", []), mixers)
@@ -93,7 +95,7 @@ def _same_architecture(plan: RunPlan, run_dir: Path, what: str) -> None:
         raise PreflightError(
             f"{what} than this one:\n    " + "\n    ".join(differences),
             "a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.",
-            "the variables of that run, or another RUN_NAME for a new one",
+            f"the variables of that run, or {instead}",
         )
 
 

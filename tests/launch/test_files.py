@@ -189,6 +189,9 @@ def test_weights_of_another_model(tmp_path: Path):
         f"PRETRAIN_CHECKPOINT_PATH={tmp_path}/old has another architecture than this one:\n"
     )
     assert "num_experts: None -> 8" in text
+    assert text.endswith(
+        "the variables of that run, or the Hugging Face folder of an imported model, which says what it is"
+    )
 
 
 def test_a_tokenizer_is_no_checkpoint(data: dict[str, str], tmp_path: Path):
