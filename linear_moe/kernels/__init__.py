@@ -12,6 +12,7 @@ from linear_moe.kernels.ops import (
     gated_rms_norm,
     short_conv,
     spread_rows,
+    weighted_swiglu,
 )
 from linear_moe.kernels.segment import Segment
 
@@ -28,4 +29,5 @@ __all__ = [
     "gated_rms_norm",
     "short_conv",
     "spread_rows",
+    "weighted_swiglu",
 ]

@@ -153,6 +153,15 @@ def check_rows(x: Tensor, order: Tensor, place: Tensor, num_rows: int) -> None:
         _fail("x", f"has {x.shape[0]} rows", f"{num_rows} rows, with place {_show(place.shape)}")
 
 
+def check_swiglu(x: Tensor, weight: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.weighted_swiglu` takes."""
+    _check_float("x", x, x.device)
+    if x.ndim != 2 or x.shape[1] % 2:
+        _fail("x", f"has shape {_show(x.shape)}", "a tensor [M, 2 F]")
+    _check_float("weight", weight, x.device)
+    _check_shape("weight", weight, x.shape[:1], "[M]")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> int:
     """Returns the number of documents. Values are looked at on the CPU only."""
     if cu_seqlens is None:

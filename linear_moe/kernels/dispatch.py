@@ -26,6 +26,7 @@ from linear_moe.kernels import (
     gated_norm,
     reference,
     rows,
+    swiglu,
 )
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
@@ -142,6 +143,12 @@ def _fused_collect_rows(*args: Any, **kwargs: Any) -> Any:
     return fused.collect_rows(*args, **kwargs)
 
 
+def _fused_weighted_swiglu(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import swiglu as fused
+
+    return fused.weighted_swiglu(*args, **kwargs)
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "diag_decay": _backends(
         chunked_diag.diag_decay,
@@ -179,6 +186,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     ),
     "collect_rows": _backends(
         rows.collect_rows, reference.collect_rows, Backend("triton", _fused_collect_rows, _fused)
+    ),
+    "weighted_swiglu": _backends(
+        swiglu.weighted_swiglu,
+        reference.weighted_swiglu,
+        Backend("triton", _fused_weighted_swiglu, _fused),
     ),
 }
 

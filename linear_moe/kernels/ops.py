@@ -284,6 +284,22 @@ def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None 
     return _run("collect_rows", x, x, order, place, weight)
 
 
+def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    """An expert's gated unit times the router's probability: ``weight * silu(x[:, :F]) * x[:, F:]``.
+
+    Computes in float32, or float64 for float64 inputs, and keeps only its inputs for the backward pass.
+
+    Args:
+        x: ``[M, 2 F]``, gate and up; any float dtype.
+        weight: ``[M]``.
+
+    Returns:
+        ``[M, F]`` in x's dtype.
+    """
+    checks.check_swiglu(x, weight)
+    return _run("weighted_swiglu", x, x, weight)
+
+
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     if op in step.OPERATIONS and not dispatch.is_asked() and step.takes(*args, **kwargs):
         return step.OPERATIONS[op](*args, **kwargs)

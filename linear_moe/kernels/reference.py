@@ -266,6 +266,16 @@ def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None 
     )
 
 
+def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    """One row after the other."""
+    dtype, width = torch.promote_types(x.dtype, torch.float32), x.shape[1] // 2
+    units = [
+        w.to(dtype) * F.silu(row[:width].to(dtype)) * row[width:].to(dtype)
+        for row, w in zip(x, weight, strict=True)
+    ]
+    return torch.stack(units).to(x.dtype) if units else x[:, :width]
+
+
 def _each_document(
     run: Callable[[TokenInputs, Tensor], tuple[Tensor, Tensor]],
     tokens: TokenInputs,

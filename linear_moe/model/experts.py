@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from linear_moe.kernels import dispatch, weighted_swiglu
 from linear_moe.kernels.grouped_linear import can_group, grouped_linear, looped_linear
 from linear_moe.model.experts_checkpoint import ExpertShards
 
@@ -134,6 +135,9 @@ class GroupedExperts(MegatronModule):
 
     def _activate(self, x: Tensor, probs: Tensor) -> Tensor:
         config = self.config
+        is_plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+        if config.gated_linear_unit and config.activation_func is F.silu and is_plain and _has_fused_unit(x):
+            return weighted_swiglu(x, probs)
         if config.gated_linear_unit and config.bias_activation_fusion and config.activation_func is F.silu:
             return weighted_bias_swiglu_impl(x, None, probs[:, None], config.activation_func_fp8_input_store)
         if config.gated_linear_unit:
@@ -203,6 +207,11 @@ def _drop_extra_states(module: torch.nn.Module, state_dict: dict, prefix: str, *
     """They are in a checkpoint for the sake of ``SequentialMLP``; there is nothing to load."""
     for name in [name for name in state_dict if name.startswith(prefix) and _EXTRA_STATE in name]:
         del state_dict[name]
+
+
+def _has_fused_unit(x: Tensor) -> bool:
+    """Else Megatron's, which it compiles with torch, at the first call of every shape."""
+    return dispatch.pick("weighted_swiglu", x.device, x.dtype)[0].name == "triton"
 
 
 @cache

@@ -46,7 +46,11 @@ def cross_entropy(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     return [module.cross_entropy_(logits, t["labels"], t["factor"]), logits]
 
 
-CALLS: dict[str, Call] = {f.__name__: f for f in (short_conv, gated_norm, rows, cross_entropy)}
+def unit(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    return [module.weighted_swiglu(t["x"].flatten(0, 1), t["share"][:, 0])]
+
+
+CALLS: dict[str, Call] = {f.__name__: f for f in (short_conv, gated_norm, rows, cross_entropy, unit)}
 WIDE = ("factor",)
 """What stays float32 in bfloat16 runs."""
 
