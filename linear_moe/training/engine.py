@@ -1,8 +1,8 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
-``install`` makes five kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
+``install`` makes six kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
 Engine and Apex and with expert parallelism; Adam's step is one kernel then, too; the first loss of a run is logged
-once; FLOPs and metrics are ours.
+once; a step is logged with the learning rate that it used; FLOPs and metrics are ours.
 ``defaults_without_te`` is the other half: the flags that a run must set where Transformer Engine or a CUDA device is
 missing.
 """
@@ -34,6 +34,9 @@ EXPERTS_RNG = "linear_moe_rng_of_experts"
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 _originals: dict[tuple[Any, str], Any] = {}
+
+_used_rates: list[float | None] = []
+"""Learning rate of the last step, once there was one."""
 
 
 def install(
@@ -67,6 +70,8 @@ def install(
         _assign(optimizers, "_get_megatron_optimizer_based_on_param_groups", _fuse_adam)
     _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
     _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
+    _assign(training, "train_step", _note_learning_rate)
+    _assign(training, "get_canonical_lr_for_logging", _learning_rate_of_step)
     _assign(training, "training_log", _log_first_iteration_once)
     if training_log is not None:
         training.training_log = training_log(training.training_log)
@@ -333,6 +338,25 @@ def _log_first_iteration_once(original: Callable) -> Callable:
         return original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
 
     return training_log
+
+
+def _note_learning_rate(original: Callable) -> Callable:
+    """``train_step`` moves the schedule on, and only then is the rate read for the log: that of the next step."""
+    read = stock(importlib.import_module("megatron.training.training"), "get_canonical_lr_for_logging")
+
+    @functools.wraps(original)
+    def train_step(step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        rate = None if optimizer is None else read(optimizer.param_groups)
+        _used_rates[:] = [None if rate is None else float(rate)]
+        return original(step, data, model, optimizer, *args, **kwargs)
+
+    return train_step
+
+
+def _learning_rate_of_step(original: Callable) -> Callable:
+    return functools.wraps(original)(
+        lambda param_groups: _used_rates[0] if _used_rates else original(param_groups)
+    )
 
 
 def defaults_without_te() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The run script of every family: the plans of all its sizes, and three steps of its smallest model on CPU."""
 
+import math
 import os
 import shlex
 import subprocess
@@ -105,6 +106,9 @@ def test_each_script_trains(gloo, tmp_path: Path, family: str, variables: dict[s
     assert [step["iteration"] for step in steps] == [1, 2, 3]
     assert all(6.5 < step["lm_loss"] < 7.5 and 0 < step["grad_norm"] < 100 for step in steps), steps
     assert steps[2]["lm_loss"] != steps[0]["lm_loss"]
+    # The cosine from LR, at step 1, to MIN_LR behind the last step.
+    cosine = [1e-5 + (1e-2 - 1e-5) * (1 + math.cos(math.pi * done / 3)) / 2 for done in range(3)]
+    assert [step["learning_rate"] for step in steps] == pytest.approx(cosine)
 
 
 def test_latent_attention_resumes(gloo, tmp_path: Path):
@@ -114,6 +118,8 @@ def test_latent_attention_resumes(gloo, tmp_path: Path):
         for iterations in runs:
             gloo(1, train, command("deepseek_v2", tmp_path / folder, TRAIN_ITERS=iterations, **steps))
     assert losses(tmp_path / "cut" / "run") == losses(tmp_path / "whole" / "run")
+    rates = [[s["learning_rate"] for s in metrics(tmp_path / name / "run")] for name in ("cut", "whole")]
+    assert rates[0] == rates[1]
     other = {"MODEL_SIZE": "tiny", "RUN_NAME": "run", "OUTPUT_BASEPATH": str(tmp_path / "cut")}
     other |= {"LAYER_TYPE_LIST": "NLLN", "EXTRA_ARGS": "--kv-lora-rank 64 --moe-router-group-topk 3"}
     said = message(family="deepseek_v2", **other)
