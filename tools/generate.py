@@ -201,7 +201,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise ValueError(
             f"--batch-size is {args.batch_size}\n  why: it counts prompts\n  try: --batch-size 16"
         )
-    return texts or ([] if args.chat else [""])
+    if not texts and not args.chat:
+        raise ValueError(
+            "there is no prompt\n"
+            "  why: the model continues a text; from nothing it has to be asked for: --prompt ''\n"
+            '  try: --prompt "import os", --prompts FILE, or --chat to type questions'
+        )
+    return texts
 
 
 def read_template(name: str | None) -> str | None:

@@ -139,8 +139,9 @@ def test_ends_and_prompts_of_a_chat(run):
     [
         (["--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--step", "9"], "no checkpoint of step 9"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompt", "", "--step", "9"], "no checkpoint of step 9"),
+        ([], "there is no prompt"),
     ],
 )
 def test_errors_are_three_lines(gloo, run, options, text):
