@@ -7,6 +7,7 @@ python tools/convert.py export --load runs/mine --hf mine-hf
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
@@ -51,7 +52,7 @@ def main() -> int:
                         progress=bar,
                     )
         except ValueError as error:
-            _write(sys.stderr, f"linear_moe: {error}")
+            _write(sys.stderr, f"linear_moe: {with_options(str(error))}")
             return 2
         bar.close()
         for warning in done.warnings:
@@ -85,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def tell(args: argparse.Namespace, done: Any) -> None:
-    """What was done, and for an import where each tensor came from."""
+    """What was done, and for an import where each tensor came from, if layers got another mixer."""
     if args.command == "export":
         trust = "" if done.is_native else ", trust_remote_code=True"
         _write(
@@ -94,12 +95,24 @@ def tell(args: argparse.Namespace, done: Any) -> None:
         )
         _write(sys.stdout, f'  AutoModelForCausalLM.from_pretrained("{done.target}"{trust})')
         return
-    from linear_moe.checkpoint.origins import origin_table
+    from linear_moe.checkpoint.origins import origin_counts, origin_table
     from linear_moe.model.pattern import pattern_of
 
-    _write(sys.stdout, origin_table(done.origins, len(done.kinds)))
+    is_exact = tuple(done.kinds) == tuple(done.described.kinds)
+    _write(
+        sys.stdout, origin_counts(done.origins) if is_exact else origin_table(done.origins, len(done.kinds))
+    )
     size = done.described.size_name
     _write(sys.stdout, f"{done.target}: {done.described.family.name} {size}, layers {pattern_of(done.kinds)}")
+
+
+def with_options(message: str) -> str:
+    """A message that names variables of the run scripts, with the options that were typed here instead."""
+
+    def option(found: re.Match) -> str:
+        return f"--{found[1].lower().replace('_', '-')}{' ' if found[2] else ''}"
+
+    return re.sub(r"\b(LA_MODULE|LAYER_TYPE_LIST)\b(=?)", option, message)
 
 
 class Bar:

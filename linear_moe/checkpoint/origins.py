@@ -18,6 +18,8 @@ class Origin:
     source: str
     """From what: names of Hugging Face with a star for layer and expert, or words."""
     layers: list[int]
+    count: int = 0
+    """How many tensors."""
 
     @classmethod
     def note(cls, found: dict[str, Origin], key: str, how: str, source: str) -> None:
@@ -25,6 +27,7 @@ class Origin:
         numbers = re.findall(r"\.layers\.(\d+)\.", key)
         pattern, source = _starred(key), _starred(source)
         origin = found.setdefault(f"{pattern} {how} {source}", cls(pattern, how, source, []))
+        origin.count += 1
         if numbers and int(numbers[0]) not in origin.layers:
             origin.layers.append(int(numbers[0]))
 
@@ -44,6 +47,14 @@ def origin_table(origins: Iterable[Origin], num_layers: int) -> str:
         "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[3]]).rstrip()
         for line in lines
     )
+
+
+def origin_counts(origins: Iterable[Origin]) -> str:
+    """One line instead of the table, for a model that stays as it is: how many were carried and started."""
+    counts = {"carried": 0, "started": 0}
+    for origin in origins:
+        counts[origin.how] += origin.count
+    return "tensors: " + ", ".join(f"{count} {how}" for how, count in counts.items())
 
 
 def _ranges(layers: list[int], num_layers: int) -> str:

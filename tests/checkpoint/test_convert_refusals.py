@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import runpy
 import shutil
 import struct
@@ -288,3 +289,16 @@ def test_the_tool(source, gloo, tmp_path):
     assert code == 2 and err.startswith("linear_moe: ") and "exists\n  why: " in err
     code, out, _ = gloo(1, tool, "export", "--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"))[0]
     assert code == 0 and "trust_remote_code=True" in out
+    arguments = ["import", "--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "back")]
+    code, out, _ = gloo(1, tool, *arguments)[0]
+    first, last = out.splitlines()  # as it is: no table
+    assert code == 0 and re.fullmatch(r"tensors: [1-9]\d+ carried, 0 started", first) and "layers L" in last
+
+
+def test_the_tool_names_its_options(source, gloo, tmp_path):
+    arguments = ["import", "--hf", str(source / "hf"), "--save", str(tmp_path / "run")]
+    code, _, err = gloo(1, tool, *arguments, "--la-module", "glaa")[0]
+    assert code == 2 and err.endswith("try: --la-module gla\n"), err
+    code, _, err = gloo(1, tool, *arguments, "--la-module", "gla", "--layer-type-list", "LLL")[0]
+    assert code == 2 and "linear_moe: --layer-type-list LLL (3 symbols) does not fit" in err
+    assert "try: --layer-type-list 'L" in err and "LAYER_TYPE_LIST" not in err
