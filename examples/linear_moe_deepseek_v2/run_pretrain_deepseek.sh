@@ -5,17 +5,18 @@
 #   TP=2 LA_MODULE=gla LAYER_TYPE_LIST=LLN sh run_pretrain_deepseek.sh
 #   srun --ntasks-per-node=1 sh run_pretrain_deepseek.sh               many nodes; SLURM says which
 #
-# Every variable below can be set from outside, or edited here. An empty one is decided for you.
+# Every variable below can be set from outside, or edited here. An empty one is decided for you: those of the
+# model by PRETRAIN_CHECKPOINT_PATH, if that is a run or a Hugging Face folder.
 # All variables with their meaning: python -m linear_moe.launch --help
 # LINEAR_MOE_DRY_RUN=1 checks everything and prints the command without running it.
 set -eu
 
 # --- model -----------------------------------------------------------------------------------------------------------
-: "${MODEL_SIZE:=A2.4B}"           # A2.4B (V2-Lite) | A21B (V2) | tiny
+: "${MODEL_SIZE:=}"                # A2.4B (V2-Lite, if empty) | A21B (V2) | tiny
 : "${MOE:=}"                       # true: experts in a dense size; false: no experts; empty: as the size is
-: "${LA_MODULE:=gated_deltanet}"   # mixer of the L layers; python -m linear_moe.lsm lists them
+: "${LA_MODULE:=}"                 # mixer of the L layers (empty: gated_deltanet); python -m linear_moe.lsm lists them
 : "${MIXER_MODULES:=}"             # your modules that register more mixers (docs/new_mixer.md)
-: "${LAYER_TYPE_LIST:=}"           # a symbol per layer: L linear, N softmax (MLA); LLN repeats; empty: L everywhere
+: "${LAYER_TYPE_LIST:=}"           # one symbol per layer: L linear, N softmax; LLLN repeats; empty: L everywhere
 : "${HYBRID_OVERRIDE_PATTERN:=}"   # the other spelling: M mamba2, * softmax
 : "${BASE_MODEL:=deepseek_v2}"
 : "${EXTRA_VOCAB_SIZE:=}"          # embedding rows above the tokenizer's; empty: the size's own number

@@ -5,15 +5,16 @@
 #   TP=2 LA_MODULE=gla LAYER_TYPE_LIST=LLLN sh run_pretrain_qwen.sh
 #   srun --ntasks-per-node=1 sh run_pretrain_qwen.sh               many nodes; SLURM says which
 #
-# Every variable below can be set from outside, or edited here. An empty one is decided for you.
+# Every variable below can be set from outside, or edited here. An empty one is decided for you: those of the
+# model by PRETRAIN_CHECKPOINT_PATH, if that is a run or a Hugging Face folder.
 # All variables with their meaning: python -m linear_moe.launch --help
 # LINEAR_MOE_DRY_RUN=1 checks everything and prints the command without running it.
 set -eu
 
 # --- model -----------------------------------------------------------------------------------------------------------
-: "${MODEL_SIZE:=A0.3B}"           # dense: 0.5B | 1.5B | 7B | 72B; experts: A0.3B | A1B | A14B | tiny | demo
+: "${MODEL_SIZE:=}"                # dense: 0.5B | 1.5B | 7B | 72B; experts: A0.3B (if empty) | A1B | A14B | tiny | demo
 : "${MOE:=}"                       # true: experts in a dense size; false: no experts; empty: as the size is
-: "${LA_MODULE:=gated_deltanet}"   # mixer of the L layers; python -m linear_moe.lsm lists them
+: "${LA_MODULE:=}"                 # mixer of the L layers (empty: gated_deltanet); python -m linear_moe.lsm lists them
 : "${MIXER_MODULES:=}"             # your modules that register more mixers (docs/new_mixer.md)
 : "${LAYER_TYPE_LIST:=}"           # one symbol per layer: L linear, N softmax; LLLN repeats; empty: L everywhere
 : "${HYBRID_OVERRIDE_PATTERN:=}"   # the other spelling: M mamba2, * softmax

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -59,13 +60,17 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 
 def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int) -> RunPlan:
-    """From Hugging Face, the sizes are those of its config.json; otherwise MODEL_SIZE names them."""
-    if hugging_face_folder(environment) is None:
-        return plan_run(read_environment(environment, family), devices)
-    named = ("MODEL_SIZE", "MOE", "EXTRA_VOCAB_SIZE")
-    given = {n: text.strip() for n, text in environment.items() if text.strip() and n not in named}
-    model = starting_model(given, family)
-    return plan_run(read_environment({**given, **model.variables}, family), devices, model.families)
+    """What the person leaves out of the model is that of the checkpoint; of a Hugging Face folder, always its size."""
+    given = {name: text.strip() for name, text in environment.items() if text.strip()}
+    if given.get("PRETRAIN_CHECKPOINT_PATH", "none") == "none":
+        return plan_run(read_environment(given, family), devices)
+    if hugging_face_folder(given) is not None:
+        given = {n: text for n, text in given.items() if n not in ("MODEL_SIZE", "MOE", "EXTRA_VOCAB_SIZE")}
+    if "LAYER_TYPE_LIST" in given:
+        given.setdefault("LA_MODULE", RunSettings.la_module)
+    model = starting_model(given, family, "pretrain")
+    plan = plan_run(read_environment({**given, **model.variables}, family), devices, model.families)
+    return replace(plan, from_checkpoint=tuple(name for name in model.variables if name != "EXTRA_ARGS"))
 
 
 def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:

@@ -30,7 +30,7 @@ class RunSettings:
     base_model: str = "qwen2"
     """Family of the model. Each script sets its own."""
     model_size: str | None = None
-    """Named size of the family. Not set: the family's default size."""
+    """Named size of the family. Not set: that of PRETRAIN_CHECKPOINT_PATH, else the family's default size."""
     moe: bool | None = None
     """Experts: true gives a dense size 8 of them, top-2; false leaves them out. Not set: as the size is."""
     la_module: str = "gated_deltanet"

@@ -27,6 +27,8 @@ def notes(plan: RunPlan) -> list[str]:
     """What was decided for the person, and what it costs: one line each."""
     s = plan.settings
     found = [] if plan.instructions is None else plan.instructions.notes(s.seq_len)
+    if plan.from_checkpoint:
+        found.append(f"those of PRETRAIN_CHECKPOINT_PATH: {', '.join(plan.from_checkpoint)}.")
     if plan.sequence_parallel and not s.sp:
         found.append("SP is on: Megatron trains experts under TP with sequence parallel only.")
     if s.sp and s.tp == 1:

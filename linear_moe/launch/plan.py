@@ -45,6 +45,8 @@ class RunPlan:
     """CUDA devices of this node; 0: the run is on CPU."""
     instructions: Instructions | None = None
     """What a finetuning run learns; None: it pretrains."""
+    from_checkpoint: tuple[str, ...] = ()
+    """Variables that PRETRAIN_CHECKPOINT_PATH decided."""
 
     @property
     def hugging_face(self) -> Path | None:

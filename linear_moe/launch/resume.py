@@ -53,8 +53,8 @@ def check_resume(plan: RunPlan) -> None:
             if only_tokenizer
             else "the run folder or its checkpoint/ folder, or PRETRAIN_CHECKPOINT_PATH=none",
         )
-    folder = "the Hugging Face folder of an imported model, which says what it is"
-    _same_architecture(plan, source.parent, f"{given} has another architecture", folder)
+    unset = "none of the model's: what is not set is the checkpoint's"
+    _same_architecture(plan, source.parent, f"{given} has another architecture", unset)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.hugging_face import future_config, hugging_face_folder
 from linear_moe.launch.instructions import kept_tokenizer
-from linear_moe.launch.plan import registered_mixers
+from linear_moe.launch.plan import NULL_TOKENIZER, registered_mixers
 from linear_moe.launch.resume import mixer_options, read_config
 from linear_moe.model.families import (
     FAMILIES,
@@ -42,18 +42,20 @@ class StartingModel:
     """The tables of the families, with the size of the checkpoint in its own."""
 
 
-def starting_model(given: Mapping[str, str], family: str) -> StartingModel:
+def starting_model(given: Mapping[str, str], family: str, task: str = "finetune") -> StartingModel:
     """The model that ``given`` variables start from; nothing of it when there is no ``config.json``.
 
+    ``task`` is finetune or pretrain, as in the names of the scripts.
     Raises PreflightError when it is of another family.
     """
     config = _config(given)
     saved, arguments = config.get("architecture", {}), config.get("arguments", [])
     if saved.get("family", family) != family:
+        script = SCRIPTS.get(saved["family"], "*/run_finetune_*.sh").replace("run_finetune", f"run_{task}")
         raise PreflightError(
             f"PRETRAIN_CHECKPOINT_PATH={given['PRETRAIN_CHECKPOINT_PATH']} is a {saved['family']} model.",
-            f"this script finetunes {family}.",
-            f"sh examples/{SCRIPTS.get(saved['family'], '*/run_finetune_*.sh')}",
+            f"this script {task}s {family}.",
+            f"sh examples/{script}",
         )
     families = dict(FAMILIES)
     found = _pattern(saved, given) | _tokenizer(config, Path(given["PRETRAIN_CHECKPOINT_PATH"]))
@@ -67,10 +69,14 @@ def starting_model(given: Mapping[str, str], family: str) -> StartingModel:
         before = known.softmax_before_topk if pre_softmax is None else pre_softmax
         families[family] = replace(known, sizes=sizes, old_sizes={}, softmax_before_topk=before)
     tokenizer, rows = given.get("TOKENIZER") or found.get("TOKENIZER"), saved.get("padded_vocab_size")
-    if rows and tokenizer:
+    if rows and tokenizer and tokenizer != NULL_TOKENIZER:
         found |= _rows(tokenizer, rows)
     elif "vocab_size" in config:
         found["VOCAB_SIZE"] = str(config["vocab_size"])
+    elif rows and "VOCAB_SIZE" not in given:
+        # Without a saved number, the last row is for the end of a document.
+        tokens = int(_value(arguments, "--vocab-size") or rows - 1)
+        found |= {"VOCAB_SIZE": str(tokens), "EXTRA_VOCAB_SIZE": str(rows - tokens)}
     found = {name: text for name, text in found.items() if text and name not in given}
     options = mixer_options(
         arguments, registered_mixers(given.get("MIXER_MODULES") or found.get("MIXER_MODULES"))

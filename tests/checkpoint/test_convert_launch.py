@@ -11,6 +11,7 @@ import pytest
 
 from linear_moe.launch import __main__ as launcher
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.header import notes
 from linear_moe.launch.hugging_face import convert, import_command
 from linear_moe.launch.megatron_args import training_arguments
 from linear_moe.launch.preflight import preflight
@@ -72,9 +73,35 @@ def test_from_the_folder_to_a_step(folders, gloo, tmp_path):
     assert saved == trained | {"model_size": saved["model_size"]}
 
 
+def test_from_an_imported_run_to_a_step(folders, gloo, tmp_path):
+    """A size without a name: what is not set is the run's; what is set and differs stays an error."""
+    run = tmp_path / "imported"
+    words = ["convert.py", "import", "--hf", str(folders / "qwen2_moe-renormalised"), "--save", str(run)]
+    assert gloo(1, run_command, words)[0] == 0
+    unset = {"MODEL_SIZE": "", "LA_MODULE": "", "LAYER_TYPE_LIST": ""}
+    plan = plan_of(run, tmp_path, **unset)
+    assert (plan.size.hidden_size, plan.size.num_experts, plan.padded_vocab_size) == (64, 4, 256)
+    assert set(plan.kinds) == {"softmax"} and not plan.family.softmax_before_topk
+    (note,) = [line for line in notes(plan) if line.startswith("those of PRETRAIN_CHECKPOINT_PATH: ")]
+    assert {"LAYER_TYPE_LIST", "MODEL_SIZE"} <= set(note.rstrip(".").partition(": ")[2].split(", "))
+    gloo(1, train, [*training_arguments(plan), "--eval-iters", "0"])
+    assert 4 < metrics(plan.run_dir)[0]["lm_loss"] < 7
+    for given in ({"MODEL_SIZE": "A0.3B"}, {"LA_MODULE": "gla"}, {"EXTRA_ARGS": "--num-layers 4"}):
+        with pytest.raises(PreflightError, match="another architecture than this one"):
+            plan_of(run, tmp_path, RUN_NAME="other", **unset | given)
+    with pytest.raises(
+        PreflightError, match=r"is a qwen2 model(.|\n)*sh examples/linear_moe_qwen2/run_pretrain_qwen"
+    ):
+        plan_of(run, tmp_path, "llama3", **unset)
+
+
 def test_another_pattern_than_was_converted(folders, gloo, tmp_path):
     plan = plan_of(folders / "llama", tmp_path, "llama3", RUN_NAME="one", LAYER_TYPE_LIST="N")
     assert plan.kinds == ("softmax",) * 2 and plan.size.kv_channels == 24
+    kept = plan_of(folders / "llama", tmp_path, "llama3", LA_MODULE="", LAYER_TYPE_LIST="")
+    assert kept.kinds == plan.kinds
+    some = plan_of(folders / "llama", tmp_path, "llama3", LA_MODULE="")
+    assert some.kinds == ("gated_deltanet", "softmax")
     words = import_command(plan, folders / "llama", plan.run_dir / "pretrained")
     gloo(1, run_command, words[2:])
     with pytest.raises(PreflightError, match="another architecture"):

@@ -86,9 +86,13 @@ def test_every_script_has_every_variable_with_the_same_default(family: str):
         name for line in re.findall(r"^export ([A-Z_0-9 ]+)$", text, re.MULTILINE) for name in line.split()
     }
     assert set(in_script) == set(variables()) == exported
-    # spelt out for the reader
-    given = {"model_size": FAMILIES[family].default_size, "pretrain_checkpoint_path": "none"}
-    assert read_environment(in_script, family) == RunSettings(base_model=family, **given)
+    assert read_environment(in_script, family) == RunSettings(
+        base_model=family, pretrain_checkpoint_path="none"
+    )
+    # Spelt out for the reader; empty, so that a checkpoint may decide.
+    assert re.search(rf" {FAMILIES[family].default_size} \((.*, )?if empty\)", text)
+    assert "(empty: gated_deltanet)" in text
+    assert in_script["MODEL_SIZE"] == in_script["LA_MODULE"] == ""
     assert text.endswith(f'exec "$PYTHON" -m linear_moe.launch --family {family}\n')
 
 

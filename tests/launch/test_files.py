@@ -190,7 +190,7 @@ def test_weights_of_another_model(tmp_path: Path):
     )
     assert "num_experts: None -> 8" in text
     assert text.endswith(
-        "the variables of that run, or the Hugging Face folder of an imported model, which says what it is"
+        "the variables of that run, or none of the model's: what is not set is the checkpoint's"
     )
 
 
