@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope
+from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope, size_of
 from linear_moe.model.pattern import SOFTMAX
 
 OURS = "linear_moe"
@@ -161,8 +161,6 @@ def describe_folder(folder: Path) -> Described:
 
 
 def _exported_by_us(folder: Path, config: Mapping[str, Any]) -> Described:
-    from linear_moe.launch.starting_model import size_of  # reads flags; imports this module
-
     try:
         run = json.loads((folder / RUN_FILE).read_text())
         architecture, arguments = run["architecture"], run["arguments"]

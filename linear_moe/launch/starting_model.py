@@ -1,7 +1,6 @@
 """The model of a run as the variables and the size that would make it again: what a person need not say twice."""
 
 import itertools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +12,7 @@ from linear_moe.launch.hugging_face import future_config, hugging_face_folder
 from linear_moe.launch.instructions import kept_tokenizer
 from linear_moe.launch.plan import NULL_TOKENIZER, registered_mixers
 from linear_moe.launch.resume import mixer_options, read_config
-from linear_moe.model.families import (
-    FAMILIES,
-    FRACTIONS,
-    SIZE_FLAGS,
-    Family,
-    Llama3Rope,
-    ModelSize,
-    YarnRope,
-)
+from linear_moe.model.families import FAMILIES, Family, flag_value, size_of
 
 SCRIPTS = {
     "qwen2": "linear_moe_qwen2/run_finetune_qwen.sh",
@@ -59,7 +50,7 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
         )
     families = dict(FAMILIES)
     found = _pattern(saved, given) | _tokenizer(config, Path(given["PRETRAIN_CHECKPOINT_PATH"]))
-    found["MIXER_MODULES"] = _value(arguments, "--mixer-module") or ""
+    found["MIXER_MODULES"] = flag_value(arguments, "--mixer-module") or ""
     size = size_of(arguments)
     if size is not None and not {"MODEL_SIZE", "MOE"} & given.keys():
         found["MODEL_SIZE"] = saved.get("model_size") or "checkpoint"
@@ -75,7 +66,7 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
         found["VOCAB_SIZE"] = str(config["vocab_size"])
     elif rows and "VOCAB_SIZE" not in given:
         # Without a saved number, the last row is for the end of a document.
-        tokens = int(_value(arguments, "--vocab-size") or rows - 1)
+        tokens = int(flag_value(arguments, "--vocab-size") or rows - 1)
         found |= {"VOCAB_SIZE": str(tokens), "EXTRA_VOCAB_SIZE": str(rows - tokens)}
     found = {name: text for name, text in found.items() if text and name not in given}
     options = mixer_options(
@@ -85,42 +76,6 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
         flags = itertools.chain.from_iterable(options.items())
         found["EXTRA_ARGS"] = " ".join([*flags, given.get("EXTRA_ARGS", "")]).strip()
     return StartingModel(found, families)
-
-
-def size_of(arguments: list[str]) -> ModelSize | None:
-    """The size that ``megatron_arguments`` made these flags of; ``None`` when flags are missing.
-
-    ``vocab_size`` is not among them: a finetuned model has a tokenizer.
-    """
-    texts = {name: _value(arguments, flag) for name, flag in SIZE_FLAGS.items()}
-    numbers: dict[str, Any] = {
-        name: (float if name in FRACTIONS else int)(text) for name, text in texts.items() if text is not None
-    }
-    dense = re.match(r"\(\[0\]\*(\d+)", _value(arguments, "--moe-layer-freq") or "")
-    # Latent attention has no groups.
-    numbers.setdefault("num_query_groups", numbers.get("num_attention_heads"))
-    try:
-        return ModelSize(
-            **numbers,
-            first_dense_layers=int(dense[1]) if dense else 0,
-            tie_embeddings="--untie-embeddings-and-output-weights" not in arguments,
-            rope_scaling=_rope_scaling(arguments),
-            vocab_size=1,
-            extra_vocab_size=0,
-            source="the checkpoint",
-        )
-    except TypeError:
-        return None  # not from a run script
-
-
-def _rope_scaling(arguments: list[str]) -> Llama3Rope | YarnRope | None:
-    def number(flag: str) -> float:
-        return float(_value(arguments, flag) or 1)
-
-    if _value(arguments, "--rope-type") == "yarn":
-        scales = number("--mscale"), number("--mscale-all-dim")
-        return YarnRope(factor=number("--rotary-scaling-factor"), mscale=scales[0], mscale_all_dim=scales[1])
-    return Llama3Rope(factor=number("--rope-scaling-factor")) if "--use-rope-scaling" in arguments else None
 
 
 def _config(given: Mapping[str, str]) -> dict[str, Any]:
@@ -155,7 +110,3 @@ def _rows(tokenizer: str, rows: int) -> dict[str, str]:
         return {"EXTRA_VOCAB_SIZE": str(max(rows - describe_tokenizer(tokenizer).base_vocab_size, 0))}
     except TokenizerError:
         return {}  # reported when it is used
-
-
-def _value(arguments: list[str], flag: str) -> str | None:
-    return arguments[arguments.index(flag) + 1] if flag in arguments else None

@@ -18,8 +18,8 @@ from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.megatron_args import training_arguments
 from linear_moe.launch.plan import RunPlan
 from linear_moe.launch.resume import architecture
-from linear_moe.launch.starting_model import SCRIPTS, size_of
-from linear_moe.model.families import FAMILIES, megatron_arguments
+from linear_moe.launch.starting_model import SCRIPTS
+from linear_moe.model.families import FAMILIES, megatron_arguments, size_of
 from tests.finetune.chat import chat_tokenizer, mixed_messages, toy_messages, write_lines
 from tests.launch.plans import EXAMPLES, make_plan
 

@@ -7,8 +7,10 @@ launcher reads it before anything heavy starts. `docs/families.md` shows the tab
 from linear_moe.model.families.arguments import (
     FRACTIONS,
     SIZE_FLAGS,
+    flag_value,
     megatron_arguments,
     size_fields,
+    size_of,
     unused_fields,
 )
 from linear_moe.model.families.deepseek_v2 import DEEPSEEK_V2
@@ -30,8 +32,10 @@ __all__ = [
     "ModelSize",
     "YarnRope",
     "estimate_parameters",
+    "flag_value",
     "megatron_arguments",
     "padded_vocab_size",
     "size_fields",
+    "size_of",
     "unused_fields",
 ]

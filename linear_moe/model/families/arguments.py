@@ -1,4 +1,7 @@
-"""A size of a family as flags of Megatron-Core 0.19: shapes and switches, no layout, no data, no optimizer."""
+"""A size of a family as flags of Megatron-Core 0.19, and back: shapes and switches, no layout, data or optimizer."""
+
+import re
+from typing import Any
 
 from linear_moe.model.families.table import Family, Llama3Rope, ModelSize, YarnRope
 
@@ -101,3 +104,44 @@ def _expert_arguments(family: Family, size: ModelSize, moe_aux_loss_coeff: float
             f"([0]*{size.first_dense_layers}+[1]*{size.num_layers - size.first_dense_layers})",
         ]
     return flags
+
+
+def size_of(arguments: list[str]) -> ModelSize | None:
+    """The size that `megatron_arguments` made these flags of; None when flags are missing.
+
+    `vocab_size` is not among them: the tokenizer says it.
+    """
+    texts = {name: flag_value(arguments, flag) for name, flag in SIZE_FLAGS.items()}
+    numbers: dict[str, Any] = {
+        name: (float if name in FRACTIONS else int)(text) for name, text in texts.items() if text is not None
+    }
+    dense = re.match(r"\(\[0\]\*(\d+)", flag_value(arguments, "--moe-layer-freq") or "")
+    # Latent attention has no groups.
+    numbers.setdefault("num_query_groups", numbers.get("num_attention_heads"))
+    try:
+        return ModelSize(
+            **numbers,
+            first_dense_layers=int(dense[1]) if dense else 0,
+            tie_embeddings="--untie-embeddings-and-output-weights" not in arguments,
+            rope_scaling=_rope_scaling(arguments),
+            vocab_size=1,
+            extra_vocab_size=0,
+            source="the checkpoint",
+        )
+    except TypeError:
+        return None  # not from a run script
+
+
+def _rope_scaling(arguments: list[str]) -> Llama3Rope | YarnRope | None:
+    def number(flag: str) -> float:
+        return float(flag_value(arguments, flag) or 1)
+
+    if flag_value(arguments, "--rope-type") == "yarn":
+        scales = number("--mscale"), number("--mscale-all-dim")
+        return YarnRope(factor=number("--rotary-scaling-factor"), mscale=scales[0], mscale_all_dim=scales[1])
+    return Llama3Rope(factor=number("--rope-scaling-factor")) if "--use-rope-scaling" in arguments else None
+
+
+def flag_value(arguments: list[str], flag: str) -> str | None:
+    """The word behind a flag; None without the flag."""
+    return arguments[arguments.index(flag) + 1] if flag in arguments else None
