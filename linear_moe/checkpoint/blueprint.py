@@ -149,6 +149,9 @@ def family_and_size(model: Blueprint) -> tuple[Family, ModelSize]:
         "add_qkv_bias": args.add_qkv_bias,
         "softmax_before_topk": args.moe_router_pre_softmax if args.num_experts else False,
         "shared_expert_gate": bool(args.moe_shared_expert_gate),
+        "qk_norm": bool(args.qk_layernorm) and not args.multi_latent_attention,
+        "zero_centered_norms": bool(args.layernorm_zero_centered_gamma),
+        "rotary_percent": args.rotary_percent,
     }
     family = FAMILIES[args.family]
     return replace(family, **switches), size

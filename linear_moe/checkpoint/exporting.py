@@ -1,7 +1,7 @@
 """Run folder -> Hugging Face: one process, on CPU, one tensor after the other, from a checkpoint of any layout.
 
-A model of softmax layers gets the class of transformers that computes the same, if there is one; every other model a
-folder with its code (``trust_remote_code``). Everything is checked before anything is written.
+A model of softmax layers, or one like Qwen3-Next, gets the class of transformers that computes the same, if there is
+one; every other model a folder with its code (``trust_remote_code``). Everything is checked before anything is written.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from linear_moe.checkpoint import remote
+from linear_moe.checkpoint import qwen3_next, remote
 from linear_moe.checkpoint.blueprint import Blueprint, blueprint, family_and_size
 from linear_moe.checkpoint.folders import (
     ORIGIN,
@@ -140,16 +140,25 @@ def _architecture(
     model: Blueprint, dtype: str, vocab_size: int, origin: dict[str, Any] | None, native: bool
 ) -> tuple[str, dict[str, Any]]:
     """``model_type`` of the table, and the whole config.json."""
-    if native and set(model.kinds) == {SOFTMAX}:
+    if native and set(model.kinds) <= {SOFTMAX, qwen3_next.MIXER}:
         if origin is not None and origin["model_type"] != OURS:
-            return describe(origin).model_type, origin
+            described = describe(origin)
+            if described.kinds == model.kinds:
+                return described.model_type, origin
         family, size = family_and_size(model)
         kind = native_type(family, size)
-        if kind is not None:
-            config = native_config(kind, family, size, dtype=dtype)
+        if kind is not None and (kind == "qwen3_next" or set(model.kinds) == {SOFTMAX}):
+            config = native_config(kind, family, size, dtype=dtype, layers=_layer_fields(kind, model))
             if _is_the_same(model, config):
                 return kind, config
     return OURS, remote.hf_config(model.config, vocab_size=vocab_size, dtype=dtype)
+
+
+def _layer_fields(kind: str, model: Blueprint) -> dict[str, Any]:
+    if kind != "qwen3_next":
+        return {}
+    mixer = model.shape(1).mixers.get(qwen3_next.MIXER)
+    return qwen3_next.fields_of(model.kinds, cast(Any, mixer.cfg) if mixer is not None else None)
 
 
 def _is_the_same(model: Blueprint, config: dict[str, Any]) -> bool:
@@ -160,7 +169,7 @@ def _is_the_same(model: Blueprint, config: dict[str, Any]) -> bool:
     described = describe(config)
     argv = [*model_arguments(described, described.kinds), "--tokenizer-type", "NullTokenizer"]
     again = blueprint([*argv, "--vocab-size", "1"], padded_vocab_size=model.args.padded_vocab_size)
-    facts = [remote.hf_config(m.config, vocab_size=1, dtype="float32") for m in (model, again)]
+    facts = [remote.facts(m.config, vocab_size=1, dtype="float32") for m in (model, again)]
     return model.tensors == again.tensors and all(
         facts[0].get(name) == value for name, value in facts[1].items() if name not in _FREE
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from linear_moe.checkpoint.qwen3_next import layers_of
 from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope, size_of
 from linear_moe.model.pattern import SOFTMAX
 
@@ -24,6 +25,7 @@ RUN_FILE = "linear_moe_run.json"
 CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
@@ -33,6 +35,7 @@ CLASSES = {
 FAMILY_OF = {
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2",
+    "qwen3_next": "qwen3_next",
     "llama": "llama3",
     "mixtral": "mixtral",
     "deepseek_v2": "deepseek_v2",
@@ -50,15 +53,16 @@ _COMMON = {
     "tie_word_embeddings": "tie_embeddings",
 }
 _DENSE = _COMMON | {"intermediate_size": "ffn_hidden_size"}
+_QWEN_MOE = _DENSE | {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+}
 FIELDS = {
     "qwen2": _DENSE,
-    "qwen2_moe": _DENSE
-    | {
-        "num_experts": "num_experts",
-        "num_experts_per_tok": "moe_router_topk",
-        "moe_intermediate_size": "moe_ffn_hidden_size",
-        "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
-    },
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3_next": _QWEN_MOE | {"head_dim": "kv_channels"},
     "llama": _DENSE | {"head_dim": "kv_channels"},
     "mixtral": _DENSE | {"num_local_experts": "num_experts", "num_experts_per_tok": "moe_router_topk"},
     "deepseek_v2": _DENSE
@@ -81,6 +85,7 @@ SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"use_sliding_window": (False,)},
     "qwen2_moe": {"use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
     | {"qkv_bias": (True,)},
+    "qwen3_next": {"attention_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
     "llama": {"attention_bias": (False,), "mlp_bias": (False,)},
     "mixtral": {},
     "deepseek_v2": {"attention_bias": (False,), "mlp_bias": (False,), "moe_layer_freq": (1,)}
@@ -109,9 +114,11 @@ class Described:
     dtype: str
     """bfloat16, float16 or float32: of the weights, as the config says."""
     kinds: tuple[str, ...]
-    """Mixer of every layer: softmax, but for models that we exported."""
+    """Mixer of every layer: softmax, but for Qwen3-Next and models that we exported."""
     arguments: tuple[str, ...] | None = None
     """Of a model that we exported: the command line of its training, as far as it shapes the model."""
+    mixer_arguments: tuple[str, ...] = ()
+    """Options of its mixers, as flags."""
 
     @property
     def size_name(self) -> str:
@@ -193,9 +200,13 @@ def describe(config: Mapping[str, Any]) -> Described:
     _refuse_other_switches(kind, config)
     size = _size(kind, config)
     family = FAMILIES[FAMILY_OF[kind]]
-    if kind == "qwen2_moe":
+    if kind in ("qwen2_moe", "qwen3_next"):
         # softmax over all and then over the chosen ones is softmax over the chosen ones
-        family = replace(family, softmax_before_topk=not config.get("norm_topk_prob", False))
+        renormalised = config.get("norm_topk_prob", kind == "qwen3_next")
+        family = replace(family, softmax_before_topk=not renormalised)
+    if kind == "qwen3_next":
+        kinds, options = layers_of(config)
+        return Described(kind, family, size, _dtype(config), kinds, mixer_arguments=options)
     return Described(kind, family, size, _dtype(config), (SOFTMAX,) * size.num_layers)
 
 
@@ -236,6 +247,8 @@ def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
         values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
     if kind == "deepseek_v2":
         values |= _deepseek_values(config, values)
+    if kind == "qwen3_next":
+        values["attention_output_gate"] = True
     base, scaling = _rope(kind, config)
     rope: dict[str, Any] = {"rotary_base": base, "rope_scaling": scaling}
     return ModelSize(**values, **rope, extra_vocab_size=0, source="config.json of Hugging Face")
@@ -265,7 +278,9 @@ def _rope(kind: str, config: Mapping[str, Any]) -> tuple[int, Llama3Rope | YarnR
         **(config.get("rope_scaling") or {"rope_type": "default"}),
     }
     base, rope_type = given.get("rope_theta", 10_000.0), given.get("rope_type", given.get("type"))
-    if rope_type == "default" and base == int(base) and given.get("partial_rotary_factor", 1) == 1:
+    part = FAMILIES[FAMILY_OF[kind]].rotary_percent
+    found = given.get("partial_rotary_factor", config.get("partial_rotary_factor", part))
+    if rope_type == "default" and base == int(base) and found == part:
         return int(base), None
     if rope_type == "llama3" and kind == "llama" and _holds(given, LLAMA3_FIXED):
         return int(base), Llama3Rope(factor=float(given["factor"]))
@@ -274,9 +289,9 @@ def _rope(kind: str, config: Mapping[str, Any]) -> tuple[int, Llama3Rope | YarnR
         if all(given.get(name) for name in names) and "attention_factor" not in given:
             return int(base), YarnRope(**{name: float(given[name]) for name in names})
     raise ValueError(
-        f"config.json has rotary positions of type {rope_type}: {given}\n"
-        f"  why: here they are plain, or stretched as Llama 3 does (llama, {LLAMA3_FIXED}) or by YaRN (deepseek_v2, "
-        f"{YARN_FIXED}, with mscale and mscale_all_dim)\n"
+        f"config.json has rotary positions of type {rope_type}, in a part {found} of the channels: {given}\n"
+        f"  why: here they are plain (in a part {part} of the channels, for {kind}), or stretched as Llama 3 does "
+        f"(llama, {LLAMA3_FIXED}) or by YaRN (deepseek_v2, {YARN_FIXED}, with mscale and mscale_all_dim)\n"
         f"  try: remove the stretching, if sequences stay below the original length"
     )
 
@@ -307,6 +322,8 @@ def native_type(family: Family, size: ModelSize) -> str | None:
         return "deepseek_v2" if fits and shared and width and shared % width == 0 else None
     if isinstance(size.rope_scaling, YarnRope):
         return None
+    if size.attention_output_gate:
+        return "qwen3_next" if _is_qwen3_next(family, size) else None
     if not size.is_moe:
         if family.add_qkv_bias:
             return "qwen2" if size.rope_scaling is None and _plain_heads(size) else None
@@ -321,16 +338,29 @@ def native_type(family: Family, size: ModelSize) -> str | None:
     return "mixtral" if is_mixtral and size.moe_ffn_hidden_size == size.ffn_hidden_size else None
 
 
+def _is_qwen3_next(family: Family, size: ModelSize) -> bool:
+    shared = size.moe_shared_expert_intermediate_size is not None and family.shared_expert_gate
+    routed = not (
+        size.first_dense_layers or size.moe_router_topk_scaling_factor or size.moe_router_num_groups
+    )
+    norms = family.qk_norm and family.zero_centered_norms
+    rotary = size.rope_scaling is None and family.rotary_percent == FAMILIES["qwen3_next"].rotary_percent
+    return size.is_moe and shared and routed and norms and rotary and not family.add_qkv_bias
+
+
 def _plain_heads(size: ModelSize) -> bool:
     return size.kv_channels * size.num_attention_heads == size.hidden_size
 
 
-def native_config(kind: str, family: Family, size: ModelSize, *, dtype: str) -> dict[str, Any]:
-    """config.json of a softmax model of ours, for the class that :func:`native_type` names."""
+def native_config(
+    kind: str, family: Family, size: ModelSize, *, dtype: str, layers: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """config.json of a model of ours, for the class that :func:`native_type` names; ``layers``: the fields of
+    its mixers (Qwen3-Next)."""
     config: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": dtype}
     config |= {theirs: getattr(size, ours) for theirs, ours in FIELDS[kind].items()}
     config |= {name: values[0] for name, values in (SWITCHES[kind] | _ALSO_SWITCHES).items()}
-    if kind == "qwen2_moe":
+    if kind in ("qwen2_moe", "qwen3_next"):
         config["norm_topk_prob"] = not family.softmax_before_topk
     if kind == "mixtral":
         config |= {"sliding_window": None, "head_dim": size.kv_channels}
@@ -342,6 +372,9 @@ def native_config(kind: str, family: Family, size: ModelSize, *, dtype: str) -> 
         config |= {"n_group": size.moe_router_num_groups, "topk_group": size.moe_router_group_topk}
         config["head_dim"] = size.qk_pos_emb_head_dim
     config["rope_parameters"] = _rope_parameters(size)
+    if kind == "qwen3_next":
+        config["rope_parameters"]["partial_rotary_factor"] = family.rotary_percent
+        config |= layers or {}
     return config
 
 

@@ -55,6 +55,9 @@ ITERATION = 1
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
 """Tensors that old versions saved although they follow from the config."""
 
+LEFT_OUT = r"mtp\."
+"""Tensors that transformers does not read either."""
+
 
 @dataclass
 class Imported:
@@ -100,7 +103,11 @@ def import_model(
     described = describe_folder(source)
     stored = stored_tensors(source, allow_pickle=allow_pickle)
     kinds = tuple(kinds or _kinds(described, la_module, layer_type_list))
+    _refuse_to_linearise(described, kinds)
     tokenizer, warnings = _tokenizer_arguments(source, described, target)
+    left_out = [name for name in stored if re.match(LEFT_OUT, name)]
+    if left_out and described.model_type == "qwen3_next":
+        warnings.append(f"{len(left_out)} tensors of multi-token prediction (mtp) are left out")
     argv = [*model_arguments(described, kinds), *tokenizer]
     argv += [*linear_options(set(kinds) - set(described.kinds), extra_args), *extra_args]
     model = blueprint(argv, padded_vocab_size=padded_vocab_size(described.size.vocab_size))
@@ -124,6 +131,15 @@ def _kinds(described: Described, la_module: str | None, layer_type_list: str | N
     if la_module is None and layer_type_list is None:
         return described.kinds
     return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
+
+
+def _refuse_to_linearise(described: Described, kinds: Sequence[str]) -> None:
+    if described.model_type == "qwen3_next" and kinds != described.kinds:
+        raise ValueError(
+            "a model of type qwen3_next cannot get other mixers\n"
+            "  why: its softmax layers have an output gate, which no other mixer continues\n"
+            "  try: the model as it is (no --la-module, no --layer-type-list)"
+        )
 
 
 def _tokenizer_arguments(source: Path, described: Described, target: Path) -> tuple[list[str], list[str]]:
@@ -152,6 +168,8 @@ def _pieces(
     expected = {name: size for row in carried for name, size in _their_shapes(row, before.tensors[row.key])}
     found = {name: entry.shape for name, entry in stored.items()}
     ignored = [*IGNORED, r"^lm_head\.weight$"] if described.size.tie_embeddings else list(IGNORED)
+    if described.model_type == "qwen3_next":
+        ignored.append(f"^{LEFT_OUT}")
     if wrong := differences(expected, found, ignored=ignored):
         raise ValueError(
             f"the tensors of {source} are not those of its config.json:\n{wrong}\n"

@@ -19,6 +19,7 @@ def model_arguments(described: Described, kinds: Sequence[str]) -> list[str]:
         return _exported_arguments(described, kinds)
     argv = ["--family", described.family.name, "--model-size", described.size_name]
     argv += ["--layer-kinds", ",".join(kinds), *megatron_arguments(described.family, size)]
+    argv += described.mixer_arguments
     argv += ["--seq-length", str(min(size.max_position_embeddings, 2048)), "--init-method-std", "0.02"]
     return [*argv, *_of_a_training(described)]
 

@@ -12,8 +12,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from linear_moe.checkpoint.remote import mixer_rows
-from linear_moe.checkpoint.transforms import ByHead, Grouped, Halves, Padded, Transform
+from linear_moe.checkpoint.transforms import (
+    ByHead,
+    DeltaProjections,
+    DeltaTaps,
+    Flat,
+    GatedGrouped,
+    Grouped,
+    Halves,
+    Padded,
+    Transform,
+)
 from linear_moe.lsm import Mixer
+from linear_moe.lsm.gated_delta_net import GatedDeltaNet
 from linear_moe.model.pattern import SOFTMAX
 
 
@@ -119,11 +130,40 @@ def _experts(block: str, gate: str, up: str, down: str, shared: str = "mlp.share
     }
 
 
+def _delta(make: Callable[..., Transform], *names: str, memories: bool = False) -> Entry:
+    def transform(shape: Shape) -> Transform:
+        cfg = shape.mixers["gated_deltanet"].cfg
+        assert isinstance(cfg, GatedDeltaNet.Config)
+        more = (cfg.values_per_key,) if memories else ()
+        return make(cfg.num_heads, cfg.head_k_dim, cfg.head_v_dim, *more)
+
+    return tuple(_THEIRS + "linear_attn." + name for name in names), transform
+
+
+_GATED_ATTENTION: Table = _ORDINARY_ATTENTION | {
+    _ATTENTION + "linear_qkv.weight": (
+        tuple(_THEIR_ATTENTION + f"{x}_proj.weight" for x in "qkv"),
+        lambda shape: GatedGrouped(shape.groups, shape.channels),
+    )
+}
+
+_GATED_DELTA_NET: Table = {
+    _ATTENTION + "in_proj.weight": _delta(
+        DeltaProjections, "in_proj_qkvz.weight", "in_proj_ba.weight", memories=True
+    ),
+    _ATTENTION + "conv_weight": _delta(DeltaTaps, "conv1d.weight"),
+    _ATTENTION + "A_log": ((_THEIRS + "linear_attn.A_log",), lambda shape: Flat()),
+    _ATTENTION + "dt_bias": ((_THEIRS + "linear_attn.dt_bias",), lambda shape: Flat()),
+    _ATTENTION + "norm_weight": _same(_THEIRS + "linear_attn.norm.weight"),
+    _ATTENTION + "out_proj.weight": _same(_THEIRS + "linear_attn.out_proj.weight"),
+}
+
 _QWEN2 = _COMMON | _ORDINARY_ATTENTION | _experts("mlp.", "gate_proj", "up_proj", "down_proj")
 
 TABLES: dict[str, Table] = {
     "qwen2": _QWEN2,
     "qwen2_moe": _QWEN2,
+    "qwen3_next": _QWEN2 | _GATED_ATTENTION | _GATED_DELTA_NET,
     "llama": _COMMON | _ORDINARY_ATTENTION,
     "mixtral": _COMMON | _ORDINARY_ATTENTION | _experts("block_sparse_moe.", "w1", "w3", "w2"),
     "deepseek_v2": _COMMON

@@ -69,6 +69,36 @@ class Grouped(Transform):
 
 
 @dataclass(frozen=True)
+class GatedGrouped(Transform):
+    """The same with an output gate per query channel: ``[q q .. gate gate .. k v]`` of group 0, then of group 1.
+
+    On the other side each query head is followed by its gate, ``[q gate]`` of head 0, then of head 1.
+    """
+
+    groups: int
+    """G."""
+    channels: int
+    """C."""
+
+    def to_ours(self, parts: list[Tensor]) -> Tensor:
+        """``[G * Q * 2 * C, ..]`` and twice ``[G * C, ..]`` to ``[G * (2 * Q + 2) * C, ..]``."""
+        q, *rest = parts
+        by_head = q.unflatten(0, (self.groups, -1, 2, self.channels))
+        fused = by_head.transpose(1, 2).flatten(1, 3)
+        return torch.cat([fused, *(part.unflatten(0, (self.groups, -1)) for part in rest)], dim=1).flatten(
+            0, 1
+        )
+
+    def to_theirs(self, whole: Tensor) -> list[Tensor]:
+        """The three, each contiguous."""
+        by_group = whole.unflatten(0, (self.groups, -1))
+        queries = by_group.shape[1] - 2 * self.channels
+        q, k, v = by_group.split([queries, self.channels, self.channels], dim=1)
+        by_head = q.unflatten(1, (2, -1, self.channels)).transpose(1, 2)
+        return [by_head.flatten(0, 3), k.flatten(0, 1), v.flatten(0, 1)]
+
+
+@dataclass(frozen=True)
 class Halves(Transform):
     """Gate and up projection, one below the other."""
 
@@ -98,3 +128,61 @@ class ByHead(Transform):
         """Each projection."""
         by_head = whole.unflatten(0, (self.heads, -1))
         return [part.flatten(0, 1) for part in by_head.split(self.widths, dim=1)]
+
+
+class Flat(Transform):
+    """One number per value head, which ours have in rows of those of a key, ``[H, R]``, where R > 1."""
+
+    def to_theirs(self, whole: Tensor) -> list[Tensor]:
+        """``[H * R]``; the way back is a change of shape only, as every tensor of ours gets its own."""
+        return [whole.flatten()]
+
+
+@dataclass(frozen=True)
+class DeltaProjections(Transform):
+    """Gated DeltaNet's, head by head on both sides: ``[q k v a b g]`` in one tensor; ``[q k v g]`` and ``[b a]``."""
+
+    heads: int
+    """H."""
+    key: int
+    """Channels of a head's query, and of its key."""
+    value: int
+    """Channels of a head's values, and of their gates."""
+    memories: int
+    """Values of a head: numbers in its a, and in its b."""
+
+    def to_ours(self, parts: list[Tensor]) -> Tensor:
+        """``[H * (2 * key + 2 * value), D]`` and ``[H * 2 * memories, D]`` to one."""
+        main, small = (part.unflatten(0, (self.heads, -1)) for part in parts)
+        q, k, v, g = main.split([self.key, self.key, self.value, self.value], dim=1)
+        b, a = small.split(self.memories, dim=1)
+        return torch.cat([q, k, v, a, b, g], dim=1).flatten(0, 1)
+
+    def to_theirs(self, whole: Tensor) -> list[Tensor]:
+        """The two."""
+        widths = [self.key, self.key, self.value, self.memories, self.memories, self.value]
+        q, k, v, a, b, g = whole.unflatten(0, (self.heads, -1)).split(widths, dim=1)
+        return [torch.cat(parts, dim=1).flatten(0, 1) for parts in ((q, k, v, g), (b, a))]
+
+
+@dataclass(frozen=True)
+class DeltaTaps(Transform):
+    """The short convolution: all heads of q, of k, of v on the other side, ``[q k v]`` of each head on ours."""
+
+    heads: int
+    """H."""
+    key: int
+    """Channels of a head's query, and of its key."""
+    value: int
+    """Channels of a head's values."""
+
+    def to_ours(self, parts: list[Tensor]) -> Tensor:
+        """``[H * (2 * key + value), 1, W]`` to ``[H, 2 * key + value, W]``."""
+        widths = [self.heads * width for width in (self.key, self.key, self.value)]
+        by_part = parts[0].squeeze(1).split(widths)
+        return torch.cat([part.unflatten(0, (self.heads, -1)) for part in by_part], dim=1)
+
+    def to_theirs(self, whole: Tensor) -> list[Tensor]:
+        """The inverse."""
+        by_part = whole.split([self.key, self.key, self.value], dim=1)
+        return [torch.cat([part.flatten(0, 1) for part in by_part]).unsqueeze(1)]

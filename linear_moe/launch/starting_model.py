@@ -16,6 +16,7 @@ from linear_moe.model.families import FAMILIES, Family, flag_value, size_of
 
 SCRIPTS = {
     "qwen2": "linear_moe_qwen2/run_finetune_qwen.sh",
+    "qwen3_next": "linear_moe_qwen3_next/run_finetune_qwen3_next.sh",
     "deepseek_v2": "linear_moe_deepseek_v2/run_finetune_deepseek.sh",
     "mixtral": "linear_moe_mixtral/run_finetune_mistral.sh",
     "llama3": "linear_llama3/run_finetune_mcore_llama.sh",

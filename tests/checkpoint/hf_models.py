@@ -1,7 +1,10 @@
 """Tiny random models of transformers, one of every family and variant that can be imported."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -18,6 +21,15 @@ _BASE = {
     "tie_word_embeddings": False,
 }
 _QWEN_MOE = _BASE | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "num_experts": 4}
+_QWEN3_NEXT = _QWEN_MOE | {
+    "num_hidden_layers": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
 _DEEPSEEK = _BASE | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
@@ -40,6 +52,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", _BASE | {"tie_word_embeddings": True}),
     "qwen2_moe": ("Qwen2Moe", _QWEN_MOE | {"num_experts_per_tok": 2}),
     "qwen2_moe-renormalised": ("Qwen2Moe", _QWEN_MOE | {"num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "qwen3_next": ("Qwen3Next", _QWEN3_NEXT | {"linear_num_value_heads": 8}),
+    "qwen3_next-equal": (
+        "Qwen3Next",
+        _QWEN3_NEXT | {"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]},
+    ),
     "llama": ("Llama", _BASE | {"rope_parameters": _LLAMA3_ROPE, "head_dim": 24}),
     "mixtral": (
         "Mixtral",
@@ -69,13 +86,26 @@ def save_hf(folder: Path | str, name: str, *, dtype: torch.dtype = torch.float32
     model.to(dtype).save_pretrained(folder, max_shard_size="60KB")
 
 
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Qwen3-Next without the kernels that transformers takes from flash-linear-attention when that is installed."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
+    with ExitStack() as stack:
+        for name, function in vars(modeling).items():
+            here = getattr(function, "__module__", None) == modeling.__name__
+            if here and hasattr(function, "__wrapped__"):
+                stack.enter_context(mock.patch.object(modeling, name, function.__wrapped__))
+        yield
+
+
 def hf_logits(folder: Path | str, tokens: list[list[int]], **options: Any) -> torch.Tensor:
     """``[B, T, V]`` of a folder as transformers reads it."""
     import transformers
 
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=torch.float32, attn_implementation="eager", **options).eval()
-    with torch.no_grad():
+    with torch.no_grad(), on_cpu():
         return model(torch.tensor(tokens)).logits
 
 

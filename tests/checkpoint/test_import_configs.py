@@ -94,6 +94,39 @@ _DEEPSEEK = {
     "v_head_dim": 128,
     "vocab_size": 102400,
 }
+_QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
 PUBLISHED = {
     "Qwen2-7B": (_QWEN2, "7B"),
     "Qwen2-57B-A14B": (
@@ -108,6 +141,7 @@ PUBLISHED = {
         | {"shared_expert_intermediate_size": 20480, "output_router_logits": False},
         "A14B",
     ),
+    "Qwen3-Next-80B-A3B": (_QWEN3_NEXT, "80B-A3B"),
     "Llama-3.1-8B": (_LLAMA, "8B"),
     "Llama-3.2-1B": (
         _LLAMA
@@ -196,6 +230,23 @@ def test_what_we_write_is_what_we_read(name):
 def test_what_our_layers_do_not_compute(changes, message):
     with pytest.raises(ValueError, match=message):
         describe(_LLAMA | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linear_num_key_heads": 8}, "linear_num_key_heads = 8 and num_attention_heads = 16"),
+        ({"linear_num_value_heads": 24}, "linear_num_value_heads = 24"),
+        ({"partial_rotary_factor": 0.5}, "a part 0.5 of the channels"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        ({"layer_types": ["linear_attention"] * 47 + ["sliding_attention"]}, "layer_types sliding_attention"),
+        ({"layer_types": ["linear_attention"]}, "layer_types 1 for 48 layers"),
+    ],
+)
+def test_what_our_layers_do_not_compute_of_qwen3_next(changes, message):
+    with pytest.raises(ValueError, match=message):
+        describe(_QWEN3_NEXT | changes)
 
 
 def test_windows_and_lacking_fields():

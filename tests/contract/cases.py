@@ -71,6 +71,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "overwrite": {"use_beta": False, "allow_neg_eigval": True},
         "gated": {"output_gate": "swish"},
     },
+    "gated_deltanet": {"two_values": {"values_per_key": 2}},
     "kda": {"bounded": {"lower_bound": -2.0}, "narrow": {"gate_rank": 3}},
     "rwkv6": {
         "narrow": {"shift_rank": 3, "decay_rank": 2, "expand_k": 1.0},

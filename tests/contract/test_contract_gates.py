@@ -79,17 +79,21 @@ def gla(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, T
     return torch.stack(outputs), S
 
 
-def gated_deltanet(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:
+def gated_deltanet(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, ...]:
     """arXiv:2412.06464, equation 10; SiLU on q, k, v with and without the convolution (section 3.4)."""
-    S, outputs = torch.zeros(cfg.head_k_dim, cfg.head_v_dim).double(), []
+    count, width = cfg.values_per_key, cfg.head_v_dim // cfg.values_per_key
+    rate, bias = (w[name].view(-1, count)[head] for name in ("A_log", "dt_bias"))
+    memories, outputs = [torch.zeros(cfg.head_k_dim, width).double() for _ in range(count)], []
     for t in range(tokens):
         q, k, v = normed(silu(cfg, p["q"][t])), normed(silu(cfg, p["k"][t])), silu(cfg, p["v"][t])
-        step = torch.log1p((p["a"][t] + w["dt_bias"][head]).exp())
-        alpha = torch.exp(-w["A_log"][head].exp() * step)
-        beta = torch.sigmoid(p["b"][t]) * (2 if cfg.allow_neg_eigval else 1)
-        S = alpha * (torch.eye(len(k)) - beta * torch.outer(k, k)) @ S + beta * torch.outer(k, v)
-        outputs.append(q @ S / math.sqrt(cfg.head_k_dim))
-    return torch.stack(outputs), S
+        for r, S in enumerate(memories):
+            step = torch.log1p((p["a"][t][r] + bias[r]).exp())
+            alpha = torch.exp(-rate[r].exp() * step)
+            beta = torch.sigmoid(p["b"][t][r]) * (2 if cfg.allow_neg_eigval else 1)
+            written = beta * torch.outer(k, v[r * width : (r + 1) * width])
+            memories[r] = alpha * (torch.eye(len(k)) - beta * torch.outer(k, k)) @ S + written
+        outputs.append(torch.cat([q @ S / math.sqrt(cfg.head_k_dim) for S in memories]))
+    return torch.stack(outputs), *memories
 
 
 def lightning_attention(cfg, p: dict[str, Tensor], w, head: int, tokens: int) -> tuple[Tensor, Tensor]:

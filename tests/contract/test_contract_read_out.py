@@ -59,7 +59,24 @@ def rwkv7(cfg, o: Tensor, p: dict[str, Tensor], w) -> Tensor:
     return y * p["g"] if cfg.output_gate != "none" else y
 
 
-DEFINITIONS: dict[str, Definition] = {"mamba2": mamba2, "gsa": gsa, "rwkv7": rwkv7}
+def gated_deltanet(cfg, o: Tensor, p: dict[str, Tensor], w) -> Tensor:
+    """arXiv:2412.06464, section 3.4: a norm and a gate per head; of several memories, for each of them."""
+    y = o.unflatten(1, (cfg.values_per_key, -1))
+    if cfg.output_norm != "identity":
+        y = y - y.mean(-1, keepdim=True) if cfg.output_norm == "groupnorm" else y
+        y = y / (y.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt()
+        weight = w["norm_weight"]
+        y = y * (weight.unsqueeze(1) if weight.ndim == 2 else weight)
+    y = y + w["norm_bias"].unsqueeze(1) if cfg.output_norm == "groupnorm" else y
+    return y.flatten(1) * gated(cfg, p)
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "gated_deltanet": gated_deltanet,
+    "mamba2": mamba2,
+    "gsa": gsa,
+    "rwkv7": rwkv7,
+}
 
 
 def overrides(name: str) -> bool:

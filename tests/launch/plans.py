@@ -11,6 +11,7 @@ from linear_moe.launch.preflight import preflight
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = {
     "qwen2": EXAMPLES / "linear_moe_qwen2" / "run_pretrain_qwen.sh",
+    "qwen3_next": EXAMPLES / "linear_moe_qwen3_next" / "run_pretrain_qwen3_next.sh",
     "deepseek_v2": EXAMPLES / "linear_moe_deepseek_v2" / "run_pretrain_deepseek.sh",
     "mixtral": EXAMPLES / "linear_moe_mixtral" / "run_pretrain_mistral.sh",
     "llama3": EXAMPLES / "linear_llama3" / "run_pretrain_mcore_llama.sh",

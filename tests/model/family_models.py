@@ -132,6 +132,7 @@ def huggingface_class(family: Family, size: ModelSize) -> Any:
     qwen2 = transformers.Qwen2MoeForCausalLM if size.is_moe else transformers.Qwen2ForCausalLM
     return {
         "qwen2": qwen2,
+        "qwen3_next": transformers.Qwen3NextForCausalLM,
         "mixtral": transformers.MixtralForCausalLM,
         "llama3": transformers.LlamaForCausalLM,
         "deepseek_v2": transformers.DeepseekV2ForCausalLM,
@@ -156,6 +157,9 @@ def huggingface_config(family: Family, size: ModelSize) -> Any:
     }
     if not size.has_latent_attention:
         fields["head_dim"] = size.kv_channels
+    if family.name == "qwen3_next":
+        fields["layer_types"] = ["full_attention"] * size.num_layers
+        fields["rope_parameters"]["partial_rotary_factor"] = 0.25
     if size.is_moe:
         fields |= {"num_experts_per_tok": size.moe_router_topk}
         fields |= _experts(family.name, size)
@@ -170,9 +174,10 @@ def _experts(family: str, size: ModelSize) -> dict[str, Any]:
     shared = size.moe_shared_expert_intermediate_size
     if family == "mixtral":
         return {"num_local_experts": size.num_experts, "intermediate_size": size.moe_ffn_hidden_size}
-    if family == "qwen2":
+    if family in ("qwen2", "qwen3_next"):
         own = {"num_experts": size.num_experts, "moe_intermediate_size": size.moe_ffn_hidden_size}
-        return own | {"norm_topk_prob": False, "shared_expert_intermediate_size": shared or NO_SHARED_EXPERT}
+        own |= {"norm_topk_prob": family == "qwen3_next"}
+        return own | {"shared_expert_intermediate_size": shared or NO_SHARED_EXPERT}
     assert family == "deepseek_v2" and shared and size.moe_ffn_hidden_size
     groups = size.moe_router_num_groups
     return {
@@ -229,6 +234,7 @@ WHOLE = {
     "mlp.experts.fc2_weight": "mlp.experts.down_proj",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
 }
+HEAD_NORMS = {f"self_attention.{x}_layernorm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}
 GATED = {"mlp.linear_fc1.weight": "mlp", "mlp.shared_experts.linear_fc1.weight": "mlp.shared"}
 
 
@@ -236,6 +242,8 @@ def _renamed(size: ModelSize, name: str, weight: Tensor) -> dict[str, Tensor]:
     if name in WHOLE:
         return {WHOLE[name]: weight}
     _, _, layer, part = name.split(".", 3)
+    if size.attention_output_gate and part in HEAD_NORMS:
+        return {f"model.layers.{layer}.{HEAD_NORMS[part]}": weight}
     shared = "mlp.shared_experts" if size.has_latent_attention else "mlp.shared_expert"
     if part in WHOLE:
         found = {WHOLE[part]: weight}
@@ -252,8 +260,12 @@ def _renamed(size: ModelSize, name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _qkv(size: ModelSize, weight: Tensor) -> dict[str, Tensor]:
-    """Megatron has, for each key/value head, its query heads, its key and its value in a row."""
+    """Megatron has, for each key/value head, its query heads, their gates, its key and its value in a row."""
     H, G, K = size.num_attention_heads, size.num_query_groups, size.kv_channels
+    if size.attention_output_gate:  # there every query head is followed by its gate
+        by_head = weight.unflatten(0, (G, 2 * (H // G) + 2, K))
+        q, gate, k, v = by_head.split([H // G, H // G, 1, 1], dim=1)
+        return {"q": torch.stack([q, gate], dim=2).flatten(0, 3), "k": k.flatten(0, 2), "v": v.flatten(0, 2)}
     parts = weight.unflatten(0, (G, H // G + 2, K)).split([H // G, 1, 1], dim=1)
     return {x: part.flatten(0, 2) for x, part in zip("qkv", parts, strict=True)}
 

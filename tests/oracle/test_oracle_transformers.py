@@ -53,32 +53,36 @@ def convolution(weight: torch.Tensor, *widths: int) -> torch.Tensor:
     return torch.cat([heads(part, HEADS) for part in parts], dim=1)
 
 
-def qwen3_next() -> Case:
-    """``Qwen3NextGatedDeltaNet`` with as many value heads as key heads; its eps is 1e-6."""
+def qwen3_next(memories: int = 1) -> Case:
+    """``Qwen3NextGatedDeltaNet`` with that many value heads for each key head; its eps is 1e-6."""
     key, value = 8, 12
     config = configuration_qwen3_next.Qwen3NextConfig(
         hidden_size=HIDDEN,
-        linear_num_value_heads=HEADS,
+        linear_num_value_heads=HEADS * memories,
         linear_num_key_heads=HEADS,
         linear_key_head_dim=key,
         linear_value_head_dim=value,
     )
+    values = memories * value
 
     def weights(layer: nn.Module) -> Weights:
-        qkvz = split_heads(layer.in_proj_qkvz.weight, ("q", key), ("k", key), ("v", value), ("g", value))
+        qkvz = split_heads(layer.in_proj_qkvz.weight, ("q", key), ("k", key), ("v", values), ("g", values))
         return (
             qkvz
-            | split_heads(layer.in_proj_ba.weight, ("b", 1), ("a", 1))
-            | {"conv_weight": convolution(layer.conv1d.weight, key, key, value)}
-            | {"A_log": layer.A_log, "dt_bias": layer.dt_bias, "norm_weight": layer.norm.weight}
-            | {"out": layer.out_proj.weight}
+            | split_heads(layer.in_proj_ba.weight, ("b", memories), ("a", memories))
+            | {"conv_weight": convolution(layer.conv1d.weight, key, key, values)}
+            | {name: by_head(getattr(layer, name)) for name in ("A_log", "dt_bias")}
+            | {"norm_weight": layer.norm.weight, "out": layer.out_proj.weight}
         )
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x if memories == 1 else x.unflatten(0, (HEADS, memories))
 
     return Case(
         "gated_deltanet",
         lambda: modeling_qwen3_next.Qwen3NextGatedDeltaNet(config, layer_idx=0),
         weights,
-        SHAPE | {"expand_v": value / key, "norm_eps": config.rms_norm_eps},
+        SHAPE | {"expand_v": value / key, "norm_eps": config.rms_norm_eps, "values_per_key": memories},
         run=lambda layer, x: layer(x),
         context=lambda: in_torch(modeling_qwen3_next),
     )
@@ -234,6 +238,7 @@ def minimax() -> Case:
 
 CASES = {
     "gated_deltanet-qwen3_next": qwen3_next(),
+    "gated_deltanet-qwen3_next-two_values": qwen3_next(2),
     "gated_deltanet-olmo_hybrid": olmo_hybrid(),
     "kda-kimi_linear": kimi_linear(),
     "lightning_attention-minimax": minimax(),

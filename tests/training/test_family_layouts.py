@@ -14,6 +14,8 @@ STACKS = {
     ("deepseek_v2", "A21B"): ["softmax", "gla", "softmax", "gated_deltanet"],
     # a shared expert with a gate, a bias in mixers too
     ("qwen2", "A14B"): ["gla", "softmax"],
+    # attention with an output gate and norms that count from one; two values for each key
+    ("qwen3_next", "80B-A3B"): ["gated_deltanet", "softmax"],
     # one table of embeddings, at both ends of the pipeline
     ("llama3", "1B"): ["gated_deltanet", "softmax"],
     ("mixtral", "8x7B"): ["gla", "softmax", "gated_deltanet", "softmax"],
@@ -23,6 +25,7 @@ SELECTED = [
     ("deepseek_v2", "A21B", "tp2-pp2"),
     ("deepseek_v2", "A21B", "ep2"),
     ("qwen2", "A14B", "tp2-sp"),
+    ("qwen3_next", "80B-A3B", "tp2-sp"),
     ("llama3", "1B", "pp2"),
 ]
 
@@ -45,6 +48,8 @@ def comparison(request, tmp_path_factory, _pool) -> Comparison:
     model = [*megatron_arguments(FAMILIES[family], shrunken(FAMILIES[family].sizes[size])), *TRAINING]
     if "--moe-layer-freq" in model:
         model[model.index("--moe-layer-freq") + 1] = f"([0]+[1]*{len(kinds) - 1})"
+    if family == "qwen3_next":
+        model += ["--gated-deltanet-values-per-key", "2"]
     model += ["--expert-tensor-parallel-size", "1"] if "--num-experts" in model else []
     return Comparison(_pool, tmp_path_factory.mktemp("runs"), kinds, moe=False, model=model)
 

@@ -53,8 +53,24 @@ def hf_config(model: LinearMoEModelConfig, *, vocab_size: int, dtype: str) -> di
     Raises:
         ValueError: an option that the exported model does not have.
     """
-    config = model.transformer
     _refuse(model)
+    return _described(model, vocab_size, dtype)
+
+
+def facts(model: LinearMoEModelConfig, *, vocab_size: int, dtype: str) -> dict[str, Any]:
+    """The same of any model, with the options that the exported code does not know: to compare two models."""
+    config = model.transformer
+    names = ("position_embedding_type", "seq_len_interpolation_factor")
+    return {
+        **_described(model, vocab_size, dtype),
+        **{name: getattr(config, name, values[0]) for name, values in PLAIN.items()},
+        **{name: getattr(model, name) for name in names},
+        "activation_func": config.activation_func,
+    }
+
+
+def _described(model: LinearMoEModelConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
+    config = model.transformer
     kinds = list(config.layer_kinds)
     return {
         "architectures": ["LinearMoeForCausalLM"],

@@ -58,10 +58,15 @@ def megatron_arguments(family: Family, size: ModelSize, *, moe_aux_loss_coeff: f
     """
     flags = [word for name, value in size_fields(size).items() for word in (SIZE_FLAGS[name], str(value))]
     flags += ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
-    flags += ["--position-embedding-type", "rope", "--rotary-percent", "1.0"]
+    flags += ["--position-embedding-type", "rope", "--rotary-percent", str(family.rotary_percent)]
     flags += _attention_arguments(size)
-    if family.add_qkv_bias:
-        flags.append("--add-qkv-bias")
+    switches = {
+        "--add-qkv-bias": family.add_qkv_bias,
+        "--qk-layernorm": family.qk_norm,
+        "--apply-layernorm-1p": family.zero_centered_norms,
+        "--attention-output-gate": size.attention_output_gate,
+    }
+    flags += [flag for flag, is_on in switches.items() if is_on]
     if not size.tie_embeddings:
         flags.append("--untie-embeddings-and-output-weights")
     if size.is_moe:
@@ -122,6 +127,7 @@ def size_of(arguments: list[str]) -> ModelSize | None:
         return ModelSize(
             **numbers,
             first_dense_layers=int(dense[1]) if dense else 0,
+            attention_output_gate="--attention-output-gate" in arguments,
             tie_embeddings="--untie-embeddings-and-output-weights" not in arguments,
             rope_scaling=_rope_scaling(arguments),
             vocab_size=1,

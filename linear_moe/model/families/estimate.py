@@ -50,7 +50,8 @@ def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int
 
 def _attention(size: ModelSize) -> int:
     q, kv = size.num_attention_heads * size.kv_channels, size.num_query_groups * size.kv_channels
-    return 2 * size.hidden_size * (q + kv)
+    gate = q if size.attention_output_gate else 0
+    return size.hidden_size * (2 * (q + kv) + gate)
 
 
 def _latent_attention(size: ModelSize) -> int:

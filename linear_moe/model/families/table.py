@@ -90,6 +90,9 @@ class ModelSize:
     moe_router_topk_scaling_factor: float | None = None
     """What the router's probabilities are multiplied by. None: 1."""
 
+    attention_output_gate: bool = False
+    """Multiply what a softmax head gives by a sigmoid gate, one per channel, projected as the query is."""
+
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
 
@@ -172,6 +175,15 @@ class Family:
 
     shared_expert_gate: bool = False
     """Multiply the shared expert's output by a sigmoid gate of the token."""
+
+    qk_norm: bool = False
+    """RMSNorm of every query and key head of softmax layers. Latent attention norms what it compresses instead."""
+
+    zero_centered_norms: bool = False
+    """Weights of the norms before blocks, of the final one and of queries and keys are held as offsets from 1."""
+
+    rotary_percent: float = 1.0
+    """Part of a softmax head's channels, the first ones, that the rotary embedding turns."""
 
     balance: str = "aux_loss"
     """Load balancing of the experts: aux_loss over a micro batch, or seq_aux_loss over each sequence."""
