@@ -86,6 +86,7 @@ def test_from_an_imported_run_to_a_step(folders, gloo, tmp_path):
     assert {"LAYER_TYPE_LIST", "MODEL_SIZE"} <= set(note.rstrip(".").partition(": ")[2].split(", "))
     gloo(1, train, [*training_arguments(plan), "--eval-iters", "0"])
     assert 4 < metrics(plan.run_dir)[0]["lm_loss"] < 7
+    assert plan_of(run, tmp_path, **unset).run_dir == plan.run_dir  # which can go on
     for given in ({"MODEL_SIZE": "A0.3B"}, {"LA_MODULE": "gla"}, {"EXTRA_ARGS": "--num-layers 4"}):
         with pytest.raises(PreflightError, match="another architecture than this one"):
             plan_of(run, tmp_path, RUN_NAME="other", **unset | given)
