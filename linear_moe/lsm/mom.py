@@ -145,6 +145,10 @@ class MixtureOfMemories(Mixer):
         """The inner mixer's."""
         return self.inner.num_norm_groups
 
+    def _norm_parameters(self) -> list[Parameter]:
+        """The inner mixer's."""
+        return self.inner._norm_parameters()
+
     def memory_shapes(self) -> tuple[tuple[int, int], ...]:
         """The inner mixer's, for the shared memory and every routed one."""
         return tuple(shape for shape in self.inner.memory_shapes() for _ in range(self.num_copies))

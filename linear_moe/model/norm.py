@@ -30,8 +30,12 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``."""
-        weight = self.weight + 1.0 if self.zero_centered else self.weight
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+        if self.zero_centered:
+            # In half precision 1 + weight would be 1 for offsets that matter over a whole model.
+            exact = torch.promote_types(x.dtype, torch.float32)
+            weight = 1.0 + self.weight.to(exact)
+            return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(torch.nn.Module):

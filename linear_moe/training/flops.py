@@ -95,7 +95,8 @@ def _softmax_projections(config: LinearMoEConfig) -> int:
     assert config.kv_channels is not None and config.num_query_groups is not None
     q = config.num_attention_heads * config.kv_channels
     kv = 2 * config.num_query_groups * config.kv_channels
-    return 2 * config.hidden_size * (q + kv) + 2 * q * config.hidden_size
+    gate = q if config.attention_output_gate else 0
+    return 2 * config.hidden_size * (2 * q + kv + gate)
 
 
 def _latent_projections(config: LatentMoEConfig) -> int:

@@ -93,6 +93,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     "gla": {"clamp": {"gate_clamp_min": -0.03}, "wide_keys": {"expand_k": 1.0}},
     **{name: {"one_choice": {"topk": 1}, "alone": {"topk": 1, "shared_memory": False}} for name in MIXTURES},
 }
+OWN["mom_gated_deltanet"]["two_values"] = {"values_per_key": 2}
 """Options that cannot be found from the types of a Config: flags are flipped and words tried by themselves."""
 
 

@@ -56,6 +56,15 @@ def test_statistics_are_float32(name):
     assert norm(x.float()).dtype == torch.float32  # a residual stream in float32 (--fp32-residual-connection)
 
 
+def test_small_offsets_from_one_are_kept():
+    """1 + 1/500 is 1 in bfloat16: over all tokens, the sizes must still be those of the offsets."""
+    norm = RMSNorm(config(params_dtype=torch.bfloat16, layernorm_zero_centered_gamma=True), SIZE, EPS)
+    norm.weight.data.fill_(1 / 500)
+    x = torch.randn(4096, SIZE).bfloat16()
+    ratio = norm(x).double() / by_definition("RMSNorm", x.double(), 1.0)
+    assert ratio.mean().item() == pytest.approx(1 + 1 / 500, abs=5e-4)
+
+
 def weight_gradients(rank: int, world_size: int, sequence_parallel: bool) -> list[torch.Tensor]:
     """Gradients after Megatron's finalizer, each rank having seen its share of the tokens."""
     from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads

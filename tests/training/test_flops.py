@@ -36,6 +36,8 @@ CASES = {
     ),
     "gated_deltanet": (["gated_deltanet"], []),
     "softmax": (["softmax"], ["--num-query-groups", "2"]),
+    "output gate": (["softmax"], ["--num-query-groups", "2", "--attention-output-gate"]),
+    "two values for each key": (["gated_deltanet"], ["--gated-deltanet-values-per-key", "2"]),
     "first value": (["rwkv7", "gla", "rwkv7"], []),
     "experts": (["gla", "softmax"], EXPERTS),
     "latent attention": (["softmax", "gla"], LATENT),
