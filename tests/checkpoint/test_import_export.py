@@ -43,6 +43,26 @@ def test_there_and_back(gloo, tmp_path, name):
     assert configs[0] == configs[1]
 
 
+def with_more_tokens_predicted(rank, world, folder):
+    """Published Qwen3-Next has layers that transformers does not read."""
+    from safetensors.torch import save_file
+
+    from linear_moe.checkpoint.importing import import_model
+
+    source = Path(folder) / "hf"
+    save_hf(source, "qwen3_next-equal")
+    save_file({"mtp.fc.weight": torch.zeros(2, 2)}, source / "mtp.safetensors")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"]["mtp.fc.weight"] = "mtp.safetensors"
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    return import_model(source, Path(folder) / "run").warnings
+
+
+def test_multi_token_prediction_is_left_out(gloo, tmp_path):
+    warnings = gloo(1, with_more_tokens_predicted, str(tmp_path))[0]
+    assert "1 tensors of multi-token prediction (mtp) are left out" in warnings
+
+
 def greedy(rank, world, folder, prompts):
     from linear_moe.checkpoint.importing import import_model
     from linear_moe.inference.generate import generate
