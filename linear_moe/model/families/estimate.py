@@ -22,6 +22,9 @@ _PROJECTIONS = {
 """Matrices `hidden x heads * head_dim` that a mixer with default options is worth, where they are not q, k, v, output
 gate and output projection. A test compares every mixer of the package with the built model."""
 
+_AS_WIDE_AS_HIDDEN = ("mamba2", "hgrn2", "mom_hgrn2")
+"""Mixers that choose their own heads: those are as wide as the residual stream together, whatever softmax's are."""
+
 
 def padded_vocab_size(rows: int, tensor_parallel: int = 1) -> int:
     """`rows` rounded up to a multiple of 128 that every TP dividing 128 shares, so that layouts share checkpoints."""
@@ -35,7 +38,10 @@ def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int
     softmax = _latent_attention(size) if size.has_latent_attention else _attention(size)
     shared = vocab_rows * hidden * (1 if size.tie_embeddings else 2)
     shared += sum(
-        softmax if kind == "softmax" else round(_PROJECTIONS.get(kind, 5) * hidden * width) for kind in kinds
+        softmax
+        if kind == "softmax"
+        else round(_PROJECTIONS.get(kind, 5) * hidden * (hidden if kind in _AS_WIDE_AS_HIDDEN else width))
+        for kind in kinds
     )
     moe = size.moe_layers()
     shared += moe.count(False) * 3 * hidden * size.ffn_hidden_size
