@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from norm_cases import CASES, largest_error, make
+from run_interpreted import run_interpreted
 from torch import Tensor
 
 from linear_moe.kernels import gated_norm, gated_rms_norm
@@ -21,10 +18,7 @@ EXACT, SINGLE = 1e-12, 1e-5
 @pytest.fixture(scope="module")
 def fused_errors() -> dict[str, float]:
     """All cases in one process, which Triton's interpreter needs for itself."""
-    command = [sys.executable, str(Path(__file__).with_name("norm_cases.py"))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_interpreted("norm_cases.py")[-1]
 
 
 @pytest.mark.parametrize("name", CASES)

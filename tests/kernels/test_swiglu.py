@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from run_interpreted import run_interpreted
 from swiglu_cases import CASES, errors
 
 from linear_moe.kernels import swiglu, weighted_swiglu
@@ -19,10 +15,7 @@ EXACT, SINGLE = 1e-12, 1e-5
 @pytest.fixture(scope="module")
 def fused_errors() -> dict[str, list[float]]:
     """All cases in one process, which Triton's interpreter needs for itself."""
-    command = [sys.executable, str(Path(__file__).with_name("swiglu_cases.py"))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_interpreted("swiglu_cases.py")[-1]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from run_interpreted import run_interpreted
 from triton_conv_cases import CASES, PLAIN
 
 SINGLE = 1e-5
@@ -16,10 +12,7 @@ SINGLE = 1e-5
 @pytest.fixture(scope="module")
 def largest_errors() -> dict[str, float]:
     """All cases in one process, which Triton's interpreter needs for itself."""
-    command = [sys.executable, str(Path(__file__).with_name("triton_conv_cases.py")), *CASES, PLAIN]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return dict(json.loads(line) for line in run.stdout.splitlines())
+    return dict(run_interpreted("triton_conv_cases.py", *CASES, PLAIN))
 
 
 @pytest.mark.parametrize("name", [*CASES, PLAIN])

@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.triton.layout import rows_together
+
 TILE, RUN = 16, 128
 """Tokens that the four warps have at a time, and tokens of a program."""
 
@@ -35,11 +37,9 @@ def gated_rms_norm(
     scale: float = 1.0,
 ) -> Tensor:
     """See :func:`linear_moe.kernels.gated_rms_norm`; float32, float16 and bfloat16, D up to 256."""
-    return _GatedNorm.apply(_rows(x), weight, None if gate is None else _rows(gate), activation, eps, scale)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return _GatedNorm.apply(
+        rows_together(x), weight, None if gate is None else rows_together(gate), activation, eps, scale
+    )
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -68,7 +68,7 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, gate = ctx.saved_tensors
-        dy, g = _rows(dy), x if gate is None else gate
+        dy, g = rows_together(dy), x if gate is None else gate
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dg = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
         runs, heads = _grid(x)

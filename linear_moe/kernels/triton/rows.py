@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.triton.layout import rows_together
+
 
 def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     """See :func:`linear_moe.kernels.spread_rows`; any dtype."""
@@ -57,19 +59,17 @@ class _Collect(torch.autograd.Function):
 
 
 def _spread(x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
-    y, rows = x.new_empty(place.numel(), x.shape[1]), _rows(x)
-    grid = (place.shape[0], triton.cdiv(x.shape[1], _block(x)))
-    spread_kernel[grid](
-        rows, place, place if weight is None else weight.contiguous(), y, x.shape[1], rows.stride(0),
-        K=place.shape[1], BLOCK=_block(x), HAS_WEIGHT=weight is not None, num_warps=4,
-    )  # fmt: skip
-    return y
+    return _move(spread_kernel, place.numel(), x, place, weight)
 
 
 def _collect(x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
-    y, rows = x.new_empty(place.shape[0], x.shape[1]), _rows(x)
+    return _move(collect_kernel, place.shape[0], x, place, weight)
+
+
+def _move(kernel: Any, num_rows: int, x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
+    y, rows = x.new_empty(num_rows, x.shape[1]), rows_together(x)
     grid = (place.shape[0], triton.cdiv(x.shape[1], _block(x)))
-    collect_kernel[grid](
+    kernel[grid](
         rows, place, place if weight is None else weight.contiguous(), y, x.shape[1], rows.stride(0),
         K=place.shape[1], BLOCK=_block(x), HAS_WEIGHT=weight is not None, num_warps=4,
     )  # fmt: skip
@@ -78,15 +78,11 @@ def _collect(x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
 
 def _products(a: Tensor, x: Tensor, place: Tensor) -> Tensor:
     """``[S, K]`` float32: each token's row of ``a`` times those of its slots."""
-    y, a, x = a.new_empty(place.shape, dtype=torch.float32), _rows(a), _rows(x)
+    y, a, x = a.new_empty(place.shape, dtype=torch.float32), rows_together(a), rows_together(x)
     product_kernel[(place.shape[0],)](
         a, x, place, y, x.shape[1], a.stride(0), x.stride(0), K=place.shape[1], BLOCK=_block(x), num_warps=4
     )
     return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _block(x: Tensor) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.conv import last_inputs
+from linear_moe.kernels.triton.layout import rows_together
 from linear_moe.kernels.triton.short_conv_kernels import backward_kernel, forward_kernel, history_kernel
 
 BLOCK, RUN = 64, 256
@@ -52,8 +53,7 @@ def short_conv(
 
 def _grouped(x: Tensor) -> Tensor:
     """``[B, T, G, D]`` with contiguous D."""
-    x = x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, -2)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return rows_together(x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, -2))
 
 
 class _ShortConv(torch.autograd.Function):
@@ -79,7 +79,7 @@ class _ShortConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         call: _Call = ctx.call
         x, weight, bias, state, _ = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dy = rows_together(dy)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         parts = x.new_empty(call.num_runs, call.width + 1, call.channels, dtype=torch.float32)
         strides = dy.stride()[:3]

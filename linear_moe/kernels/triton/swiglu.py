@@ -20,10 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.triton.layout import rows_together
+
 
 def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`linear_moe.kernels.weighted_swiglu`; float32, float16 and bfloat16."""
-    return cast(Tensor, _WeightedSwiGLU.apply(x if x.stride(-1) == 1 else x.contiguous(), weight))
+    return cast(Tensor, _WeightedSwiGLU.apply(rows_together(x), weight))
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
