@@ -39,6 +39,14 @@ def gloo(_pool: Pool) -> Callable:
     return _pool.run
 
 
+@pytest.fixture(autouse=True)
+def _no_backend_left() -> Iterator[None]:
+    """Megatron pins the first model's attention backend in the environment, for all later models and subprocesses."""
+    yield
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        del os.environ[name]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device where there is none; long files first, so that none is left alone at the end."""
     items.sort(key=lambda item: -LONG.get(item.path.name, 0))
