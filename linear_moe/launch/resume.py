@@ -7,7 +7,7 @@ from typing import Any
 
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, registered_mixers
-from linear_moe.model.families import SIZE_FLAGS, unused_fields
+from linear_moe.model.families import SIZE_FLAGS, megatron_arguments, switches_of, unused_fields
 
 
 def checkpoint_iteration(folder: Path) -> int | None:
@@ -78,12 +78,7 @@ def _same_optimizer(plan: RunPlan) -> None:
 
 
 def _same_architecture(plan: RunPlan, run_dir: Path, what: str, instead: str) -> None:
-    config = read_config(run_dir)
-    mixers = registered_mixers(plan.settings.mixer_modules)
-    saved = config.get("architecture", {}) | mixer_options(config.get("arguments", []), mixers)
-    if saved.get("norm_epsilon") is None:
-        saved.pop("norm_epsilon", None)
-    wanted = architecture(plan)
+    saved, wanted = _saved_architecture(plan, run_dir), architecture(plan)
     names = [name for name in wanted if name in saved] + [name for name in saved if name.startswith("--")]
     names += [name for name in wanted if name.startswith("--") and name not in saved]
     differences = [
@@ -99,14 +94,31 @@ def _same_architecture(plan: RunPlan, run_dir: Path, what: str, instead: str) ->
         )
 
 
+def _saved_architecture(plan: RunPlan, run_dir: Path) -> dict[str, Any]:
+    config = read_config(run_dir)
+    saved = dict(config.get("architecture", {}))
+    if saved.get("moe_layer_freq") == 1:
+        saved["moe_layer_freq"] = [1] * len(saved.get("layer_kinds", []))
+    # null is a value of a size, "no experts"; of anything else it is what an earlier version did not know.
+    known = {
+        name: value
+        for name, value in saved.items()
+        if value is not None or (name in SIZE_FLAGS and name != "norm_epsilon")
+    }
+    return known | mixer_options(config.get("arguments", []), registered_mixers(plan.settings.mixer_modules))
+
+
 def architecture(plan: RunPlan) -> dict[str, Any]:
     """Everything that fixes the shapes and the meaning of a checkpoint, under its names in config.json."""
     skipped = {"max_position_embeddings", *unused_fields(plan.size)}
     sizes = {name: getattr(plan.size, name) for name in SIZE_FLAGS if name not in skipped}
-    sizes["multi_latent_attention"] = plan.size.has_latent_attention
+    if plan.size.is_moe:
+        sizes["moe_layer_freq"] = list(map(int, plan.size.moe_layers()))
+    switches = switches_of([*megatron_arguments(plan.family, plan.size), *plan.extra_args])
     model = {"layer_kinds": list(plan.kinds), "padded_vocab_size": plan.padded_vocab_size}
     mixers = registered_mixers(plan.settings.mixer_modules)
-    return sizes | model | mixer_options(list(plan.extra_args), mixers)
+    options = mixer_options(list(plan.extra_args), mixers)
+    return {"family": plan.family.name} | sizes | switches | model | options
 
 
 def mixer_options(arguments: list[str], mixers: tuple[str, ...]) -> dict[str, Any]:

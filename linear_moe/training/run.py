@@ -11,42 +11,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from linear_moe.model.families import POSITION_FLAGS, SIZE_FLAGS, SWITCHES
+
 FORMAT = 1
 """Version of ``config.json``."""
 
 ARCHITECTURE = (
-    "family",
-    "model_size",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "multi_latent_attention",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "num_experts",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_layer_freq",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
-    "layer_kinds",
-    "mixer_options",
-    "normalization",
-    "norm_epsilon",
-    "rotary_base",
-    "add_qkv_bias",
-    "untie_embeddings_and_output_weights",
+    *(
+        "family",
+        "model_size",
+        "num_layers",
+        "layer_kinds",
+        "mixer_options",
+        "moe_layer_freq",
+        "normalization",
+    ),
+    *(name for name in SIZE_FLAGS if name not in ("num_layers", "max_position_embeddings")),
+    *SWITCHES,
+    *POSITION_FLAGS,
     "padded_vocab_size",
 )
-"""Arguments that shape the model: a run cannot be resumed with another value of any of them."""
+"""Arguments that say what the model computes: `linear_moe.launch.resume` refuses another value of any of them."""
 
 MEGATRON_NAMES = {"norm_epsilon": "layernorm_epsilon"}
 """Where Megatron calls an argument otherwise than its flag, which is the name in ``config.json``."""

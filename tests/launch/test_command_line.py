@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 
 from linear_moe.launch.megatron_args import shell_text, torchrun_command, training_arguments
+from linear_moe.launch.resume import architecture
 from linear_moe.model.families import (
     FAMILIES,
+    POSITION_FLAGS,
+    SIZE_FLAGS,
+    SWITCHES,
     estimate_parameters,
     megatron_arguments,
     padded_vocab_size,
     size_fields,
 )
+from linear_moe.training.run import ARCHITECTURE, MEGATRON_NAMES
 from tests.launch.plans import make_plan, message
 
 
@@ -49,6 +54,44 @@ def test_megatron_reads_every_size_as_it_is(parser: argparse.ArgumentParser, fam
     assert args.untie_embeddings_and_output_weights != numbers.tie_embeddings
     assert args.multi_latent_attention == numbers.has_latent_attention != args.group_query_attention
     assert args.position_embedding_type == "rope"
+
+
+@pytest.mark.parametrize(("family", "size"), [(f, s) for f in FAMILIES for s in FAMILIES[f].sizes])
+def test_a_run_saves_what_a_resumed_one_is_compared_by(
+    parser: argparse.ArgumentParser, family: str, size: str
+):
+    """config.json, written from Megatron's arguments, and the launcher's view of the same run, name by name."""
+    plan = make_plan(family=family, MODEL_SIZE=size)
+    args = parser.parse_args(training_arguments(plan))
+    wanted = architecture(plan)
+    assert wanted.keys() >= SWITCHES.keys() | {"rotary_percent", "family"}
+    assert set(wanted) <= set(ARCHITECTURE)
+    for name in wanted.keys() - {"layer_kinds"}:
+        saved = getattr(args, MEGATRON_NAMES.get(name, name))
+        if name == "moe_layer_freq" and saved == 1:
+            saved = [1] * plan.size.num_layers
+        assert saved == wanted[name] or (wanted["num_experts"] is None and name.startswith("moe_")), name
+
+
+NOT_THE_FUNCTION = {
+    "--moe-aux-loss-coeff",
+    "--moe-router-load-balancing-type",
+    "--moe-router-dtype",
+    "--moe-token-dispatcher-type",
+    "--no-rope-fusion",
+}
+"""Flags of training and of speed: a run goes on with others."""
+
+OF_EVERY_FAMILY = {"--normalization", "--swiglu", "--disable-bias-linear", "--position-embedding-type"}
+FOLLOW_FROM_SIZES = {"--group-query-attention", "--rope-type", "--moe-layer-freq"}
+
+
+def test_no_flag_of_a_family_escapes_the_comparison():
+    compared = {*SIZE_FLAGS.values(), *SWITCHES.values(), *POSITION_FLAGS.values()}
+    for family in FAMILIES.values():
+        for size in family.sizes.values():
+            flags = {word for word in megatron_arguments(family, size) if word.startswith("--")}
+            assert flags <= compared | NOT_THE_FUNCTION | OF_EVERY_FAMILY | FOLLOW_FROM_SIZES
 
 
 def test_the_router_of_qwen2(parser: argparse.ArgumentParser):

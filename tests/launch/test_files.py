@@ -141,8 +141,8 @@ def test_broken_tokenizer(data: dict[str, str], tmp_path: Path, spoil, problem: 
     assert text.startswith(f"TOKENIZER={tmp_path}/tok cannot be used: {tmp_path}/tok {problem}")
 
 
-def finished_run(base: Path, name: str = "old", **variables: str) -> None:
-    plan = make_plan(**variables, OUTPUT_BASEPATH=str(base), RUN_NAME=name)
+def finished_run(base: Path, name: str = "old", *, family: str = "qwen2", **variables: str) -> None:
+    plan = make_plan(family=family, **variables, OUTPUT_BASEPATH=str(base), RUN_NAME=name)
     checkpoint = plan.run_dir / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("5")
@@ -171,6 +171,54 @@ def test_resume_with_another_model(tmp_path: Path):
         "  why: a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.\n"
         "  try: the variables of that run, or another RUN_NAME for a new one"
     )
+
+
+def test_resume_with_another_family_of_the_same_sizes(tmp_path: Path):
+    """The shapes are those of Llama 3, and what is computed with them is not."""
+    sizes = "--num-query-groups 4 --ffn-hidden-size 256 --rotary-base 500000 --norm-epsilon 1e-5"
+    finished_run(tmp_path, MODEL_SIZE="tiny-dense", EXTRA_ARGS=sizes)
+    text = message(
+        family="llama3", OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="old", MODEL_SIZE="tiny", EXTRA_ARGS=sizes
+    )
+    assert text.startswith(
+        f"run {tmp_path}/old has another architecture than this one:\n"
+        "    family: qwen2 -> llama3\n"
+        "    add_qkv_bias: True -> False\n"
+    )
+
+
+CHANGED_SWITCHES = {
+    "qk_layernorm": (True, "True -> False"),
+    "layernorm_zero_centered_gamma": (True, "True -> False"),
+    "attention_output_gate": (True, "True -> False"),
+    "rotary_percent": (0.25, "0.25 -> 1.0"),
+    "moe_router_pre_softmax": (False, "False -> True"),
+    "moe_layer_freq": ([0, 1, 1, 1], "0,1,1,1 -> 1,1,1,1"),
+    "untie_embeddings_and_output_weights": (False, "False -> True"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_SWITCHES)
+def test_resume_with_another_switch(tmp_path: Path, name: str):
+    """One that no shape tells; a config.json of a version that did not save it fits as before."""
+    finished_run(tmp_path)
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
+    file = tmp_path / "old" / "config.json"
+    config = json.loads(file.read_text())
+    value, shown = CHANGED_SWITCHES[name]
+    file.write_text(json.dumps(config | {"architecture": config["architecture"] | {name: value}}))
+    assert f"\n    {name}: {shown}\n" in message(**again)
+    others = {key: value for key, value in config["architecture"].items() if key != name}
+    for earlier in (others, others | {name: None}):
+        file.write_text(json.dumps(config | {"architecture": earlier}))
+        assert message(**again) == ""
+
+
+def test_extra_args_may_not_change_a_switch(tmp_path: Path):
+    finished_run(tmp_path)
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
+    assert "qk_layernorm: False -> True" in message(**again, EXTRA_ARGS="--qk-layernorm")
+    assert "rotary_percent: 1.0 -> 0.5" in message(**again, EXTRA_ARGS="--rotary-percent=0.5")
 
 
 def test_resume_with_another_optimizer(tmp_path: Path):

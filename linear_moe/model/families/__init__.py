@@ -6,11 +6,14 @@ launcher reads it before anything heavy starts. `docs/families.md` shows the tab
 
 from linear_moe.model.families.arguments import (
     FRACTIONS,
+    POSITION_FLAGS,
     SIZE_FLAGS,
+    SWITCHES,
     flag_value,
     megatron_arguments,
     size_fields,
     size_of,
+    switches_of,
     unused_fields,
 )
 from linear_moe.model.families.deepseek_v2 import DEEPSEEK_V2
@@ -27,7 +30,9 @@ FAMILIES = {family.name: family for family in (QWEN2, QWEN3_NEXT, DEEPSEEK_V2, M
 __all__ = [
     "FAMILIES",
     "FRACTIONS",
+    "POSITION_FLAGS",
     "SIZE_FLAGS",
+    "SWITCHES",
     "Family",
     "Llama3Rope",
     "ModelSize",
@@ -38,5 +43,6 @@ __all__ = [
     "padded_vocab_size",
     "size_fields",
     "size_of",
+    "switches_of",
     "unused_fields",
 ]

@@ -1,6 +1,8 @@
 """A size of a family as flags of Megatron-Core 0.19, and back: shapes and switches, no layout, data or optimizer."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from linear_moe.model.families.table import Family, Llama3Rope, ModelSize, YarnRope
@@ -33,6 +35,28 @@ EXTRA_ARGS changes the size itself, so that every check sees it."""
 
 FRACTIONS = ("norm_epsilon", "moe_router_topk_scaling_factor")
 """Fields of `SIZE_FLAGS` that are not whole numbers."""
+
+SWITCHES = {
+    "multi_latent_attention": "--multi-latent-attention",
+    "add_qkv_bias": "--add-qkv-bias",
+    "qk_layernorm": "--qk-layernorm",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "attention_output_gate": "--attention-output-gate",
+    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
+    "use_rope_scaling": "--use-rope-scaling",
+    "moe_router_pre_softmax": "--moe-router-pre-softmax",
+    "moe_shared_expert_gate": "--moe-shared-expert-gate",
+}
+"""Flags that change what a model computes by being there, under Megatron's names of the arguments."""
+
+POSITION_FLAGS = {
+    "rotary_percent": "--rotary-percent",
+    "rope_scaling_factor": "--rope-scaling-factor",
+    "rotary_scaling_factor": "--rotary-scaling-factor",
+    "mscale": "--mscale",
+    "mscale_all_dim": "--mscale-all-dim",
+}
+"""Flags with a number that change what a softmax layer computes, and no shape."""
 
 _LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _EXPERT_FIELDS = tuple(name for name in SIZE_FLAGS if name.startswith("moe_") or name == "num_experts")
@@ -109,6 +133,14 @@ def _expert_arguments(family: Family, size: ModelSize, moe_aux_loss_coeff: float
             f"([0]*{size.first_dense_layers}+[1]*{size.num_layers - size.first_dense_layers})",
         ]
     return flags
+
+
+def switches_of(arguments: Sequence[str]) -> dict[str, bool | float]:
+    """What a command line says of `SWITCHES`, all of them, and of `POSITION_FLAGS`, those that it names."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    after = dict(itertools.pairwise(words))  # a flag that comes twice: the last one, as for Megatron
+    numbers = {name: float(after[flag]) for name, flag in POSITION_FLAGS.items() if flag in after}
+    return {name: flag in words for name, flag in SWITCHES.items()} | numbers
 
 
 def size_of(arguments: list[str]) -> ModelSize | None:
