@@ -22,7 +22,7 @@ a segment.
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.layout import chunk_slot, segment_of
+from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # exp of it is 0 in float32; sums of it stay finite (-inf minus -inf is NaN), and small enough for one float32
@@ -111,7 +111,7 @@ def decay_gradient_kernel(
 
     place = chunk_slot(first.to(tl.int64), segment, group, C * EVERY)
     p_through = through + (i_P * tl.cast(num_groups, tl.int64) + place) * num_heads + head
-    m_through = (i_P < P) & (last_chunk >= 0) & (readable > 0)
+    m_through = mask_if(i_P < P, (last_chunk >= 0) & (readable > 0))
     b_through = tl.sum(tl.load(p_through, mask=m_through, other=0.0), 0)
     of_head = 0.0
     for step in range(0, EVERY):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.delta_chunk import factors
-from linear_moe.kernels.triton.layout import segment_of
+from linear_moe.kernels.triton.layout import mask_if, segment_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
@@ -48,7 +48,7 @@ def output_kernel(
     m_q = (i_C[:, None] < left) & m_K[None, :]
     b_q = tl.load(q_read + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
     p_S = states + tile * (DK * DV) + i_K[:, None] * DV + i_V[None, :]
-    b_S = tl.load(p_S, mask=m_S & (left > 0), other=0.0)  # [BK, BV]
+    b_S = tl.load(p_S, mask=mask_if(m_S, left > 0), other=0.0)  # [BK, BV]
     p_tile = scores + tile * (C * C) + i_C[:, None] * C + i_C[None, :]
     b_P = tl.load(p_tile, mask=(i_C[:, None] < left) & (i_C[None, :] < left), other=0.0)  # [C, C]
     b_e = tl.load(errors + i_o, mask=m_v, other=0.0)  # [C, BV]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, load_roles, sum_over
-from linear_moe.kernels.triton.layout import chunk_slot, segment_of
+from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def combine_kernel(
     of_group = (chunk_slot(token, segment, group, C * EVERY) * num_heads + head) * D + i_D
     b_through = tl.zeros([BD], tl.float32)
     if HAS_DECAY_GRADIENT:
-        b_through = tl.load(through + of_group, mask=m_D & (last_chunk >= 0) & (readable > 0), other=0.0)
+        b_through = tl.load(through + of_group, mask=mask_if(m_D, (last_chunk >= 0) & (readable > 0)), other=0.0)
     b_u, b_du = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     if HAS_BONUS:
         b_u = tl.load(bonus + head * D + i_D, mask=m_D, other=0.0)
@@ -149,4 +149,4 @@ def combine_kernel(
                 tl.store(d_log + of_chunk * D + i_tile, tl.where(mask, b_log, 0.0), mask=m_store)
                 b_through += read
     if HAS_BONUS:
-        tl.store(d_bonus + of_group, b_du, mask=m_D & (last_chunk >= 0))
+        tl.store(d_bonus + of_group, b_du, mask=mask_if(m_D, last_chunk >= 0))

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.decay_sums import chunk_decay
-from linear_moe.kernels.triton.layout import chunk_slot, segment_of
+from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def scan_kernel(
     at = (segment.to(tl.int64) * num_heads + head) * (DK * DV)
     b_S = tl.zeros([BK, BV], tl.float32)
     if HAS_BEFORE:
-        b_S = tl.load(before + at + i_S, mask=m_S & (readable > 0), other=0.0)
+        b_S = tl.load(before + at + i_S, mask=mask_if(m_S, readable > 0), other=0.0)
 
     num_chunks = tl.cdiv(length, C)
     for step in range(0, num_chunks):

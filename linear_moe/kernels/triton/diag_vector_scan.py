@@ -23,7 +23,7 @@ L tokens of all rows, S segments, D the width that decays (DK or DV), M chunks, 
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.layout import chunk_slot, segment_of
+from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
@@ -75,7 +75,7 @@ def scaled_scan_kernel(
     b_S = tl.zeros([BK, BV], tl.float32)
     b_kept = i_D * 0.0
     if HAS_BEFORE:
-        b_S = tl.load(before + at * (DK * DV) + i_S, mask=m_S & (readable > 0), other=0.0)
+        b_S = tl.load(before + at * (DK * DV) + i_S, mask=mask_if(m_S, readable > 0), other=0.0)
 
     num_chunks = tl.cdiv(length if HAS_OUTPUT else readable, C)
     for step in range(0, num_chunks):
@@ -85,7 +85,7 @@ def scaled_scan_kernel(
         m_C = i_C < left
         m_q, m_kT, m_v = m_C[:, None] & m_K[None, :], m_K[:, None] & m_C[None, :], m_C[:, None] & m_V[None, :]
         p_total = totals + (chunk_slot(token, segment, chunk, C) * num_heads + head) * D + i_D
-        b_total = tl.load(p_total, mask=m_D & (left > 0), other=0.0)
+        b_total = tl.load(p_total, mask=mask_if(m_D, left > 0), other=0.0)
         b_kT = tl.load(k + past * k_t + i_K[:, None] + i_C[None, :] * k_t, mask=m_kT, other=0.0)  # [BK, C]
         b_v = tl.load(v + past * v_t + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
         group = chunk_slot(token, segment, (num_chunks - 1 - chunk) // EVERY, C * EVERY) * num_heads + head
@@ -130,5 +130,5 @@ def scaled_scan_kernel(
         tl.store(final + at * (DK * DV) + i_S, b_S, mask=m_S)
     if not HAS_OUTPUT:
         if ROWS:
-            m_D = m_D & (i_v == 0)
+            m_D = mask_if(m_D, i_v == 0)
         tl.store(kept + at * D + i_D, tl.exp2(b_kept), mask=m_D)

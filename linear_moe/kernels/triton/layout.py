@@ -151,3 +151,9 @@ def plan_kernel(
         tl.store(p_plan, token, mask=is_used)
         tl.store(p_plan + 1, tl.minimum(end - token, segment_size), mask=is_used)
         tl.store(p_plan + 2, n + place * 0, mask=is_used)
+
+
+@triton.jit
+def mask_if(mask, condition):
+    """``mask`` where a condition of the whole program holds; Triton 3.9's interpreter refuses ``mask & condition``."""
+    return tl.where(condition, mask, False)
