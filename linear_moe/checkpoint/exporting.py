@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,13 +94,13 @@ def export_model(
     model = blueprint(saved["arguments"], padded_vocab_size=saved["architecture"]["padded_vocab_size"])
     reader = Reader(folder)
     _check_checkpoint(folder, model, reader)
+    texts, warnings = _tokenizer_folder(run, saved, tokenizer)
     config = _origin_config(run, model)
-    vocab_size = config["vocab_size"] if config else model.args.padded_vocab_size
+    vocab_size = config["vocab_size"] if config else _vocabulary(saved, texts, model.args.padded_vocab_size)
     kind, config = _architecture(model, saved["params_dtype"], vocab_size, config, native)
     table = _table(kind, model, vocab_size)
     tensors = _planned(table, reader)
     files = shards(tensors, shard_bytes)
-    texts, warnings = _tokenizer_folder(run, saved, tokenizer)
     check_room(target, sum(planned.size for planned in tensors.values()) + 10_000_000)
     task = {"source": str(folder), "files": fingerprint(list(folder.iterdir())), "to": [kind, *files]}
     part = begin(target, task)
@@ -136,6 +136,16 @@ def _origin_config(run: Path, model: Blueprint) -> dict[str, Any] | None:
     return config
 
 
+def _vocabulary(saved: dict[str, Any], tokenizer: Path | None, padded: int) -> int:
+    """Rows that are tokens: a row of padding could win in ``generate()`` there, and has no text."""
+    recorded = saved["tokenizer"]
+    if tokenizer is not None:
+        return min(describe_tokenizer(str(tokenizer)).vocab_size, padded)
+    if recorded["tokenizer_type"] == "NullTokenizer" and recorded["vocab_size"]:
+        return min(recorded["vocab_size"] + 1, padded)  # the last one is the end of a document
+    return padded
+
+
 def _architecture(
     model: Blueprint, dtype: str, vocab_size: int, origin: dict[str, Any] | None, native: bool
 ) -> tuple[str, dict[str, Any]]:
@@ -148,6 +158,7 @@ def _architecture(
         family, size = family_and_size(model)
         kind = native_type(family, size)
         if kind is not None and (kind == "qwen3_next" or set(model.kinds) == {SOFTMAX}):
+            size = replace(size, vocab_size=vocab_size)
             config = native_config(kind, family, size, dtype=dtype, layers=_layer_fields(kind, model))
             if _is_the_same(model, config):
                 return kind, config
@@ -263,9 +274,10 @@ def _tokenizer_folder(
             f"  why: a tokenizer is a folder with tokenizer.json and tokenizer_config.json\n"
             f"  try: such a folder, or leave it out"
         )
-    return None, [
-        f"the run has no tokenizer ({problem}): copy its files into the folder, or give --tokenizer"
-    ]
+    warning = f"the run has no tokenizer ({problem}): copy its files into the folder, or give --tokenizer"
+    if recorded:
+        warning += "; without it, rows that pad the vocabulary are exported, too, and may be generated"
+    return None, [warning]
 
 
 def _write_rest(

@@ -103,10 +103,10 @@ def test_native_config_from_our_arguments(gloo, tmp_path, name):
     architecture = gloo(1, exported_from_arguments, str(tmp_path))[0]
     assert architecture == MODELS[name][0] + "ForCausalLM"
     ours, theirs = (json.loads((tmp_path / part / "config.json").read_text()) for part in ("own", "hf"))
-    assert ours["dtype"] == "bfloat16" and ours["vocab_size"] == 256
-    same = set(ours) - {"vocab_size", "head_dim"}
+    assert ours["dtype"] == "bfloat16"
+    same = set(ours) - {"head_dim"}
     assert {key: ours[key] for key in same} == {key: theirs.get(key, ours[key]) for key in same}
-    logits = hf_logits(tmp_path / "own", some_tokens())[..., :VOCAB]
+    logits = hf_logits(tmp_path / "own", some_tokens())
     torch.testing.assert_close(logits, hf_logits(tmp_path / "hf", some_tokens()), rtol=0, atol=1e-6)
 
 
@@ -246,3 +246,47 @@ def test_tokenizers_come_along(gloo, tmp_path):
     ]
     assert names == expected
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").eos_token_id == eod
+
+
+def with_rows_that_win(rank, world, folder, tied):
+    """A run of our own whose padding would win against every token; export with and without a class of theirs."""
+    import transformers
+
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.checkpoint.importing import import_model
+    from linear_moe.data.tokenizer import train_tokenizer
+
+    folder = Path(folder)
+    save_hf(folder / "hf", "qwen2-tied" if tied else "qwen2", vocab_size=384)
+    tokens = train_tokenizer(["import os\n" * 9], 270, str(folder / "hf")).vocab_size
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
+    head = model.get_output_embeddings().weight.data
+    head[-2], head[-1] = head[0] * 1000, head[0] * -1000
+    model.save_pretrained(folder / "hf", max_shard_size="60KB")  # the files that are there
+    import_model(folder / "hf", folder / "run")
+    (folder / "run" / "hugging_face" / "config.json").unlink()
+    found = []
+    for target, native in (("native", True), ("code", False)):
+        export_model(folder / "run", folder / target, native=native)
+        config = json.loads((folder / target / "config.json").read_text())
+        found.append((config["vocab_size"], config["architectures"][0]))
+    return tokens, found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_of_the_vocabulary_is_not_generated(gloo, tmp_path, tied):
+    import transformers
+
+    tokens, found = gloo(1, with_rows_that_win, str(tmp_path), tied)[0]
+    assert found == [(tokens, "Qwen2ForCausalLM"), (tokens, "LinearMoeForCausalLM")]
+    prompt, answers = torch.tensor(some_tokens(2, 8)), []
+    for folder in ("hf", "native", "code"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, dtype=torch.float32, trust_remote_code=True
+        )
+        with on_cpu():
+            answers.append(
+                model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 8:]
+            )
+    assert (answers[0] >= tokens).any(), "the padding should win where it is there"
+    assert (answers[1] < tokens).all() and torch.equal(answers[1], answers[2])
