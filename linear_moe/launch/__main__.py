@@ -23,7 +23,7 @@ from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
-from linear_moe.launch.relay import is_our_line, last_lines, run_logged
+from linear_moe.launch.relay import is_our_line, last_lines, mistake, run_logged
 from linear_moe.launch.starting_model import starting_model
 from linear_moe.model.families import FAMILIES
 
@@ -91,7 +91,10 @@ def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
     )
     show = (lambda line: True) if verbose else is_our_line
     code = run_logged(command, log, _child_environment(plan, environment), show)
-    if code and not verbose:
+    told = mistake(log) if code else None
+    if told is not None:
+        _write(sys.stderr, f"linear_moe: {told}")
+    elif code and not verbose:
         _write(sys.stderr, last_lines(log, 60))
     if code:
         _write(sys.stderr, f"linear_moe: the run ended with exit code {code}; all of its output is in {log}")

@@ -22,9 +22,15 @@ _PR_SET_PDEATHSIG = 1
 
 # Megatron prints some 900 lines before the first step. A person wants the steps, evaluations, checkpoints, and us.
 _OUR_LINES = re.compile(
-    rb"step +\d|linear_moe\b|.*/linear_moe/\S+\.py:\d+: \w*Warning|.*successfully (saved|loaded) checkpoint"
+    rb"step +\d|linear_moe\b(?!\S* FAILED)|.*/linear_moe/\S+\.py:\d+: \w*Warning|.*successfully (saved|loaded) checkpoint"
     rb"|.*validation loss at|.*exiting program at iteration"
 )
+
+# What a process says of a person's mistake: three lines behind the name of the exception, or argparse's one.
+_MISTAKE = re.compile(r"^\w*Error: ((?:(?!\w*Error: ).*\n){1,40}?  why: .*\n  try: .*)", re.MULTILINE)
+_BAD_ARGUMENT = re.compile(r"^\S+\.py: error: (.*)", re.MULTILINE)
+_RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
+_SEARCHED_BYTES = 1 << 23
 
 Show = Callable[[bytes], bool]
 
@@ -57,6 +63,24 @@ def run_logged(
             for number, handler in previous.items():
                 signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def mistake(log: Path) -> str | None:
+    """What, why and what to type, of a run that a person's mistake ended; None when the log's end holds no such lines.
+
+    Every rank says it inside a traceback, and torchrun adds its own below: the end of the log alone may not show it.
+    """
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _SEARCHED_BYTES))
+        text = _RANK.sub("", stream.read().decode(errors="replace"))
+    if (found := _MISTAKE.search(text)) is not None:
+        return found[1]
+    if (found := _BAD_ARGUMENT.search(text)) is not None:
+        return (
+            f"{found[1]}\n  why: EXTRA_ARGS goes to the trainer as it is\n"
+            f"  try: python -m linear_moe.training.pretrain --help, which lists all arguments"
+        )
+    return None
 
 
 def last_lines(log: Path, count: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from linear_moe.launch import __main__ as launcher
-from linear_moe.launch.relay import is_our_line, last_lines, run_logged
+from linear_moe.launch.relay import is_our_line, last_lines, mistake, run_logged
 from tests.launch.plans import SCRIPTS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -136,6 +136,7 @@ def test_everything_can_be_shown(tmp_path: Path, capfdbinary: pytest.CaptureFixt
         ("/x/megatron/core/optimizer/__init__.py:25: UserWarning: Transformer Engine", False),
         ("  num_layers ...................... 4", False),
         ("stepping stones", False),
+        ("linear_moe.training.pretrain FAILED", False),
     ],
 )
 def test_lines_for_people(line: str, shown: bool):
@@ -145,6 +146,31 @@ def test_lines_for_people(line: str, shown: bool):
 def test_last_lines(tmp_path: Path):
     (tmp_path / "log").write_text("".join(f"line {i}\n" for i in range(1000)))
     assert last_lines(tmp_path / "log", 3) == "line 997\nline 998\nline 999"
+
+
+THREE_LINES = "conv_size is -1\n  why: it counts tokens\n  try: 4, or 0 for none"
+TRACEBACK = "Traceback (most recent call last):\n  File 'x.py', line 3\n    f()\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (f"{TRACEBACK}ValueError: {THREE_LINES}\n{TRACEBACK}x.ChildFailedError: \n====\n", THREE_LINES),
+        (f"KeyError: 3\n{TRACEBACK}ValueError: {THREE_LINES}\n", THREE_LINES),
+        ("".join(f"[rank1]: {line}\n" for line in f"{TRACEBACK}ValueError: {THREE_LINES}".split("\n")), THREE_LINES),
+        (f"ValueError: of\n    a\n    b\n  why: w\n  try: t\n{TRACEBACK}", "of\n    a\n    b\n  why: w\n  try: t"),
+        (f"{TRACEBACK}ValueError: of somebody else\n{TRACEBACK}x.ChildFailedError: \n", None),
+        ("step 1/2\n", None),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_found_among_tracebacks(tmp_path: Path, log: str, told: str | None):
+    (tmp_path / "log").write_text("many lines\n" * 1000 + log)
+    assert mistake(tmp_path / "log") == told
+
+
+def test_an_unknown_argument_is_told(tmp_path: Path):
+    (tmp_path / "log").write_text(f"usage: pretrain.py [-h]\npretrain.py: error: no --x\n{TRACEBACK}")
+    assert str(mistake(tmp_path / "log")).splitlines()[0] == "no --x"
 
 
 def relay_command(program: str, log: Path) -> list[str]:
