@@ -22,8 +22,8 @@ _PR_SET_PDEATHSIG = 1
 
 # Megatron prints some 900 lines before the first step. A person wants the steps, evaluations, checkpoints, and us.
 _OUR_LINES = re.compile(
-    rb"step +\d|linear_moe\b(?!\S* FAILED)|.*/linear_moe/\S+\.py:\d+: \w*Warning|.*successfully (saved|loaded) checkpoint"
-    rb"|.*validation loss at|.*exiting program at iteration"
+    rb"step +\d|linear_moe\b(?!\S* FAILED)|.*/linear_moe/\S+\.py:\d+: \w*Warning"
+    rb"|.*successfully (saved|loaded) checkpoint|.*validation loss at|.*exiting program at iteration"
 )
 
 # What a process says of a person's mistake: three lines behind the name of the exception, or argparse's one.

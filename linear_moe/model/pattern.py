@@ -66,7 +66,8 @@ def layer_kinds(
     """Mixer of each layer, first layer first: `num_layers` registered names, `softmax` among them.
 
     No pattern means the LA_MODULE mixer everywhere. Both patterns may be given as long as they say the same.
-    Raises ValueError for an unknown mixer or symbol, a pattern that does not fit the layers, two patterns that differ.
+    Raises ValueError for an unknown mixer or symbol, a pattern that does not fit the layers, two patterns that differ,
+    and for several mixers under a pattern that chooses by `L` alone.
     """
     assert num_layers > 0
     pattern, hybrid = _clean(pattern), _clean(hybrid_override_pattern)
@@ -75,6 +76,8 @@ def layer_kinds(
     if pattern is not None or hybrid is None:
         mixers = tuple(canonical_mixer(name, known) for name in names)
         kinds = _expand("LAYER_TYPE_LIST", pattern or "L", _layer_symbols(mixers), num_layers)
+        if len(set(mixers)) > 1 and set(pattern or "L") <= {"L", "N"} and SOFTMAX != mixers[0] in kinds:
+            raise ValueError(_never_chosen(mixers, kinds, pattern))
     if hybrid is None:
         assert kinds is not None
         return kinds
@@ -122,6 +125,16 @@ def _expand(variable: str, pattern: str, symbols: dict[str, str], num_layers: in
     if len(pattern) > num_layers or num_layers % len(pattern):
         raise ValueError(_does_not_fit(variable, pattern, num_layers))
     return tuple(symbols[symbol] for symbol in pattern) * (num_layers // len(pattern))
+
+
+def _never_chosen(mixers: tuple[str, ...], kinds: tuple[str, ...], pattern: str | None) -> str:
+    symbols = "".join(str(i + 1) for i in range(len(mixers))) + ("N" if SOFTMAX in kinds else "")
+    given = f"LAYER_TYPE_LIST={pattern} gives" if pattern else "without LAYER_TYPE_LIST there are"
+    return (
+        f"no layer is {' or '.join(mixers[1:])}, which LA_MODULE={','.join(mixers)} names.\n"
+        f"  why: {given} {_summary(kinds)}: L is the first mixer, and digits choose.\n"
+        f"  try: LAYER_TYPE_LIST={symbols}, or LA_MODULE={mixers[0]}"
+    )
 
 
 def _unknown_symbol(variable: str, pattern: str, position: int, symbols: dict[str, str]) -> str:

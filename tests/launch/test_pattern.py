@@ -20,6 +20,7 @@ G, A, D, M, S = "gla", "linear_attention", "gated_deltanet", "mamba2", "softmax"
         ("N", "gla", None, 2, (S, S)),
         ("L12N", "gla,gated_deltanet", None, 4, (G, G, D, S)),
         ("2N", " gla , gdn", None, 4, (D, S, D, S)),
+        ("N", "gla,gdn", None, 2, (S, S)),  # the softmax baseline, without touching LA_MODULE
         (None, "gated_deltanet", "MM*M", 4, (M, M, S, M)),
         (None, "gla", "M*", 4, (M, S, M, S)),
         ("LLN", "mamba2", "MM*", 3, (M, M, S)),  # both spellings, saying the same
@@ -64,6 +65,18 @@ def test_aliases_lead_to_names_not_to_aliases():
             "  why: the symbols are M = mamba2, * = softmax.\n"
             "  try: HYBRID_OVERRIDE_PATTERN='MN'",
             (None, "gla", 2, "LN"),
+        ),
+        (
+            "no layer is deltanet, which LA_MODULE=gla,deltanet names.\n"
+            "  why: LAYER_TYPE_LIST=LLN gives 2 gla + 1 softmax: L is the first mixer, and digits choose.\n"
+            "  try: LAYER_TYPE_LIST=12N, or LA_MODULE=gla",
+            ("LLN", "gla,deltanet", 3),
+        ),
+        (
+            "no layer is deltanet or gated_deltanet, which LA_MODULE=gla,deltanet,gated_deltanet names.\n"
+            "  why: without LAYER_TYPE_LIST there are 3 gla: L is the first mixer, and digits choose.\n"
+            "  try: LAYER_TYPE_LIST=123, or LA_MODULE=gla",
+            (None, "gla,deltanet,gdn", 3),
         ),
     ],
 )
