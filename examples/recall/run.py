@@ -76,7 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--processes",
         type=int,
-        help="models trained at a time; default: 6 on a GPU, half the cores on a CPU; 0: this one",
+        help="models trained at a time; default: 6 on a GPU, one for each core on a CPU; 0: this one",
     )
     add(
         "--no-graph",
@@ -129,14 +129,14 @@ def jobs_of(given: argparse.Namespace) -> list[Any]:
     return cells.plan(models, hybrids, given.state_size, ladder, tuple(range(given.seeds)))
 
 
-def worker(connection: Connection, setup: Any, limits: Any, threads: int) -> None:
+def worker(connection: Connection, setup: Any, limits: Any) -> None:
     """Train the jobs that come until none does; the first failure ends the process: its GPU may be unfit."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import gang
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # more wait for each other in so small a model: seconds a step beside other work
     while (work := connection.recv()) is not None:
         job, record = work
         try:
@@ -183,10 +183,7 @@ class Pool:
             connection, process = self.idle.pop()
         else:
             connection, theirs = self.context.Pipe()
-            threads = max(1, (os.cpu_count() or 1) // self.processes)
-            process = self.context.Process(
-                target=worker, args=(theirs, self.setup, self.limits, threads), daemon=True
-            )
+            process = self.context.Process(target=worker, args=(theirs, self.setup, self.limits), daemon=True)
             process.start()
             theirs.close()
         connection.send(item)
@@ -247,7 +244,7 @@ def train(given: argparse.Namespace, store: tables.Store) -> None:
     is_gpu = not cpu.needed()
     processes = given.processes
     if processes is None:
-        processes = 6 if is_gpu else max(1, (os.cpu_count() or 2) // 2)
+        processes = 6 if is_gpu else os.cpu_count() or 1
     limits = gang.Limits(
         deadline=start + 60 * given.minutes if given.minutes else float("inf"),
         seconds=given.gang_seconds or float("inf"),
