@@ -258,11 +258,16 @@ def _apply_extra_args(size: ModelSize, text: str) -> tuple[ModelSize, tuple[str,
             continue
         value = value or (words.pop(0) if words else "")
         try:
-            changes[fields[flag]] = (float if fields[flag] in FRACTIONS else int)(value)
+            number = (float if fields[flag] in FRACTIONS else int)(value)
         except ValueError:
+            number = 0
+        if not number > 0:
             raise PreflightError(
-                f"{flag} {value} of EXTRA_ARGS is not a number.", "it is a size of the model.", f"{flag} 8"
-            ) from None
+                f"{flag} {value} of EXTRA_ARGS is not a positive number.",
+                "it is a size of the model.",
+                f"{flag} {'1e-6' if fields[flag] in FRACTIONS else 8}",
+            )
+        changes[fields[flag]] = number
     return replace(size, **changes), tuple(rest)
 
 

@@ -18,7 +18,7 @@ from linear_moe.launch.check_layout import (
     check_world,
 )
 from linear_moe.launch.errors import PreflightError
-from linear_moe.launch.plan import RunPlan
+from linear_moe.launch.plan import RunPlan, registered_mixers
 from linear_moe.launch.resume import check_resume
 
 # Flags that a variable sets: a second opinion in EXTRA_ARGS would pass every check and then win.
@@ -61,8 +61,27 @@ def check_extra_args(plan: RunPlan) -> None:
             )
 
 
+def check_mixer_options(plan: RunPlan) -> None:
+    """EXTRA_ARGS holds no option of a mixer that no layer has (`--la-*`, of any mixer, the trainer checks)."""
+    prefixes = {
+        f"--{name.replace('_', '-')}-": name for name in registered_mixers(plan.settings.mixer_modules)
+    }
+    for word in plan.extra_args:
+        flag = word.partition("=")[0]
+        owner = max((prefix for prefix in prefixes if flag.startswith(prefix)), key=len, default=None)
+        if owner is not None and prefixes[owner] not in plan.kinds:
+            here = next((prefix for prefix, name in prefixes.items() if name in plan.kinds), None)
+            raise PreflightError(
+                f"EXTRA_ARGS holds {flag}, but no layer is {prefixes[owner]}.",
+                f"the layers are {', '.join(dict.fromkeys(plan.kinds))}; the option would change nothing.",
+                "leave it out"
+                + (f", or {flag.replace(owner, here)} if there is such an option" if here else ""),
+            )
+
+
 CHECKS: tuple[Callable[[RunPlan], None], ...] = (
     check_extra_args,
+    check_mixer_options,
     check_devices,
     check_nodes,
     check_heads,

@@ -61,7 +61,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """``config.json`` of a run folder; empty when it is none."""
     try:
         return json.loads((run_dir / "config.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return {}  # saved by another tool: loading will tell
 
 

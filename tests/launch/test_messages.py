@@ -320,6 +320,22 @@ CASES = [
         EXTRA_ARGS="--tensor-model-parallel-size 2",
     ),
     case(
+        "extra_args_of_another_mixer",
+        """EXTRA_ARGS holds --gla-gate-rank, but no layer is gla.
+  why: the layers are mom_gla, softmax; the option would change nothing.
+  try: leave it out, or --mom-gla-gate-rank if there is such an option""",
+        EXTRA_ARGS="--mom-gla-expand-k 1 --mom-topk 2 --gla-gate-rank=32",
+        LA_MODULE="mom_gla",
+        LAYER_TYPE_LIST="LN",
+    ),
+    case(
+        "extra_args_size",
+        """--num-layers -3 of EXTRA_ARGS is not a positive number.
+  why: it is a size of the model.
+  try: --num-layers 8""",
+        EXTRA_ARGS="--num-layers -3",
+    ),
+    case(
         "extra_args_quotes",
         """EXTRA_ARGS=--x 'y cannot be split.
   why: No closing quotation.
