@@ -1,13 +1,17 @@
-"""One forward and backward pass of MODEL_SIZE=A0.3B with every mixer, in float32 and in bfloat16, on one GPU.
+"""One forward and backward pass of MODEL_SIZE=A0.3B with every mixer, in float32 and in bfloat16, on one device.
 
-All twelve layers are the mixer. Per mixer: both losses, whether every gradient is finite, how far bfloat16's gradients
-are from those of float32 (same weights, rounded; same tokens), what stays float32, and seconds and memory of a pass.
+All layers are the mixer. Per mixer: both losses, whether every gradient is finite, how far bfloat16's gradients are
+from those of float32 (same weights, rounded; same tokens), what stays float32, and seconds and memory of a pass.
 
-    PYTHONPATH=. python benchmarks/mixers_step.py OUTPUT.json [MIXER ...]
+    PYTHONPATH=. python benchmarks/mixers_step.py OUTPUT.json [--mixers gla ...]
+    PYTHONPATH=. python benchmarks/mixers_step.py OUTPUT.json --layers 3 --tokens 512     # a CPU with 16 GiB
+
+A run that is started again with the same OUTPUT.json and sizes leaves out what it holds.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import gc
@@ -21,20 +25,34 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from linear_moe.training import cpu
+
+if cpu.needed():
+    cpu.activate()  # before Megatron looks for a device
+
 import torch
 
 from linear_moe import lsm
 from linear_moe.model.mixer_layer import MixerLayer
 
 ROOT = Path(__file__).parents[1]
-TOKENS, LAYERS = 2048, 12
 
 
-def command_line() -> list[str]:
+def given() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path, metavar="OUTPUT.json")
+    parser.add_argument("--mixers", nargs="+", help="default: all, and mixtures over gla and gated_deltanet")
+    parser.add_argument("--layers", type=int, default=12, help="of the model; A0.3B has 12")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the one sequence")
+    return parser.parse_args()
+
+
+def command_line(tokens: int) -> list[str]:
     """What the run script would start for this size, without experts' or anybody's recomputation."""
     variables = {
         **{"LINEAR_MOE_DRY_RUN": "1", "MODEL_SIZE": "A0.3B", "LA_MODULE": "gla", "LAYER_TYPE_LIST": "L"},
-        **{"PR": "fp32", "SEQ_LEN": str(TOKENS), "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "1", "AC": "none"},
+        **{"PR": "fp32", "SEQ_LEN": str(tokens), "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "1", "AC": "none"},
         **{
             "DATASET_PATH": "mock",
             "TRAIN_ITERS": "1",
@@ -48,7 +66,7 @@ def command_line() -> list[str]:
     return shlex.split(run.stdout.replace("\\\n", " ").split("linear_moe.training.pretrain", 1)[1])
 
 
-def prepare() -> Any:
+def prepare(tokens: int, layers: int) -> Any:
     """One process's groups, and the model config."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -57,8 +75,9 @@ def prepare() -> Any:
     from linear_moe.training.pretrain import prepare_arguments
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611", "RANK": "0", "WORLD_SIZE": "1"}
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
-    config = arguments.model_config(prepare_arguments(command_line()))
+    torch.distributed.init_process_group("gloo" if cpu.needed() else "nccl", rank=0, world_size=1)
+    config = arguments.model_config(prepare_arguments(command_line(tokens)))
+    config.transformer.num_layers = layers
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1234)
     return config
@@ -71,7 +90,7 @@ def build(config: Any, mixer: str) -> Any:
     from linear_moe.model.builder import LinearMoEBuilder
 
     transformer = copy.copy(config.transformer)
-    transformer.layer_kinds = [mixer] * LAYERS
+    transformer.layer_kinds = [mixer] * transformer.num_layers
     transformer.mixer_options = {}
     transformer._prepare(mixer)
     torch.manual_seed(1)
@@ -88,11 +107,11 @@ def in_bfloat16(model: Any) -> Any:
     return model.bfloat16()
 
 
-def one_pass(model: Any) -> dict[str, Any]:
-    """Loss, gradients on the CPU's side of nothing: they stay where they are; seconds of the second pass."""
+def one_pass(model: Any, num_tokens: int) -> dict[str, Any]:
+    """Loss, with gradients left at the parameters; seconds of the second pass."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 150_000, (1, TOKENS + 1), generator=generator).cuda()
-    positions = torch.arange(TOKENS, device="cuda")[None]
+    tokens = torch.randint(0, 150_000, (1, num_tokens + 1), generator=generator).cuda()
+    positions = torch.arange(num_tokens, device=tokens.device)[None]
     seconds = loss = None
     for _ in range(2):
         model.zero_grad(set_to_none=True)
@@ -131,17 +150,18 @@ def watch(model: Any) -> dict[str, set[str]]:
     return seen
 
 
-def measure(config: Any, mixer: str) -> dict[str, Any]:
+def measure(config: Any, mixer: str, tokens: int) -> dict[str, Any]:
     """Both passes of one mixer."""
     model = build(config, mixer)
-    exact = one_pass(model)
+    exact = one_pass(model, tokens)
     gradients = {key: p.grad for key, p in model.named_parameters()}
     missing = [key for key, gradient in gradients.items() if gradient is None]
     model = in_bfloat16(model)
     seen = watch(model)
-    torch.cuda.reset_peak_memory_stats()
-    half = one_pass(model)
-    memory = torch.cuda.max_memory_allocated() / 2**30
+    if not cpu.needed():
+        torch.cuda.reset_peak_memory_stats()
+    half = one_pass(model, tokens)
+    memory = None if cpu.needed() else torch.cuda.max_memory_allocated() / 2**30
     finite, difference, size = True, {"mixer": 0.0, "all": 0.0}, {"mixer": 0.0, "all": 0.0}
     float32 = []
     for key, p in model.named_parameters():
@@ -173,24 +193,28 @@ def measure(config: Any, mixer: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    output, *chosen = sys.argv[1:]
-    config = prepare()
-    mixers = chosen or [
-        name
-        for name in lsm.names()
-        if not name.startswith("mom_") or name in ("mom_gla", "mom_gated_deltanet")
-    ]
-    results = []
-    for mixer in mixers:
+    """Measure what the output does not hold yet."""
+    options = given()
+    sizes = {"layers": options.layers, "tokens": options.tokens}
+    where = {"device": "CPU" if cpu.needed() else torch.cuda.get_device_name(), "torch": torch.__version__}
+    results: list[dict[str, Any]] = []
+    if options.output.exists():
+        before = json.loads(options.output.read_text())
+        results = before["results"] if before.items() >= (where | sizes).items() else []
+    results = [result for result in results if "error" not in result]
+    mixtures = ("mom_gla", "mom_gated_deltanet")
+    mixers = options.mixers or [n for n in lsm.names() if not n.startswith("mom_") or n in mixtures]
+    config = prepare(options.tokens, options.layers)
+    for mixer in sorted(set(mixers) - {result["mixer"] for result in results}):
         try:
-            results.append(measure(config, mixer))
+            results.append(measure(config, mixer, options.tokens))
         except Exception:
             results.append({"mixer": mixer, "error": traceback.format_exc()})
         gc.collect()
-        torch.cuda.empty_cache()
+        if not cpu.needed():
+            torch.cuda.empty_cache()
         print(json.dumps(results[-1]), flush=True)
-        device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tokens": TOKENS}
-        Path(output).write_text(json.dumps(device | {"results": results}, indent=1) + "\n")
+        options.output.write_text(json.dumps(where | sizes | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
