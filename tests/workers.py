@@ -349,7 +349,8 @@ def _free_models() -> None:
     engine = sys.modules.get("linear_moe.training.engine")
     training = sys.modules.get("megatron.training.training")
     if engine is not None and training is not None:
-        training.training_log = engine.stock(training, "training_log")
+        for name in ("training_log", "evaluate_and_print_results", "evaluate"):
+            setattr(training, name, engine.stock(training, name))
 
 
 def free_port() -> int:

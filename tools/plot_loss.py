@@ -36,7 +36,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [record for record in records if "lm_loss" in record]
     tokens, total = [], 0
     for step in steps:
         total += step["tokens"]
@@ -45,6 +46,14 @@ def main() -> int:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(tokens, loss, color="#b8c4d9", linewidth=0.8, label="each step")
     axes.plot(tokens, _smooth(loss), color="#1f4e9c", linewidth=1.8, label="average")
+    seen = {step["iteration"]: millions for step, millions in zip(steps, tokens)}
+    held_out = [
+        (seen[r["iteration"]], r["validation_loss"])
+        for r in records
+        if "validation_loss" in r and r["iteration"] in seen
+    ]
+    if held_out:
+        axes.plot(*zip(*held_out), "o", color="#b07030", markersize=4, label="validation")
     if args.data:
         entropy = unigram_entropy(args.data)
         axes.axhline(entropy, color="#b03030", linestyle="--", linewidth=1)

@@ -10,7 +10,7 @@ missing.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,17 @@ _used_rates: list[float | None] = []
 
 
 def install(
-    *, flops: Callable | None = None, training_log: Callable[[Callable], Callable] | None = None
+    *,
+    flops: Callable | None = None,
+    training_log: Callable[[Callable], Callable] | None = None,
+    evaluation: Mapping[str, Callable[[Callable], Callable]] | None = None,
 ) -> None:
-    """Make the assignments; calling it again only replaces `flops` and `training_log`.
+    """Make the assignments; calling it again only replaces `flops`, `training_log` and `evaluation`.
 
     Args:
         flops: takes the place of ``megatron.training.training.num_floating_point_operations``, with its arguments.
         training_log: takes the stock ``training_log`` and returns its replacement, with the same arguments.
+        evaluation: the same for ``evaluate`` and ``evaluate_and_print_results``, by name.
 
     Raises:
         ValueError: another version of Megatron-Core, or a wheel without the compiled dataset helpers.
@@ -75,6 +79,8 @@ def install(
     _assign(training, "training_log", _log_first_iteration_once)
     if training_log is not None:
         training.training_log = training_log(training.training_log)
+    for name, replacement in (evaluation or {}).items():
+        _assign(training, name, replacement)
     if flops is not None:
         _assign(training, "num_floating_point_operations", lambda original: flops)
 

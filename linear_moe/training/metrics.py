@@ -1,13 +1,16 @@
-"""What a run reports: one progress line per logged step, one JSON object per step in ``metrics.jsonl``.
+"""What a run reports: one progress line per logged step, one JSON object per step or evaluation in ``metrics.jsonl``.
 
 Megatron's ``training_log`` keeps TensorBoard, timers and the aux-loss tracker; its own line is replaced. Numbers of a
 step come from all ranks: loss and gradient norm are global already, memory is the largest, expert load is summed.
+Evaluations keep Megatron's line, and are an object of their own: ``iteration``, ``validation_loss`` and
+``validation_perplexity``.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -83,13 +86,14 @@ class ExpertLoad:
 
 
 class RunLog:
-    """Replaces Megatron's ``training_log``: see the module's first line."""
+    """Replaces Megatron's ``training_log`` and listens to its evaluations: see the module's first line."""
 
     def __init__(
         self, run_dir: Path | None, flops: FlopsPerToken, loads: Sequence[ExpertLoad | MemoryLoad] = ()
     ) -> None:
         self.run_dir, self.flops, self.loads = run_dir, flops, loads
         self._file: TextIO | None = None
+        self._evaluated = (0, "validation")
 
     def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's hook: the replacement, given the stock function."""
@@ -136,6 +140,34 @@ class RunLog:
 
         return training_log
 
+    def evaluation(self) -> dict[str, Callable[[Callable], Callable]]:
+        """Megatron's functions to wrap: the first knows the step and the set; the other, which it calls, the loss."""
+        return {"evaluate_and_print_results": self._note_evaluation, "evaluate": self._report_evaluation}
+
+    def _note_evaluation(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def noted(
+            prefix: str, forward: Any, data: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            self._evaluated = (iteration, "test" if prefix.endswith("test set") else "validation")
+            return original(prefix, forward, data, model, iteration, *args, **kwargs)
+
+        return noted
+
+    def _report_evaluation(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        # The mean over all tokens of all ranks, on the last stage; nothing when the time is over.
+        @functools.wraps(original)
+        def reported(*args: Any, **kwargs: Any) -> Any:
+            results = original(*args, **kwargs)
+            if dist.get_rank() == dist.get_world_size() - 1 and results[0]:
+                iteration, name = self._evaluated
+                loss = float(results[0]["lm loss"])
+                perplexity = math.exp(min(20.0, loss))  # as Megatron prints it
+                self._append({"iteration": iteration, f"{name}_loss": loss, f"{name}_perplexity": perplexity})
+            return results
+
+        return reported
+
     def _measure(
         self,
         iteration: int,
@@ -172,27 +204,35 @@ class RunLog:
 
     def _write(self, step: dict[str, Any]) -> None:
         args = get_args()
-        if self.run_dir is not None:
-            if self._file is None:
-                self._file = open_metrics(self.run_dir, step["iteration"])
-            self._file.write(json.dumps(step) + "\n")
-            self._file.flush()
+        self._append(step)
         if step["iteration"] % args.progress_interval == 0 or step["iteration"] in (1, args.train_iters):
             sys.stdout.write(progress_line(step, args.train_iters, args.world_size) + "\n")
             sys.stdout.flush()
 
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.run_dir is not None:
+            if self._file is None:
+                self._file = open_metrics(self.run_dir, record)
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
-def open_metrics(run_dir: Path, first_iteration: int) -> TextIO:
-    """``metrics.jsonl`` for appending, without the steps that a resumed run does again."""
+
+def open_metrics(run_dir: Path, first: dict[str, Any]) -> TextIO:
+    """``metrics.jsonl`` for appending ``first``, without what a resumed run does again."""
     path = run_dir / "metrics.jsonl"
     run_dir.mkdir(parents=True, exist_ok=True)
     if path.exists():
         lines = path.read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["iteration"] < first_iteration]
+        kept = [line for line in lines if _place(json.loads(line)) < _place(first)]
         part = path.with_suffix(".part")
         part.write_text("".join(line + "\n" for line in kept))
         part.replace(path)
     return path.open("a")
+
+
+def _place(record: dict[str, Any]) -> tuple[int, bool]:
+    """Where a record stands: an evaluation after its step."""
+    return record["iteration"], "seconds" not in record
 
 
 def progress_line(step: dict[str, Any], train_iters: int, world_size: int) -> str:

@@ -55,7 +55,9 @@ def main(argv: list[str], log: type[RunLog] = RunLog) -> None:
     config.pre_wrap_hooks.append(partial(_watch, loads))
     run_dir = Path(args.run_dir) if args.run_dir else None
     run_log = log(run_dir, flops, loads)
-    engine.install(flops=partial(step_flops, flops), training_log=run_log.wrap)
+    engine.install(
+        flops=partial(step_flops, flops), training_log=run_log.wrap, evaluation=run_log.evaluation()
+    )
     if run_dir is not None and args.rank == 0:
         write_config(run_dir, args, argv)
     pretrain(

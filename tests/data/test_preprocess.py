@@ -185,7 +185,9 @@ def test_the_tools_from_text_to_token_files(
     assert f"DATASET_PATH={prefix}_text_document TOKENIZER={tok}" in run(*preprocess_data)
     assert run(*preprocess_data, code=2).startswith("linear_moe: ")
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps({"lm_loss": 6 - i / 10, "tokens": 1000}) + "\n" for i in range(30)))
+    records = [{"iteration": i, "lm_loss": 6 - i / 10, "tokens": 1000} for i in range(30)]
+    records += [{"iteration": 29, "validation_loss": 4.0, "validation_perplexity": 54.6}]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert f"no {tmp_path / 'absent'}\n  why: " in run("plot_loss.py", str(tmp_path / "absent"), code=2)
     assert "no absent.bin\n  why: " in run("plot_loss.py", str(metrics), "--data", "absent", code=2)
     run("plot_loss.py", str(metrics), "--data", f"{prefix}_text_document")

@@ -22,6 +22,7 @@ from linear_moe.launch.starting_model import SCRIPTS
 from linear_moe.model.families import FAMILIES, megatron_arguments, size_of
 from tests.finetune.chat import chat_tokenizer, mixed_messages, toy_messages, write_lines
 from tests.launch.plans import EXAMPLES, make_plan
+from tests.training.tiny import metrics, records
 
 EMPTY_ANSWER = {"instruction": "Say nothing.", "output": ""}
 
@@ -237,8 +238,11 @@ def test_the_script_from_the_first_line_to_the_last(files, tmp_path):
     assert re.search(r"validation loss at iteration \d+ \| lm loss value: .* \| lm loss PPL: ", done.stdout)
     run = tmp_path / "mine"
     assert (run / "tokenizer" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = metrics(run)
     assert len(steps) == int((run / "checkpoint" / "latest_checkpointed_iteration.txt").read_text()) > 1
+    assert [r["iteration"] for r in records(run) if r not in steps] == [len(steps)] * 2, (
+        "an epoch, and the end"
+    )
     assert json.loads((run / "config.json").read_text())["tokenizer"]["tokenizer_model"] == str(
         run / "tokenizer"
     )

@@ -1,7 +1,7 @@
 """A tiny model learns toy instructions and stops by itself; a run in two parts is the run in one; validation."""
 
+import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -9,7 +9,7 @@ from linear_moe.data.instructions.packing import Schedule, pack
 from tests.finetune.chat import CAPITALS, chat_tokenizer, mixed_messages, prepared, toy_messages, write_lines
 from tests.finetune.runs import arguments
 from tests.training.test_resume import assert_equal_checkpoints
-from tests.training.tiny import DISTRIBUTED_OPTIMIZER, losses, train
+from tests.training.tiny import DISTRIBUTED_OPTIMIZER, losses, records, train
 
 LEARN = [
     *("--train-iters", "60", "--lr", "1e-2", "--min-lr", "1e-3", "--lr-warmup-iters", "2"),
@@ -95,25 +95,6 @@ def test_a_run_in_two_parts_is_the_run_in_one(gloo, tmp_path):
     assert losses(go("parts", 2)) == pytest.approx(losses(whole), rel=1e-5)
 
 
-def validated(rank: int, world: int, argv: list[str]) -> list[float]:
-    """The losses of all evaluations of a run."""
-    import megatron.training.training as training
-
-    evaluate, found = training.evaluate, []
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        result = evaluate(*args, **kwargs)
-        found.append(float(result[0]["lm loss"]))
-        return result
-
-    training.evaluate = recorded
-    try:
-        train(rank, world, argv)
-    finally:
-        training.evaluate = evaluate
-    return found
-
-
 def test_an_evaluation_is_the_mean_over_all_answers(gloo, tmp_path):
     """Of the validation set, every time: here the training set, of which one step takes all, with a rate of 0."""
     tokenizer = chat_tokenizer(tmp_path / "tokenizer")
@@ -125,6 +106,9 @@ def test_an_evaluation_is_the_mean_over_all_answers(gloo, tmp_path):
     options += ["--train-iters", "3", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0"]
     options += ["--seq-length", "128", "--max-position-embeddings", "128", "--global-batch-size", "8"]
     assert 3 < len(pack(samples.lengths, 128, 1234)) < 8
-    (found, _) = gloo(2, validated, arguments(run, samples, tokenizer, "gla,softmax", *options))
-    assert len(found) == 2, "at step 2, and at the end"
-    assert [*found, *losses(run)[1:]] == pytest.approx([losses(run)[0]] * 4, rel=1e-5)
+    gloo(2, train, arguments(run, samples, tokenizer, "gla,softmax", *options))
+    found = [record for record in records(run) if "validation_loss" in record]
+    assert [record["iteration"] for record in found] == [2, 3], "at step 2, and at the end"
+    means = [record["validation_loss"] for record in found]
+    assert [*means, *losses(run)[1:]] == pytest.approx([losses(run)[0]] * 4, rel=1e-5)
+    assert [record["validation_perplexity"] for record in found] == pytest.approx([math.exp(means[0])] * 2)

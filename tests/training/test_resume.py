@@ -1,12 +1,13 @@
 """A run stopped and started again is the same run, bit for bit; a checkpoint opens under any layout."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, checkpoint, losses, train
+from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, checkpoint, losses, records, train
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
@@ -65,6 +66,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, kinds, gloo, 
     for rank, (one, other) in enumerate(zip(uninterrupted, resumed, strict=True)):
         assert one["rng"] == other["rng"], f"random states of rank {rank} differ"
     gloo(1, assert_equal_checkpoints, *(run / "checkpoint" / "iter_0000010" for run in (whole, parts)))
+
+
+def test_evaluations_are_in_the_metrics(gloo, tmp_path):
+    """With their step, behind it, from the last stage; a run that goes on writes again what it does again."""
+    run = tmp_path / "run"
+    every = ["--train-iters", "4", "--save-interval", "3", "--eval-iters", "1", "--eval-interval", "2"]
+    flags = [*LAYOUTS["pp2"][1], *DISTRIBUTED_OPTIMIZER, *every]
+    gloo(2, train, arguments(run, *flags, kinds="gla,softmax"))
+    order = [(1, "lm_loss"), (2, "lm_loss"), (2, "validation_loss"), (3, "lm_loss"), (4, "lm_loss")]
+    order += [(4, "validation_loss"), (4, "validation_loss"), (4, "test_loss")]
+
+    def places() -> list[tuple[int, str]]:
+        names = {name for _, name in order}
+        return [(record["iteration"], *names & record.keys()) for record in records(run)]
+
+    assert places() == order, "every two steps, and at the end"
+    first = records(run)
+    assert all(4 < r["validation_loss"] < 6 for r in first if "validation_loss" in r)
+    assert first[2]["validation_perplexity"] == math.exp(first[2]["validation_loss"])
+    (run / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("3")
+    gloo(2, train, arguments(run, *flags, kinds="gla,softmax"))
+    assert places() == order and losses(run) == [r["lm_loss"] for r in first if "lm_loss" in r]
+    gloo(2, train, arguments(run, *flags, kinds="gla,softmax"))
+    assert places() == [*order[:5], *order[6:]], "a run that has ended is evaluated once more"
 
 
 def assert_equal_checkpoints(rank: int, world: int, first: Path, second: Path) -> None:

@@ -128,9 +128,14 @@ def whole(
     return tensors
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The steps of a run, from ``metrics.jsonl``."""
+def records(run: Path) -> list[dict[str, Any]]:
+    """``metrics.jsonl``: the steps and evaluations of a run."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The steps of a run."""
+    return [record for record in records(run) if "seconds" in record]
 
 
 def losses(run: Path) -> list[float]:
