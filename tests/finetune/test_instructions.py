@@ -225,6 +225,16 @@ def test_a_tokenizer_that_does_not_open_is_told(tmp_path):
         )
 
 
+def test_a_folder_with_the_code_of_a_model_asks_nothing(tmp_path, monkeypatch):
+    folder, asked = tmp_path / "model", []
+    chat_tokenizer(folder)
+    config = {"model_type": "linear_moe", "auto_map": {"AutoConfig": "configuration_linear_moe.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "n")
+    assert preparing._open(str(folder)).chat_template
+    assert not asked, "a run script would wait for an answer"
+
+
 @pytest.mark.parametrize(
     "records,expected",
     [

@@ -136,7 +136,8 @@ def _open(tokenizer: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        # False and not unsaid: in a folder that brings the code of a model, transformers would stop and ask.
+        return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
             f"TOKENIZER={tokenizer} cannot be opened by transformers: {str(error).strip().splitlines()[0]}\n"
