@@ -201,6 +201,19 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise ValueError(
             f"--batch-size is {args.batch_size}\n  why: it counts prompts\n  try: --batch-size 16"
         )
+    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(
+            f"--output {args.output} cannot be written\n"
+            f"  why: there is no folder {Path(args.output).absolute().parent}\n"
+            f"  try: mkdir -p {Path(args.output).parent}"
+        )
+    for flag, is_given in (("--system", args.system), ("--chat-template", args.chat_template)):
+        if is_given and not args.chat:
+            raise ValueError(
+                f"{flag} says how a chat goes, and there is none\n"
+                f"  why: a prompt alone is continued as it is\n"
+                f"  try: --chat {flag} .., or leave it out"
+            )
     if not texts and not args.chat:
         raise ValueError(
             "there is no prompt\n"

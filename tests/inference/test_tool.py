@@ -141,6 +141,8 @@ def test_ends_and_prompts_of_a_chat(run):
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "", "--step", "9"], "no checkpoint of step 9"),
+        (["--prompt", "a", "--output", "/nowhere/x.jsonl"], "--output /nowhere/x.jsonl cannot be written"),
+        (["--prompt", "a", "--system", "be brief"], "--system says how a chat goes, and there is none"),
         ([], "there is no prompt"),
     ],
 )
