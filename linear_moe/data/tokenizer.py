@@ -5,6 +5,7 @@ document). Describing one needs only json, so that the launcher can compare voca
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,19 +71,37 @@ def describe_tokenizer(path: str) -> TokenizerInfo:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> TokenizerInfo:
-    """Train a byte-level BPE of `vocab_size` tokens, the two special ones included, and save it as a folder."""
+    """Train a byte-level BPE of `vocab_size` tokens, the two special ones included, and save it as a folder.
+
+    Fewer when the text has no more pairs to join. Raises ValueError for too few to write every byte, and for no text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [END_OF_DOCUMENT, PADDING]
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(
+            f"--vocab-size is {vocab_size}.\n"
+            f"  why: {len(alphabet)} bytes and {len(special)} special tokens have to be in it.\n"
+            f"  try: --vocab-size 4096"
+        )
+    texts = iter(texts)
+    first = next((text for text in texts if text), None)
+    if first is None:
+        raise ValueError(
+            "the input holds no text.\n"
+            "  why: every file or line is empty, and a tokenizer is learned from text.\n"
+            "  try: another --input, or --json-key"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no text is unknown
+        special_tokens=special,
+        initial_alphabet=alphabet,  # every byte, so that no text is unknown
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_DOCUMENT,

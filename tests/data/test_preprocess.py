@@ -141,6 +141,17 @@ def test_the_tokenizer_opens_in_megatron(tmp_path: Path):
         assert theirs.detokenize(theirs.tokenize(text)) == text
 
 
+@pytest.mark.parametrize(
+    ("texts", "size", "text"),
+    [(TEXTS, 257, "is 257"), (TEXTS, -3, "is -3"), ([], 300, "no text"), (["", ""], 300, "no text")],
+)
+def test_a_tokenizer_of_nothing_is_refused(tmp_path: Path, texts: list[str], size: int, text: str):
+    with pytest.raises(ValueError, match=rf"{text}.*\n  why: .*\n  try: "):
+        train_tokenizer(texts, size, str(tmp_path / "tok"))
+    assert not (tmp_path / "tok").exists()
+    assert train_tokenizer(["x"], 258, str(tmp_path / "tok")).vocab_size == 258
+
+
 def test_base_vocabulary_leaves_out_added_tokens(tmp_path: Path):
     info = write_tokenizer(tmp_path / "tok")
     path = tmp_path / "tok" / "tokenizer.json"
