@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from linear_moe.bench.configurations import SOFTMAX, Configuration
+from linear_moe.bench.record import Record, Row, heading, pyplot, table, write_text
 
-Row = dict[str, Any]
 MEASURED = ("ok", "stopped")
 
 
-class Results:
+class Results(Record):
     """Rows of ``results.json``, one for each configuration."""
 
-    def __init__(self, folder: Path, command: str, rows: list[Row]) -> None:
-        self.folder, self.command, self.rows = folder, command, rows
-
-    @classmethod
-    def open(cls, folder: Path, command: str, again: bool) -> Results:
-        """Those of a folder, which need not exist; none of them counts as measured when all is done ``again``."""
-        path = folder / "results.json"
-        rows = json.loads(path.read_text())["results"] if path.exists() and not again else []
-        return cls(folder, command, rows)
+    def __init__(self, folder: Path, command: str, again: bool) -> None:
+        super().__init__(folder / "results.json", command, again)
+        self.folder = folder
 
     def has(self, configuration: Configuration) -> bool:
         """Whether it was measured."""
@@ -39,28 +29,13 @@ class Results:
         return [row for row in self.rows if row["configuration"] in keys]
 
     def add(self, configuration: Configuration, found: Row) -> None:
-        """Keep a row, in the place of an older one of the same configuration, on disk at once."""
-        key = asdict(configuration)
-        old = next((row for row in self.rows if row["configuration"] == key), None)
-        about = {"label": configuration.label, "seq_len": configuration.seq_len, "configuration": key}
-        row = {**about, "date": datetime.date.today().isoformat(), "commit": _commit(), **found}
+        """Keep a row in the place of an older one of the same configuration, unless only the older one has figures."""
+        old = next(iter(self.of([configuration])), None)
         if old is not None and old["status"] in MEASURED and found["status"] not in MEASURED:
             return
-        self.rows = [other for other in self.rows if other is not old] + [row]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "results.part"
-        part.write_text(json.dumps({"command": self.command, "results": self.rows}, indent=1) + "\n")
-        part.replace(self.folder / "results.json")
-
-
-def _commit() -> str | None:
-    shown = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return shown.stdout.strip() or None
+        key = asdict(configuration)
+        about = {"label": configuration.label, "seq_len": configuration.seq_len, "configuration": key}
+        self.put({**about, **found}, ("configuration",))
 
 
 def line(row: Row) -> str:
@@ -74,9 +49,8 @@ def line(row: Row) -> str:
 
 def write(results: Results) -> list[Path]:
     """``results.md`` and, if matplotlib is there, ``results.png``; returns what was written."""
-    results.folder.mkdir(parents=True, exist_ok=True)
     path = results.folder / "results.md"
-    path.write_text(markdown(results))
+    write_text(path, markdown(results))
     plot = results.folder / "results.png"
     return [path, plot] if _draw(results.rows, plot) else [path]
 
@@ -104,17 +78,8 @@ def markdown(results: Results) -> str:
 
 
 def _heading(results: Results, measured: list[Row]) -> str:
-    devices = sorted({row["device"] for row in measured if "device" in row})
-    dates = sorted({row["date"] for row in measured})
-    versions: dict[str, str] = next((row["versions"] for row in measured if "versions" in row), {})
-    about = [
-        f"{', '.join(devices) or 'nothing measured'}; {', '.join(dates)}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items()),
-        f"commit {', '.join(sorted({str(row['commit']) for row in measured}))}",
-        f"`{results.command}`",
-        "medians over the steps after warm-up; operations are those of the mixers' definitions (`training/flops.py`)",
-    ]
-    return "# Training steps\n\n" + "\n".join(f"* {text}" for text in about)
+    note = "medians over the steps after warm-up; operations are those of the mixers' definitions (`training/flops.py`)"
+    return heading("Training steps", results.command, measured, note)
 
 
 def _pivot(rows: list[Row], cell: Callable[[Row], str]) -> str:
@@ -123,12 +88,7 @@ def _pivot(rows: list[Row], cell: Callable[[Row], str]) -> str:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     cells = {(row["label"], row["seq_len"]): cell(row) for row in rows}
     body = [[label, *(cells.get((label, n), "-") for n in lengths)] for label in labels]
-    return _table(["model", *map(str, lengths)], body)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in body])
+    return table(["model", *map(str, lengths)], body)
 
 
 def _speed(row: Row) -> str:
@@ -155,7 +115,7 @@ def _flatness(rows: list[Row]) -> str:
         ends = f"{own[0]['seq_len']} - {own[-1]['seq_len']}"
         changes = [_range(own, name) for name in ("tokens_per_second_per_gpu", "peak_memory_gib")]
         body.append([label, ends, *changes])
-    return _table(["model", "lengths", "tokens/s", "memory"], body)
+    return table(["model", "lengths", "tokens/s", "memory"], body)
 
 
 def _range(rows: list[Row], name: str) -> str:
@@ -188,22 +148,16 @@ def _profile(row: Row) -> str:
         for kernel in row["profile"]["kernels"][:12]
     ]
     title = f"## Where the time goes: {row['label']} at {row['seq_len']}, {1e3 * step:.1f} ms a step\n\n"
-    tables = [_table(["kind of kernel", "ms", "% of the step", "launches"], body)]
-    tables.append(_table(["kernel", "ms", "launches", "kind"], longest))
+    tables = [table(["kind of kernel", "ms", "% of the step", "launches"], body)]
+    tables.append(table(["kernel", "ms", "launches", "kind"], longest))
     return title + "\n\n".join(tables)
 
 
 def _draw(rows: list[Row], path: Path) -> bool:
     rows = [row for row in rows if row["status"] in MEASURED]
-    try:
-        import matplotlib
-    except ImportError:
+    plt = pyplot(path) if rows else None
+    if plt is None:
         return False
-    if not rows:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     panels = {"tokens_per_second_per_gpu": "tokens/s per GPU", "peak_memory_gib": "peak memory, GiB"}
     for axis, (name, title) in zip(axes, panels.items(), strict=True):

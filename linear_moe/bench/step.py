@@ -20,6 +20,7 @@ from typing import Any
 
 from linear_moe.bench import report
 from linear_moe.bench.configurations import Configuration, Sweep, plan_of, sweep
+from linear_moe.bench.record import say
 from linear_moe.bench.running import measure
 from linear_moe.launch.cluster import cuda_device_count
 from linear_moe.launch.errors import PreflightError
@@ -87,11 +88,11 @@ def main(argv: list[str], measure: Measure = measure) -> int:
             sys.stderr.write(f"linear_moe.bench: {error}\n")
             return 2
         command = shlex.join(["python", "-m", "linear_moe.bench", "step", *argv])
-        results = report.Results.open(given.output, command, given.again)
+        results = report.Results(given.output, command, given.again)
         deadline = began + 60 * given.minutes if given.minutes else float("inf")
         _measure_all(configurations, results, measure, Path(folder), deadline)
     for path in report.write(results):
-        _say(f"wrote {path}")
+        say(f"wrote {path}")
     return int(any(row["status"] == "failed" for row in results.of(configurations)))
 
 
@@ -108,18 +109,13 @@ def _measure_all(
         where = f"[{i + 1}/{len(configurations)}] {configuration.title}"
         if time.time() + LEAST > deadline:
             results.add(configuration, {"status": "not begun", "error": "the time was over"})
-            _say(f"{where}: not begun, the time is over")
+            say(f"{where}: not begun, the time is over")
             continue
-        _say(f"{where} ...")
+        say(f"{where} ...")
         place = folder / str(i)
         place.mkdir()
         found = measure(configuration, place, deadline - time.time())
         results.add(configuration, found)
         if found["status"] == "failed" and (place / "log").exists():
             shutil.copy(place / "log", results.folder / f"failed_{configuration.slug}.log")
-        _say(f"{where}: {report.line(found)}")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
+        say(f"{where}: {report.line(found)}")

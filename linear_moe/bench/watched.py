@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from linear_moe.bench.breakdown import breakdown, device_times
 from linear_moe.bench.configurations import PROFILED_STEPS, WATCH, Watch
-from linear_moe.bench.kernels import breakdown, device_times
 from linear_moe.training import cpu
 from linear_moe.training.metrics import RunLog, peak_flops
 

@@ -15,8 +15,8 @@ import pytest
 
 from linear_moe.bench import __main__ as command_line
 from linear_moe.bench import running, step
+from linear_moe.bench.breakdown import KINDS, OTHER, OURS, _our_kernels, breakdown, kind_of
 from linear_moe.bench.configurations import Configuration, Sweep, plan_of, sweep
-from linear_moe.bench.kernels import KINDS, OTHER, OURS, _our_kernels, breakdown, kind_of
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.megatron_args import training_arguments
 from tests.training.tiny import metrics

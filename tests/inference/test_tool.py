@@ -154,7 +154,7 @@ def test_errors_are_three_lines(gloo, run, options, text):
 
 def test_options_in_the_documentation_exist():
     text = (ROOT / "docs" / "generate.md").read_text()
-    sources = [(ROOT / name).read_text() for name in ("tools/generate.py", "benchmarks/decode.py")]
+    sources = [(ROOT / name).read_text() for name in ("tools/generate.py", "linear_moe/bench/decode.py")]
     known = set(re.findall(r'"(--[a-z-]+)"', "".join(sources))) | {"--nproc-per-node"}
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
     assert set(re.findall(r'"(--[a-z-]+)"', sources[0])) <= set(re.findall(r"--[a-z-]+", text)) | {

@@ -1,0 +1,214 @@
+"""All rows that a command line asks for: the right ones first, since a wrong kernel has no speed, and others' last."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.bench.kernels import measures, report
+from linear_moe.bench.kernels.calls import (
+    ALL_SHAPES,
+    FAMILIES,
+    OURS,
+    PEER,
+    SHAPES,
+    SMOKE,
+    TORCH,
+    Family,
+    Operator,
+    for_softmax,
+    inputs,
+    least_bytes,
+    ours,
+    passes,
+    softmax,
+)
+from linear_moe.bench.kernels.peer import arguments, compile_ahead, let_it_run, peer
+from linear_moe.bench.kernels.sweep import sweep
+from linear_moe.bench.record import Record, Row, say
+from linear_moe.kernels import dispatch
+
+KEYS = ("part", "family", "shape", "dtype", "who")
+PACKAGES = ("torch", "triton", "flash-linear-attention")
+
+
+@dataclass
+class Session:
+    """What is asked for, the rows so far, and the time left."""
+
+    asked: argparse.Namespace
+    record: Record
+    device: str
+    dtype: torch.dtype
+    bandwidth: float
+    start: float = field(default_factory=time.monotonic)
+    is_bad: bool = False
+
+    @classmethod
+    def of(cls, asked: argparse.Namespace, command: str) -> Session:
+        """On the GPU where there is one."""
+        has_gpu = torch.cuda.is_available()
+        device, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
+        record = Record(asked.output / "kernels.json", command)
+        return cls(asked, record, device, dtype, measures.bandwidth())
+
+    @property
+    def shapes(self) -> list[str]:
+        """Names."""
+        return self.asked.shapes or list(SMOKE if self.asked.smoke else SHAPES)
+
+    def is_over(self) -> bool:
+        """Whether the minutes are."""
+        return time.monotonic() - self.start > 60 * self.asked.minutes
+
+    def row(
+        self,
+        part: str,
+        family: str,
+        shape: str,
+        who: str,
+        run: Callable[[], Row],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Measure, or say why not, and keep it; a row that finds no time leaves an older one as it is."""
+        about: Row = dict(part=part, family=family, shape=shape, dtype=str(dtype or self.dtype)[6:], who=who)
+        say(f"{part}, {report.title(about)} ...")
+        found = {"status": "not begun", "error": "the time was over"} if self.is_over() else _outcome(run)
+        row = {**about, **found, "device": _device(self.device), "versions": _versions()}
+        say(f"{part}, {report.title(about)}: {report.line(row)}")
+        self.is_bad |= who == OURS and row["status"] in ("failed", "wrong")
+        if row["status"] != "not begun" or not self.has(about):
+            self.record.put(row, KEYS)
+
+    def has(self, about: Row) -> bool:
+        """Whether there is a row of the same call."""
+        return any(all(row[key] == about[key] for key in KEYS) for row in self.record.rows)
+
+    def report(self) -> None:
+        """Tables and the plot of what there is."""
+        for path in report.write(self.record):
+            say(f"wrote {path}")
+
+
+def _outcome(run: Callable[[], Row]) -> Row:
+    try:
+        return {"status": "ok", **run()}
+    except ImportError as problem:
+        return {"status": "left out", "error": str(problem)}
+    except Exception as problem:  # the rest goes on
+        traceback.print_exc()
+        text = " ".join(str(problem).split())[:300]
+        return {"status": "failed", "error": f"{type(problem).__name__}: {text}"}
+
+
+def _device(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def measure(session: Session) -> None:
+    """Every part asked for."""
+    asked, families = session.asked, session.asked.families
+    if "right" in asked.parts:
+        _errors(session)
+    if asked.sweep:
+        for shape in session.shapes:
+            for family in families:
+                session.row("sweep", family, shape, OURS, partial(_swept, session, family, shape))
+    for who in (OURS, TORCH, PEER):
+        if who not in asked.who:
+            continue
+        if who == PEER and session.device == "cuda" and asked.processes and not session.is_over():
+            say(f"compiling flash-linear-attention's kernels in {asked.processes} processes ...")
+            seconds = compile_ahead(families, session.shapes, asked.processes, session.is_over)
+            say(f"compiled in {seconds:.0f} s")
+        for shape in session.shapes:
+            for part in ("time", "memory"):
+                if part in asked.parts and (part == "time" or session.device == "cuda"):
+                    _calls(session, part, shape, who)
+            report.write(session.record)
+        if "cold" in asked.parts and session.device == "cuda" and who != TORCH:
+            for family in families:
+                run = partial(measures.first_call, family, session.shapes[0], who, asked.cache)
+                session.row("cold", family, session.shapes[0], who, run)
+
+
+def _errors(session: Session) -> None:
+    for shape in measures.different_when_small(session.shapes):
+        for name in session.asked.families:
+            for dtype in [torch.float32] if session.device == "cpu" else [torch.bfloat16, torch.float32]:
+                family, size = FAMILIES[name], measures.small(ALL_SHAPES[shape])
+                run = partial(measures.errors, family, size, dtype, session.device)
+                session.row("right", name, shape, OURS, run, dtype)
+
+
+def _calls(session: Session, part: str, shape: str, who: str) -> None:
+    if who == TORCH:
+        if not ALL_SHAPES[shape].documents:
+            session.row(part, "softmax", shape, TORCH, partial(_softmax, session, part, shape))
+        return
+    for name in session.asked.families:
+        one = _ours if who == OURS else _peer
+        session.row(part, name, shape, who, partial(one, session, part, FAMILIES[name], shape))
+
+
+def _ours(session: Session, part: str, family: Family, shape_name: str) -> Row:
+    shape = ALL_SHAPES[shape_name]
+    named = inputs(family, shape, session.dtype, session.device)
+    takes: dict[str, Any] = {**named, "scale": 1.0}
+    backend, _ = dispatch.pick(family.op, named["v"].device, session.dtype, lambda b: b.takes(**takes))
+    found = {"backend": backend.name, **_figures(part, ours(family, shape), named)}
+    if part == "time":
+        floors = [1e3 * count / session.bandwidth for count in least_bytes(family, shape)]
+        found |= {"forward_floor_ms": floors[0], "floor_ms": floors[1], "bandwidth": session.bandwidth}
+    return found
+
+
+def _peer(session: Session, part: str, family: Family, shape_name: str) -> Row:
+    shape = ALL_SHAPES[shape_name]
+    run = peer(family, shape)
+    note = let_it_run(family)
+    found = _figures(part, run, arguments(inputs(family, shape, session.dtype, session.device)))
+    return found | ({"note": note} if note else {})
+
+
+def _softmax(session: Session, part: str, shape_name: str) -> Row:
+    named = inputs(Family("diag_decay"), ALL_SHAPES[shape_name], session.dtype, session.device)
+    return _figures(part, softmax, for_softmax(named))
+
+
+def _figures(part: str, run: Operator, named: dict[str, Tensor]) -> Row:
+    """Milliseconds, or peak memory."""
+    forward, both = passes(run, named)
+    if part == "memory":
+        return {"peak_mib": measures.peak(both, forward)}
+    forward_ms, _ = measures.median(forward)
+    both_ms, how = measures.median(both)
+    return {"forward_ms": forward_ms, "both_ms": both_ms, "how": how}
+
+
+def _swept(session: Session, name: str, shape_name: str) -> Row:
+    """The dozen best changes."""
+    family, shape = FAMILIES[name], ALL_SHAPES[shape_name]
+    run = passes(ours(family, shape), inputs(family, shape, session.dtype, session.device))[1]
+    tried = list(sweep(run, session.is_over, session.asked.smoke))
+    timed = sorted((row for row in tried if "ms" in row), key=lambda row: row["ms"] / row["base_ms"])
+    return {"tried": len(tried), "best": timed[:12]}
