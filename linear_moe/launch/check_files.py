@@ -18,7 +18,13 @@ _BYTES_PER_PARAMETER = 16
 
 
 def check_data(plan: RunPlan) -> None:
-    """Every data prefix has its two files, both whole, with at least one sequence, of the tokenizer's vocabulary."""
+    """Weights are positive; every data prefix has its two files, both whole, with at least one sequence, of the tokenizer's vocabulary."""
+    if not all(0 < weight < float("inf") for weight in plan.blend_weights):
+        raise PreflightError(
+            f"DATASET_PATH={plan.settings.dataset_path} has a weight that is not a positive number.",
+            "a blend draws from each of its files in proportion to its weight.",
+            f"DATASET_PATH='{' '.join(f'1 {prefix}' for prefix in plan.prefixes)}'",
+        )
     for prefix in plan.prefixes:
         try:
             info = read_index(prefix)

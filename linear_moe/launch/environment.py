@@ -206,13 +206,15 @@ _MAY_BE_ZERO = {
     "WARMUP_ITERS",
     "EXTRA_VOCAB_SIZE",
 }
+_EXAMPLES = {"MOE": "true", "ETP": 1, "GPUS_PER_NODE": 1, "MASTER_PORT": 29500, "VOCAB_SIZE": 32000}
 _WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 
 
 def _parse(name: str, text: str, f: dataclasses.Field, doc: str) -> Any:
     value, wanted = _value(name, text, _without_none(f.type))
     if value is None:
-        example = 100 if f.default is None else str(f.default).lower() if f.type is bool else f.default
+        example = str(f.default).lower() if f.type is bool else f.default
+        example = _EXAMPLES.get(name, 100) if f.default is None else example
         raise PreflightError(f"{name}={text} is not {wanted}.", doc, f"{name}={example}")
     return value
 

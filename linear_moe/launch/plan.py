@@ -127,6 +127,11 @@ class RunPlan:
         return _split_blend(self.settings.dataset_path)[1]
 
     @property
+    def blend_weights(self) -> list[float]:
+        """Weights of the data prefixes; none where DATASET_PATH gives none."""
+        return _split_blend(self.settings.dataset_path)[0] if self.prefixes else []
+
+    @property
     def run_dir(self) -> Path:
         """Folder of the run, absolute."""
         return (Path(self.settings.output_basepath) / self.run_name).absolute()

@@ -122,6 +122,14 @@ def test_every_part_of_a_blend_is_checked(data: dict[str, str], tmp_path: Path):
     assert f"DATASET_PATH={tmp_path}/gone: there is no" in message(**{**data, "DATASET_PATH": blend})
 
 
+@pytest.mark.parametrize("weights", [("0", "1"), ("-0.5", "1.5"), ("nan", "1"), ("1", "inf")])
+def test_weights_of_a_blend_are_positive(data: dict[str, str], weights: tuple[str, str]):
+    path = data["DATASET_PATH"]
+    found = message(**{**data, "DATASET_PATH": f"{weights[0]} {path} {weights[1]} {path}"})
+    assert "has a weight that is not a positive number" in found
+    assert found.endswith(f"try: DATASET_PATH='1 {path} 1 {path}'")
+
+
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [

@@ -140,6 +140,13 @@ CASES = [
         DO="maybe",
     ),
     case(
+        "not_a_bool_nor_empty",
+        """MOE=maybe is not true or false.
+  why: Experts: true gives a dense size 8 of them, top-2; false leaves them out. Not set: as the size is.
+  try: MOE=true""",
+        MOE="maybe",
+    ),
+    case(
         "heads",
         """tensor parallel 3 does not fit qwen2 tiny.
   why: TP has to divide 4 heads and the feed-forward width 64, and to fit 4 key/value groups.
