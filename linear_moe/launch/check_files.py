@@ -18,7 +18,7 @@ _BYTES_PER_PARAMETER = 16
 
 
 def check_data(plan: RunPlan) -> None:
-    """Weights are positive; every data prefix has its two files, both whole, with at least one sequence, of the tokenizer's vocabulary."""
+    """Weights are positive; each prefix has two whole files, at least one sequence, the vocabulary of the tokenizer."""
     if not all(0 < weight < float("inf") for weight in plan.blend_weights):
         raise PreflightError(
             f"DATASET_PATH={plan.settings.dataset_path} has a weight that is not a positive number.",
