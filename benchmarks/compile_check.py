@@ -47,6 +47,8 @@ REGISTERS, SHARED, THREADS = 65536, 228 * 1024, 2048
 KINDS = {
     "diag_decay": ("none", "head", "scalar", "vector", "bonus", "values"),
     "delta_rule": ("none", "scalar", "vector"),
+    "diag_decay_segment": ("none", "head", "scalar", "vector", "values"),
+    "delta_rule_segment": ("none", "scalar", "vector"),
 }
 """Decays of each operator; a fused backend need not take them all."""
 DIMS = ("64x64", "128x128", "128x256", "256x128", "256x256")
@@ -130,9 +132,14 @@ def check(op: str, kind: str, dtype: torch.dtype, dims: str, packed: bool = Fals
     name = f"{op} {kind} {str(dtype).removeprefix('torch.')} {dims}{' packed' if packed else ''}"
     inputs = _inputs(op, kind, dtype, num_keys, num_values, packed)
     with compiling_only(name) as rows:
-        o, state = getattr(kernels, op)(**inputs, scale=0.5)
+        if op.endswith("_segment"):
+            segment = getattr(kernels, op)(**inputs)
+            found = [segment.state, segment.log_decay, segment.decay]
+        else:
+            found = getattr(kernels, op)(**inputs, scale=0.5)
+        found = [x for x in found if x is not None]
         leaves = [x for x in inputs.values() if x.requires_grad]
-        torch.autograd.grad([o, state], leaves, [torch.zeros_like(o), torch.zeros_like(state)])
+        torch.autograd.grad(found, leaves, [torch.zeros_like(x) for x in found])
     return rows
 
 
@@ -142,7 +149,9 @@ def _inputs(
     """Long enough for segments; a call with a state and every gradient."""
     shape = 1, 2048, 16
     ones = lambda *s, dtype=dtype: torch.zeros(*s, dtype=dtype).requires_grad_()  # noqa: E731
-    inputs = {"q": ones(*shape, num_keys), "k": ones(*shape, num_keys), "v": ones(*shape, num_values)}
+    inputs = {"k": ones(*shape, num_keys), "v": ones(*shape, num_values)}
+    if not op.endswith("_segment"):
+        inputs["q"] = ones(*shape, num_keys)
     decays = {"head": shape[2:], "scalar": shape, "vector": (*shape, num_keys), "bonus": (*shape, num_keys)}
     if kind in decays:
         inputs["log_decay"] = ones(*decays[kind], dtype=torch.float32)
@@ -150,10 +159,11 @@ def _inputs(
         inputs["log_decay_v"] = ones(*shape, num_values, dtype=torch.float32)
     if kind == "bonus":
         inputs["bonus"] = ones(shape[2], num_keys, dtype=torch.float32)
-    if op == "delta_rule":
+    if op.startswith("delta_rule"):
         inputs["beta"] = ones(*shape)
-    documents = 2 if packed else 1
-    inputs["state"] = ones(documents, shape[2], num_keys, num_values, dtype=torch.float32)
+    if not op.endswith("_segment"):
+        documents = 2 if packed else 1
+        inputs["state"] = ones(documents, shape[2], num_keys, num_values, dtype=torch.float32)
     if packed:
         inputs["cu_seqlens"] = torch.tensor([0, 300, 2048], dtype=torch.int32)
     return inputs
@@ -168,7 +178,7 @@ def _row(call: str, kernel: Any, kwargs: dict[str, Any], seconds: float) -> Row:
     flags = " ".join(
         name if value is True else f"{name}={value}"
         for name, value in kwargs.items()
-        if value is True or (name in ("BK", "BV", "BD", "C") and isinstance(value, int))
+        if value is True or (name in ("BK", "BV", "BD", "BZ", "C") and isinstance(value, int))
     )
     spilled = _spilled(kernel) if found["STACK"] else 0
     return Row(

@@ -91,6 +91,19 @@ def _fused_diag_decay_takes(
     return log_decay_v is None or log_decay is None or log_decay.ndim < 4
 
 
+def _fused_diag_decay_segment(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import diag_segment
+
+    return diag_segment.diag_decay_segment(*args, **kwargs)
+
+
+def _fused_diag_decay_segment_takes(
+    k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, log_decay_v: Tensor | None = None, **others: Any
+) -> bool:
+    """As the outputs: not a vector decay on both sides."""
+    return log_decay_v is None or log_decay is None or log_decay.ndim < 4
+
+
 def _fused_delta_rule(*args: Any, **kwargs: Any) -> Any:
     from linear_moe.kernels.triton import delta
 
@@ -160,7 +173,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         reference.delta_rule,
         Backend("triton", _fused_delta_rule, _fused),
     ),
-    "diag_decay_segment": _backends(chunked_diag.diag_decay_segment, reference.diag_decay_segment),
+    "diag_decay_segment": _backends(
+        chunked_diag.diag_decay_segment,
+        reference.diag_decay_segment,
+        Backend("triton", _fused_diag_decay_segment, _fused, _fused_diag_decay_segment_takes),
+    ),
     "delta_rule_segment": _backends(chunked_delta.delta_rule_segment, reference.delta_rule_segment),
     "dplr_delta_rule": _backends(chunked_dplr.dplr_delta_rule, reference.dplr_delta_rule),
     "dplr_delta_rule_segment": _backends(

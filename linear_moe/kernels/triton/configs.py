@@ -3,7 +3,7 @@
 Not measured on a device yet. The reasons so far: benchmarks/compile_check.py finds every one of them free of spills on
 sm_90 and inside its shared memory (227 KiB), twice inside where two programs are to share a multiprocessor; wgmma wants
 at least 64 rows for 4 warps; and the fewer blocks of columns, the less often q and k are read and multiplied.
-docs/kernels.md has the table, ``benchmarks/kernels.py --sweep`` tries the neighbours on a device.
+docs/kernels.md has the table, ``python -m linear_moe.bench kernels --sweep`` tries the neighbours.
 """
 
 from __future__ import annotations
@@ -70,6 +70,31 @@ def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Bl
     if dtype.itemsize == 4:
         return blocks(num_keys, num_values, dtype)
     return _blocks(num_keys, num_values, 64, 4 if num_keys <= 128 else 8, 2)
+
+
+def segment_blocks(width: int, other: int, dtype: torch.dtype, decays_rows: bool) -> Blocks:
+    """For segment_state.py: blocks of both dims, since rows of a memory that nothing reads need no others."""
+    if dtype.itemsize == 4:
+        return _both(width, other, 32, 32, 8, 1)
+    return _both(width, other, 64 if decays_rows else 128, 128, 8, 2)
+
+
+def segment_gradient_blocks(width: int, other: int, dtype: torch.dtype, decays_rows: bool) -> Blocks:
+    """For segment_gradient.py: the whole of the dim that decays."""
+    if dtype.itemsize == 4:
+        return _both(width, other, 256, 16, 8, 1)
+    return _both(width, other, 256, 32 if decays_rows and width > 64 else 64, 8, 1)
+
+
+def segment_chunk_size(width: int, dtype: torch.dtype, decays_rows: bool) -> int:
+    """Of both: tiles of a chunk by all rows, of float32 where each decays by itself, fill the registers."""
+    size = diag_chunk_size(dtype)
+    return min(size, 32) if decays_rows and width > 128 else size
+
+
+def _both(width: int, other: int, keys: int, values: int, num_warps: int, num_stages: int) -> Blocks:
+    widest = [max(16, triton.next_power_of_2(dim)) for dim in (width, other)]
+    return Blocks(min(keys, widest[0]), min(values, widest[1]), num_warps, num_stages)
 
 
 def _blocks(num_keys: int, num_values: int, values: int, num_warps: int, num_stages: int) -> Blocks:
