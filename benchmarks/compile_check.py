@@ -36,6 +36,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from linear_moe import kernels
 from linear_moe.kernels import dispatch
@@ -197,11 +198,13 @@ def _resources(kernel: Any) -> dict[str, int]:
 
 def _spilled(kernel: Any) -> int:
     """Bytes of spilled stores and loads, from the assembler: a stack frame alone may be something else."""
+    ptxas = get_ptxas(90)
+    options = ["--regAllocOptLevel=2"] if int(ptxas.version.split(".")[0]) >= 13 else []  # as Triton calls it
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(kernel.asm["ptx"])
-        command = "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder, "kernel.cubin"))
-        report = _nvidia("ptxas", *command).stderr
+        command = [ptxas.path, "-v", *options, "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
