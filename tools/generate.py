@@ -54,7 +54,8 @@ class Session:
     """A loaded model that answers, and where its text goes."""
 
     def __init__(self, args: argparse.Namespace, loaded: Any, write: Callable[[str], None]) -> None:
-        self.args, self.loaded, self.write, self.chat, self.warned = args, loaded, write, None, False
+        self.args, self.loaded, self.write, self.chat = args, loaded, write, None
+        self.said: set[str] = set()
         if args.chat:
             from linear_moe.inference.chat import ChatTemplate
 
@@ -96,11 +97,16 @@ class Session:
     def converse(self, lines: Iterator[str]) -> None:
         """Every line is a question; the conversation grows."""
         assert self.chat is not None
-        messages = self.opening()
+        from linear_moe.inference.conversation import Conversation
+
+        messages, conversation = self.opening(), Conversation()
         for turn, line in enumerate(lines):
             messages.append({"role": "user", "content": line})
             prompt = self.chat.prompt(messages)
-            answer = self.answer(prompt, self.generation([prompt], self.args.seed + turn))
+            generation = self.generation([prompt], self.args.seed + turn, conversation)
+            if turn > 0 and conversation.num_kept == 0:
+                self.say_once("the chat template changes earlier turns: every answer reads all of them anew")
+            answer = self.answer(prompt, generation)
             messages.append({"role": "assistant", "content": answer})
 
     def batches(self, texts: list[str]) -> None:
@@ -124,18 +130,21 @@ class Session:
         for number, row in enumerate(rows, start=1):
             self.write(f"--- {number}\n{'' if self.chat else row['prompt']}{row['text']}\n")
 
-    def generation(self, prompts: list[list[int]], seed: int) -> Any:
-        """The continuation of prompts; on a GPU it says once if its steps are slow ones."""
+    def generation(self, prompts: list[list[int]], seed: int, conversation: Any = None) -> Any:
+        """The continuation of prompts; on a GPU it says if its steps are slow ones."""
         from linear_moe.inference.generate import Generation
 
-        generation = Generation(self.loaded, prompts, seed=seed, **self.options)
+        generation = Generation(self.loaded, prompts, seed=seed, conversation=conversation, **self.options)
         reason = generation.loop.why_no_graph
-        if reason is not None and generation.decoder.device.type == "cuda" and not self.warned:
-            print(
-                f"linear_moe: no CUDA graph, several times slower at small batches: {reason}", file=sys.stderr
-            )
-            self.warned = True
+        if reason is not None and generation.decoder.device.type == "cuda":
+            self.say_once(f"no CUDA graph, several times slower at small batches: {reason}")
         return generation
+
+    def say_once(self, line: str) -> None:
+        """Something about the speed."""
+        if line not in self.said and os.environ.get("RANK", "0") == "0":
+            print(f"linear_moe: {line}", file=sys.stderr)
+        self.said.add(line)
 
     def answer(self, prompt: list[int], generation: Any) -> str:
         """The text of one continuation, written as it comes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from linear_moe.inference.conversation import Conversation
 from linear_moe.inference.decoder import Decoder, MemorySize
 from linear_moe.inference.load import LoadedModel
 from linear_moe.inference.loop import Loop
@@ -35,6 +36,7 @@ class Generation:
         prefill_chunk: tokens of all prompts read at once; None: as many as the device likes.
         look_every: steps between two looks at the tokens; None: as the device likes it.
         graph: capture steps as a CUDA graph; None: wherever that can be done.
+        conversation: what the one prompt goes on from, as far as it extends it; the next one may go on from this.
 
     Raises:
         ValueError: prompts that are empty, too long, or not of the vocabulary; impossible options.
@@ -54,12 +56,20 @@ class Generation:
         prefill_chunk: int | None = None,
         look_every: int | None = None,
         graph: bool | None = None,
+        conversation: Conversation | None = None,
     ) -> None:
         _check(loaded, prompts, max_new_tokens)
         sampling = Sampling(temperature, top_k, top_p)
         self.prompts, self.max_new_tokens, self.prefill_chunk = prompts, max_new_tokens, prefill_chunk
         longest = max(map(len, prompts)) + max_new_tokens
-        self.decoder = Decoder(loaded.model, len(prompts), longest)
+        self.conversation, kept = conversation, 0
+        if conversation is None:
+            self.decoder = Decoder(loaded.model, len(prompts), longest)
+        else:
+            assert len(prompts) == 1, "a conversation is one text"
+            self.decoder = conversation.decoder_of(loaded.model, prompts[0], longest)
+            kept = conversation.num_kept
+        self.unread = [prompt[kept:] for prompt in prompts]
         self.look_every = look_every or (LOOK_EVERY if self.decoder.device.type == "cuda" else 1)
         self.loop = Loop(
             self.decoder,
@@ -72,11 +82,14 @@ class Generation:
         )
 
     def __iter__(self) -> Iterator[list[int | None]]:
-        assert self.decoder.length == 0, "a generation is read once"
+        assert self.unread, "a generation is read once"
         if self.max_new_tokens == 0:
             return
-        self.loop.start(self.decoder.read(self.prompts, self.prefill_chunk))
-        done, ran = 0, 1
+        self.loop.start(self.decoder.read(self.unread, self.prefill_chunk))
+        self.unread = []
+        if self.conversation is not None:
+            self.conversation.begin(self.prompts[0])
+        done, ran, text = 0, 1, list(self.prompts[0])
         while done < self.max_new_tokens:
             for _ in range(min(done + self.look_every, self.max_new_tokens) - ran):
                 self.loop.next()
@@ -84,11 +97,14 @@ class Generation:
             for step in self.loop.noted(done, ran):
                 if all(token is None for token in step):
                     return
+                text += [token for token in step[:1] if token is not None]
                 yield step
             done = ran
             if done < self.max_new_tokens:
                 self.loop.next()
                 ran += 1
+                if self.conversation is not None:
+                    self.conversation.note(text)
 
     def memory_size(self) -> MemorySize:
         """Bytes of recurrent state and of keys and values that are held for all prompts now."""

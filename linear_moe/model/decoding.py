@@ -105,6 +105,14 @@ class KeyValueCache:
         self.tensors = tuple(grown)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place in the text that every row can go back to: its tokens, and a copy of the mixers' states behind them."""
+
+    lengths: list[int]
+    states: dict[int, MixerState]
+
+
 class DecodingContext(StaticInferenceContext):
     """Megatron's static context with rows of any length; ``key_value_memory_dict`` holds what each layer keeps.
 
@@ -207,6 +215,19 @@ class DecodingContext(StaticInferenceContext):
         Megatron caches a few of them for all models: one that a captured step reads must not make room for another.
         """
         return self.tables.setdefault(layer, table)
+
+    def mark(self) -> Mark:
+        """Here; it stays what it is while the text goes on."""
+        held = self.key_value_memory_dict
+        return Mark(
+            list(self.lengths), {layer: _cloned(x) for layer, x in held.items() if isinstance(x, MixerState)}
+        )
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier place of the same text: keys behind it count no more."""
+        for layer, state in mark.states.items():
+            self.keep(layer, state)
+        self.set_lengths(mark.lengths)
 
     def keep(self, layer: int, state: MixerState) -> None:
         """Keep the state of a mixer where the one before it was."""

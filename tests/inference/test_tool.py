@@ -106,6 +106,44 @@ def chat(rank, world, run):
     return tuple((code, without_measures(text), err) for code, text, err in (once, typed))
 
 
+LAST_ONLY = "{% for m in messages[-1:] %}" + TEMPLATE.partition("%}")[2]
+"""A template that leaves out what was said before, as some do with thoughts."""
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, LAST_ONLY])
+def test_a_chat_goes_on_from_what_it_has_read(gloo, run, tmp_path, template):
+    """The same answers as when every turn reads all; that is said, once, where the template asks for it."""
+    (tmp_path / "template").write_text(template)
+    options = ["--chat", "--chat-template", str(tmp_path / "template"), "--temperature", "1", "--ignore-eos"]
+    (kept, err, read), (anew, _, all_read) = gloo(1, chat_twice, run, options)[0]
+    assert kept == anew and kept.count("recurrent state") == 3
+    assert all_read[0] == read[0]
+    if template is TEMPLATE:
+        assert err == "" and all(0 < few < many for few, many in zip(read[1:], all_read[1:], strict=True))
+    else:
+        assert read == all_read and err.count("reads all of them anew") == 1
+
+
+def chat_twice(rank, world, run, options):
+    """Output, errors and the tokens that each turn reads: as it is, and without a memory of earlier turns."""
+    from linear_moe.inference.conversation import Conversation
+    from linear_moe.inference.decoder import Decoder
+
+    found, stock = [], Decoder.read
+    for places in (Conversation.note, lambda self, tokens: None):
+        read: list[int] = []
+
+        def counted(self, rows, chunk=None, read=read):
+            read.append(len(rows[0]))
+            return stock(self, rows, chunk)
+
+        with patch.object(Decoder, "read", counted), patch.object(Conversation, "note", places):
+            code, out, err = command(rank, world, run, options, "What is os?\nWhy?\nImport what?\n")
+        assert code == 0, err
+        found.append((without_measures(out), err, read))
+    return found
+
+
 def without_measures(text):
     return re.sub(r"[0-9.]+ (tokens/s|bytes)", "", text)
 
