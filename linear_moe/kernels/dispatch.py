@@ -224,7 +224,9 @@ def pick(
     names = sorted({backend.name for table in BACKENDS.values() for backend in table})
     if asked and asked not in names:
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}={asked} names no backend. Unset it, or set it to one of: {', '.join(names)}."
+            f"{ENVIRONMENT_VARIABLE}={asked} names no backend\n"
+            f"  why: the backends are {', '.join(names)}\n"
+            f"  try: unset it, or {ENVIRONMENT_VARIABLE}={names[-1]}"
         )
     for backend in sorted(BACKENDS[op], key=lambda backend: backend.name != asked):
         is_available, reason = backend.available(device, dtype)
@@ -240,8 +242,11 @@ def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def warn_if_unfused(op: str, backend: Backend, device: torch.device) -> None:
-    """Say, once for each operation, that a GPU runs it without a fused kernel; quiet where somebody chose so."""
-    if device.type == "cuda" and backend.name == "chunked" and _asked() != "chunked":
+    """Say, once for each operation, that it runs without a fused kernel: on a GPU, unless somebody chose so, and
+    anywhere else to somebody who chose fused ones.
+    """
+    is_expected = _asked() != "chunked" if device.type == "cuda" else _asked() == "triton"
+    if is_expected and backend.name == "chunked":
         _warn_of_torch_once(op)
 
 

@@ -107,7 +107,9 @@ def test_backend_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     o, _ = inputs.run(kernels)
     assert torch.equal(o, inputs.run(kernels.reference)[0])
     monkeypatch.setenv("LINEAR_MOE_KERNELS", "cuda")
-    with pytest.raises(ValueError, match=r"LINEAR_MOE_KERNELS=cuda .* one of: chunked, reference"):
+    with pytest.raises(
+        ValueError, match=r"LINEAR_MOE_KERNELS=cuda .*\n  why: the backends are chunked, reference.*\n  try: "
+    ):
         inputs.run(kernels)
 
 
@@ -130,6 +132,8 @@ def test_a_gpu_without_a_fused_kernel_says_so_once(monkeypatch: pytest.MonkeyPat
         assert len(notices("delta_rule", cuda)) == 1
         monkeypatch.setenv("LINEAR_MOE_KERNELS", "chunked")
         assert not notices("diag_decay", cuda)
+        monkeypatch.setenv("LINEAR_MOE_KERNELS", "triton")
+        assert len(notices("diag_decay", CPU)) == 1, "asked for what a CPU has not"
     finally:
         dispatch._warn_of_torch_once.cache_clear()
 
