@@ -201,9 +201,10 @@ def _spilled(kernel: Any) -> int:
     ptxas = get_ptxas(90)
     options = ["--regAllocOptLevel=2"] if int(ptxas.version.split(".")[0]) >= 13 else []  # as Triton calls it
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
+        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(kernel.asm["ptx"])
-        command = [ptxas.path, "-v", *options, "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
+        options += ["-v", "--gpu-name=sm_90a", "-o", str(target)]
+        command = [ptxas.path, *options, str(source)]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
