@@ -110,6 +110,12 @@ def _fused_delta_rule(*args: Any, **kwargs: Any) -> Any:
     return delta.delta_rule(*args, **kwargs)
 
 
+def _fused_delta_rule_segment(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import delta_segment
+
+    return delta_segment.delta_rule_segment(*args, **kwargs)
+
+
 def _backends(
     chunked: Callable[..., Any], token_loop: Callable[..., Any], *fused: Backend
 ) -> tuple[Backend, ...]:
@@ -178,7 +184,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         reference.diag_decay_segment,
         Backend("triton", _fused_diag_decay_segment, _fused, _fused_diag_decay_segment_takes),
     ),
-    "delta_rule_segment": _backends(chunked_delta.delta_rule_segment, reference.delta_rule_segment),
+    "delta_rule_segment": _backends(
+        chunked_delta.delta_rule_segment,
+        reference.delta_rule_segment,
+        Backend("triton", _fused_delta_rule_segment, _fused),
+    ),
     "dplr_delta_rule": _backends(chunked_dplr.dplr_delta_rule, reference.dplr_delta_rule),
     "dplr_delta_rule_segment": _backends(
         chunked_dplr.dplr_delta_rule_segment, reference.dplr_delta_rule_segment

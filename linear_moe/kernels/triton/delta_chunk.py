@@ -6,7 +6,7 @@
 
 Stored are T - I and P, so that the unit diagonal is never rounded. The system is solved in float32: diagonal blocks of
 16 by substitution, then pairs of blocks by T_21 = -T_22 A_21 T_11. Powers of L, as in a Neumann series, would be many
-thousand times the inverse where keys repeat.
+thousand times the inverse where keys repeat. Without q (``HAS_OUTPUT``) there are no scores.
 
 Letters: S chunks of all documents, H heads, C tokens in a chunk, K key dim, BK >= K, L tokens of all rows.
 Source: arXiv:2406.06484 section 3 (the WY form). No code was taken.
@@ -118,7 +118,7 @@ def solve_kernel(
     num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr, IS_PACKED: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H."""
     head, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
@@ -132,16 +132,17 @@ def solve_kernel(
         k += batch * k_b + first * k_t + (head // K_PER).to(tl.int64) * k_h
         m_C, m_K = i_C < left, (i_K < DK) | (DK == BK)
         m_q = m_C[:, None] & m_K[None, :]
-        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
-        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
         p_beta = beta + batch * b_b + (first + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
         token = row * num_tokens + start
         _, _, _, pair = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C)
         pair = pair * b_beta[None, :]
         p_tile = (chunk.to(tl.int64) * num_heads + head) * (C * C) + i_C[:, None] * C + i_C[None, :]
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * pair * scale
-        tl.store(scores + p_tile, b_scores.to(scores.dtype.element_ty))
+        if HAS_OUTPUT:
+            b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
+            b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * pair * scale
+            tl.store(scores + p_tile, b_scores.to(scores.dtype.element_ty))
         b_a = tl.dot(b_k, tl.trans(b_k), input_precision="ieee") * pair
         is_below = i_C[:, None] > i_C[None, :]
         b_x = unit_lower_inverse(tl.where(is_below, b_a, 0.0), C, PRECISION)

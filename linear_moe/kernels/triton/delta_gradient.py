@@ -13,7 +13,8 @@ x = D * (dv e^T) and sums over columns of V, docs/kernels_delta.md derives
     W_j = beta_j write_j k_j . (e dS^T)_j
 
 A program owns a chunk, a head and BK columns of K. Both last gradients are sums over K, so every block leaves its
-part. No product is transposed: scores of both orders are products of their own (see diag_scan.py on Triton).
+part. No product is transposed: scores of both orders are products of their own (see diag_scan.py on Triton). Where
+nothing reads the memory but its end (``HAS_OUTPUT``), all with q and do is left out.
 
 Letters: S chunks of all documents, H heads, C tokens in a chunk, DK and DV the dims of k and v, BK a block of DK, BV of
 DV, NK and NV blocks, L tokens of all rows.
@@ -29,20 +30,21 @@ from linear_moe.kernels.triton.layout import segment_of
 @triton.jit
 def products_of_tokens(
     x_1, y_1, x_2, y_2, x1_t: tl.constexpr, y1_t: tl.constexpr, x2_t: tl.constexpr, y2_t: tl.constexpr, left,
-    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """x_1 y_1^T and x_2 y_2^T, [C, C]."""
+    """x_1 y_1^T, or zeros, and x_2 y_2^T, [C, C]."""
     i_C = tl.arange(0, C)
     b_1 = tl.zeros([C, C], tl.float32)
     b_2 = tl.zeros([C, C], tl.float32)
     for block in range(0, (DV + BV - 1) // BV):
         i_V = block * BV + tl.arange(0, BV)
         mask = (i_C[:, None] < left) & ((i_V < DV) | (DV % BV == 0))[None, :]
-        b_x1 = tl.load(x_1 + i_C[:, None] * x1_t + i_V[None, :], mask=mask, other=0.0)  # [C, BV]
-        b_y1 = tl.load(y_1 + i_C[:, None] * y1_t + i_V[None, :], mask=mask, other=0.0)
+        if HAS_FIRST:
+            b_x1 = tl.load(x_1 + i_C[:, None] * x1_t + i_V[None, :], mask=mask, other=0.0)  # [C, BV]
+            b_y1 = tl.load(y_1 + i_C[:, None] * y1_t + i_V[None, :], mask=mask, other=0.0)
+            b_1 = tl.dot(b_x1, tl.trans(b_y1), b_1, input_precision="ieee")
         b_x2 = tl.load(x_2 + i_C[:, None] * x2_t + i_V[None, :], mask=mask, other=0.0)
         b_y2 = tl.load(y_2 + i_C[:, None] * y2_t + i_V[None, :], mask=mask, other=0.0)
-        b_1 = tl.dot(b_x1, tl.trans(b_y1), b_1, input_precision="ieee")
         b_2 = tl.dot(b_x2, tl.trans(b_y2), b_2, input_precision="ieee")
     return b_1, b_2
 
@@ -50,9 +52,9 @@ def products_of_tokens(
 @triton.jit
 def products_with_memory(
     do, e, dv, states, d_states, o_t: tl.constexpr, v_t: tl.constexpr, left,
-    i_K, m_K, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    i_K, m_K, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """do S^T, dv S^T, e dS^T, [C, BK], and S * dS summed over V, [BK]."""
+    """do S^T (or zeros), dv S^T, e dS^T, [C, BK], and S * dS summed over V, [BK]."""
     i_C = tl.arange(0, C)
     b_oS = tl.zeros([C, BK], tl.float32)
     b_vS = tl.zeros([C, BK], tl.float32)
@@ -63,13 +65,14 @@ def products_with_memory(
         m_V = (i_V < DV) | (DV % BV == 0)
         m_v = (i_C[:, None] < left) & m_V[None, :]
         i_v = i_C[:, None] * v_t + i_V[None, :]
-        b_do = tl.load(do + i_C[:, None] * o_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
-        b_e = tl.load(e + i_v, mask=m_v, other=0.0)
+        b_e = tl.load(e + i_v, mask=m_v, other=0.0)  # [C, BV]
         b_dv = tl.load(dv + i_v, mask=m_v, other=0.0)
         i_ST, m_ST = i_K[None, :] * DV + i_V[:, None], m_V[:, None] & m_K[None, :]
         b_ST = tl.load(states + i_ST, mask=m_ST, other=0.0)  # [BV, BK]
         b_dST = tl.load(d_states + i_ST, mask=m_ST, other=0.0)
-        b_oS = tl.dot(b_do, b_ST, b_oS, input_precision="ieee")
+        if HAS_OUTPUT:
+            b_do = tl.load(do + i_C[:, None] * o_t + i_V[None, :], mask=m_v, other=0.0)
+            b_oS = tl.dot(b_do, b_ST, b_oS, input_precision="ieee")
         b_vS = tl.dot(b_dv, b_ST, b_vS, input_precision="ieee")
         b_eS = tl.dot(b_e, b_dST, b_eS, input_precision="ieee")
         through += tl.sum(b_ST.to(tl.float32) * b_dST.to(tl.float32), 0)
@@ -111,7 +114,7 @@ def gradient_kernel(
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h,
     o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H * NK."""
     NK: tl.constexpr = (DK + BK - 1) // BK
@@ -143,7 +146,7 @@ def gradient_kernel(
         is_below = i_C[:, None] > i_C[None, :]
 
         # what tokens read of each other
-        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C)
+        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         read, write, total, pair = factors(
             log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C
         )
@@ -151,43 +154,50 @@ def gradient_kernel(
         b_own = tl.sum(tl.where(is_own, b_x, 0.0), 1)  # e_j . dv_j
         b_y = b_y * pair * scale
         b_x = tl.where(is_below, b_x * pair, 0.0)
-        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
-        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)
-        b_z = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_y
-        b_z -= tl.dot(b_k, tl.trans(b_k), input_precision="ieee") * b_x
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
+        b_z = tl.dot(b_k, tl.trans(b_k), input_precision="ieee") * -b_x
+        if HAS_OUTPUT:
+            b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)
+            b_z += tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_y
         b_dbeta = tl.sum(b_z, 0)
         if DECAY != 0:
             b_later = tl.cumsum(b_z * b_beta[None, :], 0, reverse=True)  # [t, j]
             b_log = tl.sum(tl.where(is_below, b_later, 0.0), 1)
-        b_dq = tl.dot((b_y * b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
+        if HAS_OUTPUT:
+            b_dq = tl.dot((b_y * b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
         b_dk = tl.dot((b_x * -b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
 
         # what they read of the memory before the chunk, and leave in the one after
         b_oS, b_vS, b_eS, through = products_with_memory(
-            do, e, of_dv, states + tile, d_states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C
+            do, e, of_dv, states + tile, d_states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C, HAS_OUTPUT
         )  # fmt: skip
         b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
         tl.store(d_beta + i_token, beta_gradient(b_dbeta + b_W, b_own, b_beta, i_k == 0), mask=m_C)
         if DECAY != 0:
-            b_R = tl.sum(b_q.to(tl.float32) * b_oS * scale - b_k.to(tl.float32) * b_vS, 1) * read
+            b_R = -tl.sum(b_k.to(tl.float32) * b_vS, 1) * read
+            if HAS_OUTPUT:
+                b_R += tl.sum(b_q.to(tl.float32) * b_oS, 1) * (read * scale)
             b_log += tl.sum(tl.where(is_below, (b_W * b_beta)[None, :], 0.0), 1) + tl.sum(through) * total
             b_log += tl.sum(tl.where(i_C[:, None] <= i_C[None, :], b_R[None, :], 0.0), 1)
             tl.store(d_decay + i_token, b_log, mask=m_C)
-        b_dq += b_oS * (read * scale)[:, None]
         b_dk += b_eS * (write * b_beta)[:, None] - b_vS * read[:, None]
-        tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
+        if HAS_OUTPUT:
+            b_dq += b_oS * (read * scale)[:, None]
+            tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
 
         # what they write for each other
-        b_y, b_x = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C)
+        b_y, b_x = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         _, _, _, pair = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, True, C)
-        b_y = b_y * pair * (b_beta * scale)[:, None]
         b_x = tl.where(i_C[:, None] < i_C[None, :], b_x * pair * -b_beta[:, None], 0.0)
-        b_dk = tl.dot(b_y.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        if HAS_OUTPUT:
+            b_y = b_y * pair * (b_beta * scale)[:, None]
+            b_dk = tl.dot(b_y.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
         b_dk = tl.dot(b_x.to(b_k.dtype), b_k, b_dk, input_precision="ieee")
         tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
     else:  # after the last document; unused chunks have no tokens
         nothing, none = tl.zeros([C, BK], tl.float32), tl.zeros([C], tl.float32)
-        tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
+        if HAS_OUTPUT:
+            tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
         tl.store(dk + i_g, nothing.to(dk.dtype.element_ty), mask=m_g)
         tl.store(d_beta + i_token, none, mask=m_token)
         if DECAY != 0:

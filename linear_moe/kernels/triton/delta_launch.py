@@ -34,7 +34,7 @@ class Solved:
     inverse: Tensor
     """T - I, ``[S, H, C, C]``."""
     scores: Tensor
-    """P, ``[S, H, C, C]``."""
+    """P, ``[S, H, C, C]``; without q anything, as ``q_read``."""
     q_read: Tensor
     """q; for decays per row ``[B, T, H, K]``, as it reads the memory before its chunk."""
     k_read: Tensor
@@ -49,13 +49,19 @@ class Solved:
         return self.inverse, self.scores, self.q_read, self.k_read, self.k_write, self.totals
 
 
-def carried(maps: Tensor, written: Tensor, initial: Tensor | None) -> Tensor:
-    """The memory before every piece ``[B, pieces, H, K, V]``, from M ``[B, pieces, H, K, K]`` and N of each."""
-    memory = torch.zeros_like(written[:, 0]) if initial is None else initial
-    before = [memory]
-    for piece in range(maps.shape[1] - 1):
-        memory = maps[:, piece] @ memory + written[:, piece]
-        before.append(memory)
+def carried(maps: Tensor, written: Tensor | None, initial: Tensor | None) -> Tensor:
+    """The memory before every piece ``[B, pieces, H, K, V]``, from M ``[B, pieces, H, K, K]`` and N of each.
+
+    ``None`` for all N or for the initial memory is zeros, not for both.
+    """
+    if initial is None:
+        assert written is not None
+        initial = torch.zeros_like(written[:, 0])
+    before = [initial]
+    with torch.autocast(maps.device.type, enabled=False):
+        for piece in range(maps.shape[1] - 1):
+            memory = maps[:, piece] @ before[-1]
+            before.append(memory if written is None else memory + written[:, piece])
     return torch.stack(before, 1)
 
 
@@ -105,14 +111,17 @@ class DeltaChunks:
         )  # fmt: skip
         return cls(*common, TOKEN_DECAY, log_decay, sums, pieces)
 
-    def solve(self, q: Tensor, k: Tensor, beta: Tensor) -> Solved:
-        """The triangular system of every chunk, and its scores."""
-        layout = self.layout
+    def solve(self, q: Tensor | None, k: Tensor, beta: Tensor) -> Solved:
+        """The triangular system of every chunk, and its scores, if there is a q."""
+        layout, has_q = self.layout, q is not None
         shape = layout.num_segments, self.num_heads, self.chunk, self.chunk
-        inverse, scores = self._empty(*shape), self._empty(*shape)
+        inverse = self._empty(*shape)
+        scores = self._empty(*shape) if has_q else inverse
+        q = k if q is None else q
         precision = "ieee" if self.dtype == torch.float32 else "tf32x3"
         if self.decay == KEY_DECAY:
-            q_read, k_read, k_write = (self._empty(*self._tokens(), self.num_keys) for _ in range(3))
+            k_read, k_write = (self._empty(*self._tokens(), self.num_keys) for _ in range(2))
+            q_read = torch.empty_like(k_read) if has_q else k_read
             totals = self._empty(*shape[:2], self.num_keys, dtype=torch.float32)
             cut = delta_configs.solve_levels(self.num_keys, self.dtype)
             solve_levels_kernel[(self._places(),)](
@@ -121,7 +130,7 @@ class DeltaChunks:
                 layout.num_documents, self.scale,
                 *q.stride()[:3], *k.stride()[:3], *beta.stride(), *self.log_decay.stride(),
                 K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, LEVELS=self._levels(),
-                PRECISION=precision, IS_PACKED=layout.is_packed, **cut.launch,
+                PRECISION=precision, HAS_OUTPUT=has_q, IS_PACKED=layout.is_packed, **cut.launch,
             )  # fmt: skip
             return Solved(inverse, scores, q_read, k_read, k_write, totals)
         cut = delta_configs.solve(self.num_keys, self.dtype)
@@ -130,7 +139,7 @@ class DeltaChunks:
             *self._sizes(), layout.num_documents, self.scale,
             *q.stride()[:3], *k.stride()[:3], *beta.stride(),
             K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, DECAY=self.decay,
-            PRECISION=precision, IS_PACKED=layout.is_packed, **cut.launch,
+            PRECISION=precision, HAS_OUTPUT=has_q, IS_PACKED=layout.is_packed, **cut.launch,
         )  # fmt: skip
         return Solved(inverse, scores, q, k, k, inverse)
 
@@ -138,21 +147,36 @@ class DeltaChunks:
         self, solved: Solved, v: Tensor, beta: Tensor, initial: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The memory before every chunk ``[S, H, K, V]``, e ``[L, H, V]``, the final memory, and M of pieces."""
-        states = self._empty(self.layout.num_segments, self.num_heads, self.num_keys, self.num_values)
-        errors = self._empty(*self._tokens(), self.num_values)
+        states, errors = self.new_states(), self.new_values()
         if self.pieces == 1:
-            final = self._scan(solved, v, beta, initial, states, errors)
+            final = self.scan(solved, v, beta, initial, states, errors)
             return states, errors, final, None
-        shape = self.layout.num_rows, self.pieces, self.num_heads, self.num_keys
-        identity = torch.eye(self.num_keys, dtype=torch.float32, device=v.device)
-        identity = identity.expand(*shape, -1).flatten(0, 1).contiguous()
-        maps = self._scan(solved, None, beta, identity, None, None).view(*shape, self.num_keys)
-        written = self._scan(solved, v, beta, None, None, None).view(*shape, self.num_values)
+        maps, written = self.actions(solved, v, beta)
         before = carried(maps, written, initial).flatten(0, 1)
-        final = self._scan(solved, v, beta, before, states, errors).view(*shape, self.num_values)[:, -1]
+        final = self.scan(solved, v, beta, before, states, errors).view_as(written)[:, -1]
         return states, errors, final.contiguous(), maps
 
-    def _scan(
+    def actions(self, solved: Solved, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """What every piece of every document does to a memory: M ``[N, pieces, H, K, K]`` and N ``[.., V]``."""
+        shape = self.layout.num_documents, self.pieces, self.num_heads, self.num_keys
+        maps = self.scan(solved, None, beta, self.identity().flatten(0, 1).contiguous(), None, None)
+        written = self.scan(solved, v, beta, None, None, None)
+        return maps.view(*shape, self.num_keys), written.view(*shape, self.num_values)
+
+    def identity(self) -> Tensor:
+        """``[N, pieces, H, K, K]``, expanded."""
+        identity = torch.eye(self.num_keys, dtype=torch.float32, device=self.sums.device)
+        return identity.expand(self.layout.num_documents, self.pieces, self.num_heads, -1, -1)
+
+    def new_states(self) -> Tensor:
+        """``[S, H, K, V]``, room for a memory of every chunk."""
+        return self._empty(self.layout.num_segments, self.num_heads, self.num_keys, self.num_values)
+
+    def new_values(self) -> Tensor:
+        """``[B, T, H, V]``."""
+        return self._empty(*self._tokens(), self.num_values)
+
+    def scan(
         self,
         solved: Solved,
         v: Tensor | None,
@@ -195,26 +219,27 @@ class DeltaChunks:
         self, solved: Solved, do: Tensor, beta: Tensor, d_final: Tensor | None, maps: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the memory after every chunk, of v, and of the initial memory."""
-        d_states = self._empty(self.layout.num_segments, self.num_heads, self.num_keys, self.num_values)
-        dv = self._empty(*self._tokens(), self.num_values)
+        d_states, dv = self.new_states(), self.new_values()
         if maps is None:
-            return d_states, dv, self._scan_back(solved, do, beta, d_final, d_states, dv)
+            return d_states, dv, self.scan_back(solved, do, beta, d_final, d_states, dv)
         shape = self.layout.num_rows, self.pieces, self.num_heads, self.num_keys, self.num_values
-        read = self._scan_back(solved, do, beta, None, None, None).view(shape)
+        read = self.scan_back(solved, do, beta, None, None, None).view(shape)
         after = carried(maps.mT.flip(1), read.flip(1), d_final).flip(1).flatten(0, 1).contiguous()
-        d_initial = self._scan_back(solved, do, beta, after, d_states, dv).view(shape)[:, 0]
+        d_initial = self.scan_back(solved, do, beta, after, d_states, dv).view(shape)[:, 0]
         return d_states, dv, d_initial.contiguous()
 
-    def _scan_back(
+    def scan_back(
         self,
         solved: Solved,
-        do: Tensor,
+        do: Tensor | None,
         beta: Tensor,
         d_final: Tensor | None,
         d_states: Tensor | None,
         dv: Tensor | None,
     ) -> Tensor:
-        """Gradients of the memory before all documents, or pieces."""
+        """Gradients of the memory before all documents, or pieces; ``None`` for do: nothing was read."""
+        has_output = do is not None
+        do = beta if do is None else do
         layout, q_read, k_read, k_write = self.layout, solved.q_read, solved.k_read, solved.k_write
         documents = layout.num_documents * self.pieces
         shape = documents, self.num_heads, self.num_keys, self.num_values
@@ -227,15 +252,15 @@ class DeltaChunks:
             *self._sizes(), self.pieces, self.scale, *q_read.stride()[:3], *k_read.stride()[:3],
             *k_write.stride()[:3], *do.stride()[:3], *beta.stride(),
             K_PER=self._sharing(k_read), **self._dims(), HAS_FINAL=d_final is not None,
-            ONLY_INITIAL=d_states is None, **cut.launch,
+            ONLY_INITIAL=d_states is None, HAS_OUTPUT=has_output, **cut.launch,
         )  # fmt: skip
         return d_initial
 
     def gradients(
         self,
-        q: Tensor,
+        q: Tensor | None,
         k: Tensor,
-        do: Tensor,
+        do: Tensor | None,
         beta: Tensor,
         solved: Solved,
         errors: Tensor,
@@ -243,9 +268,14 @@ class DeltaChunks:
         states: Tensor,
         d_states: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of q and k for every head ``[B, T, H, K]``, of beta and the decay; clears dv where no document is."""
-        layout, tokens = self.layout, self._tokens()
-        dq, dk = self._empty(*tokens, self.num_keys), self._empty(*tokens, self.num_keys)
+        """Of q and k for every head ``[B, T, H, K]``, of beta and the decay; clears dv where no document is.
+
+        Without q and do, the first is the second.
+        """
+        layout, tokens, has_output = self.layout, self._tokens(), q is not None
+        dk = self._empty(*tokens, self.num_keys)
+        dq = torch.empty_like(dk) if has_output else dk
+        q, do = k if q is None else q, beta if do is None else do
         blocks = delta_configs.vector_gradient if self.decay == KEY_DECAY else delta_configs.gradient
         cut = blocks(self.num_keys, self.num_values, self.dtype)
         grid = (self._places() * triton.cdiv(self.num_keys, cut.keys),)
@@ -260,14 +290,14 @@ class DeltaChunks:
                 q, k, do, beta, self.log_decay, self.sums, solved.totals, layout.plan, errors, dv,
                 states, d_states, dq, dk, d_decay, d_beta, *self._sizes(), layout.num_documents, self.scale,
                 *strides, *self.log_decay.stride(),
-                K_PER=self._sharing(k), LEVELS=self._levels(), **dims, **cut.launch,
+                K_PER=self._sharing(k), LEVELS=self._levels(), HAS_OUTPUT=has_output, **dims, **cut.launch,
             )  # fmt: skip
             return dq, dk, d_beta.sum(0), d_decay
         d_decay = d_beta if self.decay == NO_DECAY else self._empty(*parts, dtype=torch.float32)
         gradient_kernel[grid](
             q, k, do, beta, self.log_decay, self.sums, layout.plan, errors, dv, states, d_states,
             dq, dk, d_beta, d_decay, *self._sizes(), layout.num_documents, self.scale, *strides,
-            K_PER=self._sharing(k), **self._dims(), **cut.launch,
+            K_PER=self._sharing(k), HAS_OUTPUT=has_output, **self._dims(), **cut.launch,
         )  # fmt: skip
         if self.decay == NO_DECAY:
             return dq, dk, d_beta.sum(0), None

@@ -6,7 +6,7 @@
 Both are sums over levels, as in diag_levels.py: at the level where tokens i and j part, one tile of k, decayed to the
 border between them, holds readers and writers, so that no exponent is positive. Beside them the kernel leaves k and q
 as they read the memory before the chunk, k as it is written to the memory after it, and what the chunk keeps: with
-these the scans and the outputs know no decay of their own.
+these the scans and the outputs know no decay of their own. Without q (``HAS_OUTPUT``) there are no scores.
 
 Letters: S chunks of all documents, H heads, C tokens in a chunk, DK the dim of k, BK a block of it, L tokens of all
 rows. ``K_PER`` heads of the scan share one head of k.
@@ -44,7 +44,7 @@ def solve_levels_kernel(
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h,
     b_b, b_t: tl.constexpr, b_h, a_b, a_t: tl.constexpr, a_h, a_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, IS_PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H."""
     head, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
@@ -65,7 +65,8 @@ def solve_levels_kernel(
         for block in range(0, (DK + BK - 1) // BK):
             i_K = block * BK + tl.arange(0, BK)
             mask = (i_C[:, None] < left) & (i_K[None, :] < DK)
-            b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_OUTPUT:
+                b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=mask, other=0.0).to(tl.float32)
             b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=mask, other=0.0).to(tl.float32)
             b_a = load_log_decay(log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d, mask)  # [C, BK]
             tl.store(totals + tile * DK + i_K, tl.exp2(tl.sum(b_a, 0)), mask=i_K < DK)
@@ -73,22 +74,25 @@ def solve_levels_kernel(
             for level in range(0, LEVELS):
                 factor = tl.exp2(sum_over(table, level, high, low))
                 b_z = (b_k * factor).to(inverse.dtype.element_ty)
-                b_x = (b_q * factor).to(inverse.dtype.element_ty)
                 is_level = level_pairs(table, level, LEVELS, False, C)
-                b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision="ieee"), 0.0)
+                if HAS_OUTPUT:
+                    b_x = (b_q * factor).to(inverse.dtype.element_ty)
+                    b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision="ieee"), 0.0)
                 b_L += tl.where(is_level, tl.dot(b_z, tl.trans(b_z), input_precision="ieee"), 0.0)
-            own = tl.sum(b_q * b_k, 1)
-            b_P += tl.where(i_C[:, None] == i_C[None, :], own[:, None], 0.0)
             p_K = of_chunk + i_C[:, None] * (num_heads * DK) + i_K[None, :]
             read = tl.exp2(sum_over(table, LEVELS, high, low))
-            tl.store(q_read + p_K, (b_q * read).to(q_read.dtype.element_ty), mask=mask)
+            if HAS_OUTPUT:
+                own = tl.sum(b_q * b_k, 1)
+                b_P += tl.where(i_C[:, None] == i_C[None, :], own[:, None], 0.0)
+                tl.store(q_read + p_K, (b_q * read).to(q_read.dtype.element_ty), mask=mask)
             tl.store(k_read + p_K, (b_k * read).to(k_read.dtype.element_ty), mask=mask)
             write = tl.exp2(sum_over(table, LEVELS + 1, high, low))
             tl.store(k_write + p_K, (b_k * write).to(k_write.dtype.element_ty), mask=mask)
         p_beta = beta + batch * b_b + (first + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=i_C < left, other=0.0).to(tl.float32)
         p_tile = tile * (C * C) + i_C[:, None] * C + i_C[None, :]
-        b_P = b_P * (b_beta * scale)[None, :]
-        tl.store(scores + p_tile, b_P.to(scores.dtype.element_ty))
+        if HAS_OUTPUT:
+            b_P = b_P * (b_beta * scale)[None, :]
+            tl.store(scores + p_tile, b_P.to(scores.dtype.element_ty))
         b_inverse = unit_lower_inverse(b_L * b_beta[None, :], C, PRECISION)
         tl.store(inverse + p_tile, tl.where(is_below, b_inverse, 0.0).to(inverse.dtype.element_ty))

@@ -14,7 +14,8 @@ With a vector decay (``DECAY == 3``) read and write are in the rows of K and Q t
 
 Long rows of few heads are cut in pieces, which the kernels treat as documents. What a piece does to a memory,
 S -> M S + N, is the same scan with nothing kept but its end (``ONLY_FINAL``): N from an empty memory, M from the
-identity without v.
+identity without v. Where nothing reads the memory but its end (delta_segment.py), the gradient's scan has no do, q and
+scores (``HAS_OUTPUT``).
 
 Letters: S chunks of all documents, N documents (pieces), H heads, C tokens in a chunk, DK and DV the dims of k and v,
 BK >= DK, BV a block of DV, NV blocks of it, L tokens of all rows.
@@ -157,7 +158,7 @@ def backward_kernel(
     w_t: tl.constexpr, w_h, o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, HAS_FINAL: tl.constexpr,
-    ONLY_INITIAL: tl.constexpr, IS_PACKED: tl.constexpr,
+    ONLY_INITIAL: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: N * H * NV."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -201,11 +202,13 @@ def backward_kernel(
         b_kT = tl.load(
             k_read + past * k_t + i_K[:, None] + i_C[None, :] * k_t, mask=m_kT, other=0.0
         )  # [BK, C]
-        b_qT = tl.load(q_read + past * q_t + i_K[:, None] + i_C[None, :] * q_t, mask=m_kT, other=0.0)
-        b_do = tl.load(do + past * o_t + i_C[:, None] * o_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
         p_tile = tile * (C * C) + i_C[:, None] + i_C[None, :] * C  # transposed
-        b_PT = tl.load(scores + p_tile)  # [C, C]
-        b_TT = tl.load(inverse + p_tile)
+        b_TT = tl.load(inverse + p_tile)  # [C, C]
+        if HAS_OUTPUT:
+            b_qT = tl.load(q_read + past * q_t + i_K[:, None] + i_C[None, :] * q_t, mask=m_kT, other=0.0)
+            p_do = do + past * o_t + i_C[:, None] * o_t + i_V[None, :]
+            b_do = tl.load(p_do, mask=m_v, other=0.0)  # [C, BV]
+            b_PT = tl.load(scores + p_tile)
         read, write, total = step_factors(
             beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, num_all, left, b_t,
             chunk, i_K, DK, BK, DECAY, C,
@@ -214,13 +217,16 @@ def backward_kernel(
         if not ONLY_INITIAL:
             tl.store(d_states + tile * (DK * DV) + i_S, b_state, mask=m_S)
         b_x = tl.dot(b_k, b_state, input_precision="ieee") * write[:, None]  # [C, BV]
-        b_x = tl.dot(b_PT, b_do, b_x, input_precision="ieee")
+        if HAS_OUTPUT:
+            b_x = tl.dot(b_PT, b_do, b_x, input_precision="ieee")
         b_dv = tl.dot(b_TT, b_x.to(b_TT.dtype), b_x, input_precision="ieee")
         if not ONLY_INITIAL:
             p_dv = dv + past * v_t + i_C[:, None] * v_t + i_V[None, :]
             tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_v)
-        b_from_o = (b_do.to(tl.float32) * (read * scale)[:, None]).to(b_qT.dtype)
         b_from_v = (b_dv * -read[:, None]).to(b_kT.dtype)
-        b_dS = tl.dot(b_qT, b_from_o, b_dS * total[:, None], input_precision="ieee")
+        b_dS = b_dS * total[:, None]
+        if HAS_OUTPUT:
+            b_from_o = (b_do.to(tl.float32) * (read * scale)[:, None]).to(b_qT.dtype)
+            b_dS = tl.dot(b_qT, b_from_o, b_dS, input_precision="ieee")
         b_dS = tl.dot(b_kT, b_from_v, b_dS, input_precision="ieee")
     tl.store(d_initial + of_document + i_S, b_dS, mask=m_S)

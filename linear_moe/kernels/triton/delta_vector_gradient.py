@@ -11,6 +11,7 @@ level only:
 
 Readers and writers of one pair divide the decay between them at the border, so no term is added only to be taken away
 again. The memory adds, as for scalar decays, what reads it before the chunk (R) and is written to the one after (W).
+Without ``HAS_OUTPUT`` (delta_gradient.py) y is 0, r and q' are left out.
 
 Letters: S chunks of all documents, H heads, C tokens in a chunk, DK and DV the dims of k and v, BK a block of DK, BV of
 DV, NK blocks of K, L tokens of all rows.
@@ -39,7 +40,8 @@ def spread(table, level, x, dtype: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def readers(
-    table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log, LEVELS: tl.constexpr, C: tl.constexpr
+    table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log,
+    LEVELS: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq, dk and d log a, [C, BK], what readers get; b_y is y beta, b_x is x beta."""
     dtype: tl.constexpr = b_y.dtype
@@ -48,18 +50,21 @@ def readers(
         factor = tl.exp2(sum_over(table, level, high, low))
         b_z = b_k.to(tl.float32) * factor
         is_pair = level_pairs(table, level, LEVELS, False, C)
-        b_r = tl.dot(tl.where(is_pair, b_y, nothing), b_z.to(dtype), input_precision="ieee") * factor
         b_s = tl.dot(tl.where(is_pair, b_x, nothing), b_z.to(dtype), input_precision="ieee") * factor
-        b_dq += b_r
         b_dk -= b_s
-        b_c = b_q.to(tl.float32) * b_r - b_k.to(tl.float32) * b_s
+        b_c = b_k.to(tl.float32) * -b_s
+        if HAS_OUTPUT:
+            b_r = tl.dot(tl.where(is_pair, b_y, nothing), b_z.to(dtype), input_precision="ieee") * factor
+            b_dq += b_r
+            b_c += b_q.to(tl.float32) * b_r
         b_log += spread(table, level, b_c, dtype, LEVELS)
     return b_dq, b_dk, b_log
 
 
 @triton.jit
 def writers(
-    table, b_q, b_k, high, low, b_y, b_x, b_beta, b_dk, b_log, b_dbeta, LEVELS: tl.constexpr, C: tl.constexpr
+    table, b_q, b_k, high, low, b_y, b_x, b_beta, b_dk, b_log, b_dbeta,
+    LEVELS: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk, d log a [C, BK] and d beta [C] what writers get; b_y and b_x are y^T and x^T."""
     dtype: tl.constexpr = b_y.dtype
@@ -67,10 +72,11 @@ def writers(
     for level in range(0, LEVELS):
         factor = tl.exp2(sum_over(table, level, high, low))
         is_pair = level_pairs(table, level, LEVELS, True, C)
-        b_z = (b_q.to(tl.float32) * factor).to(dtype)
-        b_w = tl.dot(tl.where(is_pair, b_y, nothing), b_z, input_precision="ieee")
         b_z = (b_k.to(tl.float32) * factor).to(dtype)
-        b_w -= tl.dot(tl.where(is_pair, b_x, nothing), b_z, input_precision="ieee")
+        b_w = -tl.dot(tl.where(is_pair, b_x, nothing), b_z, input_precision="ieee")
+        if HAS_OUTPUT:
+            b_z = (b_q.to(tl.float32) * factor).to(dtype)
+            b_w += tl.dot(tl.where(is_pair, b_y, nothing), b_z, input_precision="ieee")
         b_w = b_w * factor
         b_c = b_w * b_k.to(tl.float32)
         b_dbeta += tl.sum(b_c, 1)
@@ -90,7 +96,7 @@ def vector_gradient_kernel(
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, o_b, o_t: tl.constexpr,
     o_h, b_b, b_t: tl.constexpr, b_h, a_b, a_t: tl.constexpr, a_h, a_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, IS_PACKED: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H * NK."""
     NK: tl.constexpr = (DK + BK - 1) // BK
@@ -118,8 +124,10 @@ def vector_gradient_kernel(
         q += batch * q_b + at * q_t + (head // K_PER).to(tl.int64) * q_h
         k += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
         log_decay += batch * a_b + at * a_t + head.to(tl.int64) * a_h
-        b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
-        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
+        b_q = b_k
+        if HAS_OUTPUT:
+            b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)
         p_beta = beta + batch * b_b + (at + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
         p_a = log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d
@@ -127,12 +135,14 @@ def vector_gradient_kernel(
 
         b_oS, b_vS, b_eS, through = products_with_memory(
             do, e, of_dv, states + place * (DK * DV), d_states + place * (DK * DV), o_t, v_t, left,
-            i_K, m_K, DV, BK, BV, C,
+            i_K, m_K, DV, BK, BV, C, HAS_OUTPUT,
         )  # fmt: skip
         read = tl.exp2(sum_over(table, LEVELS, high, low))
         b_dq = b_oS * read * scale
         b_dk = b_vS * -read
-        b_R = b_q.to(tl.float32) * b_dq + b_k.to(tl.float32) * b_dk
+        b_R = b_k.to(tl.float32) * b_dk
+        if HAS_OUTPUT:
+            b_R += b_q.to(tl.float32) * b_dq
         b_log = spread(table, LEVELS, b_R, e.dtype.element_ty, LEVELS)
         b_W = b_eS * tl.exp2(sum_over(table, LEVELS + 1, high, low))
         b_dbeta = tl.sum(b_k.to(tl.float32) * b_W, 1)
@@ -142,29 +152,34 @@ def vector_gradient_kernel(
         total = tl.load(totals + place * DK + i_K, mask=m_K, other=0.0)
         b_log += (total * through)[None, :]
 
-        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C)
+        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         is_own = i_C[:, None] == i_C[None, :]
         b_own = tl.sum(tl.where(is_own, b_x, 0.0), 1)  # e_j . dv_j
-        own = tl.sum(tl.where(is_own, b_y, 0.0), 1) * scale
-        b_dbeta += own * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
-        b_dq += (own * b_beta)[:, None] * b_k.to(tl.float32)
-        b_dk += (own * b_beta)[:, None] * b_q.to(tl.float32)
+        if HAS_OUTPUT:
+            own = tl.sum(tl.where(is_own, b_y, 0.0), 1) * scale
+            b_dbeta += own * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
+            b_dq += (own * b_beta)[:, None] * b_k.to(tl.float32)
+            b_dk += (own * b_beta)[:, None] * b_q.to(tl.float32)
         b_y = (b_y * (b_beta * scale)[None, :]).to(e.dtype.element_ty)
         b_x = (b_x * b_beta[None, :]).to(e.dtype.element_ty)
-        b_dq, b_dk, b_log = readers(table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log, LEVELS, C)
-        tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
+        b_dq, b_dk, b_log = readers(
+            table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log, LEVELS, C, HAS_OUTPUT
+        )
+        if HAS_OUTPUT:
+            tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
 
-        b_u, b_v = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C)
+        b_u, b_v = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         b_u, b_v = (b_u * scale).to(e.dtype.element_ty), b_v.to(e.dtype.element_ty)
         b_dk, b_log, b_dbeta = writers(
-            table, b_q, b_k, high, low, b_u, b_v, b_beta, b_dk, b_log, b_dbeta, LEVELS, C
+            table, b_q, b_k, high, low, b_u, b_v, b_beta, b_dk, b_log, b_dbeta, LEVELS, C, HAS_OUTPUT
         )
         tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
         tl.store(d_decay + i_g, b_log.to(d_decay.dtype.element_ty), mask=m_q)
         tl.store(d_beta + i_token, beta_gradient(b_dbeta, b_own, b_beta, i_k == 0), mask=m_C)
     else:  # after the last document; unused chunks have no tokens
         nothing = tl.zeros([C, BK], tl.float32)
-        tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
+        if HAS_OUTPUT:
+            tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
         tl.store(dk + i_g, nothing.to(dk.dtype.element_ty), mask=m_g)
         tl.store(d_decay + i_g, nothing.to(d_decay.dtype.element_ty), mask=m_g)
         tl.store(d_beta + i_token, tl.zeros([C], tl.float32), mask=m_token)
