@@ -77,9 +77,6 @@ def _layout(plan: RunPlan) -> list[str]:
     if s.do:
         # The form of the optimizer's checkpoint that any other layout can load.
         flags += ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
-    if s.cp > 1 or s.pack or plan.instructions is not None:
-        # Otherwise each rank divides its loss by its own token count, which is wrong where counts differ.
-        flags.append("--calculate-per-token-loss")
     return flags
 
 

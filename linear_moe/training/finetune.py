@@ -2,7 +2,7 @@
 
 A sequence holds samples side by side that never see each other (``cu_seqlens``, as packed documents in pretraining),
 and padding only behind the last one. Tokens in the loss are those of answers; gradients are divided by their number in
-the whole step (``--calculate-per-token-loss``), wherever they lie.
+the whole step, wherever they lie.
 
 Letters: S tokens of a sequence, n tokens of a sample.
 """
@@ -46,7 +46,6 @@ def resolve(args: argparse.Namespace) -> None:
     args.loss_share = 1.0
     if args.instruction_data is None:
         return
-    args.calculate_per_token_loss = True
     args.dataloader_inter_document_masking = True
     for folder in filter(None, (args.instruction_data, args.valid_instruction_data)):
         longest = int(open_prepared(Path(folder)).lengths.max())

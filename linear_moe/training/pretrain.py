@@ -81,8 +81,8 @@ def prepare_arguments(argv: list[str]) -> Any:
         sys.argv = command_line
     arguments.resolve(args)
     finetune.resolve(args)
-    if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
-        # Otherwise each context-parallel rank divides by its own count of unmasked tokens.
+    if args.context_parallel_size > 1 or args.dataloader_inter_document_masking:
+        # Otherwise each rank divides its loss by its own count of tokens, which is wrong where counts differ.
         args.calculate_per_token_loss = True
     # Megatron's line is replaced by ours: its interval never ends (linear_moe.training.metrics).
     args.progress_interval, args.log_interval = args.log_interval, sys.maxsize

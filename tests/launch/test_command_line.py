@@ -131,7 +131,6 @@ def test_the_layout(parser: argparse.ArgumentParser):
     assert (args.context_parallel_size, args.num_virtual_stages_per_pipeline_rank) == (2, 2)
     assert (args.expert_model_parallel_size, args.expert_tensor_parallel_size) == (2, 2)
     assert args.sequence_parallel, "experts under TP need it, SP or not"
-    assert args.calculate_per_token_loss, "CP ranks see different numbers of tokens"
     assert not args.use_distributed_optimizer and args.distributed_backend == "nccl"
 
 
@@ -168,7 +167,7 @@ def test_switches(parser: argparse.ArgumentParser):
     args = parse(
         parser, PACK="true", USE_GEMM="false", TE="false", TOKEN_DROPPING="true", TRAIN_CAPACITY_FACTOR="2"
     )
-    assert args.dataloader_inter_document_masking and args.calculate_per_token_loss
+    assert args.dataloader_inter_document_masking
     assert (
         args.sequential_experts and args.transformer_impl == "local" and args.moe_expert_capacity_factor == 2
     )

@@ -276,6 +276,24 @@ def built(rank: int, world: int, argv: list[str]) -> SimpleNamespace:
         )
 
 
+def is_per_token(rank: int, world: int, argv: list[str]) -> bool:
+    from linear_moe.training.pretrain import prepare_arguments
+
+    return bool(prepare_arguments(argv).calculate_per_token_loss)
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "expected"),
+    [
+        (1, [], False),
+        (2, ["--context-parallel-size", "2"], True),
+        (1, ["--dataloader-inter-document-masking"], True),
+    ],
+)
+def test_losses_are_divided_by_all_tokens_where_ranks_have_different_numbers(gloo, world, flags, expected):
+    assert gloo(world, is_per_token, [*ARGUMENTS, "--la-module", "gla", *flags]) == [expected] * world
+
+
 def test_every_layer_has_its_own_checkpoint_keys(gloo):
     """Of mixed layers under pipeline parallelism: named by their place in the model, none stacked."""
     kinds = ["gla", "softmax", "gated_deltanet", "linear_attention"]
