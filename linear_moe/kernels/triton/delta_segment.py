@@ -97,12 +97,11 @@ def _gradients(
     chunks.scan(solved, v, beta, before.flatten(0, 1).contiguous(), states, errors)
     d_states, dv = chunks.new_states(), chunks.new_values()
     chunks.scan_back(solved, None, beta, after.flatten(0, 1).contiguous(), d_states, dv)
-    _, *grads = chunks.gradients(None, k, None, beta, solved, errors, dv, states, d_states)
-    dk, d_beta, d_log = grads
+    _, dk, d_beta, d_log = chunks.gradients(None, k, None, beta, solved, errors, dv, states, d_states)
     return dv, dk, d_beta, d_log
 
 
 def _sum(parts: tuple[Tensor | None, ...]) -> Tensor | None:
     """Of gradients by way of N and by way of M."""
-    first, *others = parts
-    return first if first is None or not others else first + others[0]
+    found = [x for x in parts if x is not None]
+    return sum(found[1:], found[0]) if found else None
