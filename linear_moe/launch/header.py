@@ -3,7 +3,7 @@
 from linear_moe.launch.check_layout import draw_stages
 from linear_moe.launch.cluster import cpu_cores
 from linear_moe.launch.plan import MOCK_DATA, RunPlan
-from linear_moe.launch.resume import checkpoint_iteration, pretrained_folder
+from linear_moe.launch.resume import checkpoint_iteration, has_another_tokenizer, pretrained_folder
 from linear_moe.model.families import estimate_parameters
 from linear_moe.model.pattern import pattern_of
 
@@ -29,6 +29,10 @@ def notes(plan: RunPlan) -> list[str]:
     found = [] if plan.instructions is None else plan.instructions.notes(s.seq_len)
     if plan.from_checkpoint:
         found.append(f"those of PRETRAIN_CHECKPOINT_PATH: {', '.join(plan.from_checkpoint)}.")
+    source = pretrained_folder(plan)
+    is_new = checkpoint_iteration(plan.run_dir / "checkpoint") is None
+    if is_new and source is not None and has_another_tokenizer(plan, source.parent):
+        found.append(f"another tokenizer than {source.parent}/tokenizer: these weights know other tokens.")
     if plan.sequence_parallel and not s.sp:
         found.append("SP is on: Megatron trains experts under TP with sequence parallel only.")
     if s.sp and s.tp == 1:

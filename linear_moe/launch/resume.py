@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.instructions import kept_tokenizer
 from linear_moe.launch.plan import RunPlan, registered_mixers
 from linear_moe.model.families import SIZE_FLAGS, megatron_arguments, switches_of, unused_fields
 
@@ -37,6 +39,7 @@ def check_resume(plan: RunPlan) -> None:
         new = "another RUN_NAME for a new one"
         _same_architecture(plan, plan.run_dir, f"run {plan.run_dir} has another architecture", new)
         _same_optimizer(plan)
+        _same_tokenizer(plan)
         return
     source = pretrained_folder(plan)
     if source is None or (plan.hugging_face is not None and checkpoint_iteration(source) is None):
@@ -75,6 +78,25 @@ def _same_optimizer(plan: RunPlan) -> None:
         "Megatron stores the state of the distributed optimizer in another form.",
         f"DO={there}, or RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={plan.run_dir} to start from the weights alone",
     )
+
+
+def _same_tokenizer(plan: RunPlan) -> None:
+    if has_another_tokenizer(plan, plan.run_dir):
+        kept = kept_tokenizer(plan.run_dir)
+        raise PreflightError(
+            f"run {plan.run_dir} was trained with another tokenizer than TOKENIZER={plan.settings.tokenizer}.",
+            f"the tokens that it knows are those of {kept}, and mean other text in this one.",
+            f"TOKENIZER={kept}, or another RUN_NAME for a new run",
+        )
+
+
+def has_another_tokenizer(plan: RunPlan, run_dir: Path) -> bool:
+    """Whether a run keeps a tokenizer whose tokens are not those of the plan's."""
+    try:
+        kept = describe_tokenizer(str(kept_tokenizer(run_dir)))
+    except TokenizerError:
+        return False  # none, or of an earlier version: its data were checked against it then
+    return plan.tokenizer is not None and kept.fingerprint != plan.tokenizer.fingerprint
 
 
 def _same_architecture(plan: RunPlan, run_dir: Path, what: str, instead: str) -> None:

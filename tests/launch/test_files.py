@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from linear_moe.launch.header import header
+from linear_moe.launch.instructions import keep_tokenizer
 from linear_moe.launch.megatron_args import held_out_documents, training_arguments
 from linear_moe.launch.resume import architecture
 from tests.data.token_files import write_tokenizer, write_tokens
@@ -164,6 +165,29 @@ def test_resume_with_the_same_model(tmp_path: Path):
     again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old", "LAYER_TYPE_LIST": "LLLN"}
     assert message(**again, TP="2", GPUS_PER_NODE="4", LR="1e-3", TRAIN_ITERS="20") == ""
     assert "resumed at step 5 of 10" in header(make_plan(**again))
+
+
+def test_resume_with_another_tokenizer(data: dict[str, str], tmp_path: Path):
+    finished_run(tmp_path, **data)
+    keep_tokenizer(tmp_path / "old", Path(data["TOKENIZER"]), None)
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
+    assert message(**again, **data) == ""
+    other = write_tokenizer(tmp_path / "other", 310)
+    mine = {"TOKENIZER": other.path, "DATASET_PATH": "mock"}
+    assert make_plan(**again, **mine).padded_vocab_size == make_plan(**again, **data).padded_vocab_size
+    assert message(**again, **mine) == (
+        f"run {tmp_path}/old was trained with another tokenizer than TOKENIZER={other.path}.\n"
+        f"  why: the tokens that it knows are those of {tmp_path}/old/tokenizer, and mean other text in this one.\n"
+        f"  try: TOKENIZER={tmp_path}/old/tokenizer, or another RUN_NAME for a new run"
+    )
+    start = {
+        "RUN_NAME": "new",
+        "OUTPUT_BASEPATH": str(tmp_path),
+        "PRETRAIN_CHECKPOINT_PATH": f"{tmp_path}/old",
+    }
+    assert message(**start, **mine) == ""
+    assert "these weights know other tokens" in header(make_plan(**start, **mine))
+    assert "these weights know other tokens" not in header(make_plan(**start, **data))
 
 
 def test_resume_with_another_model(tmp_path: Path):
