@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from linear_moe.launch.environment import RunSettings
 from linear_moe.launch.plan import RunPlan, plan_run
+from linear_moe.model.families import FAMILIES
 
 
 def plan_model(
@@ -13,13 +14,14 @@ def plan_model(
     layer_type_list: str | None = None,
     extra_args: str = "",
 ) -> RunPlan:
-    """The plan of a model: without a mixer the family as it was published, softmax everywhere.
+    """The plan of a model: without a mixer the family as it was published, softmax or its mixer everywhere.
 
     Raises:
         ValueError: an unknown family, size or mixer, or a pattern that does not fit (PreflightError).
     """
     if la_module is None and layer_type_list is None:
-        layer_type_list = "N"
+        la_module = FAMILIES[family].mixer if family in FAMILIES else None
+        layer_type_list = "N" if la_module is None else None
     settings = RunSettings(
         base_model=family,
         model_size=size,

@@ -139,6 +139,7 @@ def family_and_size(model: Blueprint) -> tuple[Family, ModelSize]:
         else args.num_attention_heads,
         "first_dense_layers": first_dense,
         "tie_embeddings": not args.untie_embeddings_and_output_weights,
+        "fp32_residual": bool(args.fp32_residual_connection),
         "rope_scaling": _rope_scaling(args, transformer),
         "vocab_size": args.padded_vocab_size,
         "extra_vocab_size": 0,

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from linear_moe.checkpoint import qwen3_next, remote
+from linear_moe.checkpoint import mamba2, qwen3_next, remote
 from linear_moe.checkpoint.blueprint import Blueprint, blueprint, family_and_size
 from linear_moe.checkpoint.folders import (
     ORIGIN,
@@ -30,9 +30,11 @@ from linear_moe.checkpoint.folders import (
     run_and_iteration,
     silent,
 )
-from linear_moe.checkpoint.hf_config import OURS, RUN_FILE, describe, native_config, native_type
+from linear_moe.checkpoint.hf_config import OURS, RUN_FILE, describe
 from linear_moe.checkpoint.hf_folder import SHARD_BYTES, Planned, shards, write_index, write_shard
+from linear_moe.checkpoint.native import KINDS, native_config, native_type
 from linear_moe.checkpoint.options import model_arguments
+from linear_moe.checkpoint.parts import joined, members, whole_name
 from linear_moe.checkpoint.report import differences
 from linear_moe.checkpoint.tables import Row, rows
 from linear_moe.checkpoint.torch_dist import Reader
@@ -150,25 +152,29 @@ def _architecture(
     model: Blueprint, dtype: str, vocab_size: int, origin: dict[str, Any] | None, native: bool
 ) -> tuple[str, dict[str, Any]]:
     """``model_type`` of the table, and the whole config.json."""
-    if native and set(model.kinds) <= {SOFTMAX, qwen3_next.MIXER}:
+    if native and any(set(model.kinds) <= set(kinds) for kinds in KINDS.values()):
         if origin is not None and origin["model_type"] != OURS:
             described = describe(origin)
             if described.kinds == model.kinds:
                 return described.model_type, origin
         family, size = family_and_size(model)
         kind = native_type(family, size)
-        if kind is not None and (kind == "qwen3_next" or set(model.kinds) == {SOFTMAX}):
+        if kind is not None and set(model.kinds) <= set(KINDS.get(kind, (SOFTMAX,))):
+            layers = _layer_fields(kind, model)
             size = replace(size, vocab_size=vocab_size)
-            config = native_config(kind, family, size, dtype=dtype, layers=_layer_fields(kind, model))
-            if _is_the_same(model, config):
+            config = {} if layers is None else native_config(kind, family, size, dtype=dtype, layers=layers)
+            if config and _is_the_same(model, config):
                 return kind, config
     return OURS, remote.hf_config(model.config, vocab_size=vocab_size, dtype=dtype)
 
 
-def _layer_fields(kind: str, model: Blueprint) -> dict[str, Any]:
+def _layer_fields(kind: str, model: Blueprint) -> dict[str, Any] | None:
+    mixers = model.shape(1).mixers
+    if kind == "mamba2":
+        return mamba2.fields_of(cast(Any, mixers[mamba2.MIXER].cfg))
     if kind != "qwen3_next":
         return {}
-    mixer = model.shape(1).mixers.get(qwen3_next.MIXER)
+    mixer = mixers.get(qwen3_next.MIXER)
     return qwen3_next.fields_of(model.kinds, cast(Any, mixer.cfg) if mixer is not None else None)
 
 
@@ -201,31 +207,38 @@ def _table(kind: str, model: Blueprint, vocab_size: int) -> list[Row]:
 
 
 def _planned(table: list[Row], reader: Reader) -> dict[str, Planned]:
-    planned = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    dtypes = {}
     for row in table:
         entry = reader.tensors[row.key]
         size = tuple(entry.size) if row.expert is None else tuple(entry.size[1:])
         parts = row.transform.to_theirs(torch.empty(size, device="meta"))
         for name, part in zip(row.names, parts, strict=True):
-            planned[name] = Planned(entry.properties.dtype, tuple(part.shape))
-    return planned
+            sizes[name] = tuple(part.shape)
+            dtypes[whole_name(name)] = entry.properties.dtype
+    return {name: Planned(dtypes[name], size) for name, size in joined(sizes).items()}
 
 
 class _Parts:
-    """Reads tensors by their new names; the parts of the row read last are kept, as its other names come next."""
+    """Reads tensors by their new names; what the rows of the last one gave is kept, as its other names come next."""
 
     def __init__(self, table: list[Row], reader: Reader) -> None:
         self.reader = reader
         self.rows = {name: row for row in table for name in row.names}
-        self.last: tuple[Row, dict[str, Tensor]] | None = None
+        self.members = members(self.rows)
+        self.last: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
-        row = self.rows[name]
-        if self.last is None or self.last[0] is not row:
-            self.last = None  # before the next one is read
-            self.last = (row, dict(zip(row.names, self._theirs(row), strict=True)))
-        return self.last[1][name]
+        parts = self.members[name]
+        self.last = {name: part for name, part in self.last.items() if self.rows[name] in self._rows(parts)}
+        for row in self._rows(parts):
+            if row.names[0] not in self.last:
+                self.last |= zip(row.names, self._theirs(row), strict=True)
+        return self.last[name] if len(parts) == 1 else torch.cat([self.last[part] for part in parts])
+
+    def _rows(self, parts: list[str]) -> list[Row]:
+        return list(dict.fromkeys(self.rows[part] for part in parts))
 
     def _theirs(self, row: Row) -> Iterator[Tensor] | list[Tensor]:
         if row.expert is None:

@@ -1,7 +1,7 @@
-"""config.json of Hugging Face and our families, in both directions. Imports neither torch nor Megatron.
+"""From config.json of Hugging Face to our families. Imports neither torch nor Megatron.
 
 A family's published field is one of ours under another name (``FIELDS``); the rest are switches that must have the
-value our layers have, and anything else is refused by name.
+value our layers have, and anything else is refused by name. ``native.py`` is the other way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from linear_moe.checkpoint.qwen3_next import layers_of
+from linear_moe.checkpoint import mamba2, qwen3_next
 from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope, size_of
 from linear_moe.model.pattern import SOFTMAX
 
@@ -29,6 +29,7 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
 }
 """Architecture by ``model_type``."""
 
@@ -39,6 +40,7 @@ FAMILY_OF = {
     "llama": "llama3",
     "mixtral": "mixtral",
     "deepseek_v2": "deepseek_v2",
+    "mamba2": "mamba2",
 }
 """Our family by ``model_type``."""
 
@@ -78,6 +80,13 @@ FIELDS = {
         "first_k_dense_replace": "first_dense_layers",
         "routed_scaling_factor": "moe_router_topk_scaling_factor",
     },
+    "mamba2": {
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "hidden_size",
+        "layer_norm_epsilon": "norm_epsilon",
+        "vocab_size": "vocab_size",
+        "tie_word_embeddings": "tie_embeddings",
+    },
 }
 """Field of config.json -> field of :class:`ModelSize`, by ``model_type``."""
 
@@ -91,6 +100,7 @@ SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v2": {"attention_bias": (False,), "mlp_bias": (False,), "moe_layer_freq": (1,)}
     | {"norm_topk_prob": (False,), "scoring_func": ("softmax",)}
     | {"topk_method": ("greedy", "group_limited_greedy")},
+    "mamba2": {"use_bias": (False,), "rms_norm": (True,)},
 }
 """Fields that may have these values only; the first is what export writes. An absent one is the first."""
 
@@ -98,7 +108,8 @@ LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 """What all models of a family have, and Megatron has no flags for."""
 
-_ALSO_SWITCHES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
+ALSO_SWITCHES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
+"""The same of all types."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +125,13 @@ class Described:
     dtype: str
     """bfloat16, float16 or float32: of the weights, as the config says."""
     kinds: tuple[str, ...]
-    """Mixer of every layer: softmax, but for Qwen3-Next and models that we exported."""
+    """Mixer of every layer: softmax, but for Qwen3-Next, Mamba2 and models that we exported."""
     arguments: tuple[str, ...] | None = None
     """Of a model that we exported: the command line of its training, as far as it shapes the model."""
     mixer_arguments: tuple[str, ...] = ()
     """Options of its mixers, as flags."""
+    warnings: tuple[str, ...] = ()
+    """What the person should know of its config."""
 
     @property
     def size_name(self) -> str:
@@ -205,13 +218,17 @@ def describe(config: Mapping[str, Any]) -> Described:
         renormalised = config.get("norm_topk_prob", kind == "qwen3_next")
         family = replace(family, softmax_before_topk=not renormalised)
     if kind == "qwen3_next":
-        kinds, options = layers_of(config)
+        kinds, options = qwen3_next.layers_of(config)
         return Described(kind, family, size, _dtype(config), kinds, mixer_arguments=options)
+    if kind == "mamba2":
+        kinds, options = mamba2.layers_of(config)
+        warnings = mamba2.warnings_of(config)
+        return Described(kind, family, size, _dtype(config), kinds, None, options, warnings)
     return Described(kind, family, size, _dtype(config), (SOFTMAX,) * size.num_layers)
 
 
 def _refuse_other_switches(kind: str, config: Mapping[str, Any]) -> None:
-    for name, values in (SWITCHES[kind] | _ALSO_SWITCHES).items():
+    for name, values in (SWITCHES[kind] | ALSO_SWITCHES).items():
         value = config.get(name, values[0])
         if value is not None and value not in values:
             raise ValueError(
@@ -239,6 +256,8 @@ def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
         )
     values: dict[str, Any] = {ours: config.get(theirs) for theirs, ours in FIELDS[kind].items()}
     values = {name: value for name, value in values.items() if value is not None}
+    if kind == "mamba2":
+        values |= mamba2.size_of(config)
     heads = values["num_attention_heads"]
     values.setdefault("num_query_groups", heads)
     values.setdefault("tie_embeddings", False)
@@ -309,79 +328,3 @@ def _dtype(config: Mapping[str, Any]) -> str:
             f"  try: the original, unquantised model"
         )
     return name
-
-
-# ---- the other way ----
-
-
-def native_type(family: Family, size: ModelSize) -> str | None:
-    """``model_type`` of the class of transformers that computes what a softmax model of ours does, if there is one."""
-    if size.has_latent_attention:
-        fits = size.is_moe and family.softmax_before_topk and not family.shared_expert_gate
-        shared, width = size.moe_shared_expert_intermediate_size, size.moe_ffn_hidden_size
-        return "deepseek_v2" if fits and shared and width and shared % width == 0 else None
-    if isinstance(size.rope_scaling, YarnRope):
-        return None
-    if size.attention_output_gate:
-        return "qwen3_next" if _is_qwen3_next(family, size) else None
-    if not size.is_moe:
-        if family.add_qkv_bias:
-            return "qwen2" if size.rope_scaling is None and _plain_heads(size) else None
-        return "llama"
-    if size.first_dense_layers or size.moe_router_topk_scaling_factor or size.moe_router_num_groups:
-        return None
-    if size.rope_scaling is not None or not _plain_heads(size):
-        return None
-    if size.moe_shared_expert_intermediate_size is not None:
-        return "qwen2_moe" if family.add_qkv_bias and family.shared_expert_gate else None
-    is_mixtral = not family.add_qkv_bias and not family.softmax_before_topk
-    return "mixtral" if is_mixtral and size.moe_ffn_hidden_size == size.ffn_hidden_size else None
-
-
-def _is_qwen3_next(family: Family, size: ModelSize) -> bool:
-    shared = size.moe_shared_expert_intermediate_size is not None and family.shared_expert_gate
-    routed = not (
-        size.first_dense_layers or size.moe_router_topk_scaling_factor or size.moe_router_num_groups
-    )
-    norms = family.qk_norm and family.zero_centered_norms
-    rotary = size.rope_scaling is None and family.rotary_percent == FAMILIES["qwen3_next"].rotary_percent
-    return size.is_moe and shared and routed and norms and rotary and not family.add_qkv_bias
-
-
-def _plain_heads(size: ModelSize) -> bool:
-    return size.kv_channels * size.num_attention_heads == size.hidden_size
-
-
-def native_config(
-    kind: str, family: Family, size: ModelSize, *, dtype: str, layers: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """config.json of a model of ours, for the class that :func:`native_type` names; ``layers``: the fields of
-    its mixers (Qwen3-Next)."""
-    config: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": dtype}
-    config |= {theirs: getattr(size, ours) for theirs, ours in FIELDS[kind].items()}
-    config |= {name: values[0] for name, values in (SWITCHES[kind] | _ALSO_SWITCHES).items()}
-    if kind in ("qwen2_moe", "qwen3_next"):
-        config["norm_topk_prob"] = not family.softmax_before_topk
-    if kind == "mixtral":
-        config |= {"sliding_window": None, "head_dim": size.kv_channels}
-    if kind == "deepseek_v2":
-        assert size.moe_shared_expert_intermediate_size and size.moe_ffn_hidden_size
-        config["routed_scaling_factor"] = size.moe_router_topk_scaling_factor or 1.0
-        config["n_shared_experts"] = size.moe_shared_expert_intermediate_size // size.moe_ffn_hidden_size
-        config["topk_method"] = "greedy" if size.moe_router_num_groups is None else "group_limited_greedy"
-        config |= {"n_group": size.moe_router_num_groups, "topk_group": size.moe_router_group_topk}
-        config["head_dim"] = size.qk_pos_emb_head_dim
-    config["rope_parameters"] = _rope_parameters(size)
-    if kind == "qwen3_next":
-        config["rope_parameters"]["partial_rotary_factor"] = family.rotary_percent
-        config |= layers or {}
-    return config
-
-
-def _rope_parameters(size: ModelSize) -> dict[str, Any]:
-    base, scaling = {"rope_theta": float(size.rotary_base)}, size.rope_scaling
-    if isinstance(scaling, Llama3Rope):
-        return base | {"rope_type": "llama3", "factor": scaling.factor} | LLAMA3_FIXED
-    if isinstance(scaling, YarnRope):
-        return base | {"rope_type": "yarn"} | vars(scaling) | YARN_FIXED
-    return base | {"rope_type": "default"}

@@ -36,7 +36,10 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     """Of its bytes in the file; unused for pickles."""
-    pickled: bool = False
+    first: int = 0
+    """First row, of a part of a tensor."""
+    pickled: str | None = None
+    """The tensor's name in a pickle."""
 
     @property
     def size(self) -> int:
@@ -45,9 +48,10 @@ class Stored:
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
-        if self.pickled:
-            tensor: Tensor = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)[name]
-            return tensor.clone()
+        if self.pickled is not None:
+            tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            tensor: Tensor = tensors[self.pickled]
+            return (tensor[self.first : self.first + self.shape[0]] if self.shape else tensor).clone()
         data = torch.empty(self.size, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
@@ -153,7 +157,7 @@ def _pickled_tensors(folder: Path, allow_pickle: bool) -> dict[str, Stored]:
     for name in files:
         tensors = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         for key, tensor in tensors.items():
-            found[key] = Stored(folder / name, tensor.dtype, tuple(tensor.shape), 0, pickled=True)
+            found[key] = Stored(folder / name, tensor.dtype, tuple(tensor.shape), 0, pickled=key)
     return found
 
 

@@ -39,6 +39,7 @@ from linear_moe.checkpoint.hf_folder import Stored, stored_tensors
 from linear_moe.checkpoint.linearise import start_layer, start_tables
 from linear_moe.checkpoint.options import linear_options, model_arguments
 from linear_moe.checkpoint.origins import Origin
+from linear_moe.checkpoint.parts import joined, split
 from linear_moe.checkpoint.report import differences
 from linear_moe.checkpoint.tables import Row, rows
 from linear_moe.checkpoint.torch_dist import Piece
@@ -103,8 +104,8 @@ def import_model(
     described = describe_folder(source)
     stored = stored_tensors(source, allow_pickle=allow_pickle)
     kinds = tuple(kinds or _kinds(described, la_module, layer_type_list))
-    _refuse_to_linearise(described, kinds)
     tokenizer, warnings = _tokenizer_arguments(source, described, target)
+    warnings += described.warnings
     left_out = [name for name in stored if re.match(LEFT_OUT, name)]
     if left_out and described.model_type == "qwen3_next":
         warnings.append(f"{len(left_out)} tensors of multi-token prediction (mtp) are left out")
@@ -133,15 +134,6 @@ def _kinds(described: Described, la_module: str | None, layer_type_list: str | N
     return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
 
 
-def _refuse_to_linearise(described: Described, kinds: Sequence[str]) -> None:
-    if described.model_type == "qwen3_next" and kinds != described.kinds:
-        raise ValueError(
-            "a model of type qwen3_next cannot get other mixers\n"
-            "  why: its softmax layers have an output gate, which no other mixer continues\n"
-            "  try: the model as it is (no --la-module, no --layer-type-list)"
-        )
-
-
 def _tokenizer_arguments(source: Path, described: Described, target: Path) -> tuple[list[str], list[str]]:
     try:
         describe_tokenizer(str(source))
@@ -165,7 +157,8 @@ def _pieces(
     before = source_model(model, described)
     carried, unknown = rows(described.model_type, before.shape(described.size.vocab_size), before.tensors)
     assert not unknown, unknown
-    expected = {name: size for row in carried for name, size in _their_shapes(row, before.tensors[row.key])}
+    parts = {name: size for row in carried for name, size in _their_shapes(row, before.tensors[row.key])}
+    expected = joined(parts)
     found = {name: entry.shape for name, entry in stored.items()}
     ignored = [*IGNORED, r"^lm_head\.weight$"] if described.size.tie_embeddings else list(IGNORED)
     if described.model_type == "qwen3_next":
@@ -176,6 +169,7 @@ def _pieces(
             f"  why: a model of type {described.model_type} with these sizes has {len(expected)} tensors\n"
             f"  try: the config.json that belongs to these weights, or a complete copy"
         )
+    stored = split(stored, parts)
     pieces = []
     origins: dict[str, Origin] = {}
     for row in carried:

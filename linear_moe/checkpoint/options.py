@@ -15,6 +15,7 @@ _NARROW = ("based", "rebased")
 def model_arguments(described: Described, kinds: Sequence[str]) -> list[str]:
     """Flags of the model; those of the training are there because some must be."""
     size = described.size
+    _refuse_other_mixers(described, kinds)
     if described.arguments is not None:
         return _exported_arguments(described, kinds)
     argv = ["--family", described.family.name, "--model-size", described.size_name]
@@ -22,6 +23,23 @@ def model_arguments(described: Described, kinds: Sequence[str]) -> list[str]:
     argv += described.mixer_arguments
     argv += ["--seq-length", str(min(size.max_position_embeddings, 2048)), "--init-method-std", "0.02"]
     return [*argv, *_of_a_training(described)]
+
+
+_FINAL = {
+    "qwen3_next": "its softmax layers have an output gate, which no other mixer continues",
+    "mamba2": "only the projections of softmax layers can be carried over, and it has none",
+}
+"""Why models of some types stay as they are."""
+
+
+def _refuse_other_mixers(described: Described, kinds: Sequence[str]) -> None:
+    kind = described.model_type
+    if kind in _FINAL and tuple(kinds) != described.kinds:
+        raise ValueError(
+            f"a model of type {kind} cannot get other mixers\n"
+            f"  why: {_FINAL[kind]}\n"
+            f"  try: the model as it is (no LA_MODULE, no LAYER_TYPE_LIST)"
+        )
 
 
 def _exported_arguments(described: Described, kinds: Sequence[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 A table maps a pattern of our checkpoint keys to the names on the other side, ``{i}`` a layer and ``{e}`` an expert, and
 to what turns one into the other. What a model has is asked of the model itself: of a table only the rows count whose
-key is there, so that biases, tied embeddings or dense layers need no second table.
+key is there, so that biases, tied embeddings or dense layers need no second table. A name with a bracket is a part of
+their tensor (:mod:`linear_moe.checkpoint.parts`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from linear_moe.checkpoint.transforms import (
     Grouped,
     Halves,
     Padded,
+    Taps,
     Transform,
 )
 from linear_moe.lsm import Mixer
@@ -158,6 +160,40 @@ _GATED_DELTA_NET: Table = {
     _ATTENTION + "out_proj.weight": _same(_THEIRS + "linear_attn.out_proj.weight"),
 }
 
+_THEIR_MIXER = "backbone.layers.{i}.mixer."
+
+
+def _mamba2(make: Callable[[int, tuple[int, ...]], Transform], name: str, parts: dict[int, str]) -> Entry:
+    """Parts of a tensor of theirs, ``[z x b c dt]``, by their number: those of our heads, or of our groups of heads."""
+
+    def transform(shape: Shape) -> Transform:
+        mixer = shape.mixers["mamba2"]
+        table = {p.name: p for p in mixer.all_projections()}
+        is_grouped = any(table[part].grouped for part in parts.values())
+        return make(
+            mixer.num_groups if is_grouped else mixer.cfg.num_heads,
+            tuple(table[part].width for part in parts.values()),
+        )
+
+    return tuple(f"{_THEIR_MIXER}{name}[{number}]" for number in parts), transform
+
+
+_MAMBA2: Table = {
+    "embedding.word_embeddings.weight": _vocabulary("backbone.embeddings.weight"),
+    "output_layer.weight": _vocabulary("lm_head.weight"),
+    "decoder.final_layernorm.weight": _same("backbone.norm_f.weight"),
+    _LAYER + "input_layernorm.weight": _same("backbone.layers.{i}.norm.weight"),
+    _ATTENTION + "in_proj.weight": _mamba2(ByHead, "in_proj.weight", {1: "x", 4: "dt", 0: "g"}),
+    _ATTENTION + "group_proj.weight": _mamba2(ByHead, "in_proj.weight", {2: "b", 3: "c"}),
+    **{_ATTENTION + f"conv_{x}": _mamba2(Taps, f"conv1d.{x}", {0: "x"}) for x in ("weight", "bias")},
+    **{
+        _ATTENTION + f"group_conv_{x}": _mamba2(Taps, f"conv1d.{x}", {1: "b", 2: "c"})
+        for x in ("weight", "bias")
+    },
+    **{_ATTENTION + x: _same(_THEIR_MIXER + x) for x in ("A_log", "D", "dt_bias", "out_proj.weight")},
+    _ATTENTION + "norm_weight": ((_THEIR_MIXER + "norm.weight",), lambda shape: Flat()),
+}
+
 _QWEN2 = _COMMON | _ORDINARY_ATTENTION | _experts("mlp.", "gate_proj", "up_proj", "down_proj")
 
 TABLES: dict[str, Table] = {
@@ -169,6 +205,7 @@ TABLES: dict[str, Table] = {
     "deepseek_v2": _COMMON
     | _LATENT_ATTENTION
     | _experts("mlp.", "gate_proj", "up_proj", "down_proj", "mlp.shared_experts."),
+    "mamba2": _MAMBA2,
     "linear_moe": _QWEN2,
 }
 """By ``model_type`` of config.json. That of ``linear_moe`` goes on with the mixers, and DeepSeek-V2's attention."""

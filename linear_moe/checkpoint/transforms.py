@@ -130,8 +130,28 @@ class ByHead(Transform):
         return [part.flatten(0, 1) for part in by_head.split(self.widths, dim=1)]
 
 
+@dataclass(frozen=True)
+class Taps(Transform):
+    """A short convolution or its bias: all heads of x, of b, of c on the other side, ``[x b c]`` of each on ours."""
+
+    heads: int
+    """H; groups of heads, for a projection of groups."""
+    widths: tuple[int, ...]
+    """Channels per head of each projection."""
+
+    def to_ours(self, parts: list[Tensor]) -> Tensor:
+        """``[H * width, 1, taps]`` or ``[H * width]`` each to ``[H, widths, taps]`` or ``[H, widths]``."""
+        whole = torch.cat([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1)
+        return whole.squeeze(2) if whole.ndim == 4 else whole
+
+    def to_theirs(self, whole: Tensor) -> list[Tensor]:
+        """The inverse."""
+        by_part = [part.flatten(0, 1) for part in whole.split(self.widths, dim=1)]
+        return [part.unsqueeze(1) if part.ndim == 2 else part for part in by_part]
+
+
 class Flat(Transform):
-    """One number per value head, which ours have in rows of those of a key, ``[H, R]``, where R > 1."""
+    """One number per channel or value head, which ours have in rows of those of a head, ``[H, R]``."""
 
     def to_theirs(self, whole: Tensor) -> list[Tensor]:
         """``[H * R]``; the way back is a change of shape only, as every tensor of ours gets its own."""

@@ -130,7 +130,6 @@ def single_process_arguments(
         setattr(args, name, defaults[name])
     half = dtype or (torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
     args.bf16, args.fp16 = half is torch.bfloat16, half is torch.float16
-    args.fp32_residual_connection = args.fp32_residual_connection and (args.bf16 or args.fp16)
     args.padded_vocab_size = padded_vocab_size
     args.moe_token_dispatcher_type = "alltoall"
     args.perform_initialization = False  # every weight is loaded

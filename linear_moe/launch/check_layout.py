@@ -14,10 +14,11 @@ def check_heads(plan: RunPlan) -> None:
         groups = f"to fit {size.num_query_groups} key/value groups"
         if size.has_latent_attention:
             groups = f"the compressed widths {_words(_compressed_widths(plan))}"
+        widths += _dense_widths(plan)
+        feed_forward = f" and the feed-forward width {_words(widths)}" if widths else ""
         raise PreflightError(
             f"tensor parallel {tp} does not fit {plan.family.name} {plan.size_name}.",
-            f"TP has to divide {size.num_attention_heads} heads and the feed-forward width "
-            f"{_words([*widths, *_dense_widths(plan)])}, and {groups}.",
+            f"TP has to divide {size.num_attention_heads} heads{feed_forward}, and {groups}.",
             f"TP={_nearest(tp, legal)} (legal: {_words(legal)})",
         )
 
@@ -39,7 +40,8 @@ def _expert_width(plan: RunPlan) -> int:
 def _dense_widths(plan: RunPlan) -> list[int]:
     """Feed-forward widths that every token passes: of dense layers, and of the shared expert."""
     shared = plan.size.moe_shared_expert_intermediate_size if plan.size.is_moe else None
-    dense = [] if all(plan.size.moe_layers()) else [plan.size.ffn_hidden_size]
+    has_dense = plan.size.has_feed_forward and not all(plan.size.moe_layers())
+    dense = [plan.size.ffn_hidden_size] if has_dense else []
     return dense + ([shared] if shared else [])
 
 
@@ -115,6 +117,12 @@ def check_experts(plan: RunPlan) -> None:
                 "EP=1",
             )
         return
+    if not _expert_width(plan):
+        raise PreflightError(
+            f"the {experts} experts of {plan.family.name} {plan.size_name} have no width.",
+            "without one of their own it is that of the feed-forward blocks, which this model has not.",
+            f"EXTRA_ARGS='--num-experts {experts} --moe-ffn-hidden-size {2 * plan.size.hidden_size}'",
+        )
     if experts % ep:
         legal = [n for n in range(1, experts + 1) if experts % n == 0]
         raise PreflightError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from linear_moe.launch.errors import PreflightError
+from linear_moe.model.families import FAMILIES
 
 Choice = Literal["auto", "true", "false"]
 
@@ -34,7 +35,7 @@ class RunSettings:
     moe: bool | None = None
     """Experts: true gives a dense size 8 of them, top-2; false leaves them out. Not set: as the size is."""
     la_module: str = "gated_deltanet"
-    """Mixer of the `L` layers, or several, "gla,gated_deltanet", chosen by the digits 1, 2, ... of LAYER_TYPE_LIST."""
+    """Mixer of `L` layers, or several, "gla,gated_deltanet", chosen by digits of LAYER_TYPE_LIST; mamba2: its own."""
     mixer_modules: str | None = None
     """Modules of yours that register mixers, "my_package.my_mixer,another"; found through PYTHONPATH."""
     layer_type_list: str | None = None
@@ -177,7 +178,8 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
 
     Raises PreflightError for a value of the wrong type, and for BASE_MODEL naming another family than the script's.
     """
-    settings = RunSettings(**{"base_model": family} | given_values(environment, RunSettings))
+    defaults = {"base_model": family, "la_module": default_mixer(family)}
+    settings = RunSettings(**defaults | given_values(environment, RunSettings))
     if settings.base_model != family:
         raise PreflightError(
             f"BASE_MODEL={settings.base_model}, but this script trains {family}.",
@@ -185,6 +187,12 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
             f"BASE_MODEL={family}",
         )
     return settings
+
+
+def default_mixer(family: str) -> str:
+    """LA_MODULE when it is not set."""
+    published = FAMILIES[family].mixer if family in FAMILIES else None
+    return published or RunSettings.la_module
 
 
 def given_values(environment: Mapping[str, str], settings: type) -> dict[str, Any]:

@@ -30,6 +30,12 @@ class LinearMoEConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         assert len(self.layer_kinds) == self.num_layers, (self.layer_kinds, self.num_layers)
+        if self.num_moe_experts is not None and not self.moe_ffn_hidden_size:
+            raise ValueError(
+                f"the {self.num_moe_experts} experts have no width\n"
+                f"  why: without one of their own it is that of the feed-forward blocks, which this model has not\n"
+                f"  try: --moe-ffn-hidden-size {2 * self.hidden_size}, or no experts"
+            )
         # Both make Megatron give every layer its own checkpoint key: stacked keys cannot hold mixed layers
         # (TransformerBlock.sharded_state_dict); the second has no other use here.
         self.hetereogenous_dist_checkpoint = True

@@ -3,9 +3,10 @@
     RMSNorm    y = x / sqrt(mean(x^2) + eps) * weight
     LayerNorm  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
-Statistics are float32 whatever the dtype of ``x`` (PyTorch does that), and y has the dtype of ``x``. Under sequence
-parallelism every tensor-parallel rank normalises other tokens, so a weight gradient is a partial sum per rank:
-``sequence_parallel`` on the parameter makes Megatron's ``finalize_model_grads`` add them up.
+Statistics are float32 whatever the dtype of ``x`` (PyTorch does that), and y has the dtype of ``x``; that of the
+weight when ``x`` is a float32 residual stream (``config.fp32_residual_connection``). Under sequence parallelism every
+tensor-parallel rank normalises other tokens, so a weight gradient is a partial sum per rank: ``sequence_parallel`` on
+the parameter makes Megatron's ``finalize_model_grads`` add them up.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma
+        self.narrows = config.fp32_residual_connection
         self.weight = _parameter(config, hidden_size, 0.0 if self.zero_centered else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``."""
+        dtype = self.weight.dtype if self.narrows else x.dtype
         if self.zero_centered:
             # In half precision 1 + weight would be 1 for offsets that matter over a whole model.
             exact = torch.promote_types(x.dtype, torch.float32)
             weight = 1.0 + self.weight.to(exact)
-            return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(x.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+            return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(dtype)
 
 
 class LayerNorm(torch.nn.Module):
@@ -45,13 +48,15 @@ class LayerNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma
+        self.narrows = config.fp32_residual_connection
         self.weight = _parameter(config, hidden_size, 0.0 if self.zero_centered else 1.0)
         self.bias = _parameter(config, hidden_size, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``."""
         weight = self.weight + 1.0 if self.zero_centered else self.weight
-        return F.layer_norm(x, weight.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        y = F.layer_norm(x, weight.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return y.to(self.weight.dtype) if self.narrows else y
 
 
 def _parameter(config: TransformerConfig, size: int, value: float) -> torch.nn.Parameter:

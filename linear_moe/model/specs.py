@@ -1,7 +1,7 @@
 """From the layer pattern to Megatron's layer specs: the only place that knows them.
 
-Every layer is a stock ``TransformerLayer``; its ``self_attention`` is a mixer or softmax attention, its ``mlp`` dense
-or a mixture of experts. The pattern is for the whole model; each pipeline stage takes its slice.
+Every layer is a stock ``TransformerLayer``; its ``self_attention`` is a mixer or softmax attention, its ``mlp`` dense,
+a mixture of experts or nothing. The pattern is for the whole model; each pipeline stage takes its slice.
 """
 
 from __future__ import annotations
@@ -73,10 +73,25 @@ def moe_layers(config: LinearMoEConfig) -> list[bool]:
 
 
 def layer_spec(config: LinearMoEConfig, backend: BackendSpecProvider, kind: str, is_moe: bool) -> ModuleSpec:
-    """One transformer layer: norm, mixer or softmax attention, norm, experts or dense feed-forward."""
+    """One transformer layer: norm, mixer or softmax attention, norm, experts or dense feed-forward.
+
+    Of a feed-forward width of 0, layers without experts end behind the first residual: Megatron's defaults for the
+    other half of a layer are modules that do nothing.
+    """
     assert not backend.fuse_layernorm_and_linear(), "norms are modules of their own here: keys stay the same"
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
     token_mixer = softmax_spec(config, backend) if kind == SOFTMAX else mixer_spec(kind)
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=norm, self_attention=token_mixer, self_attn_bda=get_bias_dropout_add
+    )
+    if is_moe or config.ffn_hidden_size:
+        submodules.pre_mlp_layernorm = norm
+        submodules.mlp = _feed_forward(config, backend, is_moe)
+        submodules.mlp_bda = get_bias_dropout_add
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def _feed_forward(config: LinearMoEConfig, backend: BackendSpecProvider, is_moe: bool) -> Any:
     mlp: Any = get_mlp_module_spec_for_backend(
         backend,
         num_experts=config.num_moe_experts if is_moe else None,
@@ -86,17 +101,7 @@ def layer_spec(config: LinearMoEConfig, backend: BackendSpecProvider, kind: str,
         mlp = partial(MoE, **mlp.keywords)
         is_grouped = config.moe_router_group_topk is not None
         mlp.keywords["submodules"].router = GroupLimitedRouter if is_grouped else Router
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=token_mixer,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
+    return mlp
 
 
 def mixer_spec(kind: str) -> ModuleSpec:

@@ -116,6 +116,8 @@ def resolve(args: argparse.Namespace) -> None:
             f"  why: every layer needs its kind\n"
             f"  try: --layer-type-list with one symbol per layer"
         )
+    # Megatron refuses the flag where everything is float32, and a family has it in any precision.
+    args.fp32_residual_connection = args.fp32_residual_connection and (args.bf16 or args.fp16)
     _check_shared_flags(args)
     args.mixer_options = {name: _given(args, name) for name in lsm.names()}
     args.mixer_options = {name: given for name, given in args.mixer_options.items() if given}

@@ -1,5 +1,6 @@
 """Tiny random models of transformers, one of every family and variant that can be imported."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,6 +43,16 @@ _DEEPSEEK = _BASE | {
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
 }
+_MAMBA2 = {
+    "hidden_size": 64,
+    "num_heads": 8,
+    "head_dim": 16,
+    "state_size": 16,
+    "n_groups": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCAB,
+    "chunk_size": 16,
+}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.9}
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
@@ -68,6 +79,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"q_lora_rank": 24, "routed_scaling_factor": 2.5, "rope_parameters": _YARN}
         | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     ),
+    "mamba2": ("Mamba2", _MAMBA2),
+    "mamba2-tied": (
+        "Mamba2",
+        _MAMBA2
+        | {"n_groups": 1, "num_heads": 9, "head_dim": 64, "hidden_size": 192, "expand": 3, "conv_kernel": 2}
+        | {"tie_word_embeddings": True, "use_conv_bias": False, "residual_in_fp32": False, "chunk_size": 256}
+        | {"time_step_limit": (0.01, 0.5)},
+    ),
     "deepseek_v2-lite": ("DeepseekV2", _DEEPSEEK | {"q_lora_rank": None, "topk_method": "greedy"}),
 }
 
@@ -88,25 +107,37 @@ def save_hf(folder: Path | str, name: str, *, dtype: torch.dtype = torch.float32
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Qwen3-Next without the kernels that transformers takes from flash-linear-attention when that is installed."""
-    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+    """Without the kernels that transformers takes from flash-linear-attention when that is installed."""
+    from transformers.models.mamba2 import modeling_mamba2
+    from transformers.models.qwen3_next import modeling_qwen3_next
 
     with ExitStack() as stack:
-        for name, function in vars(modeling).items():
-            here = getattr(function, "__module__", None) == modeling.__name__
-            if here and hasattr(function, "__wrapped__"):
-                stack.enter_context(mock.patch.object(modeling, name, function.__wrapped__))
+        for modeling in (modeling_mamba2, modeling_qwen3_next):
+            for name, function in vars(modeling).items():
+                here = getattr(function, "__module__", None) == modeling.__name__
+                if here and hasattr(function, "__wrapped__"):
+                    stack.enter_context(mock.patch.object(modeling, name, function.__wrapped__))
         yield
 
 
 def hf_logits(folder: Path | str, tokens: list[list[int]], **options: Any) -> torch.Tensor:
     """``[B, T, V]`` of a folder as transformers reads it."""
-    import transformers
-
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(folder, dtype=torch.float32, attn_implementation="eager", **options).eval()
+    model = hf_model(folder, attn_implementation="eager", **options)
     with torch.no_grad(), on_cpu():
         return model(torch.tensor(tokens)).logits
+
+
+def hf_model(folder: Path | str, **options: Any) -> Any:
+    """A folder in float32, by the class that its config names.
+
+    Not by ``AutoModelForCausalLM`` where transformers has it: flash-linear-attention, once imported, puts a Mamba2 of
+    its own there, which needs a GPU.
+    """
+    import transformers
+
+    name = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    load = getattr(transformers, name, transformers.AutoModelForCausalLM).from_pretrained
+    return load(folder, dtype=torch.float32, **options).eval()
 
 
 def some_tokens(batch: int = 2, length: int = 40) -> list[list[int]]:

@@ -13,8 +13,9 @@ def write_empty_model(folder: Path, shard_bytes: int, **sizes: Any) -> int:
     import torch
 
     from linear_moe.checkpoint.blueprint import blueprint
-    from linear_moe.checkpoint.hf_config import describe, native_config
+    from linear_moe.checkpoint.hf_config import describe
     from linear_moe.checkpoint.hf_folder import NAMES, Planned, shards, write_index
+    from linear_moe.checkpoint.native import native_config
     from linear_moe.checkpoint.options import model_arguments
     from linear_moe.checkpoint.tables import rows
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from linear_moe.checkpoint.hf_config import describe, native_config, native_type
+from linear_moe.checkpoint.hf_config import describe
+from linear_moe.checkpoint.native import native_config, native_type
 
 _QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],

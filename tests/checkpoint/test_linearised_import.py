@@ -121,13 +121,17 @@ def test_every_mixer_can_be_started(gloo, tmp_path):
     assert {mixer for mixer, (_, how) in outputs.items() if how != "carried"} == {"mamba2"}
 
 
+FINAL = ("qwen3_next", "mamba2")
+"""Models without anything that another mixer continues."""
+
+
 def every_family(rank, world, folder):
     """The first of two layers becomes gated_deltanet; what its output projection started from."""
     from linear_moe.checkpoint.importing import import_model
     from linear_moe.inference.load import load_model
 
     found = {}
-    for name in [name for name in MODELS if not name.startswith("qwen3_next")]:
+    for name in [name for name in MODELS if not name.startswith(FINAL)]:
         source, run = Path(folder) / name, Path(folder) / f"{name}-run"
         save_hf(source, name)
         done = import_model(source, run, la_module="gated_deltanet", layer_type_list="LN")
@@ -143,18 +147,19 @@ def test_every_family_can_be_linearised(gloo, tmp_path):
         assert hows == ("started" if name.startswith("deepseek") else "carried", "carried"), name
 
 
-def linearised_qwen3_next(rank, world, folder):
+def with_other_mixers(rank, world, folder, name):
     from linear_moe.checkpoint.importing import import_model
 
     source, run = Path(folder) / "hf", Path(folder) / "run"
-    save_hf(source, "qwen3_next-equal")
-    with pytest.raises(ValueError, match="qwen3_next cannot get other mixers"):
+    save_hf(source, name)
+    with pytest.raises(ValueError, match=f"{name.partition('-')[0]} cannot get other mixers"):
         import_model(source, run, la_module="gla", layer_type_list="LN")
     return run.exists()
 
 
-def test_no_mixer_continues_an_output_gate(gloo, tmp_path):
-    assert gloo(1, linearised_qwen3_next, str(tmp_path)) == [False]
+@pytest.mark.parametrize("name", ["qwen3_next-equal", "mamba2"])
+def test_no_mixer_continues_an_output_gate_or_another_mixer(gloo, tmp_path, name):
+    assert gloo(1, with_other_mixers, str(tmp_path), name) == [False]
 
 
 def test_options_of_the_user_win(gloo, tmp_path):

@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
 def row(family: str, name: str, size: ModelSize) -> str:
     """A line of the table of sizes."""
     rows = size.vocab_size + size.extra_vocab_size
-    kinds = ("softmax",) * size.num_layers
+    kinds = (FAMILIES[family].mixer or "softmax",) * size.num_layers
     counts = estimate_parameters(size, kinds, padded_vocab_size(rows))
     cells = [
         family,
@@ -26,7 +26,7 @@ def row(family: str, name: str, size: ModelSize) -> str:
         size.num_layers,
         size.hidden_size,
         heads(size),
-        size.ffn_hidden_size,
+        size.ffn_hidden_size or "-",
         experts(size),
     ]
     cells += [rope(size), f"{size.norm_epsilon:g}", "tied" if size.tie_embeddings else "-", rows]

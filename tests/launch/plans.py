@@ -15,6 +15,7 @@ SCRIPTS = {
     "deepseek_v2": EXAMPLES / "linear_moe_deepseek_v2" / "run_pretrain_deepseek.sh",
     "mixtral": EXAMPLES / "linear_moe_mixtral" / "run_pretrain_mistral.sh",
     "llama3": EXAMPLES / "linear_llama3" / "run_pretrain_mcore_llama.sh",
+    "mamba2": EXAMPLES / "linear_mamba2" / "run_pretrain_mamba2.sh",
 }
 """The run script of every family."""
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from linear_moe.launch.cluster import first_node, retired_variables, with_cluster
-from linear_moe.launch.environment import RunSettings, read_environment, variables
+from linear_moe.launch.environment import RunSettings, default_mixer, read_environment, variables
 from linear_moe.launch.errors import PreflightError
 from linear_moe.model.families import FAMILIES
 from tests.launch.plans import SCRIPTS
@@ -86,12 +86,13 @@ def test_every_script_has_every_variable_with_the_same_default(family: str):
         name for line in re.findall(r"^export ([A-Z_0-9 ]+)$", text, re.MULTILINE) for name in line.split()
     }
     assert set(in_script) == set(variables()) == exported
+    mixer = default_mixer(family)
     assert read_environment(in_script, family) == RunSettings(
-        base_model=family, pretrain_checkpoint_path="none"
+        base_model=family, la_module=mixer, pretrain_checkpoint_path="none"
     )
     # Spelt out for the reader; empty, so that a checkpoint may decide.
     assert re.search(rf" {FAMILIES[family].default_size} \((.*, )?if empty\)", text)
-    assert "(empty: gated_deltanet)" in text
+    assert f"(empty: {mixer})" in text and mixer == (FAMILIES[family].mixer or "gated_deltanet")
     assert in_script["MODEL_SIZE"] == in_script["LA_MODULE"] == ""
     assert text.endswith(f'exec "$PYTHON" -m linear_moe.launch --family {family}\n')
 

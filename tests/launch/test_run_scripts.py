@@ -98,6 +98,7 @@ def test_tensor_parallel_divides_what_is_compressed():
         ("mixtral", {"LAYER_TYPE_LIST": "NLLL", "LA_MODULE": "gla"}),
         ("llama3", {"LAYER_TYPE_LIST": "LN", "LA_MODULE": "mamba2"}),
         ("llama3", {"LAYER_TYPE_LIST": "LN", "MOE": "true"}),
+        ("mamba2", {"EXTRA_ARGS": "--num-experts 4 --moe-ffn-hidden-size 64", "LAYER_TYPE_LIST": "LLLN"}),
     ],
 )
 def test_each_script_trains(gloo, tmp_path: Path, family: str, variables: dict[str, str]):

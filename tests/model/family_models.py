@@ -30,7 +30,11 @@ PUBLISHED = [
 def shrunken(size: ModelSize) -> ModelSize:
     """The same switches, proportions of heads and kinds of layers, at a hidden width of 64."""
     small: dict[str, Any] = {"num_layers": 3 if size.first_dense_layers else 2, "hidden_size": 64}
-    small |= {"ffn_hidden_size": 96, "num_attention_heads": 4, "kv_channels": 16}
+    small |= {
+        "ffn_hidden_size": 96 if size.has_feed_forward else 0,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+    }
     small["num_query_groups"] = max(1, 4 * size.num_query_groups // size.num_attention_heads)
     small |= {"vocab_size": VOCAB, "extra_vocab_size": 0}
     if size.is_moe:
@@ -76,7 +80,8 @@ def build(
     from linear_moe.training import arguments
     from linear_moe.training.pretrain import prepare_arguments
 
-    args = prepare_arguments(command_line(family, size, kinds or ["softmax"] * size.num_layers, *extra))
+    kinds = kinds or [family.mixer or "softmax"] * size.num_layers
+    args = prepare_arguments(command_line(family, size, kinds, *extra))
     config = arguments.model_config(args)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=args.tensor_model_parallel_size)
     model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
@@ -101,7 +106,7 @@ def logits(model: Any) -> Tensor:
 def ours(
     rank: int, world: int, cases: list[tuple[Family, ModelSize]]
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Weights and logits of each family's softmax model. In a worker."""
+    """Weights and logits of each family's model, of softmax layers or of its mixer. In a worker."""
     from tests.workers import leave_model_parallel
 
     found = []
@@ -136,11 +141,22 @@ def huggingface_class(family: Family, size: ModelSize) -> Any:
         "mixtral": transformers.MixtralForCausalLM,
         "llama3": transformers.LlamaForCausalLM,
         "deepseek_v2": transformers.DeepseekV2ForCausalLM,
+        "mamba2": transformers.Mamba2ForCausalLM,
     }[family.name]
 
 
 def huggingface_config(family: Family, size: ModelSize) -> Any:
     """The config with which that class is built, in its own words."""
+    if family.name == "mamba2":
+        return huggingface_class(family, size).config_class(
+            vocab_size=size.vocab_size + size.extra_vocab_size,
+            hidden_size=size.hidden_size,
+            num_hidden_layers=size.num_layers,
+            num_heads=2 * size.hidden_size // 64,
+            n_groups=1,
+            layer_norm_epsilon=size.norm_epsilon,
+            tie_word_embeddings=size.tie_embeddings,
+        )
     fields: dict[str, Any] = {
         "vocab_size": size.vocab_size + size.extra_vocab_size,
         "hidden_size": size.hidden_size,
@@ -206,6 +222,8 @@ def _rope(size: ModelSize) -> dict[str, Any]:
 
 def renamed(size: ModelSize, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under Hugging Face's names, fused ones taken apart."""
+    if not size.has_feed_forward:
+        return renamed_mamba2(size, weights)
     state: dict[str, Tensor] = {}
     for name, weight in weights.items():
         state |= _renamed(size, name, weight)
@@ -268,6 +286,29 @@ def _qkv(size: ModelSize, weight: Tensor) -> dict[str, Tensor]:
         return {"q": torch.stack([q, gate], dim=2).flatten(0, 3), "k": k.flatten(0, 2), "v": v.flatten(0, 2)}
     parts = weight.unflatten(0, (G, H // G + 2, K)).split([H // G, 1, 1], dim=1)
     return {x: part.flatten(0, 2) for x, part in zip("qkv", parts, strict=True)}
+
+
+def renamed_mamba2(size: ModelSize, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same of Mamba2: z, x, B, C, dt of all heads, one below the other; ours are x, dt, z of a head, and B, C."""
+    state = {
+        "backbone.embeddings.weight": weights["embedding.word_embeddings.weight"],
+        "lm_head.weight": weights["embedding.word_embeddings.weight"],
+        "backbone.norm_f.weight": weights["decoder.final_layernorm.weight"],
+    }
+    for layer in range(size.num_layers):
+        prefix, theirs = f"decoder.layers.{layer}.", f"backbone.layers.{layer}."
+        mine = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        state[theirs + "norm.weight"] = mine.pop("input_layernorm.weight")
+        mine = {name.removeprefix("self_attention."): weight for name, weight in mine.items()}
+        x, dt, z = mine.pop("in_proj.weight").unflatten(0, (-1, 129)).split([64, 1, 64], dim=1)
+        parts = [z.flatten(0, 1), x.flatten(0, 1), mine.pop("group_proj.weight"), dt.flatten(0, 1)]
+        state[theirs + "mixer.in_proj.weight"] = torch.cat(parts)
+        for part in ("weight", "bias"):
+            taps = torch.cat([mine.pop(f"{group}conv_{part}").flatten(0, 1) for group in ("", "group_")])
+            state[theirs + f"mixer.conv1d.{part}"] = taps[:, None] if part == "weight" else taps
+        state[theirs + "mixer.norm.weight"] = mine.pop("norm_weight").flatten()
+        state |= {theirs + "mixer." + name: weight for name, weight in mine.items()}
+    return state
 
 
 @functools.cache

@@ -98,6 +98,12 @@ PUBLISHED = {
     ("deepseek_v2", "A21B"): 235_741_434_880,
     ("llama3", "1B"): 1_235_814_400,
     ("llama3", "8B"): 8_030_261_248,
+    # rounded in the names of the checkpoints
+    ("mamba2", "130M"): 128_989_632,
+    ("mamba2", "370M"): 368_346_624,
+    ("mamba2", "780M"): 780_161_280,
+    ("mamba2", "1.3B"): 1_343_757_312,
+    ("mamba2", "2.7B"): 2_702_599_680,
     # of the earlier system
     ("qwen2", "A0.3B"): 2.48e9,
     ("qwen2", "A1B"): 7.34e9,
@@ -126,6 +132,8 @@ def test_published_counts(family: str, gloo):
         assert counts.total == pytest.approx(PUBLISHED[model], rel=tolerance), model
         if model in ACTIVE:
             assert counts.active / 1e9 == pytest.approx(ACTIVE[model], rel=0.01), model
+        if FAMILIES[family].mixer is not None:
+            continue  # a recurrence has products without weights
         # without scores: a product for each weight that a token meets, forward and twice backward
         size = FAMILIES[family].sizes[model[1]]
         met = counts.active - (0 if size.tie_embeddings else counts.embedding / 2)
@@ -140,7 +148,10 @@ def measured_estimates(rank: int, world: int, models: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_launchers_estimate(family: str, gloo):
-    """Within a few percent for every published size, with every mixer of the package."""
+    """Within a few percent for every published size, with every mixer of the package.
+
+    Narrow waists, which it leaves out, count for more where there is no feed-forward block.
+    """
     sizes = [name for name, size in FAMILIES[family].sizes.items() if size.hidden_size >= 512]
     # heads of softmax are wider together than the residual stream in Qwen3-Next
     mixers = EVERY if family == "qwen2" else ["gla", "mamba2", "rwkv6", "rwkv7", "hgrn2", "mom_hgrn2"]
@@ -149,8 +160,9 @@ def test_the_launchers_estimate(family: str, gloo):
     for model, counts in zip(models, gloo(1, measured_estimates, models)[0], strict=True):
         plan = plan_model(*model)
         total, active = estimate_parameters(plan.size, plan.kinds, plan.padded_vocab_size)
-        assert total == pytest.approx(counts.total, rel=0.03), model
-        assert active == pytest.approx(counts.active, rel=0.03), model
+        tolerance = 0.03 if plan.size.has_feed_forward else 0.06
+        assert total == pytest.approx(counts.total, rel=tolerance), model
+        assert active == pytest.approx(counts.active, rel=tolerance), model
 
 
 def printed(rank: int, world: int, *argv: str) -> tuple[int, str, str]:

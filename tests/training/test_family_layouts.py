@@ -18,6 +18,8 @@ STACKS = {
     ("qwen3_next", "80B-A3B"): ["gated_deltanet", "softmax"],
     # one table of embeddings, at both ends of the pipeline
     ("llama3", "1B"): ["gated_deltanet", "softmax"],
+    # no feed-forward blocks
+    ("mamba2", "130M"): ["mamba2", "softmax"],
     ("mixtral", "8x7B"): ["gla", "softmax", "gated_deltanet", "softmax"],
 }
 SELECTED = [
@@ -27,6 +29,7 @@ SELECTED = [
     ("qwen2", "A14B", "tp2-sp"),
     ("qwen3_next", "80B-A3B", "tp2-sp"),
     ("llama3", "1B", "pp2"),
+    ("mamba2", "130M", "tp2-pp2"),
 ]
 
 

@@ -80,6 +80,7 @@ def _described(model: LinearMoEModelConfig, vocab_size: int, dtype: str) -> dict
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
+        "residual_in_fp32": config.fp32_residual_connection,
         "num_hidden_layers": config.num_layers,
         "layer_kinds": kinds,
         "mixers": {kind: _mixer(kind, config) for kind in dict.fromkeys(kinds) if kind != SOFTMAX},

@@ -19,12 +19,13 @@ from linear_moe.model.families.arguments import (
 from linear_moe.model.families.deepseek_v2 import DEEPSEEK_V2
 from linear_moe.model.families.estimate import estimate_parameters, padded_vocab_size
 from linear_moe.model.families.llama3 import LLAMA3
+from linear_moe.model.families.mamba2 import MAMBA2
 from linear_moe.model.families.mixtral import MIXTRAL
 from linear_moe.model.families.qwen2 import QWEN2
 from linear_moe.model.families.qwen3_next import QWEN3_NEXT
 from linear_moe.model.families.table import Family, Llama3Rope, ModelSize, YarnRope
 
-FAMILIES = {family.name: family for family in (QWEN2, QWEN3_NEXT, DEEPSEEK_V2, MIXTRAL, LLAMA3)}
+FAMILIES = {family.name: family for family in (QWEN2, QWEN3_NEXT, DEEPSEEK_V2, MIXTRAL, LLAMA3, MAMBA2)}
 """Every family by the name that `--family` and BASE_MODEL know."""
 
 __all__ = [

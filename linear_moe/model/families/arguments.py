@@ -89,6 +89,7 @@ def megatron_arguments(family: Family, size: ModelSize, *, moe_aux_loss_coeff: f
         "--qk-layernorm": family.qk_norm,
         "--apply-layernorm-1p": family.zero_centered_norms,
         "--attention-output-gate": size.attention_output_gate,
+        "--fp32-residual-connection": size.fp32_residual,
     }
     flags += [flag for flag, is_on in switches.items() if is_on]
     if not size.tie_embeddings:
@@ -161,6 +162,7 @@ def size_of(arguments: list[str]) -> ModelSize | None:
             first_dense_layers=int(dense[1]) if dense else 0,
             attention_output_gate="--attention-output-gate" in arguments,
             tie_embeddings="--untie-embeddings-and-output-weights" not in arguments,
+            fp32_residual="--fp32-residual-connection" in arguments,
             rope_scaling=_rope_scaling(arguments),
             vocab_size=1,
             extra_vocab_size=0,

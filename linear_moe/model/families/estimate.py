@@ -15,7 +15,7 @@ _PROJECTIONS = {
         "rwkv6": 4.3,
         "rwkv7": 4.3,
     },
-    **{"gsa": 4.5, "mamba2": 6.2, "retention": 8, "mom_based": 6.75, "mom_rebased": 6.75, "mom_gla": 10},
+    **{"gsa": 4.5, "mamba2": 6.03, "retention": 8, "mom_based": 6.75, "mom_rebased": 6.75, "mom_gla": 10},
     **{"mom_deltanet": 12, "mom_hgrn2": 12, "mom_kda": 12.7, "mom_linear_attention": 13},
     **{"mom_lightning_attention": 13, "mom_gated_deltanet": 13, "mom_gsa": 14.5, "mom_retention": 20},
 }
@@ -24,6 +24,10 @@ gate and output projection. A test compares every mixer of the package with the 
 
 _AS_WIDE_AS_HIDDEN = ("mamba2", "hgrn2", "mom_hgrn2")
 """Mixers that choose their own heads: those are as wide as the residual stream together, whatever softmax's are."""
+
+
+_CHANNELS = {"mamba2": 256}
+"""Channels that a mixer has beside those, however wide the model is."""
 
 
 def padded_vocab_size(rows: int, tensor_parallel: int = 1) -> int:
@@ -37,12 +41,7 @@ def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int
     hidden, width = size.hidden_size, size.num_attention_heads * size.kv_channels
     softmax = _latent_attention(size) if size.has_latent_attention else _attention(size)
     shared = vocab_rows * hidden * (1 if size.tie_embeddings else 2)
-    shared += sum(
-        softmax
-        if kind == "softmax"
-        else round(_PROJECTIONS.get(kind, 5) * hidden * (hidden if kind in _AS_WIDE_AS_HIDDEN else width))
-        for kind in kinds
-    )
+    shared += sum(softmax if kind == "softmax" else _mixer(kind, hidden, width) for kind in kinds)
     moe = size.moe_layers()
     shared += moe.count(False) * 3 * hidden * size.ffn_hidden_size
     if not size.is_moe:
@@ -52,6 +51,11 @@ def estimate_parameters(size: ModelSize, kinds: tuple[str, ...], vocab_rows: int
     shared += moe.count(True) * (wide + hidden * size.num_experts)
     experts = moe.count(True) * 3 * hidden * (size.moe_ffn_hidden_size or size.ffn_hidden_size)
     return shared + experts * size.num_experts, shared + experts * size.moe_router_topk
+
+
+def _mixer(kind: str, hidden: int, width: int) -> int:
+    wide = hidden if kind in _AS_WIDE_AS_HIDDEN else width
+    return round((_PROJECTIONS.get(kind, 5) * wide + _CHANNELS.get(kind, 0)) * hidden)
 
 
 def _attention(size: ModelSize) -> int:

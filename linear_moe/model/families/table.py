@@ -34,13 +34,14 @@ class ModelSize:
     """One named size of a family: the numbers that fix every weight's shape. Independent of any parallel layout."""
 
     num_layers: int
-    """Decoder layers. Each holds one mixer and one feed-forward block."""
+    """Decoder layers. Each holds one mixer and, unless its width is 0, one feed-forward block."""
 
     hidden_size: int
     """Width of the residual stream."""
 
     ffn_hidden_size: int
-    """Width of a dense SwiGLU feed-forward block; used by every layer that has no experts."""
+    """Width of a dense SwiGLU feed-forward block; used by every layer that has no experts. 0: those layers have none,
+    and no norm before it."""
 
     num_attention_heads: int
     """Query heads of a softmax layer, and heads of a linear mixer."""
@@ -96,6 +97,9 @@ class ModelSize:
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
 
+    fp32_residual: bool = False
+    """Keep the residual stream in float32 in a model of half precision."""
+
     rotary_base: int
     """Base of the rotary embedding of softmax layers. Linear mixers have no rotary embedding."""
 
@@ -121,6 +125,11 @@ class ModelSize:
     def is_moe(self) -> bool:
         """Whether the feed-forward blocks are mixtures of experts."""
         return self.num_experts is not None
+
+    @property
+    def has_feed_forward(self) -> bool:
+        """Whether layers without experts have a feed-forward block."""
+        return self.ffn_hidden_size > 0
 
     @property
     def has_latent_attention(self) -> bool:
@@ -166,6 +175,10 @@ class Family:
 
     default_size: str
     """Size used when MODEL_SIZE is not set."""
+
+    mixer: str | None = None
+    """Mixer of every layer of the published models, and of L layers when LA_MODULE is not set. None: they are softmax
+    attention, but for Qwen3-Next, and LA_MODULE has its own default."""
 
     add_qkv_bias: bool = False
     """Bias on the q, k, v projections of softmax layers and mixers. All other linear layers have none."""

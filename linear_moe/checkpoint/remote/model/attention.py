@@ -21,7 +21,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class LinearMoeRMSNorm(nn.Module):
-    """RMSNorm over the last dimension, statistics in float32."""
+    """RMSNorm over the last dimension, statistics in float32; of a float32 residual stream in the weight's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -30,7 +30,8 @@ class LinearMoeRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return y.to(self.weight.dtype) if x.dtype == torch.float32 else y
 
 
 def rotation_of(config: LinearMoeConfig, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:

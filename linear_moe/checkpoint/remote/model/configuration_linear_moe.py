@@ -27,7 +27,8 @@ class LinearMoeConfig(PreTrainedConfig):
         family: name of the family whose switches the model has; for the reader only.
         vocab_size: rows of the embedding.
         hidden_size: channels of the residual stream.
-        intermediate_size: width of a dense feed-forward block.
+        intermediate_size: width of a dense feed-forward block; 0: layers without experts have none.
+        residual_in_fp32: keep the residual stream in float32, whatever the dtype of the weights.
         num_hidden_layers: layers.
         num_attention_heads: query heads of softmax layers.
         num_key_value_heads: key and value heads of softmax layers.
@@ -73,6 +74,7 @@ class LinearMoeConfig(PreTrainedConfig):
     vocab_size: int = 151936
     hidden_size: int = 1024
     intermediate_size: int = 2816
+    residual_in_fp32: bool = False
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     num_key_value_heads: int = 8

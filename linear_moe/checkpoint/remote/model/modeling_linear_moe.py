@@ -1,6 +1,6 @@
 """Linear-MoE: a decoder whose layers are linear sequence mixers or softmax attention, dense or with experts.
 
-    x = x + mixer(norm(x))      x = x + feed_forward(norm(x))
+    x = x + mixer(norm(x))      x = x + feed_forward(norm(x)), which some models have not
 
 Loaded by ``transformers`` with ``trust_remote_code=True``. Needs torch and transformers only; where the package
 ``linear_moe`` is installed, its kernels compute the recurrences. ``generate()`` keeps a state of constant size for
@@ -51,7 +51,7 @@ from linear_moe.checkpoint.remote.model.padding import Padding, positions
 
 
 class LinearMoeDecoderLayer(GradientCheckpointingLayer):
-    """Norm, mixer or softmax attention, norm, feed-forward block."""
+    """Norm, mixer or softmax attention, norm, feed-forward block; without a width for it, the first two."""
 
     def __init__(self, config: LinearMoeConfig, layer: int) -> None:
         super().__init__()
@@ -63,12 +63,13 @@ class LinearMoeDecoderLayer(GradientCheckpointingLayer):
             self.self_attn = attention(config, layer)
         else:
             self.mixer = LinearMoeMixer(config, layer)
-        self.post_attention_layernorm = LinearMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: nn.Module = (
-            LinearMoeSparseBlock(config)
-            if config.moe_layers[layer]
-            else LinearMoeMLP(config.hidden_size, config.intermediate_size)
-        )
+        self.mlp: nn.Module | None = None
+        if config.moe_layers[layer]:
+            self.mlp = LinearMoeSparseBlock(config)
+        elif config.intermediate_size:
+            self.mlp = LinearMoeMLP(config.hidden_size, config.intermediate_size)
+        if self.mlp is not None:
+            self.post_attention_layernorm = LinearMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -88,7 +89,9 @@ class LinearMoeDecoderLayer(GradientCheckpointingLayer):
         else:
             mixed_BTD, first_value = self.mixer(normed_BTD, tables, first_value, padding, past_key_values)
         hidden_BTD = hidden_BTD + mixed_BTD
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)), first_value
+        if self.mlp is not None:
+            hidden_BTD = hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return hidden_BTD, first_value
 
 
 class LinearMoePreTrainedModel(PreTrainedModel):
@@ -193,7 +196,8 @@ class LinearMoeModel(LinearMoePreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-        hidden_BTD = self.norm(self._run(inputs_embeds, options))
+        hidden_BTD = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
+        hidden_BTD = self.norm(self._run(hidden_BTD, options))
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=past_key_values)
 
     def _run(self, hidden_BTD: Tensor, options: dict[str, Any]) -> Tensor:
