@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +17,7 @@ from linear_moe.launch.environment import RunSettings, read_environment, variabl
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.finetune import plan_finetune
 from linear_moe.launch.header import default_threads, header
-from linear_moe.launch.hugging_face import convert, hugging_face_folder
+from linear_moe.launch.hugging_face import convert
 from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
@@ -60,17 +59,15 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 
 def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int) -> RunPlan:
-    """What the person leaves out of the model is that of the checkpoint; of a Hugging Face folder, always its size."""
+    """What the person leaves out of the model is that of the checkpoint."""
     given = {name: text.strip() for name, text in environment.items() if text.strip()}
     if given.get("PRETRAIN_CHECKPOINT_PATH", "none") == "none":
         return plan_run(read_environment(given, family), devices)
-    if hugging_face_folder(given) is not None:
-        given = {n: text for n, text in given.items() if n not in ("MODEL_SIZE", "MOE", "EXTRA_VOCAB_SIZE")}
     if "LAYER_TYPE_LIST" in given:
         given.setdefault("LA_MODULE", RunSettings.la_module)
     model = starting_model(given, family, "pretrain")
-    plan = plan_run(read_environment({**given, **model.variables}, family), devices, model.families)
-    return replace(plan, from_checkpoint=tuple(name for name in model.variables if name != "EXTRA_ARGS"))
+    settings = read_environment({**given, **model.variables}, family)
+    return plan_run(settings, devices, model.families, model.names)
 
 
 def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:

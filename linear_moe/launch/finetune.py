@@ -50,7 +50,7 @@ def plan_finetune(
             raise _no_tokenizer(given)
         # Steps follow from the samples; until these are known, one step passes every check of a schedule.
         first = {**given, "TRAIN_ITERS": "1", "WARMUP_ITERS": "0"}
-        plan = plan_run(read_environment(first, family), cuda_devices, model.families)
+        plan = plan_run(read_environment(first, family), cuda_devices, model.families, model.names)
         plan = replace(plan, instructions=Instructions(settings=settings, is_packed=plan.settings.pack))
         preflight(plan)
         plan = _with_samples(plan, template, announce)

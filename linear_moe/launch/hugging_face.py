@@ -15,7 +15,14 @@ from linear_moe.checkpoint.options import linear_options, model_arguments
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, registered_mixers
-from linear_moe.launch.resume import checkpoint_iteration, mixer_options
+from linear_moe.launch.resume import (
+    UNSET,
+    architecture,
+    architecture_of,
+    checkpoint_iteration,
+    mixer_options,
+    refuse_differences,
+)
 from linear_moe.model.families import padded_vocab_size
 from linear_moe.model.pattern import layer_kinds
 
@@ -58,6 +65,20 @@ def future_config(folder: Path, given: Mapping[str, str]) -> dict[str, Any]:
         return config
     tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
     return config | {"tokenizer": tokenizer}
+
+
+def check_hugging_face(plan: RunPlan) -> None:
+    """What the variables say of the model is what the folder says that the run starts from."""
+    source = plan.hugging_face
+    if source is None or checkpoint_iteration(plan.run_dir / "checkpoint") is not None:
+        return
+    described = describe_folder(source)
+    arguments = model_arguments(described, described.kinds)
+    theirs = architecture_of(described.family.name, described.size, arguments)
+    theirs["padded_vocab_size"] = padded_vocab_size(described.size.vocab_size)
+    ours = {name: value for name, value in architecture(plan).items() if name in theirs}
+    given = f"PRETRAIN_CHECKPOINT_PATH={plan.settings.pretrain_checkpoint_path}"
+    refuse_differences(theirs, ours, f"{given} has another architecture", UNSET)
 
 
 def convert(plan: RunPlan, announce: Callable[[str], None]) -> bool:

@@ -157,8 +157,16 @@ class RunPlan:
         return f"{tokens:.1f}T"
 
 
-def plan_run(settings: RunSettings, cuda_devices: int, families: Mapping[str, Family] = FAMILIES) -> RunPlan:
-    """Resolve family, size, mixers and tokenizer. Raises PreflightError for a name that does not exist."""
+def plan_run(
+    settings: RunSettings,
+    cuda_devices: int,
+    families: Mapping[str, Family] = FAMILIES,
+    from_checkpoint: tuple[str, ...] = (),
+) -> RunPlan:
+    """Resolve family, size, mixers and tokenizer.
+
+    Raises PreflightError for a name that does not exist, and for a pattern that does not fit the layers.
+    """
     if settings.base_model not in families:
         raise PreflightError(
             f"unknown family {settings.base_model!r}.",
@@ -175,6 +183,8 @@ def plan_run(settings: RunSettings, cuda_devices: int, families: Mapping[str, Fa
             f"MODEL_SIZE={_nearest(size_name, family)}",
         )
     size, extra_args = _apply_extra_args(family.sizes[size_name].with_moe(settings.moe), settings.extra_args)
+    if "LAYER_TYPE_LIST" in from_checkpoint and len(settings.layer_type_list or "") != size.num_layers:
+        raise _other_layers(settings, size.num_layers, by_size="MODEL_SIZE" not in from_checkpoint)
     try:
         kinds = layer_kinds(
             settings.layer_type_list,
@@ -194,8 +204,22 @@ def plan_run(settings: RunSettings, cuda_devices: int, families: Mapping[str, Fa
         extra_args=extra_args,
         tokenizer=_tokenizer(settings),
         cuda_devices=cuda_devices,
+        from_checkpoint=from_checkpoint,
     )
     return replace(plan, settings=_with_global_batch(plan))
+
+
+def _other_layers(settings: RunSettings, layers: int, *, by_size: bool) -> PreflightError:
+    """The pattern is the checkpoint's: what the person has set is the size, or EXTRA_ARGS."""
+    wrong = f"MODEL_SIZE={settings.model_size}" if by_size else f"EXTRA_ARGS={settings.extra_args}"
+    start, there = settings.pretrain_checkpoint_path, len(settings.layer_type_list or "")
+    return PreflightError(
+        f"{wrong} makes {layers} layers, and PRETRAIN_CHECKPOINT_PATH={start} has {there}.",
+        "the run starts from those layers and their weights.",
+        "MODEL_SIZE= (empty): it is the checkpoint's then"
+        if by_size
+        else f"EXTRA_ARGS with --num-layers {there}",
+    )
 
 
 def _with_global_batch(plan: RunPlan) -> RunSettings:

@@ -18,6 +18,7 @@ from linear_moe.launch.check_layout import (
     check_world,
 )
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.hugging_face import check_hugging_face
 from linear_moe.launch.plan import RunPlan, registered_mixers
 from linear_moe.launch.resume import check_resume
 
@@ -93,6 +94,7 @@ CHECKS: tuple[Callable[[RunPlan], None], ...] = (
     check_schedule,
     check_data,
     check_resume,
+    check_hugging_face,
     check_output,
 )
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.instructions import kept_tokenizer
 from linear_moe.launch.plan import RunPlan, registered_mixers
-from linear_moe.model.families import SIZE_FLAGS, megatron_arguments, switches_of, unused_fields
+from linear_moe.model.families import SIZE_FLAGS, ModelSize, megatron_arguments, switches_of, unused_fields
+
+UNSET = "none of the model's: what is not set is the checkpoint's"
+"""What to try where variables disagree with PRETRAIN_CHECKPOINT_PATH."""
 
 
 def checkpoint_iteration(folder: Path) -> int | None:
@@ -56,8 +60,7 @@ def check_resume(plan: RunPlan) -> None:
             if only_tokenizer
             else "the run folder or its checkpoint/ folder, or PRETRAIN_CHECKPOINT_PATH=none",
         )
-    unset = "none of the model's: what is not set is the checkpoint's"
-    _same_architecture(plan, source.parent, f"{given} has another architecture", unset)
+    _same_architecture(plan, source.parent, f"{given} has another architecture", UNSET)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -100,7 +103,11 @@ def has_another_tokenizer(plan: RunPlan, run_dir: Path) -> bool:
 
 
 def _same_architecture(plan: RunPlan, run_dir: Path, what: str, instead: str) -> None:
-    saved, wanted = _saved_architecture(plan, run_dir), architecture(plan)
+    refuse_differences(_saved_architecture(plan, run_dir), architecture(plan), what, instead)
+
+
+def refuse_differences(saved: dict[str, Any], wanted: dict[str, Any], what: str, instead: str) -> None:
+    """PreflightError with every name that both have with another value, and with options that only one has."""
     names = [name for name in wanted if name in saved] + [name for name in saved if name.startswith("--")]
     names += [name for name in wanted if name.startswith("--") and name not in saved]
     differences = [
@@ -132,15 +139,20 @@ def _saved_architecture(plan: RunPlan, run_dir: Path) -> dict[str, Any]:
 
 def architecture(plan: RunPlan) -> dict[str, Any]:
     """Everything that fixes the shapes and the meaning of a checkpoint, under its names in config.json."""
-    skipped = {"max_position_embeddings", *unused_fields(plan.size)}
-    sizes = {name: getattr(plan.size, name) for name in SIZE_FLAGS if name not in skipped}
-    if plan.size.is_moe:
-        sizes["moe_layer_freq"] = list(map(int, plan.size.moe_layers()))
-    switches = switches_of([*megatron_arguments(plan.family, plan.size), *plan.extra_args])
+    arguments = [*megatron_arguments(plan.family, plan.size), *plan.extra_args]
     model = {"layer_kinds": list(plan.kinds), "padded_vocab_size": plan.padded_vocab_size}
     mixers = registered_mixers(plan.settings.mixer_modules)
     options = mixer_options(list(plan.extra_args), mixers)
-    return {"family": plan.family.name} | sizes | switches | model | options
+    return architecture_of(plan.family.name, plan.size, arguments) | model | options
+
+
+def architecture_of(family: str, size: ModelSize, arguments: Sequence[str]) -> dict[str, Any]:
+    """The part of it that a size and a command line say."""
+    skipped = {"max_position_embeddings", *unused_fields(size)}
+    sizes = {name: getattr(size, name) for name in SIZE_FLAGS if name not in skipped}
+    if size.is_moe:
+        sizes["moe_layer_freq"] = list(map(int, size.moe_layers()))
+    return {"family": family} | sizes | switches_of(arguments)
 
 
 def mixer_options(arguments: list[str], mixers: tuple[str, ...]) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class StartingModel:
     families: Mapping[str, Family]
     """The tables of the families, with the size of the checkpoint in its own."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Variables that are the checkpoint's alone."""
+        return tuple(name for name in self.variables if name != "EXTRA_ARGS")
+
 
 def starting_model(given: Mapping[str, str], family: str, task: str = "finetune") -> StartingModel:
     """The model that ``given`` variables start from; nothing of it when there is no ``config.json``.
@@ -53,7 +58,7 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
     found = _pattern(saved, given) | _tokenizer(config, Path(given["PRETRAIN_CHECKPOINT_PATH"]))
     found["MIXER_MODULES"] = flag_value(arguments, "--mixer-module") or ""
     size = size_of(arguments)
-    if size is not None and not {"MODEL_SIZE", "MOE"} & given.keys():
+    if size is not None and "MODEL_SIZE" not in given:
         found["MODEL_SIZE"] = saved.get("model_size") or "checkpoint"
         sizes = {**FAMILIES[family].sizes, found["MODEL_SIZE"]: size}
         pre_softmax = "--moe-router-pre-softmax" in arguments if size.is_moe else None

@@ -34,8 +34,8 @@ def folders(tmp_path_factory, _pool):
 
 
 def plan_of(folder, tmp_path, family="qwen2", **variables):
-    """As run_pretrain_*.sh would: it always names a size and a mixer."""
-    script = {"MODEL_SIZE": "A0.3B", "LA_MODULE": "gla", "LAYER_TYPE_LIST": "LN", "EXTRA_VOCAB_SIZE": ""}
+    """As run_pretrain_*.sh would, with a mixer."""
+    script = {"MODEL_SIZE": "", "LA_MODULE": "gla", "LAYER_TYPE_LIST": "LN", "EXTRA_VOCAB_SIZE": ""}
     given = {**script, **SMALL, "OUTPUT_BASEPATH": str(tmp_path / "out"), **variables}
     given["PRETRAIN_CHECKPOINT_PATH"] = str(folder)
     plan = launcher._plan_pretraining(given, family, 0)
@@ -87,9 +87,27 @@ def test_from_an_imported_run_to_a_step(folders, gloo, tmp_path):
     gloo(1, train, [*training_arguments(plan), "--eval-iters", "0"])
     assert 4 < metrics(plan.run_dir)[0]["lm_loss"] < 7
     assert plan_of(run, tmp_path, **unset).run_dir == plan.run_dir  # which can go on
-    for given in ({"MODEL_SIZE": "A0.3B"}, {"LA_MODULE": "gla"}, {"EXTRA_ARGS": "--num-layers 4"}):
-        with pytest.raises(PreflightError, match="another architecture than this one"):
+    for given, found in (
+        ({"LA_MODULE": "gla"}, "layer_kinds: softmax,softmax -> gla,gla"),
+        ({"MODEL_SIZE": "tiny", "LAYER_TYPE_LIST": "N"}, "num_layers: 2 -> 4"),
+        ({"MOE": "false"}, "num_experts: 4 -> None"),
+        ({"EXTRA_ARGS": "--hidden-size 128"}, "hidden_size: 64 -> 128"),
+    ):
+        with pytest.raises(PreflightError, match=f"another architecture than this one:(.|\n)*    {found}"):
             plan_of(run, tmp_path, RUN_NAME="other", **unset | given)
+    for given, wrong, instead in (
+        ({"MODEL_SIZE": "A0.3B"}, "MODEL_SIZE=A0.3B makes 12 layers", "MODEL_SIZE= (empty)"),
+        (
+            {"EXTRA_ARGS": "--num-layers 3"},
+            "EXTRA_ARGS=--num-layers 3 makes 3 layers",
+            "EXTRA_ARGS with --num-layers 2",
+        ),
+    ):
+        with pytest.raises(PreflightError) as refused:
+            plan_of(run, tmp_path, RUN_NAME="other", **unset | given)
+        what, _, instead_line = str(refused.value).splitlines()
+        assert what == f"{wrong}, and PRETRAIN_CHECKPOINT_PATH={run} has 2."
+        assert instead_line.startswith(f"  try: {instead}")
     with pytest.raises(
         PreflightError, match=r"is a qwen2 model(.|\n)*sh examples/linear_moe_qwen2/run_pretrain_qwen"
     ):
@@ -107,6 +125,37 @@ def test_another_pattern_than_was_converted(folders, gloo, tmp_path):
     gloo(1, run_command, words[2:])
     with pytest.raises(PreflightError, match="another architecture"):
         plan_of(folders / "llama", tmp_path, "llama3", RUN_NAME="one", LAYER_TYPE_LIST="L")
+
+
+def test_what_is_said_of_a_folder_has_to_agree(folders, tmp_path):
+    """Before anything is converted: sizes by name, experts, rows of the embedding, flags."""
+    llama = folders / "llama"
+    sizes = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-query-groups 2 --norm-epsilon 1e-6"
+    sizes += " --kv-channels 24 --num-attention-heads 4"
+    agreeing = {"MODEL_SIZE": "1B", "EXTRA_ARGS": sizes, "EXTRA_VOCAB_SIZE": "0"}
+    for given, found in (
+        ({"MODEL_SIZE": "8B", "LAYER_TYPE_LIST": "N"}, "num_layers: 2 -> 32"),
+        ({"MOE": "true"}, "num_experts: None -> 8"),
+        ({"EXTRA_ARGS": "--num-attention-heads 8"}, "num_attention_heads: 4 -> 8"),
+        ({"EXTRA_ARGS": "--qk-layernorm"}, "qk_layernorm: False -> True"),
+        ({"VOCAB_SIZE": "250", "EXTRA_VOCAB_SIZE": "300"}, "padded_vocab_size: 256 -> 640"),
+        (agreeing, "rope_scaling_factor: 8.0 -> 32.0"),
+    ):
+        with pytest.raises(PreflightError) as refused:
+            plan_of(llama, tmp_path, "llama3", **given)
+        what, *differences, _, instead = str(refused.value).splitlines()
+        assert what == f"PRETRAIN_CHECKPOINT_PATH={llama} has another architecture than this one:"
+        assert f"    {found}" in differences
+        assert (
+            instead
+            == "  try: the variables of that run, or none of the model's: what is not set is the checkpoint's"
+        )
+    with pytest.raises(
+        PreflightError, match=r"MODEL_SIZE=8B makes 32 layers, and PRETRAIN_\w+=.*llama has 2\.\n"
+    ):
+        plan_of(llama, tmp_path, "llama3", MODEL_SIZE="8B", LA_MODULE="", LAYER_TYPE_LIST="")
+    assert plan_of(llama, tmp_path, "llama3", MOE="false").size.num_layers == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes(folders, tmp_path):
