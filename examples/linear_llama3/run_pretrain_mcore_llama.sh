@@ -10,6 +10,7 @@
 # All variables with their meaning: python -m linear_moe.launch --help
 # LINEAR_MOE_DRY_RUN=1 checks everything and prints the command without running it.
 set -eu
+set -a # every variable that is set here, yours too, reaches the run
 
 # --- model -----------------------------------------------------------------------------------------------------------
 : "${MODEL_SIZE:=}"                # 0.3B | 1B (if empty) | 8B | tiny; dense, unless MOE=true
@@ -78,22 +79,4 @@ set -eu
 : "${PRETRAIN_CHECKPOINT_PATH:=none}" # weights to start from: run or checkpoint of any layout, or a Hugging Face folder
 : "${EXTRA_ARGS:=}"                # anything else, passed to Megatron as it is
 
-export MODEL_SIZE MOE LA_MODULE MIXER_MODULES LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN BASE_MODEL EXTRA_VOCAB_SIZE
-export MOE_AUX_LOSS_COEFF
-export DATASET_PATH TOKENIZER VOCAB_SIZE SEQ_LEN PACK BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR PR SEED
-export TRAIN_TOKENS TRAIN_ITERS WARMUP_TOKENS WARMUP_ITERS SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL VERBOSE
-export TP PP VPP CP EP ETP SP DO AC TE USE_GEMM TOKEN_DROPPING TRAIN_CAPACITY_FACTOR
-export GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-export OUTPUT_BASEPATH RUN_NAME PRETRAIN_CHECKPOINT_PATH EXTRA_ARGS
-
-# The interpreter: $PYTHON, else the repository's own environment.
-repository=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
-: "${PYTHON:=$repository/.venv/bin/python}"
-if ! command -v "$PYTHON" >/dev/null; then
-    echo "linear_moe: there is no $PYTHON." >&2
-    echo "  why: the environment of this repository has not been made yet." >&2
-    echo "  try: make -C $repository setup, or PYTHON=<interpreter with megatron-core and torch>" >&2
-    exit 2
-fi
-export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m linear_moe.launch --family llama3
+exec sh "$(dirname -- "$0")/../start.sh" --family llama3

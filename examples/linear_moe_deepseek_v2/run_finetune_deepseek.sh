@@ -8,6 +8,7 @@
 # the checkpoint. docs/finetune.md has the formats and what is learned; python -m linear_moe.launch --help all variables.
 # LINEAR_MOE_DRY_RUN=1 checks everything, prepares the samples and prints the command without running it.
 set -eu
+set -a # every variable that is set here, yours too, reaches the run
 
 # --- start and samples -----------------------------------------------------------------------------------------------
 : "${PRETRAIN_CHECKPOINT_PATH:=}"  # run or checkpoint of any layout, or a Hugging Face folder; none: random weights
@@ -79,23 +80,4 @@ set -eu
 : "${RUN_NAME:=}"                  # empty: finetune-, then family, size, mixers and pattern
 : "${EXTRA_ARGS:=}"                # anything else, passed to Megatron as it is
 
-export PRETRAIN_CHECKPOINT_PATH DATASET_PATH VALID_DATASET_PATH TOKENIZER CHAT_TEMPLATE SEQ_LEN OVER_LONG PACK
-export MODEL_SIZE MOE LA_MODULE MIXER_MODULES LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN BASE_MODEL EXTRA_VOCAB_SIZE
-export MOE_AUX_LOSS_COEFF
-export BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR PR SEED
-export EPOCHS TRAIN_ITERS TRAIN_TOKENS WARMUP_ITERS WARMUP_TOKENS SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL VERBOSE
-export TP PP VPP CP EP ETP SP DO AC TE USE_GEMM TOKEN_DROPPING TRAIN_CAPACITY_FACTOR
-export GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-export OUTPUT_BASEPATH RUN_NAME EXTRA_ARGS
-
-# The interpreter: $PYTHON, else the repository's own environment.
-repository=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
-: "${PYTHON:=$repository/.venv/bin/python}"
-if ! command -v "$PYTHON" >/dev/null; then
-    echo "linear_moe: there is no $PYTHON." >&2
-    echo "  why: the environment of this repository has not been made yet." >&2
-    echo "  try: make -C $repository setup, or PYTHON=<interpreter with megatron-core and torch>" >&2
-    exit 2
-fi
-export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m linear_moe.launch --family deepseek_v2 --finetune
+exec sh "$(dirname -- "$0")/../start.sh" --family deepseek_v2 --finetune

@@ -206,15 +206,12 @@ def test_a_run_keeps_its_tokenizer_with_the_template_that_it_learned(files, tmp_
 def test_every_script_has_every_variable(family: str):
     text = (EXAMPLES / SCRIPTS[family]).read_text()
     in_script = dict(re.findall(r'^: "\$\{(\w+):=(.*?)\}"', text, re.MULTILINE))
-    in_script.pop("PYTHON")
-    exported = {n for line in re.findall(r"^export ([A-Z_0-9 ]+)$", text, re.MULTILINE) for n in line.split()}
-    assert exported == in_script.keys()
-    assert exported == (variables().keys() | variables(FinetuneSettings).keys()) - {"VOCAB_SIZE"}
+    assert in_script.keys() == (variables().keys() | variables(FinetuneSettings).keys()) - {"VOCAB_SIZE"}
     settings = read_environment(in_script, family)
     assert settings == read_environment(DEFAULTS, family), "spelt out for the reader"
     assert settings != RunSettings(base_model=family)
     assert float(in_script["EPOCHS"]) == FinetuneSettings().epochs
-    assert text.endswith(f'exec "$PYTHON" -m linear_moe.launch --family {family} --finetune\n')
+    assert text.endswith(f'\nexec sh "$(dirname -- "$0")/../start.sh" --family {family} --finetune\n')
     tail = text.partition("# --- batch")[2].splitlines()[:-1]
     assert tail == (EXAMPLES / SCRIPTS["qwen2"]).read_text().partition("# --- batch")[2].splitlines()[:-1]
 

@@ -1,6 +1,7 @@
 """The launcher as a process: exit codes, what appears on disk, how fast a mistake is reported, signals and logs."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,10 @@ import pytest
 
 from linear_moe.launch import __main__ as launcher
 from linear_moe.launch.relay import is_our_line, last_lines, mistake, run_logged
-from tests.launch.plans import SCRIPTS
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "linear_moe_qwen2" / "run_pretrain_qwen.sh"
+EVERY_SCRIPT = sorted((REPOSITORY / "examples").glob("*/run_*.sh"))
 SHELLS = [shell for shell in ("sh", "dash", "bash") if shutil.which(shell)]
 
 
@@ -37,13 +38,45 @@ def run_script(folder: Path, shell: str = "sh", **variables: str) -> subprocess.
 @pytest.mark.parametrize(
     "script",
     [
-        *(str(path.relative_to(REPOSITORY)) for path in SCRIPTS.values()),
+        *(str(path.relative_to(REPOSITORY)) for path in EVERY_SCRIPT),
+        "examples/start.sh",
         "scripts/setup.sh",
         "scripts/demo.sh",
     ],
 )
 def test_scripts_parse(script: str, shell: str):
     subprocess.run([shell, "-n", str(REPOSITORY / script)], check=True)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("script", EVERY_SCRIPT, ids=lambda path: path.name)
+def test_every_variable_of_a_script_reaches_the_launcher(tmp_path: Path, script: Path, shell: str):
+    """Set in the script, set from outside, or added by its user; called from elsewhere, by a name with spaces."""
+    copy = tmp_path / "my repository" / "examples" / script.parent.name
+    shutil.copytree(script.parent, copy)
+    shutil.copy(REPOSITORY / "examples" / "start.sh", copy.parent)
+    text = (copy / script.name).read_text()
+    (copy / script.name).write_text(text.replace("\nset -a", "\nset -a\nMINE=mine\n#", 1))
+    launcher = tmp_path / "python"
+    launcher.write_text('#!/bin/sh\necho "$@"\nenv\n')
+    launcher.chmod(0o755)
+    done = subprocess.run(
+        [shell, str(copy / script.name)],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(launcher), "TP": "2", "LR": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    started, *lines = done.stdout.splitlines()
+    assert started.startswith("-m linear_moe.launch --family ")
+    assert started.endswith(" --finetune") == ("finetune" in script.name)
+    found = dict(line.split("=", 1) for line in lines)
+    in_script = dict(re.findall(r'^: "\$\{(\w+):=(.*?)\}"', text, re.MULTILINE)) | {"TP": "2"}
+    if in_script.keys() != {"TP"}:  # an older name of another script
+        assert found["MINE"] == "mine"
+    assert {name: found[name] for name in in_script} == in_script
+    assert found["PYTHONPATH"] == str(tmp_path / "my repository")
 
 
 @pytest.mark.parametrize("shell", SHELLS)
