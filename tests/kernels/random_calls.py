@@ -29,12 +29,12 @@ LIMITS = {
     torch.bfloat16: (3e-3, 5e-3),
 }
 """Relative RMS error of outputs and states, and of gradients."""
-OF_SCALED_OUTPUTS = 4e-3
-"""bfloat16's, where single elements decay: docs/kernels.md says why."""
+OF_SCALED_OUTPUTS, OF_LOG_DECAYS = 4e-3, 1e-2
+"""bfloat16's, of outputs where single elements decay, and of gradients of log decays: docs/kernels.md says why."""
 ROUNDINGS = 4
 """Or: as much as so many roundings of the inputs change the truth, where much of it cancels."""
-SMALLEST = {torch.float32: 1e-37, torch.float16: 1e-6, torch.bfloat16: 1e-37}
-"""Of the largest result of the call: float16 has nothing below 6e-8, and its products neither."""
+SMALLEST = {torch.float32: 1e-37, torch.float16: 2**-16, torch.bfloat16: 2**-13}
+"""Of the largest result of the call: what is less is what is left where halves cancelled, or below float16's 6e-8."""
 LAYOUTS = ("dense", "dense", "time first", "slice", "slice, time first", "columns")
 Outputs = dict[str, Tensor]
 
@@ -77,9 +77,11 @@ class Call:
     constant: frozenset[str] = frozenset()
     """Tensors without a gradient."""
     upstream: str = "both"
-    """Where gradients come from: both results, one of them, or the plain sum of the first (an expanded 1)."""
+    """Where gradients come from: all results, one of them, or the plain sum of all (an expanded 1)."""
     is_per_element: bool = False
     """Whether single elements decay."""
+    is_bfloat16: bool = False
+    """Whether its limits are bfloat16's, which has three bits less, in float16: for the interpreter."""
     slack: float = 1.0
     """Factor of the limits, in half precision."""
     run: Callable[[ModuleType | type, Call, dict[str, Tensor]], Outputs] = lambda module, call, given: {}
@@ -117,18 +119,22 @@ def lie(x: Tensor, layout: str) -> Tensor:
 def results(module: ModuleType | type, call: Call, given: dict[str, Tensor], exact: bool = False) -> Outputs:
     """Outputs, and gradients from fixed random upstream ones, rounded to the dtype."""
     outputs = call.run(module, call, given)
-    leaves = {name: x for name, x in given.items() if x.requires_grad}
-    sources = {name: y for name, y in outputs.items() if y.requires_grad}
-    if call.upstream in outputs:
-        sources = {name: y for name, y in sources.items() if name == call.upstream}
-    if not sources or not leaves:
-        return {name: y.detach() for name, y in outputs.items()}
-    generator, ups = torch.Generator().manual_seed(1), []
-    for y in sources.values():
-        drawn = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(call.dtype).to(y)
-        ups.append(torch.ones_like(y[:1, :1]).expand_as(y) if call.upstream == "sum" else drawn)
-    grads = torch.autograd.grad(list(sources.values()), list(leaves.values()), ups, allow_unused=True)
     found = {name: y.detach() for name, y in outputs.items()}
+    generator, ups = torch.Generator().manual_seed(1), {}
+    for (
+        name,
+        y,
+    ) in outputs.items():  # of those without a gradient, too, or the others would get something else
+        drawn = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(call.dtype).to(y)
+        ups[name] = torch.ones_like(y[:1, :1]).expand_as(y) if call.upstream == "sum" else drawn
+    used = [name for name, y in outputs.items() if y.requires_grad and call.upstream in ("both", "sum", name)]
+    leaves = {name: x for name, x in given.items() if x.requires_grad}
+    if not used or not leaves:
+        return found
+    sources = [outputs[name] for name in used]
+    grads = torch.autograd.grad(
+        sources, list(leaves.values()), [ups[name] for name in used], allow_unused=True
+    )
     for (name, x), grad in zip(leaves.items(), grads, strict=True):
         found[f"grad {name}"] = torch.zeros_like(x) if grad is None else grad
     return found
@@ -157,11 +163,14 @@ def judge(call: Call, module: ModuleType | type, device: str) -> dict[str, str]:
 
 def limit_of(call: Call, name: str) -> float:
     """Relative."""
-    of_outputs, of_gradients = LIMITS[call.dtype]
-    if call.dtype == torch.bfloat16 and call.is_per_element:
+    dtype = torch.bfloat16 if call.is_bfloat16 else call.dtype
+    of_outputs, of_gradients = LIMITS[dtype]
+    if dtype == torch.bfloat16 and call.is_per_element:
         of_outputs = OF_SCALED_OUTPUTS
-    slack = call.slack if call.dtype.itemsize == 2 else 1.0
-    return slack * (of_gradients if name.startswith("grad") else of_outputs)
+    if dtype == torch.bfloat16 and "log_decay" in name:
+        of_gradients = OF_LOG_DECAYS
+    slack = call.slack if dtype.itemsize == 2 else 1.0
+    return slack * (of_gradients if name.startswith("grad") else of_outputs) / (8 if call.is_bfloat16 else 1)
 
 
 def rms(x: Tensor) -> float:

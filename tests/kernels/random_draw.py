@@ -62,7 +62,9 @@ def draw(number: int, size: Size = FULL, has_bfloat16: bool = True) -> Call:
     """The call of a number; numbers without a name are other calls of the same operators."""
     operation, dtype = list(PLAN.values())[number // PER_GEOMETRY % len(PLAN)]
     if dtype == torch.bfloat16 and not has_bfloat16:
-        dtype = torch.float16
+        call = operation(torch.float16, size, Dice.of(number))
+        call.is_bfloat16 = True
+        return call
     return operation(dtype, size, Dice.of(number))
 
 

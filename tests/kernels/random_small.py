@@ -85,6 +85,10 @@ def cross_entropy_(dtype: torch.dtype, size: Size, dice: Dice) -> Call:
         "labels": torch.randint(0, classes, (rows,), generator=dice.generator),
         "weight": dice.uniform(rows) * (dice.uniform(rows) < 0.8),
     }
+    call.tensors["labels"][0], call.tensors["weight"][0] = (
+        call.tensors["logits"][0].argmin(),
+        1.0,
+    )  # one counts
     call.layouts = {"logits": dice.geometry.choice(["dense", "slice"])}
     call.wide, call.constant = frozenset({"weight"}), frozenset({"logits", "weight"})
     rounded(call)
