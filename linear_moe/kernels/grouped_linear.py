@@ -6,6 +6,11 @@
 is not zero on Blackwell (github.com/pytorch/pytorch/issues/172439), and gradients must be dense. Hence the autograd
 function.
 
+A weight's gradient is summed over a micro-batch in float32 and leaves in the weight's dtype, as those of Megatron's own
+layers do without Apex and Transformer Engine; Megatron adds it to a float32 buffer. ``grouped_mm`` of torch 2.11 gives
+no other dtype and adds to no output (``out_dtype`` has to be that of its operands), and GEMMs that do, one for each
+expert, want the tokens' numbers on the host.
+
 Letters: M tokens, E experts, I and O sizes of the input and output.
 """
 

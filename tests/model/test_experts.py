@@ -142,6 +142,13 @@ def test_gradients_of_experts_without_tokens_are_zero_whatever_the_kernel_leaves
     assert torch.isfinite(weight.grad).all() and not weight.grad[1].any() and weight.grad[0].any()
 
 
+def test_torch_gives_no_float32_gradient_of_bf16_weights():
+    """Once it does, they need no rounding before Megatron's float32 buffer: ask for it in _GroupedLinear.backward."""
+    grad, x, ends = torch.ones(4, 8).bfloat16(), torch.ones(4, 16).bfloat16(), torch.tensor([1, 4]).int()
+    with pytest.raises(RuntimeError, match="output dtype must match"):
+        F.grouped_mm(grad.t(), x, offs=ends, out_dtype=torch.float32)
+
+
 def test_only_aligned_bf16_on_cuda_is_grouped():
     assert not grouped_linear.can_group(torch.zeros(1, 8, dtype=torch.bfloat16))
 
