@@ -113,7 +113,7 @@ def collect_rows(dtype: torch.dtype, size: Size, dice: Dice) -> Call:
 
 def _rows(op: str, dtype: torch.dtype, size: Size, dice: Dice) -> Call:
     geometry = dice.geometry
-    tokens, slots = dice.tokens(size), geometry.randint(1, 8)
+    tokens, slots = dice.tokens(replace(size, tokens=size.tokens // 4)), geometry.randint(1, 8)
     channels = geometry.choice([[dice.dim(size.dim)], [geometry.randint(1, 6), dice.dim(size.dim)], [1500]])
     call = Call(op, dtype, [f"S{tokens}k{slots}C{channels}"], run=run_rows)
     place = torch.randperm(tokens * slots, generator=dice.generator)

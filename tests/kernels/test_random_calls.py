@@ -1,6 +1,6 @@
 """Hundreds of random calls against the definitions: all on a CUDA device, one of each operator interpreted on a CPU.
 
-On many cores, ``make test-gpu ARGS="-n 8 tests/kernels"`` compiles in as many processes.
+On a machine with many cores, ``make test-gpu GPU_JOBS=8`` compiles in as many processes.
 """
 
 from __future__ import annotations
