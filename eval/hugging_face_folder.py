@@ -52,6 +52,8 @@ def hugging_face_folder(given: str, tokenizer: str | None) -> Path:
             refuse_stale(target, checkpoint)
         else:
             print(f"linear_moe: step {iteration} of {run} converted to {target}", file=sys.stderr)
+            for warning in done.warnings:
+                print(f"linear_moe: warning: {warning}", file=sys.stderr)
     if not (target / "tokenizer_config.json").is_file():
         raise ValueError(
             f"{target} has no tokenizer\n"

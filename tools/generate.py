@@ -56,6 +56,8 @@ class Session:
     def __init__(self, args: argparse.Namespace, loaded: Any, write: Callable[[str], None]) -> None:
         self.args, self.loaded, self.write, self.chat = args, loaded, write, None
         self.said: set[str] = set()
+        if loaded.warning:
+            self.say_once(loaded.warning)
         if args.chat:
             from linear_moe.inference.chat import ChatTemplate
 
@@ -141,7 +143,7 @@ class Session:
         return generation
 
     def say_once(self, line: str) -> None:
-        """Something about the speed."""
+        """Something about the speed or the text."""
         if line not in self.said and os.environ.get("RANK", "0") == "0":
             print(f"linear_moe: {line}", file=sys.stderr)
         self.said.add(line)

@@ -40,6 +40,7 @@ from linear_moe.checkpoint.tables import Row, rows
 from linear_moe.checkpoint.torch_dist import Reader
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.inference.rebuild import shaping_arguments
+from linear_moe.inference.tokenizer import check_given
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training.run import read_config
 
@@ -87,7 +88,7 @@ def export_model(
         progress: called after every tensor.
 
     Raises:
-        ValueError: the source or the target is not what it should be; nothing was written.
+        ValueError: the source, the target or the tokenizer is not what it should be; nothing was written.
     """
     source, target = Path(source), Path(target)
     refuse_existing(target)
@@ -272,13 +273,14 @@ def _write_tensors(
 def _tokenizer_folder(
     run: Path, saved: dict[str, Any], given: Path | str | None
 ) -> tuple[Path | None, list[str]]:
-    """The folder of the run's tokenizer, or none and why."""
+    """The folder of the run's tokenizer, or none, and what to warn of."""
     recorded = saved["tokenizer"]["tokenizer_model"]
     candidates = [Path(given)] if given else [run / "tokenizer", *([Path(recorded)] if recorded else [])]
     for folder in candidates:
         try:
             describe_tokenizer(str(folder))
-            return folder, []
+            warning = check_given(folder, run, saved) if given else None
+            return folder, [warning] if warning else []
         except TokenizerError as error:
             problem = str(error)
     if given:

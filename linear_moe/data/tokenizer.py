@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"  # its own token: Megatron masks the loss of pads, and documents must learn to end
@@ -35,8 +36,41 @@ class TokenizerInfo:
     """Hash of vocabulary, merges and added tokens; does not depend on the path or on the file's layout."""
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What a tokenizer's two files say."""
+
+    folder: Path
+    ids: dict[str, int]
+    base_vocab_size: int
+    merges: Any
+    eos: Any
+
+
 def describe_tokenizer(path: str) -> TokenizerInfo:
     """Facts of the tokenizer at `path`, a folder or a `tokenizer.json`. Raises TokenizerError when it is not one."""
+    content = _read(path)
+    ids, folder = content.ids, content.folder
+    if content.eos not in ids:
+        raise TokenizerError(f"{folder} names no end-of-document token (eos_token of tokenizer_config.json)")
+    canonical = json.dumps([sorted(ids.items()), content.merges], sort_keys=True)
+    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    largest = max(ids.values())
+    return TokenizerInfo(str(folder), content.base_vocab_size, largest + 1, ids[content.eos], fingerprint)
+
+
+def added_tokens(own: str, other: str) -> int | None:
+    """How many tokens `other` has besides those of `own`; None when it reads or writes other text with the latter.
+
+    Raises TokenizerError when one of them is no tokenizer.
+    """
+    before, after = _read(own), _read(other)
+    if _pairs(before.merges) != _pairs(after.merges) or not before.ids.items() <= after.ids.items():
+        return None
+    return len(after.ids) - len(before.ids)
+
+
+def _read(path: str) -> _Content:
     folder = Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
     file = folder / "tokenizer.json"
     if not folder.exists():
@@ -61,13 +95,13 @@ def describe_tokenizer(path: str) -> TokenizerInfo:
         raise TokenizerError(f"{folder} is not a tokenizer ({type(error).__name__}: {error})") from None
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    ids = {**vocab, **added}
-    if eos not in ids:
-        raise TokenizerError(f"{folder} names no end-of-document token (eos_token of tokenizer_config.json)")
-    canonical = json.dumps([sorted(ids.items()), model.get("merges")], sort_keys=True)
-    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
     base = sum(token not in added for token in vocab)
-    return TokenizerInfo(str(folder), base, max(ids.values()) + 1, ids[eos], fingerprint)
+    return _Content(folder, {**vocab, **added}, base, model.get("merges"), eos)
+
+
+def _pairs(merges: Any) -> list[list[str]]:
+    """Merges in the form of newer files: earlier ones write each as one text."""
+    return [pair.split(" ") if isinstance(pair, str) else pair for pair in merges or []]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> TokenizerInfo:

@@ -15,6 +15,7 @@ if cpu.needed():
 
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from linear_moe.inference.checkpoint import checkpoint_folder, find_run, is_hugging_face, load_weights
 from linear_moe.inference.rebuild import single_process_arguments
+from linear_moe.inference.tokenizer import check_given, tokenizer_folder
 from linear_moe.model.builder import LinearMoEBuilder, LinearMoEModelConfig
 from linear_moe.training import arguments
 from linear_moe.training.run import read_config
@@ -50,6 +52,8 @@ class LoadedModel:
     """Tokens that mean something; rows of the embedding beyond are padding."""
     max_sequence_length: int | None
     """Longest sequence, or None: any."""
+    warning: str | None = None
+    """What its text may suffer from."""
 
 
 def load_model(
@@ -71,10 +75,11 @@ def load_model(
         step: which checkpoint; the last complete one unless given.
         dtype: of the weights; the run's unless given. What training keeps in float32 stays float32.
         max_sequence_length: refuse longer sequences; unless given, only learned positions set a limit.
-        tokenizer: folder of the tokenizer, in case it has moved since the training.
+        tokenizer: folder of the tokenizer, in case it has moved since the training. With more tokens: a warning.
 
     Raises:
-        ValueError: not a run, no such checkpoint, a damaged one, no tokenizer, or more processes than can share it.
+        ValueError: not a run, no such checkpoint, a damaged one, no tokenizer or another one than the run's, or more
+            processes than can share it.
     """
     if not is_hugging_face(Path(run)):
         return _load_run(Path(run), step, dtype, max_sequence_length, tokenizer)
@@ -101,6 +106,9 @@ def _load_run(
     run, step = find_run(run, step)
     saved = read_config(run)
     folder, iteration = checkpoint_folder(run, step)
+    warning = check_given(tokenizer, run, saved) if tokenizer else None
+    if warning is not None:
+        warnings.warn(warning, stacklevel=3)
     ranks = world_size()
     args = single_process_arguments(
         saved["arguments"],
@@ -124,19 +132,13 @@ def _load_run(
         iteration=iteration,
         vocab_size=min(text.vocab_size, args.padded_vocab_size),
         max_sequence_length=limit,
+        warning=warning,
     )
 
 
 def world_size() -> int:
     """Processes of this program: of the process group, or those that ``torchrun`` has started."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def tokenizer_folder(run: Path, saved: dict[str, Any]) -> str | None:
-    """The run's copy of its tokenizer, or where the training found it."""
-    kept = run / "tokenizer"
-    recorded: str | None = saved["tokenizer"]["tokenizer_model"]
-    return str(kept.absolute()) if recorded and (kept / "tokenizer.json").is_file() else recorded
 
 
 def join_single_process(seed: int = 1234) -> None:

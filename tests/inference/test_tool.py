@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,46 @@ def test_errors_are_three_lines(gloo, run, options, text):
     code, out, err = gloo(1, command, run, options)[0]
     assert code == 2 and out == "" and text in err
     assert len(err.strip().splitlines()) == 3 and "\n  why: " in err and "\n  try: " in err
+
+
+def exported(rank, world, run, target, tokenizer):
+    from linear_moe.checkpoint.exporting import export_model
+
+    try:
+        return export_model(run, target, tokenizer=tokenizer).warnings
+    except ValueError as error:
+        return str(error)
+
+
+def test_another_tokenizer_is_refused_a_moved_or_longer_one_is_not(gloo, run, tmp_path):
+    """The same tokens, from an earlier version of the library; two more; one more than rows; other tokens."""
+    from linear_moe.data.tokenizer import train_tokenizer
+
+    own = json.loads((run.parent / "tokenizer" / "tokenizer.json").read_text())
+    for name, ids in {"moved": [], "longer": [270, 271], "too-long": [384]}.items():
+        shutil.copytree(run.parent / "tokenizer", tmp_path / name)
+        more = [{**own["added_tokens"][0], "id": id, "content": f"<|{id}|>"} for id in ids]
+        merges = [" ".join(pair) for pair in own["model"]["merges"]]
+        content = {"added_tokens": own["added_tokens"] + more, "model": own["model"] | {"merges": merges}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(own | content))
+    train_tokenizer(["def main():\n" * 9], 270, str(tmp_path / "other"))
+
+    text = gloo(1, command, run, ["--prompt", "import"])[0][1]
+    expected = {"moved": "", "longer": "has 2 tokens more than"}
+    for name, warning in expected.items():
+        code, out, err = gloo(1, command, run, ["--prompt", "import", "--tokenizer", str(tmp_path / name)])[0]
+        assert code == 0 and out.splitlines()[0] == text.splitlines()[0]
+        assert warning in err and err.count("\n") == bool(warning), err
+        (told,) = gloo(1, exported, run, tmp_path / f"{name}-hf", tmp_path / name)
+        assert len(told) == bool(warning) and all(warning in line for line in told)
+    for name, problem in {
+        "other": "is another one than",
+        "too-long": "has 385 tokens, and the model 384",
+    }.items():
+        code, _, err = gloo(1, command, run, ["--prompt", "import", "--tokenizer", str(tmp_path / name)])[0]
+        assert code == 2 and problem in err and err.count("\n") == 3, err
+        (told,) = gloo(1, exported, run, tmp_path / "hf", tmp_path / name)
+        assert problem in told and not list(tmp_path.glob("hf*"))
 
 
 def test_options_in_the_documentation_exist():
