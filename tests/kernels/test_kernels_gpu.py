@@ -3,6 +3,8 @@
 import pytest
 import torch
 from scan_cases import OPS, PACKED, Inputs, make, poison_empty, results
+from triton_segment_cases import DELTA, DIAG, comparable
+from triton_segment_cases import results as segment_results
 
 from linear_moe import kernels
 from linear_moe.kernels import reference, short_conv
@@ -342,3 +344,84 @@ def test_fused_delta_never_waits_for_the_device(decay, fused):
         sum(x.sum() for x in inputs.run(kernels)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+SEGMENTS = {**DIAG, **DELTA}
+
+
+def segment_inputs(kind: str, strength: float = 0.1, **sizes: int) -> Inputs:
+    op, decay, extra = SEGMENTS[kind]
+    return make(op, decay, extra=extra, strength=strength, **sizes)
+
+
+def check_segment(inputs: Inputs, dtype: torch.dtype) -> None:
+    """Relative RMS errors of segments and their gradients; what is left of a memory is measured against the identity.
+
+    The delta rule's gradients in half precision are a sum of two, by way of the memory and of its decay, each rounded.
+    """
+    inputs = inputs.to(dtype)
+    for name in {"log_decay", "log_decay_v"} & inputs.tensors.keys():
+        inputs.tensors[name] = inputs.tensors[name].float()
+    found = segment_results(Inputs(inputs.op, {n: x.cuda() for n, x in inputs.tensors.items()}), kernels)
+    truth = segment_results(inputs.to(torch.float64), reference)
+    errors = {}
+    for name, x in truth.items():
+        f, t = comparable(name, found[name].cpu().double()), comparable(name, x)
+        errors[name] = ((f - t).norm() / t.norm().clamp(min=1e-30)).item()
+    of_outputs, of_gradients = RMS[dtype]
+    if dtype == torch.bfloat16 and inputs.op == "delta_rule":
+        of_outputs, of_gradients = OF_SCALED_OUTPUTS, 8e-3
+    assert all(e <= (of_gradients if n.startswith("grad") else of_outputs) for n, e in errors.items()), errors
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", SEGMENTS)
+def test_fused_segment_layouts(kind, layout, dtype, fused):
+    check_segment(segment_inputs(kind, num_keys=64, num_values=48, **LAYOUTS[layout]), dtype)
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize(("num_keys", "num_values"), DIMS)
+@pytest.mark.parametrize(
+    "kind", ["none", "scalar", "vector", "values", "delta none", "delta scalar", "delta vector"]
+)
+def test_fused_segment_dims_and_groups(kind, num_keys, num_values, dtype, fused):
+    sizes = dict(num_keys=num_keys, num_values=num_values, num_heads=4, groups=2, num_tokens=130)
+    check_segment(segment_inputs(kind, **sizes), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["scalar", "vector", "values", "delta scalar", "delta vector"])
+def test_fused_segment_long(kind, dtype, fused):
+    sizes = dict(num_keys=128, num_values=128, num_heads=1, groups=1, batch=1, num_tokens=4096)
+    check_segment(segment_inputs(kind, strength=0.002, **sizes), dtype)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "values", "delta scalar", "delta vector"])
+def test_fused_segment_same_bits_in_a_graph_and_no_waiting(kind, fused):
+    inputs = segment_inputs(kind, num_tokens=230, num_keys=64, num_values=64, cu_seqlens=PACKED).to(
+        torch.bfloat16
+    )
+    inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()})
+
+    def step():
+        leaves = inputs.differentiable()
+        segment = leaves.segment(kernels)
+        found = [x for x in (segment.state, segment.log_decay, segment.decay) if x is not None]
+        used = [x for name, x in leaves.tensors.items() if x.requires_grad and name not in ("q", "state")]
+        return *found, *torch.autograd.grad(sum(x.square().sum() for x in found), used)
+
+    eager = step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y, z in zip(eager, again, captured, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)

@@ -79,17 +79,17 @@ def segment_blocks(width: int, other: int, dtype: torch.dtype, decays_rows: bool
     return _both(width, other, 64 if decays_rows else 128, 128, 8, 2)
 
 
-def segment_gradient_blocks(width: int, other: int, dtype: torch.dtype, decays_rows: bool) -> Blocks:
+def segment_gradient_blocks(width: int, other: int, dtype: torch.dtype) -> Blocks:
     """For segment_gradient.py: the whole of the dim that decays."""
     if dtype.itemsize == 4:
         return _both(width, other, 256, 16, 8, 1)
-    return _both(width, other, 256, 32 if decays_rows and width > 64 else 64, 8, 1)
+    values = 16 if _is_masked(width, other) else 32 if width > 64 else 64  # masks take registers
+    return _both(width, other, 256, values, 8, 1)
 
 
-def segment_chunk_size(width: int, dtype: torch.dtype, decays_rows: bool) -> int:
-    """Of both: tiles of a chunk by all rows, of float32 where each decays by itself, fill the registers."""
-    size = diag_chunk_size(dtype)
-    return min(size, 32) if decays_rows and width > 128 else size
+def segment_chunk_size(width: int, dtype: torch.dtype) -> int:
+    """Of both: float32 tiles of a chunk by the whole of that dim fill the registers."""
+    return min(diag_chunk_size(dtype), 32 if width > 128 else 64)
 
 
 def _both(width: int, other: int, keys: int, values: int, num_warps: int, num_stages: int) -> Blocks:

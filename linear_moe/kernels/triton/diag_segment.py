@@ -101,7 +101,7 @@ class _Run:
             NO_DECAY if log_decay is None else {1: HEAD_DECAY, 3: TOKEN_DECAY, 4: ROW_DECAY}[log_decay.ndim]
         )
         width = num_values if columns else k.shape[-1]
-        chunk = configs.segment_chunk_size(width, v.dtype, decay == ROW_DECAY)
+        chunk = configs.segment_chunk_size(width, v.dtype)
         processors = configs.num_processors(v.device)
         size = configs.segment_size(rows, num_tokens, num_heads, 1, chunk, processors)
         layout = lay_out(rows, num_tokens, size, cu_seqlens, like=v)
@@ -169,7 +169,7 @@ class _Run:
         dy, dz = (torch.empty(*tokens, x.shape[-1], dtype=x.dtype, device=x.device) for x in (y, z))
         if d_state is None:
             d_state = torch.zeros(1, device=y.device).expand(self._memory_shape(layout.num_documents))
-        d_state = d_state.to(y.dtype).contiguous()
+        d_state = d_state.contiguous()
         if d_total is None:
             d_total = torch.zeros(layout.num_documents, num_heads, self.width, device=y.device)
         d_log: Tensor | None = None
@@ -177,7 +177,7 @@ class _Run:
             of_head = self.decay == HEAD_DECAY
             shape = (layout.num_segments, num_heads) if of_head else self.log_decay.shape
             d_log = self._floats(*shape)
-        cut = configs.segment_gradient_blocks(y.shape[-1], z.shape[-1], y.dtype, self.decay == ROW_DECAY)
+        cut = configs.segment_gradient_blocks(y.shape[-1], z.shape[-1], y.dtype)
         segment_gradient_kernel[(layout.num_segments * num_heads,)](
             y, z, self.log_decay, layout.plan, d_state, *(dy if x is None else x for x in (before, totals, after)),
             d_total.contiguous(), dy, dz, dy if d_log is None else d_log, *self._places(y, z),

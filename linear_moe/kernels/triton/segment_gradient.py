@@ -43,14 +43,14 @@ def shared_by_memory(
         i_S = i_D[:, None] * S_D + i_Z[None, :] * S_Z
         m_S = m_D[:, None] & ((i_Z < Z) | (Z % BZ == 0))[None, :]
         b_S = tl.load(before + i_S, mask=m_S, other=0.0)
-        b_sum += tl.sum(b_S * tl.load(d_final + i_S, mask=m_S, other=0.0).to(tl.float32), 1)
+        b_sum += tl.sum(b_S * tl.load(d_final + i_S, mask=m_S, other=0.0), 1)
     return b_sum
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
 def segment_gradient_kernel(
     y, z, log_decay, plan,
-    d_final,  # [N, H, D, Z] in the dtype of y (strides S_D, S_Z)
+    d_final,  # [N, H, D, Z] float32 (strides S_D, S_Z)
     before,  # [S, H, D, Z] float32 (the same): the memory before each segment
     totals, after,  # [M, H, W] float32
     d_total,  # [N, H, W] float32
@@ -130,19 +130,25 @@ def segment_gradient_kernel(
             p_z = z + past * z_t + i_C[:, None] * z_t + i_Z[None, :]
             b_z = tl.load(p_z, mask=m_C[:, None] & m_Z[None, :], other=0.0)  # [C, BZ]
             p_dS = d_final + i_D[:, None] * S_D + i_Z[None, :] * S_Z
-            b_dS = tl.load(p_dS, mask=m_D[:, None] & m_Z[None, :], other=0.0)  # [BD, BZ]
-            b_dz = tl.dot(b_w, b_dS, input_precision="ieee")
+            high, low = halves(tl.load(p_dS, mask=m_D[:, None] & m_Z[None, :], other=0.0), dtype)  # [BD, BZ]
+            b_dz = tl.dot(b_w, high, input_precision="ieee")
             if (DECAY == 1) | (DECAY == 2):
                 b_dz = b_dz * factor
             p_dz = dz + (past + i_C[:, None]) * (num_heads * Z) + i_Z[None, :]
             tl.store(p_dz, b_dz.to(dtype), mask=m_out[:, None] & m_Z[None, :])
-            b_dy = tl.dot(b_z, tl.trans(b_dS), b_dy, input_precision="ieee")
+            b_dy = tl.dot(b_z, tl.trans(high), b_dy, input_precision="ieee")
+            if (
+                HAS_DECAY_GRADIENT and DECAY != 3 and dtype != tl.float32
+            ):  # it sums all of dS, rounded alike in all tokens
+                b_dy = tl.dot(b_z, tl.trans(low), b_dy, input_precision="ieee")
         if DECAY != 0:
             b_dy = b_dy * factor
         p_dy = dy + (past + i_C[:, None]) * (num_heads * D) + i_D[None, :]
         tl.store(p_dy, b_dy.to(dtype), mask=m_out[:, None] & m_D[None, :])
 
         if HAS_DECAY_GRADIENT:
+            # read again, since registers are short
+            b_y = tl.load(y + past * y_t + i_C[:, None] * y_t + i_D[None, :], mask=m_y, other=0.0)
             b_p = b_y.to(tl.float32) * b_dy
             if DECAY == 3:
                 b_d_log = tl.where(m_y, sum_by(is_earlier, b_p, dtype) + b_run[None, :], 0.0)
