@@ -157,8 +157,14 @@ def _figures(change: dict[str, Any]) -> Iterable[str]:
     return (f"{change[name]:.3f}" for name in ("ms", "base_ms"))
 
 
+def write_tables(record: Record) -> Path:
+    """``kernels.md``."""
+    path = record.path.with_suffix(".md")
+    write_text(path, markdown(record))
+    return path
+
+
 def write(record: Record) -> list[Path]:
-    """Both files, as far as they can be made; returns them."""
-    table_of, plot = record.path.with_suffix(".md"), record.path.with_suffix(".png")
-    write_text(table_of, markdown(record))
-    return [table_of, plot] if draw(record.rows, plot) else [table_of]
+    """Tables and plot, as far as they can be made; returns them."""
+    plot = record.path.with_suffix(".png")
+    return [write_tables(record), *([plot] if draw(record.rows, plot) else [])]

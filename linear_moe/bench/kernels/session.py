@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class Session:
         self.is_bad |= who == OURS and row["status"] in ("failed", "wrong")
         if row["status"] != "not begun" or not self.has(about):
             self.record.put(row, KEYS)
+            report.write_tables(self.record)
 
     def has(self, about: Row) -> bool:
         """Whether there is a row of the same call."""
@@ -97,6 +99,14 @@ class Session:
         """Tables and the plot of what there is."""
         for path in report.write(self.record):
             say(f"wrote {path}")
+
+    def compile_peers(self) -> None:
+        """Before they are timed, where they are installed."""
+        count = self.asked.processes
+        if self.device == "cuda" and count and find_spec("fla") is not None and not self.is_over():
+            say(f"compiling flash-linear-attention's kernels in {count} processes ...")
+            seconds = compile_ahead(self.asked.families, self.shapes, count, self.is_over)
+            say(f"compiled in {seconds:.0f} s")
 
 
 def _outcome(run: Callable[[], Row]) -> Row:
@@ -136,10 +146,8 @@ def measure(session: Session) -> None:
     for who in (OURS, TORCH, PEER):
         if who not in asked.who:
             continue
-        if who == PEER and session.device == "cuda" and asked.processes and not session.is_over():
-            say(f"compiling flash-linear-attention's kernels in {asked.processes} processes ...")
-            seconds = compile_ahead(families, session.shapes, asked.processes, session.is_over)
-            say(f"compiled in {seconds:.0f} s")
+        if who == PEER and {"time", "memory"} & set(asked.parts):
+            session.compile_peers()
         for shape in session.shapes:
             for part in ("time", "memory"):
                 if part in asked.parts and (part == "time" or session.device == "cuda"):
