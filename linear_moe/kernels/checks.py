@@ -1,4 +1,7 @@
-"""Argument checks of the public kernels: shapes, dtypes and devices, never values on a device (that would wait for it).
+"""Argument checks of the public kernels: shapes, dtypes and devices; values of CPU tensors only.
+
+A value on a GPU is not looked at, since the host would wait for it: offsets of documents that run backwards, or a decay
+that grows, are refused on a CPU and give wrong numbers on a GPU.
 
 Letters: B batch, T tokens, G query/key heads, H heads, K key dim, V value dim, N documents, W width, C channels.
 """
@@ -13,6 +16,12 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 
+_POSITIVE = 1e-5
+"""A log decay that counts as zero: numerical gradients step across it."""
+
+
+_ONE_DTYPE = "q, k and v are read by the same matrix products"
+
 
 def check_scan(
     q: Tensor | None,
@@ -26,33 +35,39 @@ def check_scan(
     for name, x, legend in (("k", k, "[B, T, Hqk, K]"), ("v", v, "[B, T, H, V]")):
         _check_float(name, x, v.device)
         if x.ndim != 4 or 0 in x.shape:
-            _fail(name, f"has shape {_show(x.shape)}", f"a non-empty tensor {legend}")
+            _fail(name, f"has shape {_show(x.shape)}", f"{name} is {legend}", "a non-empty tensor of these")
     batch, num_tokens, num_heads, num_values = v.shape
     num_keys = k.shape[3]
     if k.shape[:2] != v.shape[:2]:
-        _fail("k", f"is {_show(k.shape)} but v is {_show(v.shape)}", "k and v of the same B and T")
+        found = f"is {_show(k.shape)} but v is {_show(v.shape)}"
+        _fail("k", found, "every token has a key and a value", "k and v of the same B and T")
     if k.dtype != v.dtype:
-        _fail("k", f"is {k.dtype} but v is {v.dtype}", "q, k and v of one dtype")
+        _fail("k", f"is {k.dtype} but v is {v.dtype}", _ONE_DTYPE, f"k.to({v.dtype})")
     if num_heads % k.shape[2]:
-        _fail("k", f"has {k.shape[2]} heads and v has {num_heads}", "a number of q/k heads that divides v's")
+        found = f"has {k.shape[2]} heads and v has {num_heads}"
+        _fail("k", found, "each head of q and k serves the same number of v's", "a number that divides v's")
     if max(num_keys, num_values) > MAX_HEAD_DIM:
         name = "k" if num_keys > MAX_HEAD_DIM else "v"
+        why = "a kernel holds the rows of a memory, K x V, close to where it computes"
         _fail(
             name,
             f"has head dim {max(num_keys, num_values)}",
-            f"head dims up to {MAX_HEAD_DIM}: use more heads",
+            why,
+            f"more heads, of at most {MAX_HEAD_DIM} each",
         )
     if q is not None:
         _check_float("q", q, v.device)
         _check_shape("q", q, k.shape, "[B, T, Hqk, K], as k")
         if q.dtype != v.dtype:
-            _fail("q", f"is {q.dtype} but v is {v.dtype}", "q, k and v of one dtype")
+            _fail("q", f"is {q.dtype} but v is {v.dtype}", _ONE_DTYPE, f"q.to({v.dtype})")
     if log_decay is not None:
         _check_float("log_decay", log_decay, v.device)
         allowed = [(num_heads,), (batch, num_tokens, num_heads), (batch, num_tokens, num_heads, num_keys)]
         if tuple(log_decay.shape) not in allowed:
-            options = "[H], [B, T, H] or [B, T, H, K]: " + " or ".join(_show(shape) for shape in allowed)
-            _fail("log_decay", f"has shape {_show(log_decay.shape)}", options)
+            why = "a decay is of heads, [H], of their tokens, [B, T, H], or of channels, [B, T, H, K]"
+            shapes = " or ".join(_show(shape) for shape in allowed)
+            _fail("log_decay", f"has shape {_show(log_decay.shape)}", why, shapes)
+        check_decay("log_decay", log_decay)
     num_documents = check_cu_seqlens(cu_seqlens, batch, num_tokens, v.device)
     if state is not None:
         _check_float("state", state, v.device)
@@ -64,11 +79,21 @@ def check_diag_extras(k: Tensor, v: Tensor, log_decay_v: Tensor | None, bonus: T
     if log_decay_v is not None:
         _check_float("log_decay_v", log_decay_v, v.device)
         _check_shape("log_decay_v", log_decay_v, v.shape, "[B, T, H, V], as v")
+        check_decay("log_decay_v", log_decay_v)
     if bonus is not None:
         _check_float("bonus", bonus, v.device)
         _check_shape("bonus", bonus, (v.shape[2], k.shape[3]), "[H, K]")
     if bonus is not None and log_decay_v is not None:
-        _fail("bonus", "is given together with log_decay_v", "one of the two: no mixer defines both")
+        _fail("bonus", "is given together with log_decay_v", "no recurrence here has both", "one of the two")
+
+
+def check_decay(name: str, log_decay: Tensor) -> None:
+    """A logarithm of decay is at most 0; looked at on the CPU only. (Not a number is let through, as anywhere.)"""
+    if log_decay.device.type == "cpu" and (largest := log_decay.detach().max().item()) > _POSITIVE:
+        why = "it is the logarithm of a factor of at most 1; a larger one makes the memory grow without bound"
+        _fail(
+            name, f"has positive values, up to {largest:.3g}", why, f"-{name}, or the logarithm of the decay"
+        )
 
 
 def check_beta(v: Tensor, beta: Tensor) -> None:
@@ -96,15 +121,16 @@ def check_conv(
     _check_float("x", x, x.device)
     _check_float("weight", weight, x.device)
     if x.ndim < 3 or 0 in x.shape:
-        _fail("x", f"has shape {_show(x.shape)}", "a non-empty tensor [B, T, *C]")
+        _fail("x", f"has shape {_show(x.shape)}", "x is [B, T, *C]", "a non-empty tensor of these")
     channels = tuple(x.shape[2:])
     if tuple(weight.shape[:-1]) != channels or weight.shape[-1] < 1:
-        _fail("weight", f"has shape {_show(weight.shape)}", f"[*C, W] with C = {_show(channels)}, as in x")
+        why = f"weight is [*C, W] with C = {_show(channels)}, as in x"
+        _fail("weight", f"has shape {_show(weight.shape)}", why, "one filter of W >= 1 numbers per channel")
     if bias is not None:
         _check_float("bias", bias, x.device)
         _check_shape("bias", bias, channels, "[*C]")
     if activation not in (None, "silu"):
-        _fail("activation", f"is {activation!r}", 'None or "silu"')
+        _fail("activation", f"is {activation!r}", "there is no other", 'None or "silu"')
     num_documents = check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
     if state is not None:
         _check_float("state", state, x.device)
@@ -115,17 +141,18 @@ def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, acti
     """Everything :func:`linear_moe.kernels.gated_rms_norm` takes."""
     _check_float("x", x, x.device)
     if x.ndim != 4:
-        _fail("x", f"has shape {_show(x.shape)}", "a tensor [B, T, H, D]")
+        _fail("x", f"has shape {_show(x.shape)}", "x is [B, T, H, D]", "x.unflatten(-1, (H, D))")
     if weight is not None:
         _check_float("weight", weight, x.device)
         if tuple(weight.shape) not in (tuple(x.shape[-1:]), tuple(x.shape[-2:])):
-            expected = f"[D] = {_show(x.shape[-1:])} or [H, D] = {_show(x.shape[-2:])}"
-            _fail("weight", f"has shape {_show(weight.shape)}", expected)
+            why = "weight is of all heads, [D], or of each, [H, D]"
+            shapes = f"{_show(x.shape[-1:])} or {_show(x.shape[-2:])}"
+            _fail("weight", f"has shape {_show(weight.shape)}", why, shapes)
     if gate is not None:
         _check_float("gate", gate, x.device)
         _check_shape("gate", gate, x.shape, "[B, T, H, D], as x")
     if activation not in ("swish", "sigmoid"):
-        _fail("activation", f"is {activation!r}", '"swish" or "sigmoid"')
+        _fail("activation", f"is {activation!r}", "there is no other", '"swish" or "sigmoid"')
 
 
 def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
@@ -133,9 +160,10 @@ def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
     _check_float("logits", logits, logits.device)
     if logits.ndim != 2 or logits.stride(1) != 1:
         found = f"has shape {_show(logits.shape)} and strides {_show(logits.stride())}"
-        _fail("logits", found, "[M, V] with contiguous rows")
+        _fail("logits", found, "logits is [M, V], and its rows are overwritten", "logits.contiguous()")
     if labels.dtype != torch.int64 or labels.device != logits.device:
-        _fail("labels", f"is {labels.dtype} on {labels.device}", f"int64 on {logits.device}")
+        found = f"is {labels.dtype} on {labels.device}"
+        _fail("labels", found, "labels are rows of logits, next to them", f"int64 on {logits.device}")
     _check_shape("labels", labels, logits.shape[:1], "[M]")
     _check_float("weight", weight, logits.device)
     _check_shape("weight", weight, logits.shape[:1], "[M]")
@@ -145,19 +173,20 @@ def check_rows(x: Tensor, order: Tensor, place: Tensor, num_rows: int) -> None:
     """Everything that moves between tokens and slots; values are not looked at."""
     for name, index in (("order", order), ("place", place)):
         if index.dtype != torch.int64 or index.device != x.device:
-            _fail(name, f"is {index.dtype} on {index.device}", f"int64 on {x.device}")
+            found = f"is {index.dtype} on {index.device}"
+            _fail(name, found, "it counts rows of x, next to them", f"int64 on {x.device}")
     if place.ndim != 2 or order.shape != (place.numel(),):
         found = f"has shape {_show(place.shape)} and order {_show(order.shape)}"
-        _fail("place", found, "[S, k] and the order of its S * k slots")
+        _fail("place", found, "place is [S, k], and order has its S * k slots", "both from one routing")
     if x.shape[0] != num_rows or num_rows not in (place.shape[0], place.numel()):
-        _fail("x", f"has {x.shape[0]} rows", f"{num_rows} rows, with place {_show(place.shape)}")
+        _fail("x", f"has {x.shape[0]} rows", f"place is {_show(place.shape)}", f"{num_rows} rows")
 
 
 def check_swiglu(x: Tensor, weight: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.weighted_swiglu` takes."""
     _check_float("x", x, x.device)
     if x.ndim != 2 or x.shape[1] % 2:
-        _fail("x", f"has shape {_show(x.shape)}", "a tensor [M, 2 F]")
+        _fail("x", f"has shape {_show(x.shape)}", "x is [M, 2 F]", "gates and values side by side")
     _check_float("weight", weight, x.device)
     _check_shape("weight", weight, x.shape[:1], "[M]")
 
@@ -168,35 +197,40 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, dev
         return batch
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         found = f"is {cu_seqlens.dtype} of shape {_show(cu_seqlens.shape)}"
-        _fail("cu_seqlens", found, "an int32 or int64 tensor [N + 1]: 0, then the end of each document")
+        why = "cu_seqlens is [N + 1]: 0, then the end of each document"
+        _fail("cu_seqlens", found, why, "an int32 or int64 tensor of at least two numbers")
     if cu_seqlens.device != device:
-        _fail("cu_seqlens", f"is on {cu_seqlens.device}", f"a tensor on {device}, where the tokens are")
+        _fail("cu_seqlens", f"is on {cu_seqlens.device}", f"the tokens are on {device}", f'.to("{device}")')
     if batch != 1:
+        why = "packed documents are one row"
         _fail(
-            "cu_seqlens", f"is given with B = {batch}", "packed documents as one row: x.flatten(0, 1)[None]"
+            "cu_seqlens", f"is given with B = {batch}", why, "x.flatten(0, 1)[None] for every x [B, T, ...]"
         )
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] > num_tokens or bounds != sorted(bounds):
             found = f"runs from {bounds[0]} to {bounds[-1]}"
-            _fail("cu_seqlens", found, f"non-decreasing offsets from 0 to at most T = {num_tokens}")
+            why = "each document ends where the next one starts"
+            _fail("cu_seqlens", found, why, f"non-decreasing offsets from 0 to at most T = {num_tokens}")
     return len(cu_seqlens) - 1
 
 
 def _check_float(name: str, x: Tensor, device: torch.device) -> None:
     if not x.is_floating_point():
-        _fail(name, f"is {x.dtype}", "a floating-point tensor")
+        _fail(
+            name, f"is {x.dtype}", "it is multiplied and summed", f"a floating-point tensor: {name}.float()"
+        )
     if x.device != device:
-        _fail(name, f"is on {x.device}", f"a tensor on {device}, where the others are")
+        _fail(name, f"is on {x.device}", f"the others are on {device}", f'{name}.to("{device}")')
 
 
 def _check_shape(name: str, x: Tensor, shape: Sequence[int], legend: str) -> None:
     if tuple(x.shape) != tuple(shape):
-        _fail(name, f"has shape {_show(x.shape)}", f"{legend} = {_show(shape)}")
+        _fail(name, f"has shape {_show(x.shape)}", f"{name} is {legend}", f"a tensor {_show(shape)}")
 
 
-def _fail(name: str, found: str, expected: str) -> NoReturn:
-    raise ValueError(f"{name} {found}. Pass {expected}.")
+def _fail(name: str, found: str, why: str, instead: str) -> NoReturn:
+    raise ValueError(f"{name} {found}\n  why: {why}\n  try: {instead}")
 
 
 def _show(shape: Sequence[int]) -> str:

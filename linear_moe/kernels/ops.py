@@ -57,7 +57,8 @@ def diag_decay(
         float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit; on a CPU, where values can be looked at without waiting, a
+            log decay is positive or documents run backwards.
     """
     checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
     checks.check_diag_extras(k, v, log_decay_v, bonus)

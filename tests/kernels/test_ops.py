@@ -21,22 +21,25 @@ zeros = torch.zeros
     [
         (
             dict(q=zeros(2, 8, 4, 6)),
-            r"q has shape \[2, 8, 4, 6\]. Pass \[B, T, Hqk, K\], as k = \[2, 8, 2, 6\]",
+            r"q has shape \[2, 8, 4, 6\]\n  why: q is \[B, T, Hqk, K\], as k\n  try: a tensor \[2, 8, 2, 6\]",
         ),
         (dict(q=zeros(2, 8, 2, 6).double()), "q is torch.float64 but v is torch.float32"),
-        (dict(k=zeros(2, 8, 2, 6).int()), "k is torch.int32. Pass a floating-point tensor"),
-        (dict(k=zeros(2, 8, 12)), r"k has shape \[2, 8, 12\]. Pass a non-empty tensor \[B, T, Hqk, K\]"),
+        (dict(k=zeros(2, 8, 2, 6).int()), r"k is torch.int32\n  why: .*\n  try: a floating-point tensor"),
+        (
+            dict(k=zeros(2, 8, 12)),
+            r"k has shape \[2, 8, 12\]\n  why: k is \[B, T, Hqk, K\]\n  try: a non-empty",
+        ),
         (dict(k=zeros(2, 7, 2, 6)), "k and v of the same B and T"),
         (dict(k=zeros(2, 8, 3, 6)), "k has 3 heads and v has 4"),
-        (dict(k=zeros(2, 8, 2, 257)), "k has head dim 257. Pass head dims up to 256"),
+        (dict(k=zeros(2, 8, 2, 257)), r"k has head dim 257\n  why: .*\n  try: more heads, of at most 256"),
         (dict(v=zeros(2, 8, 4, 300)), "v has head dim 300"),
         (dict(v=zeros(2, 0, 4, 5)), "v has shape"),
-        (dict(log_decay=zeros(2, 8, 4, 5)), r"log_decay has shape .* or \[2, 8, 4, 6\]"),
+        (dict(log_decay=zeros(2, 8, 4, 5)), r"log_decay has shape .*\n.*\n.* or \[2, 8, 4, 6\]"),
         (dict(log_decay=zeros(4).long()), "log_decay is torch.int64"),
-        (dict(log_decay_v=zeros(2, 8, 4, 6)), r"log_decay_v .* = \[2, 8, 4, 5\]"),
-        (dict(bonus=zeros(4, 5)), r"bonus .* \[H, K\] = \[4, 6\]"),
+        (dict(log_decay_v=zeros(2, 8, 4, 6)), r"log_decay_v .*\n.*\n  try: a tensor \[2, 8, 4, 5\]"),
+        (dict(bonus=zeros(4, 5)), r"bonus .*\n.* \[H, K\]\n.* \[4, 6\]"),
         (dict(bonus=zeros(4, 6), log_decay_v=zeros(2, 8, 4, 5)), "bonus is given together with log_decay_v"),
-        (dict(state=zeros(1, 4, 6, 5)), r"state .* \[N, H, K, V\] = \[2, 4, 6, 5\]"),
+        (dict(state=zeros(1, 4, 6, 5)), r"state .*\n.* \[N, H, K, V\]\n.* \[2, 4, 6, 5\]"),
         (dict(state=zeros(2, 4, 6, 5, device="meta")), "state is on meta"),
         (dict(cu_seqlens=torch.tensor([0, 8])), "cu_seqlens is given with B = 2"),
         (dict(cu_seqlens=torch.tensor([0.0, 8.0])), "cu_seqlens is torch.float32"),
@@ -56,10 +59,34 @@ def test_wrong_documents_are_refused(bounds: list[int]) -> None:
         inputs.run(kernels, cu_seqlens=torch.tensor(bounds))
 
 
+@pytest.mark.parametrize("op", ["diag_decay", "delta_rule", "dplr_delta_rule"])
+@pytest.mark.parametrize("decay", ["head", "scalar", "vector"])
+def test_a_decay_that_grows_is_refused(op: str, decay: str) -> None:
+    inputs = make(op, decay, num_tokens=8)
+    log_decay = inputs.tensors["log_decay"]
+    inputs.run(kernels, log_decay=(log_decay * 0 + 1e-6).requires_grad_())  # a step of a numerical gradient
+    log_decay.view(-1)[-1] = 0.25
+    with pytest.raises(
+        ValueError, match=r"^log_decay has positive values, up to 0.25\n  why: .*\n  try: -log_decay"
+    ):
+        inputs.run(kernels)
+    with pytest.raises(ValueError, match=r"^log_decay has positive"):
+        inputs.segment(kernels)
+
+
+def test_so_is_one_of_columns() -> None:
+    inputs = make("diag_decay", "none", extra="log_decay_v", num_tokens=8)
+    with pytest.raises(ValueError, match=r"^log_decay_v has positive values"):
+        inputs.run(kernels, log_decay_v=-inputs.tensors["log_decay_v"])
+
+
 def test_delta_rule_and_segments_refuse() -> None:
     inputs = make("delta_rule", num_tokens=8)
     k, v, beta = (inputs.tensors[name] for name in ("k", "v", "beta"))
-    with pytest.raises(ValueError, match=r"beta has shape \[2, 8, 3\]. Pass \[B, T, H\] = \[2, 8, 4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"beta has shape \[2, 8, 3\]\n  why: beta is \[B, T, H\]\n  try: a tensor \[2, 8, 4\]",
+    ):
         inputs.run(kernels, beta=beta[..., :3])
     with pytest.raises(ValueError, match="beta"):
         kernels.delta_rule_segment(k, v, beta[..., :3])
@@ -71,10 +98,11 @@ def test_dplr_and_its_segment_refuse() -> None:
     inputs = make("dplr_delta_rule", num_tokens=8)
     k, v, a, b = (inputs.tensors[name] for name in ("k", "v", "a", "b"))
     with pytest.raises(
-        ValueError, match=r"a has shape \[2, 8, 2, 5\]. Pass \[B, T, Hqk, K\], as k = \[2, 8, 2, 6\]"
+        ValueError,
+        match=r"a has shape \[2, 8, 2, 5\]\n  why: a is \[B, T, Hqk, K\], as k\n  try: a tensor \[2, 8, 2, 6\]",
     ):
         inputs.run(kernels, a=a[..., :5])
-    with pytest.raises(ValueError, match=r"b is torch.int64. Pass a floating-point tensor"):
+    with pytest.raises(ValueError, match=r"b is torch.int64\n  why: .*\n  try: a floating-point tensor"):
         inputs.run(kernels, b=b.long())
     with pytest.raises(ValueError, match="b has shape"):
         kernels.dplr_delta_rule_segment(k, v, a, b[:, :, :1])
@@ -84,10 +112,13 @@ def test_dplr_and_its_segment_refuse() -> None:
     ("changes", "message"),
     [
         (dict(x=zeros(2, 8)), "x has shape"),
-        (dict(weight=zeros(5, 4)), r"weight has shape \[5, 4\]. Pass \[\*C, W\] with C = \[6\], as in x"),
-        (dict(bias=zeros(5)), r"bias .* = \[6\]"),
-        (dict(activation="gelu"), "activation is 'gelu'. Pass None or \"silu\""),
-        (dict(state=zeros(2, 4, 6)), r"state .* \[N, W - 1, \*C\] = \[2, 3, 6\]"),
+        (
+            dict(weight=zeros(5, 4)),
+            r"weight has shape \[5, 4\]\n  why: weight is \[\*C, W\] with C = \[6\], as in x",
+        ),
+        (dict(bias=zeros(5)), r"bias (.*\n)*.*tensor \[6\]"),
+        (dict(activation="gelu"), r"activation is 'gelu'\n  why: .*\n  try: None or \"silu\""),
+        (dict(state=zeros(2, 4, 6)), r"state .*\n.*\[N, W - 1, \*C\]\n.* \[2, 3, 6\]"),
         (dict(cu_seqlens=torch.tensor([0, 8])), "cu_seqlens is given with B = 2"),
     ],
 )

@@ -65,6 +65,7 @@ def operations(rank: int, world: int, kinds: list[str], packed: bool, flags: tup
         for name in WAITING:
             patch.setattr(torch.Tensor, name, functools.partial(refused, name))
         patch.setattr(linear_moe.kernels.checks, "check_cu_seqlens", number_of_documents)
+        patch.setattr(linear_moe.kernels.checks, "check_decay", lambda *arguments: None)  # on CPUs only, too
         patch.setattr(
             linear_moe.model.sequence, "_is_partition", lambda *values: True
         )  # looked at on CPUs only
