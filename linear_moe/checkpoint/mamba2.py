@@ -149,6 +149,7 @@ def _check(found: Mapping[str, Any], hidden: int) -> None:
 
 def _limits(given: Any) -> tuple[float, float] | None:
     """Both ends, if they are; infinity as transformers writes it, or as Python does."""
-    ends = [float(x["__float__"]) if isinstance(x, dict) else x for x in given]
-    fits = len(ends) == 2 and 0 <= ends[0] < ends[1]
-    return (float(ends[0]), float(ends[1])) if fits else None
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        return None
+    low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in given)
+    return (low, high) if 0 <= low < high else None

@@ -164,11 +164,13 @@ _THEIR_MIXER = "backbone.layers.{i}.mixer."
 
 
 def _mamba2(make: Callable[[int, tuple[int, ...]], Transform], name: str, parts: dict[int, str]) -> Entry:
-    """Parts of a tensor of theirs, ``[z x b c dt]``, by their number: those of our heads, or of our groups of heads."""
+    """Parts of a tensor of theirs, ``[z x b c dt]``, by their number: those of our heads, or of our groups of heads, in
+    our order."""
 
     def transform(shape: Shape) -> Transform:
         mixer = shape.mixers["mamba2"]
         table = {p.name: p for p in mixer.all_projections()}
+        assert [name for name in table if name in parts.values()] == list(parts.values()), "our order"
         is_grouped = any(table[part].grouped for part in parts.values())
         return make(
             mixer.num_groups if is_grouped else mixer.cfg.num_heads,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from linear_moe.launch.cluster import cuda_device_count, retired_variables, with_cluster
-from linear_moe.launch.environment import RunSettings, read_environment, variables
+from linear_moe.launch.environment import RunSettings, default_mixer, read_environment, variables
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.finetune import plan_finetune
 from linear_moe.launch.header import default_threads, header
@@ -64,7 +64,7 @@ def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int)
     if given.get("PRETRAIN_CHECKPOINT_PATH", "none") == "none":
         return plan_run(read_environment(given, family), devices)
     if "LAYER_TYPE_LIST" in given:
-        given.setdefault("LA_MODULE", RunSettings.la_module)
+        given.setdefault("LA_MODULE", default_mixer(family))
     model = starting_model(given, family, "pretrain")
     settings = read_environment({**given, **model.variables}, family)
     return plan_run(settings, devices, model.families, model.names)

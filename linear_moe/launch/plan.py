@@ -182,7 +182,14 @@ def plan_run(
             f"the sizes are {', '.join(family.sizes)}.",
             f"MODEL_SIZE={_nearest(size_name, family)}",
         )
-    size, extra_args = _apply_extra_args(family.sizes[size_name].with_moe(settings.moe), settings.extra_args)
+    size = family.sizes[size_name]
+    if settings.moe and not (size.is_moe or size.has_feed_forward):
+        raise PreflightError(
+            f"MOE=true, but {family.name} {size_name} has no feed-forward blocks.",
+            "experts are as wide as the blocks that they stand for.",
+            f"EXTRA_ARGS='--num-experts 8 --moe-ffn-hidden-size {2 * size.hidden_size}', or MOE= (empty)",
+        )
+    size, extra_args = _apply_extra_args(size.with_moe(settings.moe), settings.extra_args)
     if "LAYER_TYPE_LIST" in from_checkpoint and len(settings.layer_type_list or "") != size.num_layers:
         raise _other_layers(settings, size.num_layers, by_size="MODEL_SIZE" not in from_checkpoint)
     try:

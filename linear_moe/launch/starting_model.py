@@ -20,6 +20,7 @@ SCRIPTS = {
     "deepseek_v2": "linear_moe_deepseek_v2/run_finetune_deepseek.sh",
     "mixtral": "linear_moe_mixtral/run_finetune_mistral.sh",
     "llama3": "linear_llama3/run_finetune_mcore_llama.sh",
+    "mamba2": "linear_mamba2/run_finetune_mamba2.sh",
 }
 """Finetuning script of each family, in ``examples``."""
 

@@ -52,6 +52,7 @@ _MAMBA2 = {
     "num_hidden_layers": 2,
     "vocab_size": VOCAB,
     "chunk_size": 16,
+    "eos_token_id": None,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.9}

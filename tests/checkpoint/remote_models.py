@@ -143,10 +143,7 @@ def exported(model: Any, config: Any) -> dict[str, Tensor]:
     for i, kind in enumerate(config.layer_kinds):
         prefix = f"decoder.layers.{i}."
         layer = {name.removeprefix(prefix): x for name, x in ours.items() if name.startswith(prefix)}
-        named = {
-            "input_layernorm.weight": layer["input_layernorm.weight"],
-            "post_attention_layernorm.weight": layer["pre_mlp_layernorm.weight"],
-        }
+        named = {"input_layernorm.weight": layer["input_layernorm.weight"]}
         if kind != "softmax":
             found |= _tables(kind, ours, config)
             named |= _mixer(kind, layer, config, config.layer_kinds[:i].count(kind))
@@ -154,7 +151,9 @@ def exported(model: Any, config: Any) -> dict[str, Tensor]:
             named |= _latent(layer)
         else:
             named |= _attention(layer, config)
-        named |= _feed_forward(layer)
+        if "pre_mlp_layernorm.weight" in layer:
+            named["post_attention_layernorm.weight"] = layer["pre_mlp_layernorm.weight"]
+            named |= _feed_forward(layer)
         found |= {f"model.layers.{i}.{name}": x for name, x in named.items()}
     return {name: x.clone().contiguous() for name, x in found.items()}
 

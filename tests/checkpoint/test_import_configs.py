@@ -1,9 +1,16 @@
 """Published config.json files are understood: old and new spellings, and which named size of ours each one is."""
 
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 
+from linear_moe.checkpoint import mamba2
 from linear_moe.checkpoint.hf_config import describe
 from linear_moe.checkpoint.native import native_config, native_type
+from linear_moe.lsm.mamba2 import Mamba2
 
 _QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -128,6 +135,40 @@ _QWEN3_NEXT = {
     "torch_dtype": "bfloat16",
     "vocab_size": 151936,
 }
+_MAMBA2 = {
+    "architectures": ["Mamba2ForCausalLM"],
+    "bos_token_id": 0,
+    "chunk_size": 256,
+    "conv_kernel": 4,
+    "eos_token_id": 0,
+    "expand": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 768,
+    "initializer_range": 0.1,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "mamba2",
+    "n_groups": 1,
+    "num_heads": 24,
+    "num_hidden_layers": 24,
+    "pad_token_id": 0,
+    "rescale_prenorm_residual": False,
+    "residual_in_fp32": True,
+    "rms_norm": True,
+    "state_size": 128,
+    "tie_word_embeddings": True,
+    "time_step_floor": 0.0001,
+    "time_step_limit": [0.0, math.inf],
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "time_step_rank": 48,
+    "torch_dtype": "bfloat16",
+    "use_bias": False,
+    "use_cache": True,
+    "use_conv_bias": True,
+    "vocab_size": 50288,
+}
+_INFINITY = {"__float__": "Infinity"}
 PUBLISHED = {
     "Qwen2-7B": (_QWEN2, "7B"),
     "Qwen2-57B-A14B": (
@@ -151,6 +192,23 @@ PUBLISHED = {
         "1B",
     ),
     "Llama-3-8B": (_LLAMA | {"rope_scaling": None, "max_position_embeddings": 8192}, "custom"),
+    "Mamba2-130m": (_MAMBA2, "130M"),
+    "Mamba2-2.7b": (
+        _MAMBA2
+        | {
+            "hidden_size": 2560,
+            "num_heads": 80,
+            "num_hidden_layers": 64,
+            "time_step_limit": [0.0, _INFINITY],
+        },
+        "2.7B",
+    ),
+    "Mamba-Codestral-7B-v0.1": (
+        _MAMBA2
+        | {"hidden_size": 4096, "num_heads": 128, "num_hidden_layers": 64, "n_groups": 8}
+        | {"norm_before_gate": True, "tie_word_embeddings": False, "vocab_size": 32768},
+        "custom",
+    ),
     "Mixtral-8x7B-v0.1": (
         {
             "hidden_act": "silu",
@@ -215,8 +273,16 @@ def test_what_we_write_is_what_we_read(name):
     described = describe(PUBLISHED[name][0])
     kind = native_type(described.family, described.size)
     assert kind == described.model_type
-    again = native_config(kind, described.family, described.size, dtype="bfloat16")
-    assert describe(again) == described
+    layers = None
+    if kind == "mamba2":
+        options = dict(pairwise(described.mixer_arguments))
+        groups, heads = int(options["--mamba2-num-groups"]), described.size.hidden_size // 32
+        width = described.size.hidden_size
+        layers = mamba2.fields_of(
+            Mamba2.Config(hidden_size=width, num_heads=heads, head_dim=64, num_groups=groups)
+        )
+    again = native_config(kind, described.family, described.size, dtype="bfloat16", layers=layers)
+    assert describe(json.loads(json.dumps(again))) == replace(described, warnings=())
 
 
 @pytest.mark.parametrize(
@@ -248,6 +314,43 @@ def test_what_our_layers_do_not_compute(changes, message):
 def test_what_our_layers_do_not_compute_of_qwen3_next(changes, message):
     with pytest.raises(ValueError, match=message):
         describe(_QWEN3_NEXT | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_bias": True}, "use_bias = True"),
+        ({"rms_norm": False}, "rms_norm = False"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"num_heads": 25}, "expand = 2"),
+        ({"expand": 1.5, "num_heads": 18}, "expand = 1.5"),
+        ({"n_groups": 5}, "n_groups = 5"),
+        ({"conv_kernel": 1}, "conv_kernel = 1"),
+        ({"state_size": 512}, "state_size = 512"),
+        ({"head_dim": 512, "num_heads": 3}, "head_dim = 512"),
+        ({"time_step_limit": [0.1, 0.1]}, r"time_step_limit = \[0.1, 0.1\]"),
+        ({"time_step_limit": [-1.0, _INFINITY]}, r"time_step_limit = \[-1.0, "),
+        ({"time_step_limit": 0.1}, "time_step_limit = 0.1"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn"),
+    ],
+)
+def test_what_our_layers_do_not_compute_of_mamba2(changes, message):
+    with pytest.raises(ValueError, match=rf"config.json (has|names) {message}(.|\n)*  why: .*\n  try: "):
+        describe(_MAMBA2 | changes)
+
+
+def test_mamba2_means_its_classes_defaults():
+    """An absent field, and what transformers does not read."""
+    absent = ("n_groups", "time_step_limit", "residual_in_fp32", "use_conv_bias", "rms_norm")
+    described = describe({name: value for name, value in _MAMBA2.items() if name not in absent})
+    options = dict(pairwise(described.mixer_arguments))
+    assert options["--mamba2-num-groups"] == "8" and options["--mamba2-conv-bias"] == "true"
+    assert "--mamba2-dt-limit-max" not in options and described.size.fp32_residual
+    assert described.size.ffn_hidden_size == 0 and set(described.kinds) == {"mamba2"}
+    limited = dict(pairwise(describe(_MAMBA2 | {"time_step_limit": [0.01, 0.5]}).mixer_arguments))
+    assert (limited["--mamba2-dt-limit-min"], limited["--mamba2-dt-limit-max"]) == ("0.01", "0.5")
+    (warning,) = describe(_MAMBA2 | {"norm_before_gate": True}).warnings
+    assert "norm_before_gate = true is ignored" in warning and not described.warnings
 
 
 def test_windows_and_lacking_fields():

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.checkpoint.hf_models import MODELS, VOCAB, hf_logits, on_cpu, save_hf, some_tokens
+from tests.checkpoint.hf_models import MODELS, VOCAB, hf_logits, hf_model, on_cpu, save_hf, some_tokens
 from tests.inference.models import argv, whole_forward
 from tests.training.tiny import losses, train, whole
 
@@ -76,14 +76,12 @@ def save(rank, world, folder, name):
     save_hf(folder, name)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_next", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_next", "deepseek_v2", "mamba2"])
 def test_greedy_text_is_the_same(gloo, tmp_path, name):
-    import transformers
-
     gloo(1, save, str(tmp_path / "hf"), name)
     prompts = some_tokens(2, 8)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with on_cpu():
+        model = hf_model(tmp_path / "hf")
         theirs = model.generate(torch.tensor(prompts), max_new_tokens=64, do_sample=False, eos_token_id=None)
     ours = gloo(1, greedy, str(tmp_path), prompts)[0]
     assert [list(tokens)[-64:] for tokens in ours] == theirs[:, 8:].tolist()

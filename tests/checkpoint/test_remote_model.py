@@ -45,6 +45,7 @@ FAMILIES = {
     "deepseek_v2": of_family("deepseek_v2", "tiny", ["softmax", "gla", "softmax"]),
     "llama3": of_family("llama3", "tiny", ["softmax", "retention"], *LLAMA3_ROPE),
     "mixtral": of_family("mixtral", "tiny", ["gated_deltanet", "softmax"]),
+    "no_feed_forward": of_family("mamba2", "tiny", ["gla", "softmax"]),
     "qwen2": of_family("qwen2", "tiny", ["mom_gla", "softmax"], *SHARED),
     "qwen2_dense": of_family("qwen2", "tiny-dense", ["mamba2", "softmax"]),
     "tied": [flag for flag in of_family("llama3", "tiny", ["deltanet"]) if "untie" not in flag],

@@ -377,6 +377,34 @@ CASES = [
 ]
 
 
+NO_FEED_FORWARD = {
+    "experts_as_wide_as_nothing": (
+        """MOE=true, but mamba2 tiny has no feed-forward blocks.
+  why: experts are as wide as the blocks that they stand for.
+  try: EXTRA_ARGS='--num-experts 8 --moe-ffn-hidden-size 256', or MOE= (empty)""",
+        {"MOE": "true"},
+    ),
+    "experts_without_a_width": (
+        """the 4 experts of mamba2 tiny have no width.
+  why: without one of their own it is that of the feed-forward blocks, which this model has not.
+  try: EXTRA_ARGS='--num-experts 4 --moe-ffn-hidden-size 256'""",
+        {"EXTRA_ARGS": "--num-experts 4"},
+    ),
+    "heads_only": (
+        """tensor parallel 3 does not fit mamba2 tiny.
+  why: TP has to divide 4 heads, and to fit 4 key/value groups.
+  try: TP=4 (legal: 1, 2, 4)""",
+        {"TP": "3", "GPUS_PER_NODE": "3"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_FEED_FORWARD)
+def test_message_of_a_family_without_feed_forward_blocks(name: str):
+    text, variables = NO_FEED_FORWARD[name]
+    assert message(family="mamba2", **variables) == text
+
+
 @pytest.mark.parametrize(("cuda", "variables", "text"), CASES)
 def test_message(cuda: int, variables: dict[str, str], text: str):
     mixers = ", ".join(sorted((*registered_mixers(), "softmax")))

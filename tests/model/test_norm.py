@@ -53,7 +53,10 @@ def test_statistics_are_float32(name):
     true = by_definition(name, x.double(), 1.0, 0.0)
     assert norm(x).dtype == torch.bfloat16
     torch.testing.assert_close(norm(x).double(), true, atol=1e-2, rtol=2**-8)
-    assert norm(x.float()).dtype == torch.float32  # a residual stream in float32 (--fp32-residual-connection)
+    assert norm(x.float()).dtype == torch.float32
+    norm = NORMS[name](config(params_dtype=torch.bfloat16, fp32_residual_connection=True), SIZE, EPS)
+    assert norm(x.float()).dtype == norm(x).dtype == torch.bfloat16  # what the projections behind it take
+    torch.testing.assert_close(norm(x.float()).double(), true, atol=1e-2, rtol=2**-8)
 
 
 def test_small_offsets_from_one_are_kept():

@@ -73,7 +73,13 @@ def parse(*argv: str, num_layers: int = 2, **megatron: Any) -> argparse.Namespac
     """Our flags, resolved, and what ``resolve`` reads of Megatron's."""
     args = ours().parse_args(argv)
     args.num_layers = num_layers
-    for name in ("recompute_granularity", "reset_attention_mask", "hybrid_context_parallel"):
+    names = (
+        "recompute_granularity",
+        "reset_attention_mask",
+        "hybrid_context_parallel",
+        "fp32_residual_connection",
+    )
+    for name in (*names, "bf16", "fp16"):
         setattr(args, name, megatron.get(name))
     arguments.resolve(args)
     return args
@@ -154,6 +160,24 @@ def test_a_flag_alone_is_true():
 def test_heads_that_tensor_parallelism_cannot_divide():
     with pytest.raises(ValueError, match=r"2 heads of hgrn2.*\n  why: .*\n  try: "):
         config_of(parse("--la-module", "hgrn2"), tensor_model_parallel_size=4)
+
+
+def test_experts_need_a_width():
+    """Their own, where there are no feed-forward blocks."""
+    args = parse("--la-module", "gla")
+    with pytest.raises(
+        ValueError, match=r"the 4 experts have no width\n  why: .*\n  try: --moe-ffn-hidden-size 512"
+    ):
+        config_of(args, ffn_hidden_size=0, num_moe_experts=4)
+    assert (
+        config_of(args, ffn_hidden_size=0, num_moe_experts=4, moe_ffn_hidden_size=8).moe_ffn_hidden_size == 8
+    )
+
+
+@pytest.mark.parametrize(("precision", "kept"), [({}, False), ({"bf16": True}, True), ({"fp16": True}, True)])
+def test_a_float32_residual_stream_is_nothing_new_in_float32(precision, kept):
+    args = parse("--la-module", "gla", fp32_residual_connection=True, **precision)
+    assert bool(args.fp32_residual_connection) is kept
 
 
 def test_shape_follows_the_model():
