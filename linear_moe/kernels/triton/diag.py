@@ -46,7 +46,7 @@ def diag_decay(
     if log_decay_v is not None:
         if log_decay is not None:
             assert log_decay.ndim < 4
-            log_decay_v = log_decay_v + log_decay.to(log_decay_v.dtype)[..., None]
+            log_decay_v = log_decay_v + log_decay.float()[..., None]
         return diag_vector.decay_columns(q, k, v, log_decay_v, state, cu_seqlens, float(scale))
     if bonus is not None:
         log_decay = torch.zeros((), device=v.device) if log_decay is None else log_decay

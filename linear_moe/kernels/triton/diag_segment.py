@@ -43,7 +43,7 @@ def diag_decay_segment(
     if log_decay_v is not None:
         if log_decay is not None:
             assert log_decay.ndim < 4
-            log_decay_v = log_decay_v + log_decay.to(log_decay_v.dtype)[..., None]
+            log_decay_v = log_decay_v + log_decay.float()[..., None]
         log_decay = log_decay_v
     state, total = _DiagSegment.apply(k, v, log_decay, cu_seqlens, columns)
     if total is not None:
