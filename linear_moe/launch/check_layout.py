@@ -138,6 +138,35 @@ def check_experts(plan: RunPlan) -> None:
         )
 
 
+def check_routing(plan: RunPlan) -> None:
+    """A token finds as many experts as it visits, and the experts have room for tokens."""
+    size, s = plan.size, plan.settings
+    if size.num_experts is None:
+        return
+    experts, open_groups = size.num_experts, size.moe_router_group_topk or 1
+    groups = (size.moe_router_group_topk and size.moe_router_num_groups) or 1  # one, and open: no limit
+    if experts % groups:
+        raise PreflightError(
+            f"{experts} experts do not make {groups} equal groups.",
+            f"the router of {plan.family.name} {plan.size_name} chooses groups, then experts in these.",
+            f"EXTRA_ARGS='--num-experts {-(-experts // groups) * groups}', or another --moe-router-num-groups",
+        )
+    reached = experts // groups * min(open_groups, groups)
+    if size.moe_router_topk > reached:
+        where = f" in the {open_groups} groups open to it" if reached < experts else ""
+        raise PreflightError(
+            f"a token cannot visit {size.moe_router_topk} of {reached} experts{where}.",
+            "each of those that it visits is another one.",
+            f"EXTRA_ARGS='--moe-router-topk {reached}' or less, or more experts with --num-experts",
+        )
+    if s.token_dropping and not s.train_capacity_factor:
+        raise PreflightError(
+            f"TRAIN_CAPACITY_FACTOR={s.train_capacity_factor:g} drops every token.",
+            "an expert takes that many times its even share of the tokens.",
+            "TRAIN_CAPACITY_FACTOR=1.25, or TOKEN_DROPPING=false",
+        )
+
+
 def check_world(plan: RunPlan) -> None:
     """The processes make up whole copies of the layout, for the dense part and for the experts."""
     s = plan.settings

@@ -241,6 +241,42 @@ CASES = [
         GPUS_PER_NODE="4",
     ),
     case(
+        "router_visits_more_than_there_are",
+        """a token cannot visit 20 of 8 experts.
+  why: each of those that it visits is another one.
+  try: EXTRA_ARGS='--moe-router-topk 8' or less, or more experts with --num-experts""",
+        EXTRA_ARGS="--moe-router-topk 20",
+    ),
+    case(
+        "router_of_fewer_experts",
+        """a token cannot visit 2 of 1 experts.
+  why: each of those that it visits is another one.
+  try: EXTRA_ARGS='--moe-router-topk 1' or less, or more experts with --num-experts""",
+        EXTRA_ARGS="--num-experts 1",
+    ),
+    case(
+        "router_of_groups",
+        """a token cannot visit 5 of 4 experts in the 2 groups open to it.
+  why: each of those that it visits is another one.
+  try: EXTRA_ARGS='--moe-router-topk 4' or less, or more experts with --num-experts""",
+        EXTRA_ARGS="--moe-router-topk 5 --moe-router-num-groups 4 --moe-router-group-topk 2",
+    ),
+    case(
+        "router_of_unequal_groups",
+        """8 experts do not make 3 equal groups.
+  why: the router of qwen2 tiny chooses groups, then experts in these.
+  try: EXTRA_ARGS='--num-experts 9', or another --moe-router-num-groups""",
+        EXTRA_ARGS="--moe-router-num-groups 3 --moe-router-group-topk 2",
+    ),
+    case(
+        "capacity_of_nothing",
+        """TRAIN_CAPACITY_FACTOR=0 drops every token.
+  why: an expert takes that many times its even share of the tokens.
+  try: TRAIN_CAPACITY_FACTOR=1.25, or TOKEN_DROPPING=false""",
+        TOKEN_DROPPING="true",
+        TRAIN_CAPACITY_FACTOR="0",
+    ),
+    case(
         "world",
         """1 node(s) x 6 = 6 process(es) cannot hold TP 2 x PP 2 x CP 1 = 4.
   why: the number of processes has to be a multiple of that product; what is left over is data parallel.
