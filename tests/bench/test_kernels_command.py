@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from linear_moe.bench import __main__ as command_line
 from linear_moe.bench.kernels import command, report
-from linear_moe.bench.kernels.calls import ALL_SHAPES, FAMILIES, SHAPES, least_bytes
-from linear_moe.bench.kernels.peer import _different, let_it_run
+from linear_moe.bench.kernels.calls import ALL_SHAPES, FAMILIES, SHAPES, inputs, least_bytes
+from linear_moe.bench.kernels.peer import _different, arguments, let_it_run, peer
 from linear_moe.bench.record import Record
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +155,21 @@ def test_a_guard_that_is_passed_marks_the_row(monkeypatch: pytest.MonkeyPatch) -
     guarded = Guarded()
     guarded.TRITON_ABOVE_3_7_1 = True
     assert let_it_run(FAMILIES["mamba2"]) is None
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.peer])
+def test_the_peer_takes_these_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip(f"fla.ops.{FAMILIES[name].peer}")
+    operator = f"chunk_{FAMILIES[name].peer}"
+    signature, given = inspect.signature(getattr(module, operator)), {}
+    monkeypatch.setattr(module, operator, lambda **named: given.update(named))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    shape = ALL_SHAPES["tiny_packed"]
+    named = arguments(inputs(FAMILIES[name], shape, torch.float32, "cpu"))
+    peer(FAMILIES[name], shape)(**named)
+    signature.bind(**given)  # TypeError for one that is unknown or missing
+    assert len(given) == len(named) + 1 and given["cu_seqlens"].dtype == torch.int64
+    assert given["scale"] == shape.keys**-0.5
 
 
 def test_options_in_the_documentation_exist() -> None:
