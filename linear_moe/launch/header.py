@@ -2,10 +2,11 @@
 
 from linear_moe.launch.check_layout import draw_stages
 from linear_moe.launch.cluster import cpu_cores
-from linear_moe.launch.plan import MOCK_DATA, RunPlan
+from linear_moe.launch.environment import default_mixer
+from linear_moe.launch.plan import MOCK_DATA, RunPlan, registered_mixers
 from linear_moe.launch.resume import checkpoint_iteration, has_another_tokenizer, pretrained_folder
 from linear_moe.model.families import estimate_parameters
-from linear_moe.model.pattern import pattern_of
+from linear_moe.model.pattern import canonical_mixer, pattern_of
 
 
 def header(plan: RunPlan) -> str:
@@ -29,6 +30,11 @@ def notes(plan: RunPlan) -> list[str]:
     found = [] if plan.instructions is None else plan.instructions.notes(s.seq_len)
     if plan.from_checkpoint:
         found.append(f"those of PRETRAIN_CHECKPOINT_PATH: {', '.join(plan.from_checkpoint)}.")
+    if s.vocab_size is not None and plan.tokenizer is not None and "VOCAB_SIZE" not in plan.from_checkpoint:
+        found.append(f"VOCAB_SIZE={s.vocab_size} does nothing: TOKENIZER has {plan.vocab_size} tokens.")
+    if _has_idle_mixer(plan):
+        pattern = s.hybrid_override_pattern or s.layer_type_list
+        found.append(f"LA_MODULE={s.la_module} does nothing: no layer of {pattern} asks for it.")
     source = pretrained_folder(plan)
     is_new = checkpoint_iteration(plan.run_dir / "checkpoint") is None
     if is_new and source is not None and has_another_tokenizer(plan, source.parent):
@@ -48,6 +54,18 @@ def notes(plan: RunPlan) -> list[str]:
     if plan.on_cpu and plan.size.hidden_size > 512:
         found.append(f"{plan.size_name} on a CPU takes minutes per step; MODEL_SIZE=demo is made for it.")
     return found
+
+
+def _has_idle_mixer(plan: RunPlan) -> bool:
+    """Whether LA_MODULE, as far as one can see that it is set, names a mixer of no layer."""
+    s, known = plan.settings, registered_mixers(plan.settings.mixer_modules)
+    if s.la_module == default_mixer(plan.family.name) or "LA_MODULE" in plan.from_checkpoint:
+        return False
+    names = [name for name in s.la_module.split(",") if name.strip()]
+    try:
+        return not {canonical_mixer(name, known) for name in names} & {*plan.kinds}
+    except ValueError:
+        return True
 
 
 def _model(plan: RunPlan) -> str:

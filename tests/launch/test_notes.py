@@ -1,0 +1,38 @@
+"""Notes of the header: variables that are set and do nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from linear_moe.data.tokenizer import train_tokenizer
+from linear_moe.launch.header import notes
+from tests.launch.plans import make_plan
+
+
+def idle(**variables: str) -> list[str]:
+    return [note for note in notes(make_plan(**variables)) if "does nothing" in note]
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"HYBRID_OVERRIDE_PATTERN": "M*"}, []),
+        ({"HYBRID_OVERRIDE_PATTERN": "M*", "LA_MODULE": "Mamba-2"}, []),
+        ({"HYBRID_OVERRIDE_PATTERN": "M*", "LA_MODULE": "gla"}, ["LA_MODULE=gla", "of M* asks"]),
+        ({"HYBRID_OVERRIDE_PATTERN": "M*", "LA_MODULE": "gala"}, ["LA_MODULE=gala", "of M* asks"]),
+        ({"LAYER_TYPE_LIST": "N", "LA_MODULE": "gla"}, ["LA_MODULE=gla", "of N asks"]),
+        ({"LAYER_TYPE_LIST": "LN", "LA_MODULE": "gla"}, []),
+        ({"LAYER_TYPE_LIST": "1N", "LA_MODULE": "gla,kda"}, []),
+    ],
+)
+def test_a_mixer_of_no_layer(variables: dict[str, str], found: list[str]):
+    told = idle(**variables)
+    assert len(told) == bool(found)
+    assert all(part in told[0] for part in found)
+
+
+def test_a_vocabulary_beside_a_tokenizer(tmp_path: Path):
+    train_tokenizer(["text"], 258, str(tmp_path / "tok"))
+    assert idle(VOCAB_SIZE="5000") == idle(TOKENIZER=str(tmp_path / "tok")) == []
+    (note,) = idle(VOCAB_SIZE="5000", TOKENIZER=str(tmp_path / "tok"))
+    assert note == "VOCAB_SIZE=5000 does nothing: TOKENIZER has 258 tokens."
