@@ -105,7 +105,7 @@ def _with_samples(plan: RunPlan, template: str | None, announce: Callable[[str],
     assert plan.instructions is not None and plan.tokenizer is not None
     s, tokenizer, options = plan.settings, plan.tokenizer, plan.instructions.settings
 
-    def prepared(text: str) -> Prepared:
+    def prepared(text: str, variable: str) -> Prepared:
         return prepare(
             _files(text),
             tokenizer.path,
@@ -114,14 +114,17 @@ def _with_samples(plan: RunPlan, template: str | None, announce: Callable[[str],
             seq_length=s.seq_len,
             over_long=options.over_long,
             template=template,
+            variable=variable,
             announce=announce,
         )
 
     def packs(samples: Prepared) -> Schedule:
         return schedule_of(samples, s.seq_len, plan.global_batch_size, s.seed, is_packed=s.pack)
 
-    train = prepared(s.dataset_path)
-    valid = None if options.valid_dataset_path is None else prepared(options.valid_dataset_path)
+    # The smaller one first: a mistake in it is told before the larger one is read.
+    path = options.valid_dataset_path
+    valid = None if path is None else prepared(path, "VALID_DATASET_PATH")
+    train = prepared(s.dataset_path, "DATASET_PATH")
     instructions = replace(
         plan.instructions,
         train=train,

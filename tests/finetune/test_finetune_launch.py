@@ -167,6 +167,13 @@ def test_mistakes(files, tmp_path):
     assert first(EPOCHS="0") == "EPOCHS=0 trains nothing."
     assert first(SEQ_LEN="2").endswith("has no sample that can be learned")
     assert first(TP="3").startswith("tensor parallel 3 does not fit")
+    (tmp_path / "empty.jsonl").touch()
+    for path, problem in (
+        ("absent.jsonl", "cannot be read"),
+        (str(tmp_path / "empty.jsonl"), "holds no sample"),
+    ):
+        told = message(files, tmp_path / "output", VALID_DATASET_PATH=path)
+        assert told.startswith(f"{path} {problem}") and "\n  try: VALID_DATASET_PATH=<file>.jsonl" in told
     assert not (tmp_path / "output").exists(), "a mistake leaves nothing behind"
     # Known only with the samples, which are kept.
     assert first(WARMUP_ITERS="50", TRAIN_ITERS="50") == "the warm-up takes 50 steps and the run 50."

@@ -67,6 +67,7 @@ def prepare(
     seq_length: int,
     over_long: OverLong = "drop",
     template: str | None = None,
+    variable: str = "DATASET_PATH",
     announce: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """The tokens of all samples in ``paths``; from ``cache`` if they were made before.
@@ -79,6 +80,7 @@ def prepare(
         seq_length: room of a sequence.
         over_long: what happens to longer samples.
         template: chat template instead of the tokenizer's.
+        variable: what messages call ``paths``.
         announce: told before the files are tokenized, which may take a while.
 
     Raises:
@@ -86,10 +88,12 @@ def prepare(
     """
     template_files = [Path(tokenizer) / name for name in ("tokenizer_config.json", "chat_template.jinja")]
     settings = [FORMAT, fingerprint, seq_length, over_long, template]
-    folder = cache / f"instructions-{_key(settings, [*paths, *map(str, template_files)], optional=2)}"
+    key = _key(settings, [*paths, *map(str, template_files)], optional=2, variable=variable)
+    folder = cache / f"instructions-{key}"
     if not folder.exists():
         announce(f"tokenizing {', '.join(paths)}")
-        _write(folder, paths, ChatTemplate(_open(tokenizer), template), seq_length, over_long)
+        chat = ChatTemplate(_open(tokenizer), template)
+        _write(folder, paths, chat, _Tally(seq_length, over_long), variable)
     return open_prepared(folder)
 
 
@@ -114,7 +118,7 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, tokens, learned, ends, report)
 
 
-def _key(settings: list[Any], paths: list[str], optional: int) -> str:
+def _key(settings: list[Any], paths: list[str], optional: int, variable: str) -> str:
     """Hash of settings and files; the last ``optional`` files need not be there."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for i, path in enumerate(paths):
@@ -126,8 +130,8 @@ def _key(settings: list[Any], paths: list[str], optional: int) -> str:
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be read: {error.strerror}\n"
-                f"  why: training data for finetuning are JSONL files, one conversation a line\n"
-                f"  try: DATASET_PATH=<file>.jsonl"
+                f"  why: samples for finetuning are JSONL files, one conversation a line\n"
+                f"  try: {variable}=<file>.jsonl"
             ) from None
     return digest.hexdigest()[:16]
 
@@ -177,8 +181,7 @@ class _Tally:
         self.kept.append(sample)
 
 
-def _write(folder: Path, paths: list[str], chat: ChatTemplate, seq_length: int, over_long: OverLong) -> None:
-    tally = _Tally(seq_length, over_long)
+def _write(folder: Path, paths: list[str], chat: ChatTemplate, tally: _Tally, variable: str) -> None:
     backend = chat.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -187,7 +190,7 @@ def _write(folder: Path, paths: list[str], chat: ChatTemplate, seq_length: int, 
         for sample in tokenize(backend, list(tally.texts(map(chat.render, batch)))):
             tally.add(sample)
     if not tally.kept:
-        raise _nothing(paths, tally)
+        raise _nothing(paths, tally, variable)
     tokens = np.concatenate([sample.tokens for sample in tally.kept])
     learned = np.concatenate([sample.learned for sample in tally.kept])
     ends = np.cumsum([len(sample.tokens) for sample in tally.kept])
@@ -216,13 +219,13 @@ def _write(folder: Path, paths: list[str], chat: ChatTemplate, seq_length: int, 
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _nothing(paths: list[str], tally: _Tally) -> ValueError:
+def _nothing(paths: list[str], tally: _Tally, variable: str) -> ValueError:
     names, count = ", ".join(paths), tally.count
     if not count["over_long"] and not count["empty_answers"]:
         return ValueError(
             f"{names} holds no sample\n"
             f"  why: every line is empty\n"
-            f"  try: DATASET_PATH=<file>.jsonl, one JSON object a line"
+            f"  try: {variable}=<file>.jsonl, one JSON object a line"
         )
     longer = f"SEQ_LEN={count['longest']} holds the longest, and " if count["over_long"] else ""
     return ValueError(
