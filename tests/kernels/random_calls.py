@@ -74,6 +74,8 @@ class Call:
     """Of tensors that are not dense."""
     wide: frozenset[str] = frozenset()
     """Tensors that are float32 whatever the dtype is."""
+    narrow: frozenset[str] = frozenset()
+    """Tensors that are float16."""
     constant: frozenset[str] = frozenset()
     """Tensors without a gradient."""
     upstream: str = "both"
@@ -90,6 +92,10 @@ class Call:
         """For test ids."""
         return "-".join([self.op, str(self.dtype).removeprefix("torch."), *self.words]).replace(" ", "_")
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor is given as."""
+        return torch.float16 if name in self.narrow else torch.float32 if name in self.wide else self.dtype
+
     def arguments(self, device: str, exact: bool = False) -> dict[str, Tensor]:
         """New tensors every time, as they lie in memory, or dense and in float64."""
         found = {}
@@ -97,7 +103,7 @@ class Call:
             if not x.is_floating_point():
                 found[name] = x.to(device)
                 continue
-            dtype = torch.float64 if exact else torch.float32 if name in self.wide else self.dtype
+            dtype = torch.float64 if exact else self.dtype_of(name)
             lying = x.to(device, dtype, copy=True)
             lying = lying if exact else lie(lying, self.layouts.get(name, "dense"))
             found[name] = lying.requires_grad_(name not in self.constant)
@@ -152,7 +158,8 @@ def judge(call: Call, module: ModuleType | type, device: str) -> dict[str, str]:
             bad[name] = f"shape {list(found[name].shape)}, not {list(x.shape)}"
             continue
         error, limit = rms(found[name].double() - x), limit_of(call, name) * rms(x)
-        if error <= max(limit, SMALLEST[call.dtype] * largest):
+        dtype = call.dtype_of(name.removeprefix("grad "))
+        if error <= max(limit, SMALLEST[min(dtype, call.dtype, key=lambda d: d.itemsize)] * largest):
             continue
         shaken = shaken or results(reference, shake(call), shake(call).arguments(device, exact=True), True)
         cancelling = ROUNDINGS * rms(shaken[name] - x)
@@ -165,6 +172,8 @@ def limit_of(call: Call, name: str) -> float:
     """Relative."""
     dtype = torch.bfloat16 if call.is_bfloat16 else call.dtype
     of_outputs, of_gradients = LIMITS[dtype]
+    if name.removeprefix("grad ") in call.narrow:
+        of_gradients = max(of_gradients, LIMITS[torch.float16][1])
     if dtype == torch.bfloat16 and call.is_per_element:
         of_outputs = OF_SCALED_OUTPUTS
     if dtype == torch.bfloat16 and "log_decay" in name:

@@ -51,6 +51,9 @@ def scan(op: str, kind: str, dtype: torch.dtype, size: Size, dice: Dice) -> Call
     call.wide = frozenset(
         name for name in ("log_decay", "log_decay_v", "bonus", "state") if geometry.random() < 0.7
     )
+    if dtype == torch.float32 and geometry.random() < 0.4:
+        gates_of = [name for name in call.tensors if name not in ("q", "k", "v", "state")]
+        call.narrow = frozenset(geometry.sample(gates_of, min(1, len(gates_of))))
     names = list(call.tensors)
     if geometry.random() < 0.2:
         call.constant = frozenset(geometry.sample(names, geometry.randint(1, len(names) - 1)))
@@ -123,7 +126,7 @@ def rounded(call: Call) -> None:
     """Everything starts from values that the dtype holds."""
     for name, x in call.tensors.items():
         if x.is_floating_point():
-            call.tensors[name] = x.to(torch.float32 if name in call.wide else call.dtype).double()
+            call.tensors[name] = x.to(call.dtype_of(name)).double()
 
 
 def left_over(call: Call, end: int) -> None:

@@ -80,7 +80,7 @@ def test_numbers_are_calls_of_every_kind() -> None:
         assert torch.equal(x.nan_to_num(7.0), calls[345].tensors[name].nan_to_num(7.0))
     for first, other in zip(calls[::PER_GEOMETRY], calls[1::PER_GEOMETRY]):
         assert (first.op, first.dtype, first.layouts) == (other.op, other.dtype, other.layouts)
-        assert (first.wide, first.constant) == (other.wide, other.constant)
+        assert (first.wide, first.narrow, first.constant) == (other.wide, other.narrow, other.constant)
         if "v" in first.tensors:
             assert first.tensors["v"].shape[2:] == other.tensors["v"].shape[2:]
     words = Counter(word for call in calls for word in call.words)
