@@ -56,17 +56,21 @@ def solve_levels(num_keys: int, dtype: torch.dtype) -> Cut:
 def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the scan over chunks: BK is the whole of K, S of BK x BV float32 stays in registers."""
     keys, values = _padded(num_keys), _padded(num_values)
-    if dtype.itemsize == 2:
-        return Cut(keys, min(32, values), 4, 2) if keys <= 128 else Cut(keys, min(32, values), 8, 1)
-    return Cut(keys, min(16, values), 8, 1)
+    if dtype.itemsize != 2:
+        return Cut(keys, min(16, values), 8, 1)
+    if keys > 128:
+        return Cut(keys, min(32, values), 8, 1)
+    return Cut(keys, min(32, values), 8 if _is_masked(num_keys, num_values) else 4, 2)
 
 
 def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """The same backward in time, with two more tiles of a chunk."""
     keys, values = _padded(num_keys), _padded(num_values)
-    if dtype.itemsize == 2:
-        return Cut(keys, min(32, values), 4, 2) if keys <= 128 else Cut(keys, min(32, values), 8, 1)
-    return Cut(keys, min(16, values), 8, 1)
+    if dtype.itemsize != 2:
+        return Cut(keys, min(16, values), 8, 1)
+    if keys > 128 or _is_masked(num_keys, num_values):
+        return Cut(keys, min(32, values), 8, 1)
+    return Cut(keys, min(32, values), 4, 2)
 
 
 def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
@@ -95,3 +99,8 @@ def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 
 def _padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
+
+
+def _is_masked(*dims: int) -> bool:
+    """Whether loads need masks, which take registers."""
+    return any(dim != _padded(dim) for dim in dims)
