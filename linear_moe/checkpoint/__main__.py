@@ -6,6 +6,7 @@ python tools/convert.py export --load runs/mine --hf mine-hf
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -48,7 +49,7 @@ def main() -> int:
                         step=args.step,
                         tokenizer=args.tokenizer,
                         native=not args.remote_code,
-                        shard_bytes=int(args.shard_gb * 1e9),
+                        shard_bytes=shard_bytes(args.shard_gb),
                         progress=bar,
                     )
         except ValueError as error:
@@ -83,6 +84,17 @@ def parse() -> argparse.Namespace:
         "--remote-code", action="store_true", help="with its code even where transformers has a class"
     )
     return parser.parse_args()
+
+
+def shard_bytes(shard_gb: float) -> int:
+    """Bytes of the largest file of weights; ``ValueError`` for none, or without end."""
+    if not 0 < shard_gb < math.inf:
+        raise ValueError(
+            f"--shard-gb is {shard_gb:g}\n"
+            f"  why: that is the size of a file, of one tensor at least\n"
+            f"  try: --shard-gb 5"
+        )
+    return int(shard_gb * 1e9)
 
 
 def tell(args: argparse.Namespace, done: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from linear_moe.inference.checkpoint import TRACKER, checkpoint_folder
+from linear_moe.inference.checkpoint import TRACKER, checkpoint_folder, is_hugging_face
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -124,6 +124,12 @@ def run_and_iteration(source: Path, step: int | None = None) -> tuple[Path, Path
             f"{source} is neither a run, nor the checkpoint folder of one, nor an iteration in it\n"
             f"  why: there is no {run / 'config.json'}, which says what the model is\n"
             f"  try: the folder that holds config.json and checkpoint/"
+        )
+    if is_hugging_face(run):
+        raise ValueError(
+            f"{source} is a folder of Hugging Face's already\n"
+            f"  why: export makes one of a run\n"
+            f"  try: the folder as it is; or a run, with config.json and checkpoint/"
         )
     folder, step = checkpoint_folder(run, step)
     return run, folder, step

@@ -177,6 +177,12 @@ def is_hf_folder(folder: Path) -> bool:
 def describe_folder(folder: Path) -> Described:
     """A model folder as a family and a size; ``ValueError`` when it cannot be imported."""
     config = read_config(folder)
+    if "architecture" in config and "model_type" not in config:
+        raise ValueError(
+            f"{folder} is a run of linear_moe\n"
+            f"  why: import makes a run of a folder of Hugging Face's\n"
+            f"  try: the run as it is; or python tools/convert.py export --load {folder} --hf <folder>, and that folder"
+        )
     return _exported_by_us(folder, config) if config.get("model_type") == OURS else describe(config)
 
 

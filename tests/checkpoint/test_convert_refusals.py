@@ -182,7 +182,12 @@ def test_targets(source, refused, gloo, tmp_path):
 
 
 def test_runs_that_are_none(source, refused, tmp_path):
-    refused(source / "hf", "has no checkpoint", direction="export")
+    refused(source / "hf", "is a folder of Hugging Face's already", "the folder as it is", direction="export")
+    refused(source / "run", "is a run of linear_moe", f"export --load {source / 'run'} --hf <folder>")
+    bare = Path(
+        shutil.copytree(source / "run", tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoint"))
+    )
+    refused(bare, "has no checkpoint", direction="export")
     refused(source, "is neither a run", direction="export")
     refused(source / "run", "no checkpoint of step 9", direction="export", step=9)
     run = Path(shutil.copytree(source / "run", tmp_path / "run"))
@@ -296,6 +301,18 @@ def test_the_tool(source, gloo, tmp_path):
 
 
 def test_the_tool_names_its_options(source, gloo, tmp_path):
+    for size in ("-1", "0", "nan", "inf"):
+        arguments = [
+            "export",
+            "--load",
+            str(source / "run"),
+            "--hf",
+            str(tmp_path / "hf"),
+            "--shard-gb",
+            size,
+        ]
+        code, _, err = gloo(1, tool, *arguments)[0]
+        assert code == 2 and err.startswith(f"linear_moe: --shard-gb is {size}\n  why: "), err
     arguments = ["import", "--hf", str(source / "hf"), "--save", str(tmp_path / "run")]
     code, _, err = gloo(1, tool, *arguments, "--la-module", "glaa")[0]
     assert code == 2 and err.endswith("try: --la-module gla\n"), err
