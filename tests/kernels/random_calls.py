@@ -56,7 +56,7 @@ FULL = Size(tokens=700, dim=256, heads=6, batch=3, documents=9)
 LONG = Size(tokens=16384, dim=64, heads=1, batch=1, documents=3, least_tokens=16000)
 SMALL = Size(tokens=70, dim=40, heads=2, batch=2, documents=4)
 """In the interpreter."""
-STATES = 2**28
+STATES = 2**27
 """Numbers in the states of all tokens, which the truth keeps for its backward pass, several times."""
 
 
