@@ -18,7 +18,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="threads; all cores unless given")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()
-    if args.workers:
+    if args.workers is not None:
+        if args.workers < 1:
+            print(
+                f"linear_moe: --workers is {args.workers}\n"
+                f"  why: it counts threads\n"
+                f"  try: --workers 8, or none of it to use all cores",
+                file=sys.stderr,
+            )
+            return 2
         os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # read once, by the tokenizer library
     warnings.simplefilter("ignore")  # Megatron warns about a dozen missing packages that no tokenizing needs
     logging.disable(logging.WARNING)

@@ -240,8 +240,14 @@ def check_schedule(plan: RunPlan) -> None:
 
 
 def check_nodes(plan: RunPlan) -> None:
-    """Several nodes know each other: an address, and a number for each."""
+    """Several nodes know each other: an address, a port and a number for each."""
     s = plan.settings
+    if s.master_port is not None and s.master_port > 65535:
+        raise PreflightError(
+            f"MASTER_PORT={s.master_port} is no port.",
+            "the numbers of ports end at 65535.",
+            "MASTER_PORT=29500",
+        )
     if s.nnodes > 1 and s.master_addr is None:
         raise PreflightError(
             f"NNODES={s.nnodes}, but MASTER_ADDR is not set.",

@@ -208,4 +208,7 @@ def test_old_converters(tmp_path, command):
 def test_old_converters_say_how_they_are_called():
     for script in CONVERTERS.glob("*/*.sh"):
         done = subprocess.run(["sh", str(script)], capture_output=True, text=True)
-        assert done.returncode == 2 and f"# {script.name} MODEL_SIZE" in done.stderr
+        what, why, instead = done.stderr.splitlines()
+        assert done.returncode == 2 and what == f"linear_moe: {script.name} got 0 argument(s), too few."
+        assert why.startswith("  why: ") and instead.startswith(f"  try: sh {script} MODEL_SIZE ")
+        assert " SOURCE TARGET TP " in instead and "#" not in instead and "MG2HF" in instead

@@ -195,6 +195,9 @@ def test_the_tools_from_text_to_token_files(
     preprocess_data = ("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer", tok)
     assert f"DATASET_PATH={prefix}_text_document TOKENIZER={tok}" in run(*preprocess_data)
     assert run(*preprocess_data, code=2).startswith("linear_moe: ")
+    assert run(*preprocess_data, "--overwrite", "--workers", "-1", code=2).startswith(
+        "linear_moe: --workers is -1\n"
+    )
     metrics = tmp_path / "metrics.jsonl"
     records = [{"iteration": i, "lm_loss": 6 - i / 10, "tokens": 1000} for i in range(30)]
     records += [{"iteration": 29, "validation_loss": 4.0, "validation_perplexity": 54.6}]

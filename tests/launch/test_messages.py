@@ -318,6 +318,13 @@ CASES = [
         NNODES="2",
     ),
     case(
+        "no_port",
+        """MASTER_PORT=99999999 is no port.
+  why: the numbers of ports end at 65535.
+  try: MASTER_PORT=29500""",
+        MASTER_PORT="99999999",
+    ),
+    case(
         "node_rank",
         """NODE_RANK=1, but NNODES=1.
   why: nodes are numbered from 0.

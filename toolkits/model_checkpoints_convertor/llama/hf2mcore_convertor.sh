@@ -3,7 +3,7 @@
 #     [NUM_EXPERT_SPLITS] MG2HF [WS], as in the earlier system.
 # Used are SOURCE, TARGET, MG2HF (true: our checkpoint -> Hugging Face) and HF_CKPT_PATH (its tokenizer, with MG2HF).
 set -eu
-if [ $# -lt 5 ]; then sed -n 2,4p "$0" >&2; exit 2; fi
+if [ $# -lt 5 ]; then exec sh "$(dirname -- "$0")/../too_few.sh" "$0" $#; fi
 mg2hf=false
 for word in "${12:-}" "${13:-}"; do  # some versions have the number of splits before it
     if [ "$word" = true ]; then mg2hf=true; fi
