@@ -7,9 +7,10 @@
     o_t  = (S_{t-1} + diag(u) k_t v_t^T)^T q_t     y_t = GroupNorm(o_t) silu(g_t)
 
 Letters: B rows, T tokens, D hidden, S streams, R rank of the shift, H heads, K key dim, V value dim.
-Source: arXiv:2404.05892, sections 3 and 4 (q is its receptance r). Where the common library differs we follow it: keys
-of half width; mu, u and every b start at zero in each layer, so every channel fades by 1 / e a token at first (the
-authors' code starts them by layer and channel); the norm has the epsilon it is given (the authors': 64 times that).
+Source: arXiv:2404.05892, sections 3 and 4 (q is its receptance r). mu, u and every b start by layer and channel as in
+the authors' code (github.com/BlinkDL/RWKV-LM, RWKV-v5, x060); the common library starts them at zero, so that every
+channel fades by 1 / e a token, and then recall is not learned (examples/recall). Where else it differs from the authors
+we follow the library: keys of half width, and the norm has the epsilon it is given (the authors': 64 times that).
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import widen
+from linear_moe.lsm.tables import channel_places, widen
+
+SHIFT_POWERS = {"w": 1.0, "k": 1.0, "v": 1.0, "q": 0.5, "g": 0.5}
+"""How fast the token shift of a stream falls off over the channels when training starts."""
 
 
 @register("rwkv6")
@@ -80,6 +84,21 @@ class RWKV6(DiagonalDecay):
         for name, waist_BTR, up_DR, bias_D in zip(self._streams, parts, w["x_up"], w["x_bias"], strict=True):
             found[name] = torch.lerp(x_BTD, before_BTD, F.linear(waist_BTR, up_DR, bias_D))
         return found
+
+    def initialize(self, found: dict[str, Tensor], place: Placement) -> None:
+        """By depth and channel: early layers shift more and forget less, some channels for good, some within tokens."""
+        cfg, depth = self.cfg, place.layer / max(place.num_layers - 1, 1)
+        to_go = 1 - place.layer / place.num_layers
+        channel_D = torch.arange(cfg.hidden_size) / cfg.hidden_size
+        found["x_mu"].copy_(1 - channel_D**to_go)
+        for bias_D, name in zip(found["x_bias"], self._streams, strict=True):
+            bias_D.copy_(
+                1 - channel_D ** (SHIFT_POWERS[name] * to_go) - (0.3 * depth if name == "v" else 0.0)
+            )
+        key_HK = channel_places(cfg.num_heads, cfg.head_k_dim, place)
+        found["low_rank.w.up.bias"].copy_((-6 + 5 * key_HK ** (0.7 + 1.3 * depth)).flatten())
+        index_HK = (key_HK * (cfg.num_heads * cfg.head_k_dim - 1)).round()
+        found["bonus"].copy_(depth * (1 - key_HK) + 0.1 * ((index_HK + 1) % 3 - 1))
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """The log decay in float32: it is summed over the whole sequence."""

@@ -29,7 +29,7 @@ from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import one_of, positive
 from linear_moe.lsm.recurrence import DiagonalPlusLowRank
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import widen
+from linear_moe.lsm.tables import channel_places, widen
 
 SLOWEST = math.exp(-0.5)
 """No channel decays by more than ``exp`` of minus this in a token."""
@@ -144,8 +144,8 @@ class RWKV7(DiagonalPlusLowRank):
             if name in found:
                 channel_D = torch.arange(cfg.hidden_size) / cfg.hidden_size
                 found[name].copy_(1 - channel_D ** (power * to_go))
-        key_HK = _channels(cfg.num_heads, cfg.head_k_dim, place)
-        value_HV = _channels(cfg.num_heads, cfg.head_v_dim, place)
+        key_HK = channel_places(cfg.num_heads, cfg.head_k_dim, place)
+        value_HV = channel_places(cfg.num_heads, cfg.head_v_dim, place)
         within_K = torch.linspace(-1, 1, cfg.head_k_dim) if cfg.head_k_dim > 1 else torch.zeros(1)
         within_K = within_K * within_K.abs()
         found["k_k"].copy_(0.71 - 0.1 * (key_HK - 0.5))
@@ -180,12 +180,6 @@ def _value(p: dict[str, Tensor]) -> Tensor:
     if "first_v" not in p:
         return p["v"]
     return torch.lerp(p["v"], p["first_v"], torch.sigmoid(p["mix"]))
-
-
-def _channels(num_heads: int, width: int, place: Placement) -> Tensor:
-    """Where each channel of the heads here is among those of all heads, 0 to 1: ``[H, width]``."""
-    whole = torch.linspace(0, 1, num_heads * width).unflatten(0, (num_heads, width))
-    return whole[place.first_head : place.first_head + place.num_heads]
 
 
 def _orthogonal(x: Tensor, gain: float, ranks: int) -> None:

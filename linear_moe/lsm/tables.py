@@ -116,6 +116,12 @@ class MixerState:
     length: Tensor | None = None
 
 
+def channel_places(num_heads: int, width: int, place: Placement) -> Tensor:
+    """Where each channel of the heads here is among those of all heads, 0 to 1: ``[H, width]``."""
+    whole = torch.linspace(0, 1, num_heads * width).unflatten(0, (num_heads, width))
+    return whole[place.first_head : place.first_head + place.num_heads]
+
+
 def widen(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is when it is wider: gates and long sums never run in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

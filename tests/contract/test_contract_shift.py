@@ -198,6 +198,28 @@ def test_rwkv7_starts_alike_on_every_rank():
                 assert torch.equal(x, part), key
 
 
+@pytest.mark.parametrize(("layer", "of", "first"), [(0, 4, 0), (3, 4, 0), (1, 4, 2), (0, 1, 0)])
+def test_rwkv6_starts_by_layer_and_channel(layer: int, of: int, first: int):
+    """The authors' start, channel by channel: a token looks back, some channels forget at once and some never."""
+    inputs = make("rwkv6", "narrow")
+    cfg = inputs.mixer.cfg
+    place = dataclasses.replace(inputs.place, num_heads=2, first_head=first, layer=layer, num_layers=of)
+    found = started(inputs.mixer, place)
+    depth, to_go = layer / max(of - 1, 1), 1 - layer / of
+    for i in range(cfg.hidden_size):
+        shift, half = (1 - (i / cfg.hidden_size) ** (power * to_go) for power in (1, 0.5))
+        assert found["x_mu"][i].item() == pytest.approx(shift, abs=1e-6)
+        each = [half, shift, shift, shift - 0.3 * depth, half]  # q, w, k, v, g
+        assert found["x_bias"][:, i].tolist() == pytest.approx(each[: len(found["x_bias"])], abs=1e-6)
+    width, last = cfg.head_k_dim, cfg.num_heads * cfg.head_k_dim - 1
+    for i in range(2 * width):
+        n = first * width + i
+        decay = -6 + 5 * (n / last) ** (0.7 + 1.3 * depth)
+        bonus = depth * (1 - n / last) + 0.1 * ((n + 1) % 3 - 1)
+        assert found["low_rank.w.up.bias"][i].item() == pytest.approx(decay, abs=1e-5)
+        assert found["bonus"].flatten()[i].item() == pytest.approx(bonus, abs=1e-5)
+
+
 def started(mixer, place) -> dict[str, Tensor]:
     """What :meth:`Mixer.initialize` makes of a layer's parameters in ``place``."""
     torch.manual_seed(0)
