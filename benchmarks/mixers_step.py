@@ -1,7 +1,9 @@
 """One forward and backward pass of MODEL_SIZE=A0.3B with every mixer, in float32 and in bfloat16, on one device.
 
 All layers are the mixer. Per mixer: both losses, whether every gradient is finite, how far bfloat16's gradients are
-from those of float32 (same weights, rounded; same tokens), what stays float32, and seconds and memory of a pass.
+from those of float32 (same weights, same tokens), what stays float32, and seconds and memory of a pass. Beside it, how
+far float32's own gradients move when nothing but the weights is rounded to bfloat16: what a top-k of experts or
+memories that flips costs anyhow.
 
     PYTHONPATH=. python benchmarks/mixers_step.py OUTPUT.json [--mixers gla ...]
     PYTHONPATH=. python benchmarks/mixers_step.py OUTPUT.json --layers 3 --tokens 512     # a CPU with 16 GiB
@@ -150,38 +152,52 @@ def watch(model: Any) -> dict[str, set[str]]:
     return seen
 
 
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    """Every gradient there is; the model keeps none of them."""
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def distance(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor], part: str = "") -> float:
+    """Relative RMS error of all gradients together whose name contains ``part``."""
+    keys = [key for key in true if part in key]
+    error = sum((found[key].float() - true[key].float()).square().sum().item() for key in keys)
+    return (error / max(sum(true[key].float().square().sum().item() for key in keys), 1e-30)) ** 0.5
+
+
 def measure(config: Any, mixer: str, tokens: int) -> dict[str, Any]:
-    """Both passes of one mixer."""
+    """All passes of one mixer."""
     model = build(config, mixer)
+    one_pass(model, tokens)
+    before_rounding = gradients_of(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
     exact = one_pass(model, tokens)
-    gradients = {key: p.grad for key, p in model.named_parameters()}
-    missing = [key for key, gradient in gradients.items() if gradient is None]
+    missing = [key for key, p in model.named_parameters() if p.grad is None]
+    true = gradients_of(model)
+    sensitivity = distance(before_rounding, true, "self_attention")
+    del before_rounding
     model = in_bfloat16(model)
     seen = watch(model)
     if not cpu.needed():
         torch.cuda.reset_peak_memory_stats()
     half = one_pass(model, tokens)
     memory = None if cpu.needed() else torch.cuda.max_memory_allocated() / 2**30
-    finite, difference, size = True, {"mixer": 0.0, "all": 0.0}, {"mixer": 0.0, "all": 0.0}
-    float32 = []
-    for key, p in model.named_parameters():
-        if p.grad is None or gradients[key] is None:
-            continue
-        finite = finite and bool(p.grad.isfinite().all())
-        if p.dtype == torch.float32:
-            float32.append(key.split("self_attention.")[-1])
-        true = gradients[key].float()
-        for part in ["all", *(["mixer"] if "self_attention" in key else [])]:
-            difference[part] += (p.grad.float() - true).square().sum().item()
-            size[part] += true.square().sum().item()
+    float32 = [
+        key.split("self_attention.")[-1] for key, p in model.named_parameters() if p.dtype == torch.float32
+    ]
+    found = gradients_of(model)
     return {
         "mixer": mixer,
         "loss_float32": exact["loss"],
         "loss_bfloat16": half["loss"],
-        "gradients_finite": finite and not missing,
+        "gradients_finite": not missing and all(bool(g.isfinite().all()) for g in found.values()),
         "without_gradient": missing,
-        "gradient_error_mixers": (difference["mixer"] / max(size["mixer"], 1e-30)) ** 0.5,
-        "gradient_error_all": (difference["all"] / max(size["all"], 1e-30)) ** 0.5,
+        "gradient_error_mixers": distance(found, true, "self_attention"),
+        "gradient_error_all": distance(found, true),
+        "gradient_change_by_rounding_weights": sensitivity,
         "gates": sorted(seen["gates"]),
         "memory": sorted(seen["memory"]),
         "float32_parameters": sorted(set(float32)),
