@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,16 +21,15 @@ from linear_moe.bench.kernels.measures import search_path
 WRONG = "result wrong on this compiler"
 
 
-def peer(family: Family, shape: Shape) -> Operator:
-    """Its operator of the same family.
+def why_not() -> str | None:
+    """What keeps it from being called here, if anything does."""
+    if importlib.util.find_spec("fla") is None:
+        return "it is not installed"
+    return None if torch.cuda.is_available() else "it needs a GPU"
 
-    Raises:
-        ImportError: it has none, is not installed, or there is no GPU.
-    """
-    if not family.peer:
-        raise ImportError("it has no such operator")
-    if not torch.cuda.is_available():
-        raise ImportError("it needs a GPU")
+
+def peer(family: Family, shape: Shape) -> Operator:
+    """Its operator of a family that it has."""
     operator = getattr(importlib.import_module(f"fla.ops.{family.peer}"), f"chunk_{family.peer}")
     renamed = {"log_decay": _decay_name(family), "bonus": "u"} | (
         {"q": "r"} if family.peer == "rwkv6" else {}

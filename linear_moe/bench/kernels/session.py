@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from linear_moe.bench.kernels.calls import (
     passes,
     softmax,
 )
-from linear_moe.bench.kernels.peer import arguments, compile_ahead, let_it_run, peer
+from linear_moe.bench.kernels.peer import arguments, compile_ahead, let_it_run, peer, why_not
 from linear_moe.bench.kernels.sweep import sweep
 from linear_moe.bench.record import Record, Row, say
 from linear_moe.kernels import dispatch
@@ -101,9 +100,9 @@ class Session:
             say(f"wrote {path}")
 
     def compile_peers(self) -> None:
-        """Before they are timed, where they are installed."""
+        """Before they are timed."""
         count = self.asked.processes
-        if self.device == "cuda" and count and find_spec("fla") is not None and not self.is_over():
+        if count and not self.is_over():
             say(f"compiling flash-linear-attention's kernels in {count} processes ...")
             seconds = compile_ahead(self.asked.families, self.shapes, count, self.is_over)
             say(f"compiled in {seconds:.0f} s")
@@ -112,8 +111,6 @@ class Session:
 def _outcome(run: Callable[[], Row]) -> Row:
     try:
         return {"status": "ok", **run()}
-    except ImportError as problem:
-        return {"status": "left out", "error": str(problem)}
     except Exception as problem:  # the rest goes on
         traceback.print_exc()
         text = " ".join(str(problem).split())[:300]
@@ -143,8 +140,9 @@ def measure(session: Session) -> None:
         for shape in session.shapes:
             for family in families:
                 session.row("sweep", family, shape, OURS, partial(_swept, session, family, shape))
-    for who in (OURS, TORCH, PEER):
-        if who not in asked.who:
+    for who in (who for who in (OURS, TORCH, PEER) if who in asked.who):
+        if who == PEER and (reason := why_not()) is not None:
+            say(f"flash-linear-attention is left out: {reason}")
             continue
         if who == PEER and {"time", "memory"} & set(asked.parts):
             session.compile_peers()
@@ -154,9 +152,14 @@ def measure(session: Session) -> None:
                     _calls(session, part, shape, who)
             report.write(session.record)
         if "cold" in asked.parts and session.device == "cuda" and who != TORCH:
-            for family in families:
+            for family in _families_of(who, families):
                 run = partial(measures.first_call, family, session.shapes[0], who, asked.cache)
                 session.row("cold", family, session.shapes[0], who, run)
+
+
+def _families_of(who: str, families: list[str]) -> list[str]:
+    """Those that have the operator."""
+    return [name for name in families if who == OURS or FAMILIES[name].peer]
 
 
 def _errors(session: Session) -> None:
@@ -173,7 +176,7 @@ def _calls(session: Session, part: str, shape: str, who: str) -> None:
         if not ALL_SHAPES[shape].documents:
             session.row(part, "softmax", shape, TORCH, partial(_softmax, session, part, shape))
         return
-    for name in session.asked.families:
+    for name in _families_of(who, session.asked.families):
         one = _ours if who == OURS else _peer
         session.row(part, name, shape, who, partial(one, session, part, FAMILIES[name], shape))
 
