@@ -37,6 +37,7 @@ from linear_moe.bench.kernels.sweep import sweep
 from linear_moe.bench.record import Record, Row, say
 from linear_moe.kernels import dispatch
 
+FUSED = "triton"
 KEYS = ("part", "family", "shape", "dtype", "who")
 PACKAGES = ("torch", "triton", "flash-linear-attention")
 
@@ -133,12 +134,15 @@ def _versions() -> dict[str, str]:
 
 def measure(session: Session) -> None:
     """Every part asked for."""
-    asked, families = session.asked, session.asked.families
+    asked = session.asked
+    unfused = set(asked.families) - set(_families_of(OURS, session))
+    if unfused:
+        say(f"no fused kernel, only looked at for errors: {', '.join(sorted(unfused))}")
     if "right" in asked.parts:
         _errors(session)
     if asked.sweep:
         for shape in session.shapes:
-            for family in families:
+            for family in _families_of(OURS, session):
                 session.row("sweep", family, shape, OURS, partial(_swept, session, family, shape))
     for who in (who for who in (OURS, TORCH, PEER) if who in asked.who):
         if who == PEER and (reason := why_not()) is not None:
@@ -152,14 +156,26 @@ def measure(session: Session) -> None:
                     _calls(session, part, shape, who)
             report.write(session.record)
         if "cold" in asked.parts and session.device == "cuda" and who != TORCH:
-            for family in _families_of(who, families):
+            for family in _families_of(who, session):
                 run = partial(measures.first_call, family, session.shapes[0], who, asked.cache)
                 session.row("cold", family, session.shapes[0], who, run)
 
 
-def _families_of(who: str, families: list[str]) -> list[str]:
-    """Those that have the operator."""
-    return [name for name in families if who == OURS or FAMILIES[name].peer]
+def _families_of(who: str, session: Session) -> list[str]:
+    """Those that have the operator, fused; on a CPU, where it is to be seen that everything runs, all of ours."""
+    asked = session.asked.families
+    if who == OURS:
+        return [
+            name for name in asked if session.device == "cpu" or _backend(FAMILIES[name], session) == FUSED
+        ]
+    return [name for name in asked if FAMILIES[name].peer]
+
+
+def _backend(family: Family, session: Session) -> str:
+    """What runs its calls."""
+    named = inputs(family, SMOKE["tiny"], session.dtype, session.device)
+    takes: dict[str, Any] = {**named, "scale": 1.0}
+    return dispatch.pick(family.op, named["v"].device, session.dtype, lambda b: b.takes(**takes))[0].name
 
 
 def _errors(session: Session) -> None:
@@ -176,7 +192,7 @@ def _calls(session: Session, part: str, shape: str, who: str) -> None:
         if not ALL_SHAPES[shape].documents:
             session.row(part, "softmax", shape, TORCH, partial(_softmax, session, part, shape))
         return
-    for name in _families_of(who, session.asked.families):
+    for name in _families_of(who, session):
         one = _ours if who == OURS else _peer
         session.row(part, name, shape, who, partial(one, session, part, FAMILIES[name], shape))
 
@@ -184,9 +200,7 @@ def _calls(session: Session, part: str, shape: str, who: str) -> None:
 def _ours(session: Session, part: str, family: Family, shape_name: str) -> Row:
     shape = ALL_SHAPES[shape_name]
     named = inputs(family, shape, session.dtype, session.device)
-    takes: dict[str, Any] = {**named, "scale": 1.0}
-    backend, _ = dispatch.pick(family.op, named["v"].device, session.dtype, lambda b: b.takes(**takes))
-    found = {"backend": backend.name, **_figures(part, ours(family, shape), named)}
+    found = {"backend": _backend(family, session), **_figures(part, ours(family, shape), named)}
     if part == "time":
         floors = [1e3 * count / session.bandwidth for count in least_bytes(family, shape)]
         found |= {"forward_floor_ms": floors[0], "floor_ms": floors[1], "bandwidth": session.bandwidth}
