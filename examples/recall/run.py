@@ -29,6 +29,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import mqar  # noqa: E402
 import tables  # noqa: E402
 
+from linear_moe.inference.quiet import no_messages  # noqa: E402
+
 HYBRIDS = ("linear_attention", "gla", "gated_deltanet", "mamba2")
 LADDER = ("linear_attention", "gla", "gated_deltanet")
 QUICK = ("linear_attention", "gated_deltanet")
@@ -122,10 +124,10 @@ def jobs_of(given: argparse.Namespace) -> list[Any]:
     registered = lsm.names()
     models = given.models or [*registered, cells.SOFTMAX]
     trained = [model for model in models if model != cells.SOFTMAX]
-    for model in trained:
-        lsm.get(model)  # refuses an unknown one
     hybrids = [m for m in HYBRIDS if m in trained] if given.hybrids is None else given.hybrids
     ladder = [m for m in LADDER if m in trained] if given.ladder is None else given.ladder
+    for model in (*trained, *hybrids, *ladder):
+        lsm.get(model)  # refuses an unknown one
     return cells.plan(models, hybrids, given.state_size, ladder, tuple(range(given.seeds)))
 
 
@@ -158,6 +160,7 @@ class Pool:
     def __init__(self, setup: Any, limits: Any, processes: int) -> None:
         self.setup, self.limits, self.processes = setup, limits, processes
         self.context = multiprocessing.get_context("spawn")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # they import Megatron before their first line runs
         self.busy: dict[Connection, tuple[Any, tuple[Any, bool]]] = {}
         self.idle: list[tuple[Connection, Any]] = []
         self.recorded, self.unrecorded = 0, 0
@@ -234,7 +237,6 @@ def save(store: tables.Store, found: list[dict[str, Any]]) -> None:
 def train(given: argparse.Namespace, store: tables.Store) -> None:
     """Everything that is not in the store yet."""
     start = time.time()
-    warnings.filterwarnings("ignore")
     jobs, setup = jobs_of(given), setup_of(given)
     import cells
     import gang
@@ -273,18 +275,33 @@ def say(line: str) -> None:
     print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train what is missing, then write table and plot."""
-    given = arguments(argv)
-    store = tables.Store(given.results)
-    if not given.report_only:
-        train(given, store)
-    for path in tables.write(store, setup_of(given)):
+def report(given: argparse.Namespace, store: tables.Store) -> None:
+    """Write table and plot."""
+    setup = setup_of(given)
+    if given.report_only and not store.cells(setup.fingerprint()):
+        raise ValueError(
+            f"{store.path} holds no result of these options\n"
+            f"  why: table and plot are of what was trained with the same options\n"
+            f"  try: the options of that run, or without --report-only"
+        )
+    for path in tables.write(store, setup):
         say(f"wrote {path}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Train what is missing, then write table and plot; returns the exit code."""
+    given = arguments(argv)
+    store = tables.Store(given.results)
+    with no_messages():
+        try:
+            if not given.report_only:
+                train(given, store)
+            report(given, store)
+        except ValueError as error:
+            print(f"linear_moe: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    sys.exit(main())

@@ -98,8 +98,6 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     """Cells that are there are not trained again, one that was cut off is; table and plot are made."""
     command = [
         sys.executable,
-        "-W",
-        "ignore",
         str(RECALL / "run.py"),
         *FLAGS,
         str(tmp_path),
@@ -108,7 +106,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "6 cells, 0 of them finished before" in done.stdout
+    assert "6 cells, 0 of them finished before" in done.stdout and done.stderr == ""
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert [(c["model"], c["seed"], c["steps"]) for c in found].count(("softmax", 1, 4)) == 1
@@ -126,6 +124,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     other = run.setup_of(run.arguments([*FLAGS, str(tmp_path), "--lr", "1e-3"]))
     assert not tables.Store(tmp_path).finished(other.fingerprint()), "another learning rate is another table"
+    capsys.readouterr()
+    for flags in (["--lr", "1e-3", "--report-only"], ["--models", "glaa"], ["--hybrids", "glaa"]):
+        before = (tmp_path / "recall.md").stat().st_mtime_ns
+        code = run.main([*FLAGS, str(tmp_path), *flags])
+        what, why, instead = capsys.readouterr().err.splitlines()
+        assert code == 2 and what.startswith("linear_moe: ") and why.startswith("  why: ")
+        assert instead.startswith("  try: ") and (tmp_path / "recall.md").stat().st_mtime_ns == before
+    assert run.main([*FLAGS, str(tmp_path), "--report-only"]) == 0
 
 
 def test_gated_deltanet_learns_to_recall() -> None:
