@@ -100,7 +100,20 @@ class Sweep:
 
     @classmethod
     def of(cls, given: argparse.Namespace) -> Sweep:
-        """From the command line; PreflightError for a word that is no variable."""
+        """From the command line; PreflightError for a word that is no variable and a number that counts nothing."""
+        for name, numbers, least, example in (
+            ("--seq-lens", given.seq_lens, 1, 2048),
+            ("--tokens", [given.tokens], 1, 65536),
+            ("--micro-tokens", [1 if given.micro_tokens is None else given.micro_tokens], 1, 65536),
+            ("--steps", [given.steps], 1, 20),
+            ("--warm-up", [given.warm_up], 0, 5),
+        ):
+            if min(numbers) < least:
+                raise PreflightError(
+                    f"{name} {min(numbers)} is less than {least}.",
+                    f"it counts {'steps' if name in ('--steps', '--warm-up') else 'tokens'}.",
+                    f"{name} {example}",
+                )
         return cls(
             family=given.family,
             size=given.size,
@@ -157,11 +170,11 @@ def _configuration(asked: Sweep, model: str, seq_len: int, change: str) -> Confi
 
 
 def _batches(asked: Sweep, seq_len: int) -> dict[str, str]:
-    if seq_len < 1 or asked.tokens % seq_len:
+    if asked.tokens % seq_len:
         raise PreflightError(
             f"--tokens {asked.tokens} is no multiple of {seq_len} (--seq-lens).",
             "a step takes the same number of tokens at every sequence length.",
-            f"--tokens {max(1, round(asked.tokens / max(seq_len, 1))) * max(seq_len, 1)}",
+            f"--tokens {max(1, round(asked.tokens / seq_len)) * seq_len}",
         )
     sequences = asked.tokens // seq_len
     micro = min(sequences, max(1, (asked.micro_tokens or asked.tokens) // seq_len))

@@ -60,7 +60,12 @@ def test_changes_at_the_first_length():
     "argv",
     [
         ["--seq-lens", "48"],
+        ["--seq-lens", "32", "-5"],
         ["--seq-lens", "0"],
+        ["--tokens", "-64"],
+        ["--micro-tokens", "0"],
+        ["--steps", "0"],
+        ["--warm-up", "-1"],
         ["--models", "gal"],
         ["--models", "gla:LLLNN"],
         ["--vary", "USE_GEM=false"],
@@ -76,6 +81,9 @@ def test_mistakes_start_nothing(argv: list[str], tmp_path: Path, capsys):
         assert command_line.main([*base, *argv]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[1].startswith("  why: ") and lines[2].startswith("  try: "), lines
+    if argv[-1] in ("-5", "0", "-64", "-1"):
+        assert lines[0].startswith(f"linear_moe.bench: {argv[0]} {argv[-1]} is less than ")
+        assert lines[2].startswith(f"  try: {argv[0]} ")
     assert not (tmp_path / "out").exists()
     assert command_line.main(["stp"]) == 2
 
