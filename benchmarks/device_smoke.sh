@@ -6,7 +6,7 @@ cd -- "$(dirname -- "$0")/.."
 out=$1
 : "${PYTHON:=python3}"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-timeout 240 "$PYTHON" -m pytest tests -m gpu -q -p no:warnings --timeout 200 2>&1 | tee "$out/gpu_tests.log" | tail -n 25
-timeout 330 "$PYTHON" -m linear_moe.bench step --models gated_deltanet:LLLN --seq-lens 2048 --tokens 16384 --micro-tokens 8192 \
-    --warm-up 3 --steps 5 --set AC=none --profile --minutes 5 --output "$out/step"
+timeout 420 "$PYTHON" -m pytest tests -m gpu -n 8 -q -p no:warnings --timeout 300 2>&1 | tee "$out/gpu_tests.log" | tail -n 25
+timeout 150 "$PYTHON" -m linear_moe.bench step --models gated_deltanet:LLLN --seq-lens 2048 --tokens 16384 --micro-tokens 8192 \
+    --warm-up 3 --steps 5 --set AC=none --profile --minutes 2 --output "$out/step"
 cat "$out/step/results.md"
