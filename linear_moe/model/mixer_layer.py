@@ -62,9 +62,9 @@ class FirstValue:
             self.x_BTHV = None
         return taken
 
-    def receive(self, message_tBX: Tensor, shape_HV: tuple[int, int]) -> None:
-        """The inverse of :meth:`message`."""
-        self.x_BTHV = message_tBX.reshape(message_tBX.shape[1], -1, *shape_HV)
+    def receive(self, message_tBX: Tensor, shape_HV: tuple[int, int], dtype: torch.dtype) -> None:
+        """The inverse of :meth:`message`, in the dtype of the projections: a residual stream may be wider."""
+        self.x_BTHV = message_tBX.reshape(message_tBX.shape[1], -1, *shape_HV).to(dtype)
 
 
 class MixerLayer(TableModule):

@@ -105,7 +105,7 @@ def _carry(model: GPTModel, value: FirstValue, crossing: _Crossing, shape_HV: tu
             if message is None:
                 return receive(input_tensor)
             hidden_tBD, behind_tBX = message.split([hidden_size, message.shape[-1] - hidden_size], dim=-1)
-            value.receive(behind_tBX, shape_HV)
+            value.receive(behind_tBX, shape_HV, model.config.params_dtype)
             return receive([hidden_tBD] if isinstance(input_tensor, list) else hidden_tBD)
 
         model.set_input_tensor = set_input_tensor  # type: ignore[method-assign]
