@@ -98,10 +98,18 @@ def saved(rank, world, folder):
 
 
 def test_half_precision_keeps_the_stream(gloo, tmp_path):
-    """In bf16 the residual stream is float32, as published; pipelines send it so, and so does the exported code."""
-    words = command(
-        "mamba2", tmp_path, PR="bf16", PP="2", GPUS_PER_NODE="2", TRAIN_ITERS="2", SAVE_INTERVAL="0"
-    )
+    """In bf16 the residual stream is float32, as published; pipelines send it so, and the exported code keeps it so.
+
+    The first value of rwkv7, which rides behind it from stage to stage, stays what the projections gave.
+    """
+    model = {
+        "PR": "bf16",
+        "LA_MODULE": "rwkv7,mamba2",
+        "LAYER_TYPE_LIST": "12",
+        "PP": "2",
+        "GPUS_PER_NODE": "2",
+    }
+    words = command("mamba2", tmp_path, TRAIN_ITERS="2", SAVE_INTERVAL="0", **model)
     gloo(2, train, words)
     assert all(6.5 < loss < 7.5 for loss in losses(tmp_path / "run"))
     assert gloo(1, stream_dtypes, words)[0] == {"layer": "torch.float32", "logits": "torch.bfloat16"}
