@@ -40,6 +40,8 @@ CASES = {
     "two values for each key": (["gated_deltanet"], ["--gated-deltanet-values-per-key", "2"]),
     "first value": (["rwkv7", "gla", "rwkv7"], []),
     "experts": (["gla", "softmax"], EXPERTS),
+    "no feed-forward blocks": (["mamba2", "softmax"], ["--ffn-hidden-size", "0"]),
+    "no feed-forward blocks but experts": (["gla"], [*EXPERTS, "--ffn-hidden-size", "0"]),
     "latent attention": (["softmax", "gla"], LATENT),
     "compressed queries": (["softmax"], [*LATENT, "--q-lora-rank", "20"]),
     "shared expert": (["gated_deltanet", "gla"], [*EXPERTS, *SHARED, "--moe-layer-freq", "[0,1]"]),
