@@ -31,6 +31,9 @@ from linear_moe.kernels import (
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
 
+NAMES = ("chunked", "reference", "triton")
+"""Its values; an exported folder knows them all, and has no fused kernel."""
+
 
 def _takes_everything(*args: Any, **kwargs: Any) -> bool:
     return True
@@ -231,12 +234,11 @@ def pick(
         ValueError: ``LINEAR_MOE_KERNELS`` names no backend.
     """
     asked = _asked()
-    names = sorted({backend.name for table in BACKENDS.values() for backend in table})
-    if asked and asked not in names:
+    if asked and asked not in NAMES:
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}={asked} names no backend\n"
-            f"  why: the backends are {', '.join(names)}\n"
-            f"  try: unset it, or {ENVIRONMENT_VARIABLE}={names[-1]}"
+            f"  why: the backends are {', '.join(NAMES)}\n"
+            f"  try: unset it, or {ENVIRONMENT_VARIABLE}={NAMES[-1]}"
         )
     for backend in sorted(BACKENDS[op], key=lambda backend: backend.name != asked):
         is_available, reason = backend.available(device, dtype)

@@ -4,11 +4,14 @@ Runs in the process of ``remote_reader.py``, without linear_moe. Each function g
 with what layers share, short convolutions, softmax attention and experts, and raises where something is wrong.
 """
 
+import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +207,22 @@ def it_refuses(folder: Path) -> None:
             raise AssertionError(f"nothing refused: {text}")
 
 
+def fused_kernels_that_are_not_there_are_a_warning(folder: Path) -> None:
+    """One for each operation: chunked torch computes it."""
+    model, ids = opened(folder), some_tokens()
+    before, texts = model(ids).logits, []
+    for _ in range(2):
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            patch.dict(os.environ, LINEAR_MOE_KERNELS="triton"),
+        ):
+            warnings.simplefilter("always")
+            assert model(ids).logits.equal(before)
+        texts.append([str(warning.message) for warning in caught])
+    assert any(text.startswith("delta_rule has no fused kernel") for text in texts[0]), texts
+    assert len({text.split()[0] for text in texts[0]}) == len(texts[0]) and not texts[1], texts
+
+
 def installed_kernels_are_used(folder: Path) -> None:
     """Where linear_moe can be imported, its kernels compute: comes last, since it lets it in."""
     sys.modules.pop("linear_moe", None)
@@ -230,5 +249,6 @@ BEHAVIOURS = [
     hidden_states_are_returned,
     every_file_needs_torch_and_transformers_only,
     it_refuses,
+    fused_kernels_that_are_not_there_are_a_warning,
     installed_kernels_are_used,
 ]

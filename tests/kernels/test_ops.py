@@ -144,6 +144,10 @@ def test_backend_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs.run(kernels)
 
 
+def test_every_backend_has_its_name() -> None:
+    assert {backend.name for table in dispatch.BACKENDS.values() for backend in table} == {*dispatch.NAMES}
+
+
 def test_a_gpu_without_a_fused_kernel_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LINEAR_MOE_KERNELS", raising=False)
     dispatch._warn_of_torch_once.cache_clear()
