@@ -19,9 +19,10 @@ def plan_model(
     Raises:
         ValueError: an unknown family, size or mixer, or a pattern that does not fit (PreflightError).
     """
+    if la_module is None and family in FAMILIES:
+        la_module = FAMILIES[family].mixer
     if la_module is None and layer_type_list is None:
-        la_module = FAMILIES[family].mixer if family in FAMILIES else None
-        layer_type_list = "N" if la_module is None else None
+        layer_type_list = "N"
     settings = RunSettings(
         base_model=family,
         model_size=size,

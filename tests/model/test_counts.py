@@ -190,6 +190,15 @@ def test_json(gloo):
     assert long["flops_per_token"] - short["flops_per_token"] == 3 * 6 * (65536 - 2048) * 1024
 
 
+def test_a_family_with_its_own_mixer(gloo):
+    """It is the L of a pattern, and the whole model without one."""
+    patterns = [[], ["--layer-type-list", "LLLN"], ["--layer-type-list", "N"]]
+    found = [gloo(1, printed, "--family", "mamba2", "--size", "tiny", "--json", *words)[0] for words in patterns]
+    counts = [json.loads(out) for _, out, _ in found]
+    assert [c["pattern"] for c in counts] == ["L", "LLLN", "N"] and counts[1]["mixers"] == ["mamba2", "softmax"]
+    assert [c["flops_split"]["feed_forward"] for c in counts] == [0, 0, 0]
+
+
 def test_table(gloo):
     code, out, _ = gloo(1, printed, "--family", "qwen2", "--size", "tiny-dense", "--la-module", "mamba2")[0]
     assert code == 0
