@@ -76,7 +76,7 @@ def segment_blocks(width: int, other: int, dtype: torch.dtype, decays_rows: bool
     """For segment_state.py: blocks of both dims, since rows of a memory that nothing reads need no others."""
     if dtype.itemsize == 4:
         return _both(width, other, 32, 32, 8, 1)
-    return _both(width, other, 64 if decays_rows else 128, 128, 8, 2)
+    return _both(width, other, 64 if decays_rows else 128, 128, 4 if max(width, other) <= 64 else 8, 2)
 
 
 def segment_gradient_blocks(width: int, other: int, dtype: torch.dtype) -> Blocks:
@@ -84,7 +84,7 @@ def segment_gradient_blocks(width: int, other: int, dtype: torch.dtype) -> Block
     if dtype.itemsize == 4:
         return _both(width, other, 256, 16, 8, 1)
     values = 16 if _is_masked(width, other) else 32 if width > 64 else 64  # masks take registers
-    return _both(width, other, 256, values, 8, 1)
+    return _both(width, other, 256, values, 4 if max(width, other) <= 64 else 8, 1)
 
 
 def segment_chunk_size(width: int, dtype: torch.dtype) -> int:
