@@ -193,9 +193,14 @@ def test_json(gloo):
 def test_a_family_with_its_own_mixer(gloo):
     """It is the L of a pattern, and the whole model without one."""
     patterns = [[], ["--layer-type-list", "LLLN"], ["--layer-type-list", "N"]]
-    found = [gloo(1, printed, "--family", "mamba2", "--size", "tiny", "--json", *words)[0] for words in patterns]
+    found = [
+        gloo(1, printed, "--family", "mamba2", "--size", "tiny", "--json", *words)[0] for words in patterns
+    ]
     counts = [json.loads(out) for _, out, _ in found]
-    assert [c["pattern"] for c in counts] == ["L", "LLLN", "N"] and counts[1]["mixers"] == ["mamba2", "softmax"]
+    assert [c["pattern"] for c in counts] == ["L", "LLLN", "N"] and counts[1]["mixers"] == [
+        "mamba2",
+        "softmax",
+    ]
     assert [c["flops_split"]["feed_forward"] for c in counts] == [0, 0, 0]
 
 
