@@ -13,7 +13,7 @@ import numpy as np
 
 from linear_moe.data.corpus import check_inputs, read_documents
 from linear_moe.data.indexed import Manifest, manifest_text, read_index
-from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
+from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_tokenizer
 
 _BATCH = 256
 """Documents tokenized at a time, by as many threads as there are cores."""
@@ -28,8 +28,6 @@ def preprocess(
     exist and `overwrite` is false, when an input is missing or a line of it broken, when `tokenizer` cannot be used,
     and when there is no document.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     prefix = f"{output_prefix}_{key}_document"
     if not overwrite and (Path(prefix + ".idx").exists() or Path(prefix + ".bin").exists()):
         raise ValueError(
@@ -38,48 +36,57 @@ def preprocess(
             f"  try: --overwrite, or another --output-prefix"
         )
     check_inputs(inputs)
+    info = _usable(tokenizer)
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    part = f"{prefix}.part{os.getpid()}"
     try:
-        info = describe_tokenizer(tokenizer)
+        manifest = _write(part, inputs, info, key)
+        assert read_index(part).num_tokens == manifest.num_tokens
+        _publish(part, prefix)
+    finally:
+        for suffix in (".bin", ".idx", ".json"):
+            Path(part + suffix).unlink(missing_ok=True)
+    return prefix, manifest
+
+
+def _usable(tokenizer: str) -> TokenizerInfo:
+    try:
+        return describe_tokenizer(tokenizer)
     except TokenizerError as error:
         raise ValueError(
             f"--tokenizer {tokenizer} cannot be used: {error}.\n"
             f"  why: a tokenizer is a folder with tokenizer.json and tokenizer_config.json.\n"
             f"  try: the folder that tools/train_tokenizer.py wrote, or a Hugging Face model"
         ) from None
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    part = f"{prefix}.part{os.getpid()}"
-    dtype = DType.optimal_dtype(info.vocab_size)
+
+
+def _write(part: str, inputs: list[str], info: TokenizerInfo, key: str) -> Manifest:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    texts = itertools.chain(*(read_documents(path, key) for path in inputs))
     documents = tokens = 0
-    try:
-        builder = IndexedDatasetBuilder(part + ".bin", dtype=dtype)
-        for ids in _tokenize(
-            itertools.chain(*(read_documents(path, key) for path in inputs)), info.path, info.eod
-        ):
-            builder.add_document(ids, [len(ids)])
-            documents, tokens = documents + 1, tokens + len(ids)
-        if not documents:
-            raise ValueError(
-                f"{', '.join(inputs)} holds no document.\n"
-                f"  why: every line is empty, or has an empty {key!r}.\n"
-                f"  try: another input, or --json-key"
-            )
-        builder.finalize(part + ".idx")
-        manifest = Manifest(
-            tokenizer=str(Path(info.path).absolute()),
-            tokenizer_fingerprint=info.fingerprint,
-            vocab_size=info.vocab_size,
-            eod=info.eod,
-            num_tokens=tokens,
-            num_documents=documents,
-            source=[str(Path(path).absolute()) for path in inputs],
+    builder = IndexedDatasetBuilder(part + ".bin", dtype=DType.optimal_dtype(info.vocab_size))
+    for ids in _tokenize(texts, info.path, info.eod):
+        builder.add_document(ids, [len(ids)])
+        documents, tokens = documents + 1, tokens + len(ids)
+    if not documents:
+        raise ValueError(
+            f"{', '.join(inputs)} holds no document.\n"
+            f"  why: every line is empty, or has an empty {key!r}.\n"
+            f"  try: another input, or --json-key"
         )
-        Path(part + ".json").write_text(manifest_text(manifest))
-        assert read_index(part).num_tokens == tokens
-        _publish(part, prefix)
-    finally:
-        for suffix in (".bin", ".idx", ".json"):
-            Path(part + suffix).unlink(missing_ok=True)
-    return prefix, manifest
+    builder.finalize(part + ".idx")
+    manifest = Manifest(
+        tokenizer=str(Path(info.path).absolute()),
+        tokenizer_fingerprint=info.fingerprint,
+        vocab_size=info.vocab_size,
+        eod=info.eod,
+        num_tokens=tokens,
+        num_documents=documents,
+        source=[str(Path(path).absolute()) for path in inputs],
+    )
+    Path(part + ".json").write_text(manifest_text(manifest))
+    return manifest
 
 
 def _publish(part: str, prefix: str) -> None:

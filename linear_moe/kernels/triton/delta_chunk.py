@@ -54,15 +54,6 @@ def diagonal_blocks(a, C: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def block_diagonal(x, C: tl.constexpr, B: tl.constexpr):
-    """The inverse of :func:`diagonal_blocks`, with zeros elsewhere."""
-    N: tl.constexpr = C // B
-    n = tl.arange(0, N)
-    is_diagonal = n[:, None, None, None] == n[None, None, :, None]
-    return tl.reshape(tl.where(is_diagonal, x[:, :, None, :], 0.0), (C, C))
-
-
-@triton.jit
 def pair_of_blocks(x, N: tl.constexpr, B: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr):
     """Block (ROW, COLUMN) of the 2 x 2 blocks of each of N matrices: [N, 2 B, 2 B] to [N, B, B]."""
     half = tl.arange(0, 2)

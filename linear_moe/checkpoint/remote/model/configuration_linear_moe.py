@@ -18,6 +18,10 @@ from transformers import PreTrainedConfig
 SOFTMAX = "softmax"
 """Kind of a softmax attention layer; every other kind is a mixer's name."""
 LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+AS_EXPORTED = "config.json as linear_moe exported it"
+
+Check = tuple[bool, str, str, str]
+"""What must hold; and, where it does not, what is wrong, why, and what to try."""
 
 
 class LinearMoeConfig(PreTrainedConfig):
@@ -130,47 +134,42 @@ class LinearMoeConfig(PreTrainedConfig):
         """Softmax layers have latent attention."""
         return self.kv_lora_rank is not None
 
-    def _checks(self) -> list[tuple[bool, str, str, str]]:
-        """What must hold; and, where it does not, what is wrong, why, and what to try."""
-        kinds, mixers = self.layer_kinds or [], self.mixers or {}
+    def _checks(self) -> list[Check]:
+        return [*self._checks_of_layers(), *self._checks_of_attention(), *self._checks_of_experts()]
+
+    def _checks_of_layers(self) -> list[Check]:
+        kinds, mixers, with_experts = self.layer_kinds or [], self.mixers or {}, self.moe_layers or []
         unknown = sorted(set(kinds) - {SOFTMAX} - set(mixers))
         layers = self.num_hidden_layers
+        found = f"layer_kinds names {len(kinds)} of {layers} layers"
+        found_experts = f"moe_layers says {len(with_experts)} of {layers} layers"
+        return [
+            (len(kinds) == layers, found, "one each", AS_EXPORTED),
+            (not unknown, f"mixers lacks {', '.join(unknown)}", "layer_kinds names them", AS_EXPORTED),
+            (len(with_experts) == layers, found_experts, "one each", AS_EXPORTED),
+        ]
+
+    def _checks_of_attention(self) -> list[Check]:
         heads, key_heads = self.num_attention_heads, self.num_key_value_heads
         latent = {name: getattr(self, name) for name in LATENT_SIZES}
-        exported = "config.json as linear_moe exported it"
-        why_experts = "every layer with experts has as many, all of one width"
-        why_groups = "a group has the same number of experts, and enough are left to choose from"
+        is_whole = not self.is_latent or None not in latent.values()
         return [
-            (
-                len(kinds) == layers,
-                f"layer_kinds names {len(kinds)} of {layers} layers",
-                "one each",
-                exported,
-            ),
-            (not unknown, f"mixers lacks {', '.join(unknown)}", "layer_kinds names them", exported),
-            (
-                len(self.moe_layers or []) == layers,
-                f"moe_layers says {len(self.moe_layers or [])} of {layers} layers",
-                "one each",
-                exported,
-            ),
             (
                 heads % key_heads == 0,
                 f"{heads} query heads cannot share {key_heads} key heads",
                 "each key head serves as many query heads",
                 f"num_key_value_heads {heads}",
             ),
-            (
-                not self.is_latent or None not in latent.values(),
-                f"latent attention with {latent}",
-                "it has all of these sizes",
-                exported,
-            ),
+            (is_whole, f"latent attention with {latent}", "it has all of these sizes", AS_EXPORTED),
+        ]
+
+    def _checks_of_experts(self) -> list[Check]:
+        return [
             (
                 not any(self.moe_layers or []) or bool(self.num_experts and self.moe_intermediate_size),
                 f"layers with experts, but num_experts {self.num_experts} of width {self.moe_intermediate_size}",
-                why_experts,
-                exported,
+                "every layer with experts has as many, all of one width",
+                AS_EXPORTED,
             ),
             (
                 self.num_experts is None or 0 < self.num_experts_per_tok <= self.num_experts,
@@ -181,8 +180,8 @@ class LinearMoeConfig(PreTrainedConfig):
             (
                 self.router_groups is None or self._groups_fit(),
                 f"router_groups {self.router_groups}, router_topk_groups {self.router_topk_groups}",
-                why_groups,
-                exported,
+                "a group has the same number of experts, and enough are left to choose from",
+                AS_EXPORTED,
             ),
             (
                 self.router_score in ("softmax", "sigmoid"),
