@@ -144,7 +144,6 @@ def stream_dtypes(rank, world, words):
     "variables",
     [
         {"EXTRA_ARGS": "--num-layers 2 --mamba2-expand 1.5 --mamba2-ssm-head-dim 32"},
-        {"EXTRA_ARGS": "--num-layers 2 --mamba2-conv-size 0"},
         {"EXTRA_ARGS": "--num-layers 2 --mamba2-norm-eps 1e-3"},
         {"EXTRA_ARGS": "--num-layers 2", "LA_MODULE": "gla", "LAYER_TYPE_LIST": "LN"},
         {"EXTRA_ARGS": "--num-layers 2 --num-experts 4 --moe-ffn-hidden-size 64"},
