@@ -97,10 +97,6 @@ def fields_of(mixer: Mamba2.Config) -> dict[str, Any] | None:
         "conv_kernel": mixer.conv_size,
         "use_conv_bias": mixer.conv_bias,
         "time_step_limit": [mixer.dt_limit_min, high],
-        # the class has numbers for them, which would be those of some tokenizer
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
     }
 
 

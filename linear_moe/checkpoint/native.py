@@ -61,6 +61,8 @@ def native_config(
     config: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": dtype}
     config |= {theirs: getattr(size, ours) for theirs, ours in FIELDS[kind].items()}
     config |= {name: values[0] for name, values in (SWITCHES[kind] | ALSO_SWITCHES).items()}
+    # the classes have numbers for them, which would be those of some other tokenizer
+    config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if kind in ("qwen2_moe", "qwen3_next"):
         config["norm_topk_prob"] = not family.softmax_before_topk
     if kind == "mixtral":

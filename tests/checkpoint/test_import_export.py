@@ -102,7 +102,12 @@ def test_native_config_from_our_arguments(gloo, tmp_path, name):
     assert architecture == MODELS[name][0] + "ForCausalLM"
     ours, theirs = (json.loads((tmp_path / part / "config.json").read_text()) for part in ("own", "hf"))
     assert ours["dtype"] == "bfloat16"
-    same = set(ours) - {"head_dim", "bos_token_id", "eos_token_id", "pad_token_id"}
+    import transformers
+
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path / "own")
+    tokens = ["bos_token_id", "eos_token_id", "pad_token_id"]  # nothing ends a text without a tokenizer
+    assert [getattr(loaded, token) for token in tokens] == [None] * 3
+    same = set(ours) - {"head_dim", *tokens}
     assert {key: ours[key] for key in same} == {key: theirs.get(key, ours[key]) for key in same}
     logits = hf_logits(tmp_path / "own", some_tokens())
     torch.testing.assert_close(logits, hf_logits(tmp_path / "hf", some_tokens()), rtol=0, atol=1e-6)
