@@ -70,7 +70,9 @@ def combine_kernel(
     of_group = (chunk_slot(token, segment, group, C * EVERY) * num_heads + head) * D + i_D
     b_through = tl.zeros([BD], tl.float32)
     if HAS_DECAY_GRADIENT:
-        b_through = tl.load(through + of_group, mask=mask_if(m_D, (last_chunk >= 0) & (readable > 0)), other=0.0)
+        b_through = tl.load(
+            through + of_group, mask=mask_if(m_D, (last_chunk >= 0) & (readable > 0)), other=0.0
+        )
     b_u, b_du = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     if HAS_BONUS:
         b_u = tl.load(bonus + head * D + i_D, mask=m_D, other=0.0)
