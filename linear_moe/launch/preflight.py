@@ -18,6 +18,7 @@ from linear_moe.launch.check_layout import (
     check_sequence,
     check_world,
 )
+from linear_moe.launch.check_mixers import check_mixers
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.hugging_face import check_hugging_face
 from linear_moe.launch.plan import RunPlan, registered_mixers
@@ -64,7 +65,7 @@ def check_extra_args(plan: RunPlan) -> None:
 
 
 def check_mixer_options(plan: RunPlan) -> None:
-    """EXTRA_ARGS holds no option of a mixer that no layer has (`--la-*`, of any mixer, the trainer checks)."""
+    """EXTRA_ARGS holds no option of a mixer that no layer has (`--la-*`, of any mixer: `check_mixers`)."""
     prefixes = {
         f"--{name.replace('_', '-')}-": name for name in registered_mixers(plan.settings.mixer_modules)
     }
@@ -98,6 +99,7 @@ CHECKS: tuple[Callable[[RunPlan], None], ...] = (
     check_resume,
     check_hugging_face,
     check_output,
+    check_mixers,
 )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer
+from linear_moe.model.mixer_options import check_layout, config_of
 from linear_moe.model.pattern import SOFTMAX
 
 
@@ -46,30 +46,19 @@ class LinearMoEConfig(TransformerConfig):
     def _prepare(self, kind: str) -> None:
         """What a mixer asks of Megatron."""
         mixer = lsm.get(kind)(mixer_config(kind, self))
-        if mixer.cfg.num_heads % self.tensor_model_parallel_size:
-            raise ValueError(
-                f"the {mixer.cfg.num_heads} heads of {kind} cannot be divided over tensor parallel size "
-                f"{self.tensor_model_parallel_size}\n"
-                f"  why: every rank computes whole heads\n"
-                f"  try: a TP that divides {mixer.cfg.num_heads}, or another head size (python -m linear_moe.lsm)"
-            )
-        if self.context_parallel_size > 1 and getattr(mixer.cfg, "capacity", None) is not None:
-            raise ValueError(
-                f"{kind} has a capacity, which context parallelism does not know\n"
-                f"  why: whether a memory still takes a token depends on the tokens of other ranks\n"
-                f"  try: CP=1, or no capacity (memories then take all their tokens)"
-            )
+        check_layout(
+            mixer,
+            kind,
+            self.layer_kinds,
+            tp=self.tensor_model_parallel_size,
+            cp=self.context_parallel_size,
+            recomputes_layers=self.recompute_granularity == "full",
+        )
         if any(table.per_model for table in mixer.all_parameters()):
             self.has_cond_embedder = True
-        if mixer.first_value is not None and self.layer_kinds.count(kind) > 1:
-            if self.recompute_granularity == "full":
-                raise ValueError(
-                    f"{kind} does not train with full recomputation of layers\n"
-                    f"  why: its first layer hands a value to the later ones, which recomputing one layer would lose\n"
-                    f"  try: AC=sel (--recompute-granularity selective)"
-                )
-            if self.pipeline_model_parallel_size > 1:
-                self.variable_seq_lengths = True  # the value rides behind the hidden states: longer messages
+        is_handed_on = mixer.first_value is not None and self.layer_kinds.count(kind) > 1
+        if is_handed_on and self.pipeline_model_parallel_size > 1:
+            self.variable_seq_lengths = True  # the value rides behind the hidden states: longer messages
 
 
 @dataclass(kw_only=True)
@@ -86,21 +75,14 @@ class LatentMoEConfig(LinearMoEConfig, MLATransformerConfig):
 
 def mixer_config(kind: str, config: LinearMoEConfig) -> Mixer.Config:
     """The options of the mixer ``kind`` in this model; ``ValueError`` for an unknown or impossible one."""
-    config_class = lsm.get(kind).Config
-    options = config.mixer_options.get(kind, {})
-    known = [f.name for f in dataclasses.fields(config_class)]
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"mixer {kind} has no option {name!r}\n  why: it knows {', '.join(known)}\n  try: one of these"
-            )
     assert config.kv_channels is not None
-    defaults: dict[str, object] = {
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "head_dim": config.kv_channels,
-        "layers_of_kind": max(1, config.layer_kinds.count(kind)),
-        "qkv_bias": config.add_qkv_bias,
-        "norm_eps": config.layernorm_epsilon,
-    }
-    return config_class.from_model(**(defaults | options))  # type: ignore[arg-type]
+    return config_of(
+        kind,
+        config.mixer_options.get(kind, {}),
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        head_dim=config.kv_channels,
+        layers_of_kind=max(1, config.layer_kinds.count(kind)),
+        qkv_bias=config.add_qkv_bias,
+        norm_eps=config.layernorm_epsilon,
+    )

@@ -9,44 +9,16 @@ the other flags are declared, so such a mixer has all that the package's own hav
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import types
-import typing
-from typing import Any
 
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
 from linear_moe import lsm
-from linear_moe.lsm import Mixer
 from linear_moe.lsm.registry import import_mixers
 from linear_moe.model.builder import LinearMoEModelConfig
 from linear_moe.model.config import LatentMoEConfig, LinearMoEConfig
+from linear_moe.model.mixer_options import add_mixer_options, take_mixer_options
 from linear_moe.model.pattern import SOFTMAX, layer_kinds
 from linear_moe.training import engine, finetune
-
-SHAPE_FIELDS = ("hidden_size", "num_heads", "head_dim", "layers_of_kind", "qkv_bias")
-"""Fields of every mixer's Config that follow from the model."""
-
-SHARED_FLAGS = {
-    "--expand-k": "expand_k",
-    "--expand-v": "expand_v",
-    "--la-feature-map": "feature_map",
-    "--la-output-norm": "output_norm",
-    "--la-gate-fn": "output_gate",
-    "--la-norm-eps": "norm_eps",
-    "--la-conv-size": "conv_size",
-    "--la-norm-q": "norm_q",
-    "--la-norm-k": "norm_k",
-    "--la-tie-feature-map-qk": "tie_feature_map_qk",
-    "--la-do-feature-map-norm": "normalize",
-    "--mom-num-memories": "num_memories",
-    "--mom-topk": "topk",
-    "--mom-capacity": "capacity",
-    "--mom-shared-memory": "shared_memory",
-    "--mom-single-projection": "single_projection",
-    "--mom-aux-loss-coeff": "aux_loss_coeff",
-}
-"""Flags of the earlier system and those of mixtures, and the field they set on every mixer that has it."""
 
 
 def import_mixer_modules(argv: list[str]) -> None:
@@ -82,14 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--sequential-experts", action="store_true", help="Megatron's loop over experts")
     finetune.add_arguments(group)
-    options = parser.add_argument_group("mixer options")
-    for flag, field in SHARED_FLAGS.items():
-        help_text = f"{field} of every mixer that has it; alone: true"
-        options.add_argument(flag, dest=f"la_{field}", default=None, nargs="?", const="true", help=help_text)
-    for name in lsm.names():
-        for field, kind, help_text in _options(lsm.get(name).Config):
-            flag = f"--{name}-{field}".replace("_", "-")
-            options.add_argument(flag, dest=f"{name}:{field}", default=None, type=kind, help=help_text)
+    add_mixer_options(parser.add_argument_group("mixer options"))
     parser.set_defaults(**engine.defaults_without_te())
     return parser
 
@@ -118,12 +83,7 @@ def resolve(args: argparse.Namespace) -> None:
         )
     # Megatron refuses the flag where everything is float32, and a family has it in any precision.
     args.fp32_residual_connection = args.fp32_residual_connection and (args.bf16 or args.fp16)
-    _check_shared_flags(args)
-    args.mixer_options = {name: _given(args, name) for name in lsm.names()}
-    args.mixer_options = {name: given for name, given in args.mixer_options.items() if given}
-    for name in lsm.names():
-        for field, _, _ in _options(lsm.get(name).Config):
-            delattr(args, f"{name}:{field}")
+    args.mixer_options = take_mixer_options(args, args.layer_kinds)
     if args.lsm_recompute is None:
         args.lsm_recompute = args.recompute_granularity == "selective"
     if args.reset_attention_mask:
@@ -177,58 +137,3 @@ def _transformer_config(args: argparse.Namespace) -> LinearMoEConfig:
     told = argparse.Namespace(**{**vars(args), "multi_latent_attention": False})
     told.rope_type = "rope" if args.rope_type == "rope" else None  # None: the config's default, YaRN
     return core_transformer_config_from_args(told, LatentMoEConfig)
-
-
-def _check_shared_flags(args: argparse.Namespace) -> None:
-    """Refuse an option that no layer of the model has: it would change nothing."""
-    kinds = sorted(set(args.layer_kinds) - {SOFTMAX})
-    known = {field for kind in kinds for field, _, _ in _options(lsm.get(kind).Config)}
-    for flag, field in SHARED_FLAGS.items():
-        if getattr(args, f"la_{field}", None) is not None and field not in known:
-            raise ValueError(
-                f"{flag} is set, but no layer of this model has {field}\n"
-                f"  why: the layers are {', '.join([*kinds, SOFTMAX])}\n"
-                f"  try: leave it out, or another LA_MODULE (python -m linear_moe.lsm lists all)"
-            )
-
-
-def _given(args: argparse.Namespace, mixer: str) -> dict[str, Any]:
-    """The options set for one mixer: the flags for all, then its own."""
-    given = {}
-    flags = {field: flag for flag, field in SHARED_FLAGS.items()}
-    for field, kind, _ in _options(lsm.get(mixer).Config):
-        shared, own = getattr(args, f"la_{field}", None), getattr(args, f"{mixer}:{field}")
-        if shared is not None:
-            given[field] = _parsed(flags[field], kind, shared)
-        if own is not None:
-            given[field] = own
-    return given
-
-
-def _parsed(flag: str, kind: typing.Callable[[str], Any], text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{flag} is {text!r}\n  why: it cannot be read ({error})\n  try: leave it out for the mixer's default"
-        ) from None
-
-
-def _options(config: type[Mixer.Config]) -> list[tuple[str, typing.Callable[[str], Any], str]]:
-    """Name, parser and help of every field of a mixer's Config that a user may set."""
-    hints = typing.get_type_hints(config)
-    found = []
-    for field in dataclasses.fields(config):
-        if field.name in SHAPE_FIELDS:
-            continue
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        found.append((field.name, _boolean if kind is bool else kind, f"{config.__qualname__}: {field.name}"))
-    return found
-
-
-def _boolean(text: str | bool) -> bool:
-    if str(text).lower() not in ("true", "false"):
-        raise ValueError(f"expected true or false, got {text!r}")
-    return str(text).lower() == "true"

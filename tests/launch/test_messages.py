@@ -448,6 +448,40 @@ def test_message_of_a_family_without_feed_forward_blocks(name: str):
     assert message(family="mamba2", **variables) == text
 
 
+OF_MIXERS = {
+    "conv_size is -1": {"EXTRA_ARGS": "--la-conv-size -1"},
+    "--la-conv-size is '2.5'": {"EXTRA_ARGS": "--la-conv-size=2.5"},
+    "EXTRA_ARGS: argument --gated-deltanet-conv-size: invalid int value: 'x'.": {
+        "EXTRA_ARGS": "--weight-decay 0.2 --gated-deltanet-conv-size x"
+    },
+    "EXTRA_ARGS: no mixer has the option --gated-deltanet-foo.": {"EXTRA_ARGS": "--gated-deltanet-foo 3"},
+    "expand_v 1.7 gives a head of 54.4 channels": {"EXTRA_ARGS": "--expand-v 1.7"},
+    "--la-feature-map is set, but no layer of this model has feature_map": {
+        "EXTRA_ARGS": "--la-feature-map elu"
+    },
+    "rwkv7 does not train with full recomputation of layers": {"LA_MODULE": "rwkv7", "AC": "full"},
+    "the 1 heads of mamba2 cannot be divided over tensor parallel size 2": {
+        "LA_MODULE": "mamba2", "EXTRA_ARGS": "--mamba2-ssm-head-dim 256", "TP": "2", "GPUS_PER_NODE": "2",
+    },
+    "mom_gla has a capacity, which context parallelism does not know": {
+        "LA_MODULE": "mom_gla", "EXTRA_ARGS": "--mom-capacity 1.5", "CP": "2", "GPUS_PER_NODE": "2",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OF_MIXERS)
+def test_message_of_a_mixer(what: str):
+    lines = message(**OF_MIXERS[what]).splitlines()
+    assert lines[0] == what and lines[1].startswith("  why: ") and lines[2].startswith("  try: ")
+
+
+def test_mixers_that_can_be_made_have_no_message():
+    divided = {"TP": "2", "CP": "2", "GPUS_PER_NODE": "4", "AC": "full"}
+    options = "--gla-gate-rank 8 --weight-decay 0 --la-conv-size 4 --mom-shared-memory --log-params-norm"
+    assert message(LA_MODULE="gla,mom_deltanet", LAYER_TYPE_LIST="12N1", EXTRA_ARGS=options, **divided) == ""
+    assert message(LA_MODULE="rwkv7", LAYER_TYPE_LIST="LNNN", AC="full") == "", "nobody needs its first value"
+
+
 @pytest.mark.parametrize(("cuda", "variables", "text"), CASES)
 def test_message(cuda: int, variables: dict[str, str], text: str):
     mixers = ", ".join(sorted((*registered_mixers(), "softmax")))

@@ -11,6 +11,7 @@ import pytest
 
 from linear_moe import lsm
 from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.mixer_options import SHARED_FLAGS, options_of
 from linear_moe.training import arguments
 from tests.training.tiny import ARGUMENTS, EXPERTS
 from tests.workers import with_model_parallel
@@ -91,7 +92,7 @@ def config_of(args: argparse.Namespace, **changes: Any) -> LinearMoEConfig:
 
 
 def own_options() -> list[tuple[str, str]]:
-    return [(name, field) for name in lsm.names() for field, _, _ in arguments._options(lsm.get(name).Config)]
+    return [(name, field) for name in lsm.names() for field, _, _ in options_of(lsm.get(name).Config)]
 
 
 def other_value(default: Any, field: str) -> Any:
@@ -133,7 +134,7 @@ def test_options_of_a_mixer_reach_its_config(name, field):
     assert found == dataclasses.replace(stock, **counted | {field: value})
 
 
-@pytest.mark.parametrize("flag, field", arguments.SHARED_FLAGS.items())
+@pytest.mark.parametrize("flag, field", SHARED_FLAGS.items())
 def test_flags_for_every_mixer(flag, field):
     """They set each mixer that has the field; a mixer's own flag wins."""
     have = [name for name in lsm.names() if (name, field) in own_options()]

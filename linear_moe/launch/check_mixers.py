@@ -1,0 +1,74 @@
+"""Whether the mixers of a run take their options and its layout: what the trainer would find ten seconds later.
+
+The mixers have to be imported, and torch with them (2 s): the last check, of runs that ask something of a mixer.
+"""
+
+import argparse
+from typing import NoReturn
+
+from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.plan import RunPlan, registered_mixers
+from linear_moe.model.pattern import SOFTMAX
+
+
+def check_mixers(plan: RunPlan) -> None:
+    """EXTRA_ARGS, TP, CP and AC are such that every mixer of the model can be made."""
+    s = plan.settings
+    prefixes = _prefixes(plan)
+    asks = (
+        any(word.startswith(prefixes) for word in plan.extra_args) or s.tp > 1 or s.cp > 1 or s.ac == "full"
+    )
+    if not asks or {*plan.kinds} == {SOFTMAX}:
+        return
+    try:
+        _check(plan, prefixes)
+    except ValueError as error:
+        if "\n  why: " not in str(error):
+            raise  # not a mistake in the variables: a defect of a mixer
+        raise PreflightError.of(error) from None
+
+
+def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
+    from linear_moe import lsm
+    from linear_moe.lsm.registry import import_mixers
+    from linear_moe.model.mixer_options import add_mixer_options, check_layout, config_of, take_mixer_options
+
+    size, s = plan.size, plan.settings
+    import_mixers(s.mixer_modules or "")
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    add_mixer_options(parser)
+    args, others = parser.parse_known_args(list(plan.extra_args))
+    for word in others:
+        if word.startswith(prefixes) and word.partition("=")[0] != "--la-module":
+            parser.error(f"no mixer has the option {word.partition('=')[0]}")
+    options = take_mixer_options(args, plan.kinds)
+    for kind in sorted({*plan.kinds} - {SOFTMAX}):
+        config = config_of(
+            kind,
+            options.get(kind, {}),
+            hidden_size=size.hidden_size,
+            num_heads=size.num_attention_heads,
+            head_dim=size.kv_channels,
+            layers_of_kind=plan.kinds.count(kind),
+            qkv_bias=plan.family.add_qkv_bias or "--add-qkv-bias" in plan.extra_args,
+            norm_eps=size.norm_epsilon,
+        )
+        mixer = lsm.get(kind)(config)
+        check_layout(mixer, kind, plan.kinds, tp=s.tp, cp=s.cp, recomputes_layers=s.ac == "full")
+
+
+def _prefixes(plan: RunPlan) -> tuple[str, ...]:
+    """How the options of mixers begin: of one, or of all that have them."""
+    names = registered_mixers(plan.settings.mixer_modules)
+    return ("--la-", "--expand-", "--mom-", *(f"--{name.replace('_', '-')}-" for name in names))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its mistakes are errors, and leave no usage of several pages."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(
+            f"EXTRA_ARGS: {message}.\n"
+            f"  why: options of mixers go to the mixers, and have their types.\n"
+            f"  try: python -m linear_moe.lsm, which lists the mixers and their options"
+        )
