@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# All that one GPU is needed for, in calls of less than ten minutes; each leaves its files in OUTPUT_FOLDER.
+# Usage: bash benchmarks/gpu_session.sh STAGE OUTPUT_FOLDER [FOLDER_OF_WHEELS]
+#   tests     the tests marked gpu
+#   kernels   fused operators against definition, softmax attention and the floor
+#   peers     flash-linear-attention beside them (its wheel among the wheels); the same OUTPUT_FOLDER goes on
+#   mixers    a step of every mixer at A0.3B, bfloat16 against float32; then the recall table
+#   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile
+#   decode    time per token at ever later positions
+# Order: as listed; what is right and faster than chunked torch then becomes the default (kernels/dispatch.py).
+set -uo pipefail
+cd -- "$(dirname -- "$0")/.."
+[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+stage=$1 out=$2 wheels=${3:-.whl}
+: "${PYTHON:=python3}"
+if ! "$PYTHON" -c 'import megatron.core' 2>/dev/null && [ -d "$wheels" ]; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site "$wheels"/*.whl || exit
+    PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+export PYTHON PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$out"
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || exit
+case $stage in
+tests)
+    timeout 560 "$PYTHON" -m pytest tests -m gpu -n 8 -q -p no:warnings --timeout 300 2>&1 | tee "$out/gpu_tests.log" | tail -n 60 ;;
+kernels) "$PYTHON" -m linear_moe.bench kernels --who ours torch --minutes 9 --output "$out/kernels" ;;
+peers) "$PYTHON" -m linear_moe.bench kernels --who fla --parts time memory --processes 8 --minutes 9 --output "$out/kernels" ;;
+mixers)
+    timeout 180 "$PYTHON" benchmarks/mixers_step.py "$out/mixers_step.json"
+    "$PYTHON" examples/recall/run.py --minutes 6 --processes 6 --results "$out/recall" ;;
+step) LINEAR_MOE_KERNELS=triton "$PYTHON" -m linear_moe.bench step --profile --minutes 9 --output "$out/step" ;;
+decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
+*) echo "gpu_session.sh: $stage is no stage; there are tests, kernels, peers, mixers, step and decode" >&2; exit 2 ;;
+esac
