@@ -110,29 +110,8 @@ class MixerLayer(TableModule):
             layer_of_kind=config.layer_kinds[: layer_number - 1].count(mixer),
             sum_over_ranks=self._sum_over_ranks,
         )
-        self.in_proj = ColumnParallelLinear(
-            config.hidden_size,
-            cfg.num_heads * self.mixer.fused_width,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            gather_output=False,
-            tp_group=self.tp_group,
-        )
-        low_rank = self.mixer.low_rank_projections(self.place.layer_of_kind)
-        self.low_rank = torch.nn.ModuleDict(
-            {p.name: LowRankLinear(config, p, cfg.num_heads, pg_collection) for p in low_rank}
-        )
-        self.group_proj: GroupLinear | None = None
-        if self.mixer.grouped_width:
-            width = self.mixer.num_groups * self.mixer.grouped_width
-            self.group_proj = GroupLinear(config, width, pg_collection)
-        tables = self.mixer.all_parameters()
-        self.create([table for table in tables if not table.per_model])
-        self.model_tables: ModelTables | None = None
-        if shared := [table for table in tables if table.per_model]:
-            # On its own; the builder gives all layers of a model the same.
-            self.model_tables = ModelTables(config, shared, pg_collection)
+        self._add_projections(config, pg_collection)
+        self._add_parameters(config, pg_collection)
         self.first_value = FirstValue()
         self.balance: MemoryBalance | None = None
         if isinstance(self.mixer, MixtureOfMemories):
@@ -152,6 +131,34 @@ class MixerLayer(TableModule):
         )
         with torch.no_grad(), tensor_parallel.get_cuda_rng_tracker().fork():
             self.mixer.initialize(self._found(), self.place)
+
+    def _add_projections(self, config: LinearMoEConfig, groups: ProcessGroupCollection) -> None:
+        heads = self.mixer.cfg.num_heads
+        self.in_proj = ColumnParallelLinear(
+            config.hidden_size,
+            heads * self.mixer.fused_width,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=self.tp_group,
+        )
+        low_rank = self.mixer.low_rank_projections(self.place.layer_of_kind)
+        self.low_rank = torch.nn.ModuleDict(
+            {p.name: LowRankLinear(config, p, heads, groups) for p in low_rank}
+        )
+        self.group_proj: GroupLinear | None = None
+        if self.mixer.grouped_width:
+            width = self.mixer.num_groups * self.mixer.grouped_width
+            self.group_proj = GroupLinear(config, width, groups)
+
+    def _add_parameters(self, config: LinearMoEConfig, groups: ProcessGroupCollection) -> None:
+        tables = self.mixer.all_parameters()
+        self.create([table for table in tables if not table.per_model])
+        self.model_tables: ModelTables | None = None
+        if shared := [table for table in tables if table.per_model]:
+            # On its own; the builder gives all layers of a model the same.
+            self.model_tables = ModelTables(config, shared, groups)
 
     def _found(self) -> dict[str, Tensor]:
         """This layer's parameters by checkpoint key, and the parts of the fused one."""
