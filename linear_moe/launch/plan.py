@@ -174,22 +174,8 @@ def plan_run(
             f"--family {next(iter(families))}",
         )
     family = families[settings.base_model]
-    size_name = settings.model_size or family.default_size
-    size_name = family.old_sizes.get(size_name, size_name)
-    if size_name not in family.sizes:
-        raise PreflightError(
-            f"unknown MODEL_SIZE={size_name} of {family.name}.",
-            f"the sizes are {', '.join(family.sizes)}.",
-            f"MODEL_SIZE={_nearest(size_name, family)}",
-        )
-    size = family.sizes[size_name]
-    if settings.moe and not (size.is_moe or size.has_feed_forward):
-        raise PreflightError(
-            f"MOE=true, but {family.name} {size_name} has no feed-forward blocks.",
-            "experts are as wide as the blocks that they stand for.",
-            f"EXTRA_ARGS='--num-experts 8 --moe-ffn-hidden-size {2 * size.hidden_size}', or MOE= (empty)",
-        )
-    size, extra_args = _apply_extra_args(size.with_moe(settings.moe), settings.extra_args)
+    size_name, size = _named_size(settings, family)
+    size, extra_args = _apply_extra_args(size, settings.extra_args)
     if "LAYER_TYPE_LIST" in from_checkpoint and len(settings.layer_type_list or "") != size.num_layers:
         raise _other_layers(settings, size.num_layers, by_size="MODEL_SIZE" not in from_checkpoint)
     try:
@@ -214,6 +200,25 @@ def plan_run(
         from_checkpoint=from_checkpoint,
     )
     return replace(plan, settings=_with_global_batch(plan))
+
+
+def _named_size(settings: RunSettings, family: Family) -> tuple[str, ModelSize]:
+    size_name = settings.model_size or family.default_size
+    size_name = family.old_sizes.get(size_name, size_name)
+    if size_name not in family.sizes:
+        raise PreflightError(
+            f"unknown MODEL_SIZE={size_name} of {family.name}.",
+            f"the sizes are {', '.join(family.sizes)}.",
+            f"MODEL_SIZE={_nearest(size_name, family)}",
+        )
+    size = family.sizes[size_name]
+    if settings.moe and not (size.is_moe or size.has_feed_forward):
+        raise PreflightError(
+            f"MOE=true, but {family.name} {size_name} has no feed-forward blocks.",
+            "experts are as wide as the blocks that they stand for.",
+            f"EXTRA_ARGS='--num-experts 8 --moe-ffn-hidden-size {2 * size.hidden_size}', or MOE= (empty)",
+        )
+    return size_name, size.with_moe(settings.moe)
 
 
 def _other_layers(settings: RunSettings, layers: int, *, by_size: bool) -> PreflightError:
