@@ -17,6 +17,8 @@ from typing import Any
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, 97.5 % point, by degrees of freedom."""
 
+MOST_BANDS = 6
+"""Models in a plot up to which their intervals are drawn; of more, the table has them."""
 DELTA_OVER = (
     ("deltanet", "linear_attention"),
     ("gated_deltanet", "gla"),
@@ -245,6 +247,8 @@ def plot(table: list[Row], pairs: list[str], path: Path) -> None:
                     color=colors[row["model"]],
                     label=row["model"],
                 )
+                if len(models) > MOST_BANDS:
+                    continue
                 low = [max(0.0, m - h) for m, h in zip(means, halves)]
                 high = [min(1.0, m + h) for m, h in zip(means, halves)]
                 axis.fill_between(x, low, high, color=colors[row["model"]], alpha=0.07, linewidth=0)
@@ -257,7 +261,8 @@ def plot(table: list[Row], pairs: list[str], path: Path) -> None:
         )
         if points:
             sizes, means, halves = zip(*points)
-            errors = [0.0 if math.isnan(half) else half for half in halves]
+            has_bar = len(points) > 1 or len(models) <= MOST_BANDS
+            errors = [half if has_bar and not math.isnan(half) else 0.0 for half in halves]
             axes[2].errorbar(
                 sizes,
                 means,
