@@ -7,14 +7,14 @@ import argparse
 from typing import NoReturn
 
 from linear_moe.launch.errors import PreflightError
-from linear_moe.launch.plan import RunPlan, registered_mixers
+from linear_moe.launch.plan import SHARED_PREFIXES, RunPlan, mixer_prefixes
 from linear_moe.model.pattern import SOFTMAX
 
 
 def check_mixers(plan: RunPlan) -> None:
     """EXTRA_ARGS, TP, CP and AC are such that every mixer of the model can be made."""
     s = plan.settings
-    prefixes = _prefixes(plan)
+    prefixes = (*SHARED_PREFIXES, *mixer_prefixes(s.mixer_modules))
     asks = (
         any(word.startswith(prefixes) for word in plan.extra_args) or s.tp > 1 or s.cp > 1 or s.ac == "full"
     )
@@ -55,12 +55,6 @@ def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
         )
         mixer = lsm.get(kind)(config)
         check_layout(mixer, kind, plan.kinds, tp=s.tp, cp=s.cp, recomputes_layers=s.ac == "full")
-
-
-def _prefixes(plan: RunPlan) -> tuple[str, ...]:
-    """How the options of mixers begin: of one, or of all that have them."""
-    names = registered_mixers(plan.settings.mixer_modules)
-    return ("--la-", "--expand-", "--mom-", *(f"--{name.replace('_', '-')}-" for name in names))
 
 
 class _Parser(argparse.ArgumentParser):

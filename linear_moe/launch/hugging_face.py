@@ -106,7 +106,7 @@ def convert(plan: RunPlan, announce: Callable[[str], None]) -> bool:
 
 def import_command(plan: RunPlan, source: Path, target: Path) -> list[str]:
     """The conversion, as a person could type it."""
-    options = mixer_options(list(plan.extra_args), registered_mixers(plan.settings.mixer_modules))
+    options = mixer_options(list(plan.extra_args), plan.settings.mixer_modules)
     words = [word for pair in options.items() for word in pair]
     if plan.settings.mixer_modules:
         words += ["--mixer-module", plan.settings.mixer_modules]

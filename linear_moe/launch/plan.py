@@ -21,6 +21,8 @@ from linear_moe.model.pattern import layer_kinds, pattern_of
 
 NULL_TOKENIZER = "null"
 MOCK_DATA = "mock"
+SHARED_PREFIXES = ("--la-", "--expand-", "--mom-")
+"""How flags begin that set an option of every mixer, or of every mixture, that has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +243,11 @@ def _with_global_batch(plan: RunPlan) -> RunSettings:
     # The interleaved schedule takes micro batches in groups of PP.
     each *= plan.settings.pp if plan.settings.vpp > 1 else 1
     return replace(plan.settings, global_batch_size=-(-SMALLEST_GLOBAL_BATCH // each) * each)
+
+
+def mixer_prefixes(modules: str | None = None) -> dict[str, str]:
+    """How the flags of each registered mixer begin, and its name."""
+    return {f"--{name.replace('_', '-')}-": name for name in registered_mixers(modules)}
 
 
 def registered_mixers(modules: str | None = None) -> tuple[str, ...]:

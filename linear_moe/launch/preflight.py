@@ -21,7 +21,7 @@ from linear_moe.launch.check_layout import (
 from linear_moe.launch.check_mixers import check_mixers
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.hugging_face import check_hugging_face
-from linear_moe.launch.plan import RunPlan, registered_mixers
+from linear_moe.launch.plan import RunPlan, mixer_prefixes
 from linear_moe.launch.resume import check_resume
 
 # Flags that a variable sets: a second opinion in EXTRA_ARGS would pass every check and then win.
@@ -66,9 +66,7 @@ def check_extra_args(plan: RunPlan) -> None:
 
 def check_mixer_options(plan: RunPlan) -> None:
     """EXTRA_ARGS holds no option of a mixer that no layer has (`--la-*`, of any mixer: `check_mixers`)."""
-    prefixes = {
-        f"--{name.replace('_', '-')}-": name for name in registered_mixers(plan.settings.mixer_modules)
-    }
+    prefixes = mixer_prefixes(plan.settings.mixer_modules)
     for word in plan.extra_args:
         flag = word.partition("=")[0]
         owner = max((prefix for prefix in prefixes if flag.startswith(prefix)), key=len, default=None)

@@ -9,7 +9,7 @@ from typing import Any
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.instructions import kept_tokenizer
-from linear_moe.launch.plan import RunPlan, registered_mixers
+from linear_moe.launch.plan import SHARED_PREFIXES, RunPlan, mixer_prefixes
 from linear_moe.model.families import SIZE_FLAGS, ModelSize, megatron_arguments, switches_of, unused_fields
 
 UNSET = "none of the model's: what is not set is the checkpoint's"
@@ -134,15 +134,14 @@ def _saved_architecture(plan: RunPlan, run_dir: Path) -> dict[str, Any]:
         for name, value in saved.items()
         if value is not None or (name in SIZE_FLAGS and name != "norm_epsilon")
     }
-    return known | mixer_options(config.get("arguments", []), registered_mixers(plan.settings.mixer_modules))
+    return known | mixer_options(config.get("arguments", []), plan.settings.mixer_modules)
 
 
 def architecture(plan: RunPlan) -> dict[str, Any]:
     """Everything that fixes the shapes and the meaning of a checkpoint, under its names in config.json."""
     arguments = [*megatron_arguments(plan.family, plan.size), *plan.extra_args]
     model = {"layer_kinds": list(plan.kinds), "padded_vocab_size": plan.padded_vocab_size}
-    mixers = registered_mixers(plan.settings.mixer_modules)
-    options = mixer_options(list(plan.extra_args), mixers)
+    options = mixer_options(list(plan.extra_args), plan.settings.mixer_modules)
     return architecture_of(plan.family.name, plan.size, arguments) | model | options
 
 
@@ -155,12 +154,16 @@ def architecture_of(family: str, size: ModelSize, arguments: Sequence[str]) -> d
     return {"family": family} | sizes | switches_of(arguments)
 
 
-def mixer_options(arguments: list[str], mixers: tuple[str, ...]) -> dict[str, Any]:
-    """Flags of a command line that change a mixer: `--gla-gate-rank 32`, `--expand-v 2`."""
-    prefixes = (*tuple(f"--{name.replace('_', '-')}-" for name in mixers), "--expand-", "--la-")
+def mixer_options(arguments: list[str], modules: str | None) -> dict[str, Any]:
+    """Flags of a command line that change a mixer: `--gla-gate-rank 32`, `--mom-topk 1`; one alone is true."""
+    prefixes = (*SHARED_PREFIXES, *mixer_prefixes(modules))
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    pairs = itertools.pairwise(words)
-    return {flag: value for flag, value in pairs if flag.startswith(prefixes) and flag != "--la-module"}
+    pairs = itertools.pairwise([*words, "--"])
+    return {
+        flag: "true" if value.startswith("--") else value
+        for flag, value in pairs
+        if flag.startswith(prefixes) and flag != "--la-module"
+    }
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.hugging_face import future_config, hugging_face_folder
 from linear_moe.launch.instructions import kept_tokenizer
-from linear_moe.launch.plan import NULL_TOKENIZER, registered_mixers
+from linear_moe.launch.plan import NULL_TOKENIZER
 from linear_moe.launch.resume import mixer_options, read_config
 from linear_moe.model.families import FAMILIES, Family, flag_value, size_of
 
@@ -76,9 +76,7 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
         tokens = int(flag_value(arguments, "--vocab-size") or rows - 1)
         found |= {"VOCAB_SIZE": str(tokens), "EXTRA_VOCAB_SIZE": str(rows - tokens)}
     found = {name: text for name, text in found.items() if text and name not in given}
-    options = mixer_options(
-        arguments, registered_mixers(given.get("MIXER_MODULES") or found.get("MIXER_MODULES"))
-    )
+    options = mixer_options(arguments, given.get("MIXER_MODULES") or found.get("MIXER_MODULES"))
     if options:
         flags = itertools.chain.from_iterable(options.items())
         found["EXTRA_ARGS"] = " ".join([*flags, given.get("EXTRA_ARGS", "")]).strip()

@@ -205,6 +205,14 @@ def test_resume_with_another_model(tmp_path: Path):
     )
 
 
+def test_resume_with_other_memories(tmp_path: Path):
+    """Top-k changes no shape: nothing else would tell."""
+    finished_run(tmp_path, LA_MODULE="mom_gla", EXTRA_ARGS="--mom-shared-memory --mom-topk 1")
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old", "LA_MODULE": "mom_gla"}
+    assert message(**again, EXTRA_ARGS="--mom-topk=1 --mom-shared-memory true") == ""
+    assert "    --mom-topk: 1 -> 2\n" in message(**again, EXTRA_ARGS="--mom-topk 2 --mom-shared-memory")
+
+
 def test_resume_with_another_family_of_the_same_sizes(tmp_path: Path):
     """The shapes are those of Llama 3, and what is computed with them is not."""
     sizes = "--num-query-groups 4 --ffn-hidden-size 256 --rotary-base 500000 --norm-epsilon 1e-5"
