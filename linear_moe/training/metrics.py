@@ -223,11 +223,19 @@ def open_metrics(run_dir: Path, first: dict[str, Any]) -> TextIO:
     run_dir.mkdir(parents=True, exist_ok=True)
     if path.exists():
         lines = path.read_text().splitlines()
-        kept = [line for line in lines if _place(json.loads(line)) < _place(first)]
+        kept = [line for line in lines if (record := _whole(line)) and _place(record) < _place(first)]
         part = path.with_suffix(".part")
         part.write_text("".join(line + "\n" for line in kept))
         part.replace(path)
     return path.open("a")
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    """A line's record; ``None`` for a part of one, which a killed run or a full disk leaves last."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def _place(record: dict[str, Any]) -> tuple[int, bool]:
