@@ -82,7 +82,7 @@ class Session:
             raise ValueError(
                 f"the prompt {text!r} is not a row of numbers\n"
                 f"  why: the run has no tokenizer, so its tokens are numbers\n"
-                f"  try: --prompt '1 2 3'"
+                f"  try: --prompt '1 2 3', or --tokenizer <folder of the tokenizer that wrote its data>"
             ) from None
 
     def opening(self) -> list[dict[str, str]]:
@@ -187,7 +187,8 @@ def parse() -> argparse.Namespace:
         help="of the first prompt's draws; the next prompt gets the next number",
     )
     add("--step", type=int, help="step of the checkpoint; the last one unless given")
-    add("--tokenizer", metavar="FOLDER", help="where the tokenizer is now, if it has moved")
+    moved = "where the tokenizer is now, if it has moved; or whose tokens the numbers are, if the run has none"
+    add("--tokenizer", metavar="FOLDER", help=moved)
     add("--ignore-eos", action="store_true", help="go on after the end of a document or a turn")
     return parser.parse_args()
 

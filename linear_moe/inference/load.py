@@ -75,7 +75,8 @@ def load_model(
         step: which checkpoint; the last complete one unless given.
         dtype: of the weights; the run's unless given. What training keeps in float32 stays float32.
         max_sequence_length: refuse longer sequences; unless given, only learned positions set a limit.
-        tokenizer: folder of the tokenizer, in case it has moved since the training. With more tokens: a warning.
+        tokenizer: folder of the tokenizer, in case it has moved since the training, or the training knew numbers alone
+            (TOKENIZER=null). With more tokens: a warning.
 
     Raises:
         ValueError: not a run, no such checkpoint, a damaged one, no tokenizer or another one than the run's, or more
@@ -117,6 +118,8 @@ def _load_run(
         tensor_parallel=ranks,
     )
     args.tokenizer_model = str(tokenizer) if tokenizer else tokenizer_folder(run, saved)
+    if tokenizer and args.tokenizer_type == "NullTokenizer":
+        args.tokenizer_type = "HuggingFaceTokenizer"  # the numbers that it learned are this one's tokens
     config = arguments.model_config(args)
     limit = _sequence_limit(config, max_sequence_length)
     text = _build_tokenizer(run, args)

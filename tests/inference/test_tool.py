@@ -231,6 +231,25 @@ def test_another_tokenizer_is_refused_a_moved_or_longer_one_is_not(gloo, run, tm
         assert problem in told and not list(tmp_path.glob("hf*"))
 
 
+def test_a_tokenizer_of_a_run_without_one(gloo, run, tmp_path):
+    """Trained on numbers: text with `--tokenizer`, numbers without."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tokenizer", ignore_errors=True)
+    config = json.loads((run / "config.json").read_text())
+    words = config["arguments"]
+    words[words.index("HuggingFaceTokenizer")] = "NullTokenizer"
+    del words[words.index("--tokenizer-model") :][:2]
+    config["tokenizer"] |= {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    given = ["--tokenizer", str(run.parent / "tokenizer")]
+    (code, out, err), (_, text, _) = (
+        gloo(1, command, folder, ["--prompt", "import", *given])[0] for folder in (tmp_path / "run", run)
+    )
+    assert code == 0 and err == "" and out.splitlines()[0] == text.splitlines()[0]
+    code, _, err = gloo(1, command, tmp_path / "run", ["--prompt", "import"])[0]
+    assert code == 2 and "is not a row of numbers" in err and "--tokenizer" in err
+
+
 def test_options_in_the_documentation_exist():
     text = (ROOT / "docs" / "generate.md").read_text()
     sources = [(ROOT / name).read_text() for name in ("tools/generate.py", "linear_moe/bench/decode.py")]
