@@ -1,18 +1,10 @@
-"""Cases of the cross entropy; run as a program, the fused passes' errors in Triton's interpreter as one JSON line."""
+"""Cases of the cross entropy; run_interpreted.py runs the fused passes in Triton's interpreter."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from scan_cases import error
@@ -49,12 +41,9 @@ def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[fl
     return [error(found.double(), truth), error(logits.double(), exact)]
 
 
-def main() -> None:
+def fused(name: str) -> list[float]:
+    """With several blocks in a row."""
     from linear_moe.kernels.triton import cross_entropy
 
     with mock.patch.object(cross_entropy, "BLOCK", 256):
-        print(json.dumps({name: errors(name, cross_entropy.cross_entropy_, torch.float32) for name in CASES}))
-
-
-if __name__ == "__main__":
-    main()
+        return errors(name, cross_entropy.cross_entropy_, torch.float32)

@@ -1,22 +1,13 @@
-"""Cases of the gated RMS norm; run as a program, the fused kernel's errors in Triton's interpreter as one JSON line."""
+"""Cases of the gated RMS norm; run_interpreted.py runs the fused kernel in Triton's interpreter."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import pytest
 import torch
-from scan_cases import error, gradients, poison_empty
+from scan_cases import error, gradients
 from torch import Tensor
 
 from linear_moe.kernels import reference
@@ -65,17 +56,9 @@ def _results(run: Callable[..., Tensor], inputs: dict[str, Any]) -> list[Tensor]
     return [y, *gradients([y], {n: t for n, t in inputs.items() if isinstance(t, Tensor)}).values()]
 
 
-def main() -> None:
+def fused(name: str) -> float:
+    """With several runs of tokens, and several tiles in a run."""
     from linear_moe.kernels.triton import gated_norm
 
-    with pytest.MonkeyPatch.context() as patch, mock.patch.multiple(gated_norm, RUN=16, TILE=8):
-        poison_empty(patch)
-        print(
-            json.dumps(
-                {name: largest_error(name, gated_norm.gated_rms_norm, torch.float32) for name in CASES}
-            )
-        )
-
-
-if __name__ == "__main__":
-    main()
+    with mock.patch.multiple(gated_norm, RUN=16, TILE=8):
+        return largest_error(name, gated_norm.gated_rms_norm, torch.float32)

@@ -1,20 +1,12 @@
-"""Cases of rows between tokens and slots; run as a program, the fused kernels' errors in Triton's interpreter."""
+"""Cases of rows between tokens and slots; run_interpreted.py runs the fused kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
-from scan_cases import error, gradients, poison_empty
+from scan_cases import error, gradients
 from torch import Tensor
 
 from linear_moe.kernels import reference
@@ -68,15 +60,7 @@ def _results(module: ModuleType, given: dict[str, Tensor]) -> list[Tensor]:
     return [*outputs, *gradients(outputs, leaves).values()]
 
 
-def main() -> None:
-    import pytest
-
+def fused(name: str) -> list[float]:
     from linear_moe.kernels.triton import rows
 
-    with pytest.MonkeyPatch.context() as patch:
-        poison_empty(patch)
-        print(json.dumps({name: errors(name, rows, torch.float32) for name in CASES}))
-
-
-if __name__ == "__main__":
-    main()
+    return errors(name, rows, torch.float32)

@@ -1,20 +1,12 @@
-"""Cases of the weighted gated unit; run as a program, the fused kernel's errors in Triton's interpreter as JSON."""
+"""Cases of the weighted gated unit; run_interpreted.py runs the fused kernel in Triton's interpreter."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
-from scan_cases import error, gradients, poison_empty
+from scan_cases import error, gradients
 from torch import Tensor
 
 from linear_moe.kernels import reference
@@ -44,15 +36,9 @@ def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[fl
     return [error(f.double(), t) for f, t in zip(found, truth, strict=True)]
 
 
-def main() -> None:
-    import pytest
-
+def fused(name: str) -> list[float]:
+    """With several blocks in a row."""
     from linear_moe.kernels.triton import swiglu
 
-    with pytest.MonkeyPatch.context() as patch, mock.patch.object(swiglu, "_block", lambda width: 32):
-        poison_empty(patch)
-        print(json.dumps({name: errors(name, swiglu.weighted_swiglu, torch.float32) for name in CASES}))
-
-
-if __name__ == "__main__":
-    main()
+    with mock.patch.object(swiglu, "_block", lambda width: 32):
+        return errors(name, swiglu.weighted_swiglu, torch.float32)

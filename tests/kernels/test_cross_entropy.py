@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cross_entropy_cases import CASES, errors, make
-from run_interpreted import run_interpreted
+from run_interpreted import errors_of_picked
 
 from linear_moe.kernels import cross_entropy, cross_entropy_
 
@@ -16,9 +17,8 @@ EXACT, SINGLE = 1e-12, 1e-5
 
 
 @pytest.fixture(scope="module")
-def fused_errors() -> dict[str, list[float]]:
-    """All cases in one process, which Triton's interpreter needs for itself."""
-    return run_interpreted("cross_entropy_cases.py")[-1]
+def fused_errors(request: pytest.FixtureRequest) -> Callable[[str], list[float]]:
+    return errors_of_picked(request, "cross_entropy_cases")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -27,8 +27,8 @@ def test_torch_path_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fused_passes(name: str, fused_errors: dict[str, list[float]]) -> None:
-    assert len(fused_errors[name]) == 2 and max(fused_errors[name]) <= SINGLE
+def test_fused_passes(name: str, fused_errors: Callable[[str], list[float]]) -> None:
+    assert len(fused_errors(name)) == 2 and max(fused_errors(name)) <= SINGLE
 
 
 def test_slices_of_the_vocabulary_are_the_whole() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from norm_cases import CASES, largest_error, make
-from run_interpreted import run_interpreted
+from run_interpreted import errors_of_picked
 from torch import Tensor
 
 from linear_moe.kernels import gated_norm, gated_rms_norm
@@ -16,9 +17,8 @@ EXACT, SINGLE = 1e-12, 1e-5
 
 
 @pytest.fixture(scope="module")
-def fused_errors() -> dict[str, float]:
-    """All cases in one process, which Triton's interpreter needs for itself."""
-    return run_interpreted("norm_cases.py")[-1]
+def fused_errors(request: pytest.FixtureRequest) -> Callable[[str], float]:
+    return errors_of_picked(request, "norm_cases")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -27,8 +27,8 @@ def test_torch_path_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fused_kernel(name: str, fused_errors: dict[str, float]) -> None:
-    assert fused_errors[name] <= SINGLE
+def test_fused_kernel(name: str, fused_errors: Callable[[str], float]) -> None:
+    assert fused_errors(name) <= SINGLE
 
 
 def test_training_keeps_inputs_only() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from row_cases import CASES, errors, make
-from run_interpreted import run_interpreted
+from run_interpreted import errors_of_picked
 
 from linear_moe import kernels
 from linear_moe.kernels import collect_rows, rows, spread_rows
@@ -16,9 +17,8 @@ EXACT, SINGLE = 1e-12, 1e-5
 
 
 @pytest.fixture(scope="module")
-def fused_errors() -> dict[str, list[float]]:
-    """All cases in one process, which Triton's interpreter needs for itself."""
-    return run_interpreted("row_cases.py")[-1]
+def fused_errors(request: pytest.FixtureRequest) -> Callable[[str], list[float]]:
+    return errors_of_picked(request, "row_cases")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -27,8 +27,8 @@ def test_torch_path_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fused_kernels(name: str, fused_errors: dict[str, list[float]]) -> None:
-    assert len(fused_errors[name]) == 6 and max(fused_errors[name]) <= SINGLE
+def test_fused_kernels(name: str, fused_errors: Callable[[str], list[float]]) -> None:
+    assert len(fused_errors(name)) == 6 and max(fused_errors(name)) <= SINGLE
 
 
 def test_whole_numbers_travel_too() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from run_interpreted import run_interpreted
+from run_interpreted import errors_of_picked
 from swiglu_cases import CASES, errors
 
 from linear_moe.kernels import swiglu, weighted_swiglu
@@ -13,9 +15,8 @@ EXACT, SINGLE = 1e-12, 1e-5
 
 
 @pytest.fixture(scope="module")
-def fused_errors() -> dict[str, list[float]]:
-    """All cases in one process, which Triton's interpreter needs for itself."""
-    return run_interpreted("swiglu_cases.py")[-1]
+def fused_errors(request: pytest.FixtureRequest) -> Callable[[str], list[float]]:
+    return errors_of_picked(request, "swiglu_cases")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -24,8 +25,8 @@ def test_torch_path_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fused_kernel(name: str, fused_errors: dict[str, list[float]]) -> None:
-    assert len(fused_errors[name]) == 3 and max(fused_errors[name]) <= SINGLE
+def test_fused_kernel(name: str, fused_errors: Callable[[str], list[float]]) -> None:
+    assert len(fused_errors(name)) == 3 and max(fused_errors(name)) <= SINGLE
 
 
 def test_no_rows() -> None:

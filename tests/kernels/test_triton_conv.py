@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from run_interpreted import run_interpreted
-from triton_conv_cases import CASES, PLAIN
+from run_interpreted import errors_of_picked
+from triton_conv_cases import CASES
 
 SINGLE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def largest_errors() -> dict[str, float]:
-    """All cases in one process, which Triton's interpreter needs for itself."""
-    return dict(run_interpreted("triton_conv_cases.py", *CASES, PLAIN))
+def largest_error(request: pytest.FixtureRequest) -> Callable[[str], float]:
+    return errors_of_picked(request, "triton_conv_cases")
 
 
-@pytest.mark.parametrize("name", [*CASES, PLAIN])
-def test_equals_token_loop(name: str, largest_errors: dict[str, float]) -> None:
-    assert largest_errors[name] <= SINGLE
+@pytest.mark.parametrize("name", CASES)
+def test_equals_token_loop(name: str, largest_error: Callable[[str], float]) -> None:
+    assert largest_error(name) <= SINGLE

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from interpreted_cases import Errors
+from run_interpreted import errors_of_picked
 from triton_diag_cases import CASES
 
 SINGLE, HALF = 1e-5, 2e-3
-Errors = dict[str, float]
 
 
 @pytest.fixture(scope="module")
 def errors_of(request: pytest.FixtureRequest) -> Callable[[str], Errors]:
-    """One process runs the cases of every test that was picked: importing torch costs more than most of them."""
-    picked = {item.callspec.params["name"] for item in request.session.items if _is_ours(item)}
-    command = [sys.executable, str(Path(__file__).with_name("triton_diag_cases.py")), *sorted(picked)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    found = dict(json.loads(line) for line in run.stdout.splitlines())
-
-    def get(name: str) -> Errors:
-        if name not in found:
-            pytest.fail(f"no result for this case; the process ended with\n{run.stderr[-3000:]}")
-        if isinstance(found[name], str):
-            pytest.fail(found[name])
-        return found[name]
-
-    return get
-
-
-def _is_ours(item: pytest.Item) -> bool:
-    return item.path == Path(__file__) and isinstance(item, pytest.Function)
+    return errors_of_picked(request, "triton_diag_cases")
 
 
 @pytest.mark.parametrize("name", CASES)

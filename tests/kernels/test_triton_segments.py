@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from run_interpreted import run_interpreted
+from interpreted_cases import Errors
+from run_interpreted import errors_of_picked
 from triton_segment_cases import CASES
 
 SINGLE, HALF = 1e-5, 2e-3
-Errors = dict[str, float]
 
 
 @pytest.fixture(scope="module")
 def errors_of(request: pytest.FixtureRequest) -> Callable[[str], Errors]:
-    """One process runs the cases of every test that was picked: importing torch costs more than most of them."""
-    picked = {item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)}
-    found = dict(run_interpreted("triton_segment_cases.py", *sorted(picked)))
-
-    def get(name: str) -> Errors:
-        if isinstance(found[name], str):
-            pytest.fail(found[name])
-        return found[name]
-
-    return get
+    return errors_of_picked(request, "triton_segment_cases")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,52 +1,37 @@
-"""Cases of the fused short convolution, for Triton's interpreter, in a process of its own as triton_diag_cases.py.
-
-Prints one JSON line for each case: the largest error of outputs, final inputs and gradients against the token loop.
-"""
+"""Cases of the fused short convolution, which run_interpreted.py runs in Triton's interpreter."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
-from scan_cases import error, poison_empty
+from interpreted_cases import Cases
+from scan_cases import error
 from test_short_conv import PACKED, make, results
 
 from linear_moe.kernels import reference
 
-Case = tuple[int, tuple[int, ...] | None, str | None, tuple[int, ...]]
-"""Width, cu_seqlens, activation and channels."""
-CASES: dict[str, Case] = {
-    f"width {width}, {'rows' if cu is None else len(cu) - 1}, {activation}, {channels}": (
-        width,
-        cu,
-        activation,
-        channels,
-    )
-    for (width, channels), (cu, activation) in itertools.product(
-        ((1, (5,)), (2, (2, 3)), (3, (2, 2, 3)), (4, (2, 70))),
-        ((None, "silu"), (PACKED, "silu"), ((0, 17), None)),
-    )
-}
-PLAIN = "no bias, no history, strided"
+CASES = Cases()
+case, fused = CASES.add, CASES.run
 
 
-def errors(case: Case) -> float:
-    width, cu_seqlens, activation, channels = case
-    exact = make(width=width, cu_seqlens=cu_seqlens, channels=channels)
-    return _largest(exact, activation)
+def compare(activation: str | None, **sizes: Any) -> float:
+    return _largest(make(**sizes), activation)
 
 
-def errors_plain() -> float:
+for (width, channels), (cu, activation) in itertools.product(
+    ((1, (5,)), (2, (2, 3)), (3, (2, 2, 3)), (4, (2, 70))),
+    ((None, "silu"), (PACKED, "silu"), ((0, 17), None)),
+):
+    sizes = dict(width=width, cu_seqlens=cu, channels=channels)
+    rows = "rows" if cu is None else len(cu) - 1
+    case(f"width {width}, {rows}, {activation}, {channels}", activation, **sizes)(compare)
+
+
+@case("no bias, no history, strided")
+def plain() -> float:
     """x and the gradient of y are slices of wider tensors, time first, as Megatron keeps them."""
     exact = make()
     wide = torch.randn(40, 2, 3, 7, dtype=torch.float64).transpose(0, 1)
@@ -69,17 +54,3 @@ def _same_strides(x: torch.Tensor) -> torch.Tensor:
     """As float32, with the strides of ``x``, so that a slice stays one."""
     room = torch.zeros(1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())))
     return room.as_strided(x.shape, x.stride()).copy_(x.detach()).requires_grad_()
-
-
-def main() -> None:
-    import pytest
-
-    with pytest.MonkeyPatch.context() as patch:
-        poison_empty(patch)
-        for name in sys.argv[1:]:
-            found = errors_plain() if name == PLAIN else errors(CASES[name])
-            print(json.dumps([name, found]), flush=True)
-
-
-if __name__ == "__main__":
-    main()

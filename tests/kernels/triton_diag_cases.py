@@ -1,46 +1,25 @@
-"""Cases of the fused diagonal-decay scan, for Triton's interpreter: ``python triton_diag_cases.py NAME ...``.
-
-Triton decides when it is imported whether it interprets, so this runs in a process of its own, started by
-test_triton_diag.py, and prints one JSON line for each case: the errors of each result.
-"""
+"""Cases of the fused diagonal-decay scan, which run_interpreted.py runs in Triton's interpreter."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __name__ == "__main__":
-    os.environ.update(TRITON_INTERPRET="1", LINEAR_MOE_KERNELS="triton")
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import pytest
 import torch
-from scan_cases import PACKED, Inputs, error, make, poison_empty, results
+from interpreted_cases import Cases, Errors
+from scan_cases import PACKED, Inputs, error, make, results
 
 from linear_moe import kernels
 from linear_moe.kernels import reference
 
-Errors = dict[str, float]
-CASES: dict[str, Callable[[], Errors]] = {}
+CASES = Cases()
+case, fused = CASES.add, CASES.run
 FORGET = float("-inf")
 SHORT = (0, 0, 1, 18, 18, 50)
 """Documents like PACKED, in 60 tokens."""
 SMALL = dict(batch=1, groups=1, num_heads=1)
-
-
-def case(name: str, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Errors]], Callable[..., Errors]]:
-    def add(function: Callable[..., Errors]) -> Callable[..., Errors]:
-        assert name not in CASES
-        CASES[name] = lambda: function(*args, **kwargs)
-        return function
-
-    return add
 
 
 def compare(
@@ -289,14 +268,3 @@ def not_fused() -> Errors:
         with pytest.raises(AssertionError, match="not for this call"):
             inputs.to(torch.float32).run(kernels)
     return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    poison_empty(pytest.MonkeyPatch())
-    for name in sys.argv[1:]:
-        try:
-            outcome: Errors | str = CASES[name]()
-        except Exception:  # the other cases go on
-            outcome = traceback.format_exc()
-        print(json.dumps([name, outcome]), flush=True)

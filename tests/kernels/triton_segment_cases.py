@@ -1,49 +1,28 @@
-"""Cases of the fused segments, for Triton's interpreter: ``python triton_segment_cases.py NAME ...``.
-
-Triton decides when it is imported whether it interprets, so this runs in a process of its own, started by
-test_triton_segments.py, and prints one JSON line for each case: the errors of each result.
-"""
+"""Cases of the fused segments, which run_interpreted.py runs in Triton's interpreter."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __name__ == "__main__":
-    os.environ.update(TRITON_INTERPRET="1", LINEAR_MOE_KERNELS="triton")
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import pytest
 import torch
-from scan_cases import Inputs, error, gradients, make, poison_empty
+from interpreted_cases import Cases, Errors
+from scan_cases import Inputs, error, gradients, make
 from torch import Tensor
 
 from linear_moe import kernels
 from linear_moe.kernels import reference
 
-Errors = dict[str, float]
 Change = Callable[[dict[str, Tensor]], None]
-CASES: dict[str, Callable[[], Errors]] = {}
+CASES = Cases()
+case, fused = CASES.add, CASES.run
 FORGET = float("-inf")
 SHORT = (0, 0, 1, 18, 18, 50, 50)
 """Documents in 60 tokens; some empty, one of one token, and tokens after the last."""
 ONE = dict(batch=1, groups=1, num_heads=1)
 TWO = dict(batch=1, groups=1, num_heads=2)
-
-
-def case(name: str, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Errors]], Callable[..., Errors]]:
-    def add(function: Callable[..., Errors]) -> Callable[..., Errors]:
-        assert name not in CASES
-        CASES[name] = lambda: function(*args, **kwargs)
-        return function
-
-    return add
 
 
 def parts(inputs: Inputs, module: Any) -> dict[str, Tensor]:
@@ -322,14 +301,3 @@ def two_ranks(op: str, decay: str) -> Errors:
             {f"{name}, packed: {packed}": error(x, of_both[1][name]) for name, x in of_both[0].items()}
         )
     return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    poison_empty(pytest.MonkeyPatch())
-    for name in sys.argv[1:]:
-        try:
-            outcome: Errors | str = CASES[name]()
-        except Exception:  # the other cases go on
-            outcome = traceback.format_exc()
-        print(json.dumps([name, outcome]), flush=True)
