@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
+import fused_scans
 import pytest
 import torch
+from fused_scans import (
+    FORGET,
+    ONE,
+    after_the_last_document,
+    configured,
+    decay_of,
+    decays,
+    one_projection,
+    repeated_keys,
+)
 from interpreted_cases import Cases, Errors
 from scan_cases import Inputs, error, gradients, make
 from torch import Tensor
@@ -15,13 +26,10 @@ from torch import Tensor
 from linear_moe import kernels
 from linear_moe.kernels import reference
 
-Change = Callable[[dict[str, Tensor]], None]
 CASES = Cases()
 case, fused = CASES.add, CASES.run
-FORGET = float("-inf")
 SHORT = (0, 0, 1, 18, 18, 50, 50)
 """Documents in 60 tokens; some empty, one of one token, and tokens after the last."""
-ONE = dict(batch=1, groups=1, num_heads=1)
 TWO = dict(batch=1, groups=1, num_heads=2)
 
 
@@ -51,41 +59,7 @@ def comparable(name: str, x: Tensor) -> Tensor:
     return x - torch.eye(x.shape[-1], dtype=x.dtype) if name == "decay" else x
 
 
-def configured(chunk: int | None, processors: int) -> Any:
-    """More ``processors`` cut rows into more segments, or pieces; short chunks make more of them."""
-    from linear_moe.kernels.triton import configs, delta_configs
-
-    delta_configs.MIN_CHUNKS = 1
-    size = configs.chunk_size if chunk is None else lambda dtype: chunk
-    return mock.patch.multiple(configs, chunk_size=size, num_processors=lambda device: processors)
-
-
-def compare(
-    op: str,
-    decay: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    change: Change | None = None,
-    chunk: int | None = 16,
-    processors: int = 1,
-    **sizes: Any,
-) -> Errors:
-    """Segments and every gradient against the token loop."""
-    inputs = make(op, decay, **sizes)
-    if change is not None:
-        change(inputs.tensors)
-    inputs = inputs.to(dtype)
-    with configured(chunk, processors):
-        found = results(inputs, kernels)
-    return errors(found, results(inputs.to(torch.float64), reference))
-
-
-def decays(value: float) -> Change:
-    return lambda tensors: decay_of(tensors).fill_(value)
-
-
-def decay_of(tensors: dict[str, Tensor]) -> Tensor:
-    return tensors["log_decay" if "log_decay" in tensors else "log_decay_v"]
+compare = partial(fused_scans.compare, results=results, errors=errors)
 
 
 def uneven(tensors: dict[str, Tensor]) -> None:
@@ -96,21 +70,6 @@ def uneven(tensors: dict[str, Tensor]) -> None:
     log_decay[:, 17:60:29] = FORGET
     if log_decay.ndim == 4:
         log_decay[..., ::3] = -1e-3
-
-
-def repeated_keys(tensors: dict[str, Tensor]) -> None:
-    tensors["k"][:] = tensors["k"][:, :1].clone()
-    tensors["beta"].fill_(1.0)
-
-
-def one_projection(tensors: dict[str, Tensor]) -> None:
-    """k and v as slices of one fused projection in Megatron's [T, B, ...] order, gates of another."""
-    fused_TBHP = torch.cat([tensors[name] for name in ("k", "v")], -1).transpose(0, 1).contiguous()
-    for name, x_TBHD in zip(("k", "v"), fused_TBHP.split(6, -1)):
-        tensors[name] = x_TBHD.transpose(0, 1)
-    for name in {"beta", "log_decay", "log_decay_v"} & tensors.keys():
-        dims = (2, 1, 0, 3)[: tensors[name].ndim]
-        tensors[name] = tensors[name].permute(*dims).contiguous().permute(*dims)
 
 
 DIAG = {name: ("diag_decay", name, "") for name in ("none", "head", "scalar", "vector")}
@@ -170,31 +129,23 @@ def strided() -> Errors:
         sizes = dict(num_tokens=41, groups=2, num_heads=2, num_values=6)
         inputs = make(op, decay, extra=extra, **sizes).to(torch.float32)
         truth = results(inputs.to(torch.float64), reference)
-        one_projection(inputs.tensors)
+        one_projection(inputs.tensors, ("k", "v"))
         with mock.patch.object(module, "rows_together", unchanged), configured(16, 4):
             of_kind = errors(results(inputs, kernels), truth)
         found.update({f"{op} {decay} {extra} {name}": value for name, value in of_kind.items()})
     return found
 
 
-@case("tokens after the last document", DIAG["scalar"])
-@case("tokens after the last document, vector", DIAG["vector"])
-@case("tokens after the last document, values", DIAG["values"])
-@case("tokens after the last document, delta", DELTA["delta scalar"])
-@case("tokens after the last document, delta vector", DELTA["delta vector"])
-def after_the_last_document(kind: tuple[str, str, str]) -> Errors:
-    """They do nothing and get zero gradients, whatever they hold."""
-    op, decay, extra = kind
-    sizes = dict(num_tokens=70, cu_seqlens=(0, 20, 20, 37), num_heads=1, groups=1)
-    inputs = make(op, decay, extra=extra, **sizes).to(torch.float32)
-    truth = results(inputs.to(torch.float64), reference)
-    of_tokens = [name for name in inputs.tensors if name not in ("q", "state", "cu_seqlens")]
-    for name in of_tokens:
-        inputs.tensors[name][:, 37:] = float("nan")
-    with configured(16, 4):
-        found = results(inputs, kernels)
-    assert all((found[f"grad {name}"][:, 37:] == 0).all() for name in of_tokens)
-    return errors(found, truth)
+LAST = dict(num_tokens=70, cu_seqlens=(0, 20, 20, 37), processors=4)
+for ending, (op, decay, extra) in {
+    "": DIAG["scalar"],
+    ", vector": DIAG["vector"],
+    ", values": DIAG["values"],
+    ", delta": DELTA["delta scalar"],
+    ", delta vector": DELTA["delta vector"],
+}.items():
+    kind = dict(op=op, decay=decay, extra=extra, results=results, errors=errors, **LAST)
+    case("tokens after the last document" + ending, **kind)(after_the_last_document)
 
 
 @case("no documents")
