@@ -34,7 +34,8 @@ for (width, channels), (cu, activation) in itertools.product(
 def plain() -> float:
     """x and the gradient of y are slices of wider tensors, time first, as Megatron keeps them."""
     exact = make()
-    wide = torch.randn(40, 2, 3, 7, dtype=torch.float64).transpose(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(40, 2, 3, 7, generator=generator, dtype=torch.float64).transpose(0, 1)
     exact["x"] = wide[..., 3:5].detach().requires_grad_()
     exact["bias"] = exact["state"] = None
     return _largest(exact, "silu")
