@@ -187,7 +187,9 @@ def parse() -> argparse.Namespace:
         help="of the first prompt's draws; the next prompt gets the next number",
     )
     add("--step", type=int, help="step of the checkpoint; the last one unless given")
-    moved = "where the tokenizer is now, if it has moved; or whose tokens the numbers are, if the run has none"
+    moved = (
+        "where the tokenizer is now, if it has moved; or whose tokens the numbers are, if the run has none"
+    )
     add("--tokenizer", metavar="FOLDER", help=moved)
     add("--ignore-eos", action="store_true", help="go on after the end of a document or a turn")
     return parser.parse_args()
