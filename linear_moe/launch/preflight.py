@@ -25,42 +25,59 @@ from linear_moe.launch.plan import RunPlan, mixer_prefixes
 from linear_moe.launch.resume import check_resume
 
 # Flags that a variable sets: a second opinion in EXTRA_ARGS would pass every check and then win.
-_FLAG_OF_VARIABLE = {
-    "--tensor-model-parallel-size": "TP",
-    "--pipeline-model-parallel-size": "PP",
-    "--num-virtual-stages-per-pipeline-rank": "VPP",
-    "--num-layers-per-virtual-pipeline-stage": "VPP",
-    "--context-parallel-size": "CP",
-    "--expert-model-parallel-size": "EP",
-    "--expert-tensor-parallel-size": "ETP",
-    "--sequence-parallel": "SP",
-    "--seq-length": "SEQ_LEN",
-    "--micro-batch-size": "BATCH_SIZE",
-    "--global-batch-size": "GLOBAL_BATCH_SIZE",
-    "--train-iters": "TRAIN_ITERS",
-    "--train-samples": "TRAIN_ITERS",
-    "--data-path": "DATASET_PATH",
-    "--tokenizer-type": "TOKENIZER",
-    "--tokenizer-model": "TOKENIZER",
-    "--vocab-size": "VOCAB_SIZE",
-    "--save": "RUN_NAME",
-    "--load": "RUN_NAME",
-    "--layer-kinds": "LAYER_TYPE_LIST",
-    "--hybrid-override-pattern": "HYBRID_OVERRIDE_PATTERN",
-    "--bf16": "PR",
-    "--fp16": "PR",
+_FLAGS_OF_VARIABLE = {
+    "TP": "--tensor-model-parallel-size",
+    "PP": "--pipeline-model-parallel-size",
+    "VPP": "--num-virtual-stages-per-pipeline-rank --num-layers-per-virtual-pipeline-stage",
+    "CP": "--context-parallel-size",
+    "EP": "--expert-model-parallel-size",
+    "ETP": "--expert-tensor-parallel-size",
+    "SP": "--sequence-parallel",
+    "DO": "--use-distributed-optimizer",
+    "SEQ_LEN": "--seq-length",
+    "BATCH_SIZE": "--micro-batch-size",
+    "GLOBAL_BATCH_SIZE": "--global-batch-size",
+    "LR": "--lr",
+    "MIN_LR": "--min-lr",
+    "PR": "--bf16 --fp16",
+    "SEED": "--seed",
+    "TRAIN_ITERS": "--train-iters --train-samples",
+    "WARMUP_ITERS": "--lr-warmup-iters --lr-warmup-samples --lr-warmup-fraction",
+    "SAVE_INTERVAL": "--save-interval",
+    "EVAL_INTERVAL": "--eval-interval",
+    "EVAL_ITERS": "--eval-iters",
+    "LOG_INTERVAL": "--log-interval",
+    "DATASET_PATH": "--data-path --mock-data",
+    "TOKENIZER": "--tokenizer-type --tokenizer-model",
+    "VOCAB_SIZE": "--vocab-size",
+    "EXTRA_VOCAB_SIZE": "--padded-vocab-size",
+    "PACK": "--dataloader-inter-document-masking",
+    "LAYER_TYPE_LIST": "--layer-kinds --layer-type-list",
+    "HYBRID_OVERRIDE_PATTERN": "--hybrid-override-pattern",
+    "LA_MODULE": "--la-module",
+    "MIXER_MODULES": "--mixer-module",
+    "MODEL_SIZE": "--model-size",
+    "MOE_AUX_LOSS_COEFF": "--moe-aux-loss-coeff",
+    "AC": "--recompute-granularity --recompute-method --recompute-num-layers",
+    "TE": "--transformer-impl",
+    "USE_GEMM": "--sequential-experts",
+    "TOKEN_DROPPING=true TRAIN_CAPACITY_FACTOR": "--moe-expert-capacity-factor",
+    "PRETRAIN_CHECKPOINT_PATH": "--pretrained-checkpoint",
+    "RUN_NAME": "--save --load --run-dir",
 }
+_VARIABLE_OF_FLAG = {flag: name for name, flags in _FLAGS_OF_VARIABLE.items() for flag in flags.split()}
 
 
 def check_extra_args(plan: RunPlan) -> None:
     """EXTRA_ARGS does not set what a variable sets."""
     for word in plan.extra_args:
         flag = word.partition("=")[0]
-        if flag in _FLAG_OF_VARIABLE:
+        if flag in _VARIABLE_OF_FLAG:
+            name = _VARIABLE_OF_FLAG[flag]
             raise PreflightError(
-                f"EXTRA_ARGS holds {flag}, which {_FLAG_OF_VARIABLE[flag]} sets.",
+                f"EXTRA_ARGS holds {flag}, which {name.split('=')[0]} sets.",
                 "the checks before the start read the variables; a second value would get past them.",
-                f"{_FLAG_OF_VARIABLE[flag]}=...",
+                f"{name}=...",
             )
 
 

@@ -199,13 +199,53 @@ def test_blends(parser: argparse.ArgumentParser):
     assert make_plan(DATASET_PATH="/a /b", TOKENIZER="null").prefixes == ["/a", "/b"]
 
 
+NOT_OF_A_VARIABLE = {
+    *("--data-cache-path", "--tensorboard-dir", "--lr-decay-iters", "--dist-ckpt-optim-fully-reshardable"),
+}
+"""Flags that follow a variable only until EXTRA_ARGS says otherwise."""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({name: "2"} for name in ("TP", "PP", "CP", "EP", "ETP", "BATCH_SIZE", "LR", "MIN_LR", "WARMUP_ITERS")),
+        *({name: "64"} for name in ("SEQ_LEN", "GLOBAL_BATCH_SIZE", "SEED", "TRAIN_ITERS", "VOCAB_SIZE")),
+        *({name: "7"} for name in ("SAVE_INTERVAL", "EVAL_ITERS", "EVAL_INTERVAL", "LOG_INTERVAL")),
+        *({name: "true"} for name in ("PACK", "TE", "TOKEN_DROPPING")),
+        *({name: "false"} for name in ("DO", "USE_GEMM")),
+        *({"PR": value} for value in ("fp16", "fp32")),
+        *({"AC": value} for value in ("full", "none")),
+        {"PP": "2", "VPP": "2"},
+        {"LA_MODULE": "gla", "LAYER_TYPE_LIST": "LN"},
+        {"MIXER_MODULES": "tests.launch.plans"},
+        {"MOE_AUX_LOSS_COEFF": "0"},
+        {"OUTPUT_BASEPATH": "/elsewhere"},
+        {"DATASET_PATH": "/a", "TOKENIZER": "null"},
+        {"PRETRAIN_CHECKPOINT_PATH": "/a"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_extra_args_cannot_contradict_a_variable(changed: dict[str, str]):
+    """What a variable changes of the command line is refused in EXTRA_ARGS."""
+
+    def flags(**variables: str) -> set[tuple[str, ...]]:
+        words = " ".join(training_arguments(make_plan(8, **variables))).split(" --")
+        return {tuple(word.removeprefix("--").split(" ", 1)) for word in words}
+
+    found = {f"--{flag}" for flag, *_ in flags() ^ flags(**changed)} - NOT_OF_A_VARIABLE
+    assert found
+    for flag in found:
+        assert message(8, EXTRA_ARGS=f"{flag} 1").startswith(f"EXTRA_ARGS holds {flag}, which "), flag
+
+
 def test_extra_args_come_last_and_sizes_in_them_are_seen(parser: argparse.ArgumentParser):
     plan = make_plan(
-        EXTRA_ARGS="--num-layers 8 --log-params-norm --hidden-size=256 --seed 7", LAYER_TYPE_LIST="LLLN"
+        EXTRA_ARGS="--num-layers 8 --log-params-norm --hidden-size=256 --weight-decay 0",
+        LAYER_TYPE_LIST="LLLN",
     )
     assert (plan.size.num_layers, plan.size.hidden_size, len(plan.kinds)) == (8, 256, 8)
     arguments = training_arguments(plan)
-    assert arguments[-3:] == ["--log-params-norm", "--seed", "7"]
+    assert arguments[-3:] == ["--log-params-norm", "--weight-decay", "0"]
     assert arguments.count("--num-layers") == 1 and parser.parse_args(arguments).num_layers == 8
 
 

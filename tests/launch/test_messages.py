@@ -370,6 +370,13 @@ CASES = [
         EXTRA_ARGS="--tensor-model-parallel-size 2",
     ),
     case(
+        "extra_args_capacity",
+        """EXTRA_ARGS holds --moe-expert-capacity-factor, which TOKEN_DROPPING sets.
+  why: the checks before the start read the variables; a second value would get past them.
+  try: TOKEN_DROPPING=true TRAIN_CAPACITY_FACTOR=...""",
+        EXTRA_ARGS="--moe-expert-capacity-factor -1",
+    ),
+    case(
         "extra_args_of_another_mixer",
         """EXTRA_ARGS holds --gla-gate-rank, but no layer is gla.
   why: the layers are mom_gla, softmax; the option would change nothing.
