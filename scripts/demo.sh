@@ -27,7 +27,7 @@ step "4/5 pretraining: three gated_deltanet layers and one of softmax attention,
 precision=$("$PYTHON" -c 'from linear_moe.launch.cluster import cuda_device_count as n; print("bf16" if n() else "fp32")')
 RUN_NAME=demo MODEL_SIZE=demo LA_MODULE=gated_deltanet LAYER_TYPE_LIST=LLLN \
     DATASET_PATH=$data/python_text_document TOKENIZER=$data/tokenizer \
-    SEQ_LEN=256 BATCH_SIZE=8 GLOBAL_BATCH_SIZE=8 LR=3e-3 MIN_LR=3e-4 WARMUP_ITERS=50 TRAIN_ITERS=${TRAIN_ITERS:-1200} \
+    SEQ_LEN=256 BATCH_SIZE=8 GLOBAL_BATCH_SIZE=8 LR=3e-3 MIN_LR=3e-4 WARMUP_ITERS=${WARMUP_ITERS:-50} TRAIN_ITERS=${TRAIN_ITERS:-1200} \
     LOG_INTERVAL=25 EVAL_ITERS=0 PR=$precision AC=none GPUS_PER_NODE=1 EXTRA_ARGS="--init-method-std 0.02" \
     sh examples/linear_moe_qwen2/run_pretrain_qwen.sh
 

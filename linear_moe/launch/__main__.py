@@ -8,14 +8,15 @@ import argparse
 import os
 import sys
 import time
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from linear_moe.launch.cluster import cuda_device_count, retired_variables, with_cluster
 from linear_moe.launch.environment import RunSettings, default_mixer, read_environment, variables
 from linear_moe.launch.errors import PreflightError
-from linear_moe.launch.finetune import plan_finetune
+from linear_moe.launch.finetune import DEFAULTS, plan_finetune
 from linear_moe.launch.header import default_threads, header
 from linear_moe.launch.hugging_face import convert
 from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
@@ -111,12 +112,15 @@ def _child_environment(plan: RunPlan, environment: Mapping[str, str]) -> dict[st
 
 def _variables_help() -> str:
     lines = []
-    for title, settings in (("variables:", RunSettings), ("only with --finetune:", FinetuneSettings)):
+    changed = ", ".join(f"{name}={value}" for name, value in DEFAULTS.items())
+    finetune = f"only with --finetune, whose other defaults are {changed}, and an epoch for both intervals:"
+    for title, settings in (("variables:", RunSettings), (finetune, FinetuneSettings)):
         lines.append(title)
         for name, (f, doc) in variables(settings).items():
+            choices = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
             shown = str(f.default).lower() if f.type is bool else f.default
             default = "" if shown in (None, "") else f" [{shown}]"
-            lines.append(f"  {name:<25} {doc}{default}")
+            lines.append(f"  {name:<25} {doc}{' One of ' * bool(choices)}{', '.join(choices)}{default}")
     return "\n".join(lines)
 
 

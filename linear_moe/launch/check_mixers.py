@@ -64,5 +64,5 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(
             f"EXTRA_ARGS: {message}.\n"
             f"  why: options of mixers go to the mixers, and have their types.\n"
-            f"  try: python -m linear_moe.lsm, which lists the mixers and their options"
+            f"  try: python -m linear_moe.lsm <mixer>, which lists its options"
         )

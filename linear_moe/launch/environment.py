@@ -4,9 +4,7 @@ The names are those of the earlier Linear-MoE system's `run_pretrain_qwen.sh`, s
 variable that is set but empty counts as not set. `python -m linear_moe.launch --help` prints this table.
 """
 
-import ast
 import dataclasses
-import inspect
 import math
 import types
 import typing
@@ -14,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from linear_moe.field_docs import field_docs
 from linear_moe.launch.errors import PreflightError
 from linear_moe.model.families import FAMILIES
 
@@ -169,7 +168,7 @@ class RunSettings:
 
 def variables(settings: type = RunSettings) -> dict[str, tuple[dataclasses.Field, str]]:
     """Environment variable -> (its field of ``settings``, its one-line description)."""
-    docs = _field_docs(settings)
+    docs = field_docs(settings)
     return {f.name.upper(): (f, docs[f.name]) for f in dataclasses.fields(settings)}
 
 
@@ -253,16 +252,3 @@ def _without_none(kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     return kind
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    (tree,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(tree, ast.ClassDef)
-    docs, previous = {}, None
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and previous is not None:
-            docs[previous] = str(node.value.value)
-        previous = (
-            node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else None
-        )
-    return docs

@@ -1,4 +1,5 @@
-"""``python -m linear_moe.lsm``: every registered mixer, what it remembers, where it comes from, which layouts it takes.
+"""``python -m linear_moe.lsm``: every registered mixer, what it remembers, where it comes from, which layouts it takes;
+``python -m linear_moe.lsm gla``: the options of one.
 
 The figures are those of a model of 1024 channels with 8 heads of 128, every option at its default. A mixer takes every
 layout, since layouts follow from its contract; one that cannot says so in ``Mixer.unsupported``.
@@ -14,6 +15,7 @@ import textwrap
 from dataclasses import dataclass
 
 from linear_moe import lsm
+from linear_moe.lsm.flags import flag_of, options_of
 from linear_moe.lsm.registry import import_mixers
 
 HIDDEN, HEADS, HEAD_DIM = 1024, 8, 128
@@ -120,6 +122,17 @@ def _notes(found: list[Entry]) -> list[str]:
     return [part for note in notes for part in textwrap.wrap(note, WIDTH, subsequent_indent="  ")]
 
 
+def options(name: str) -> str:
+    """The flags of a mixer, which ``EXTRA_ARGS`` takes, each with its meaning and its default."""
+    flags = {flag_of(name, field): text for field, _, text in options_of(lsm.get(name).Config)}
+    width = max(map(len, flags)) + 4
+    lines = [f"{name} ({lsm.get(name).source})"]
+    for flag, text in flags.items():
+        first, *rest = textwrap.wrap(text, WIDTH - width) or [""]
+        lines += [f"  {flag}".ljust(width) + first, *(" " * width + more for more in rest)]
+    return "\n".join(lines)
+
+
 def as_json(found: list[Entry]) -> str:
     """The same, for programs."""
     rows = [
@@ -131,16 +144,19 @@ def as_json(found: list[Entry]) -> str:
 def main(argv: list[str]) -> int:
     """Write the list; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m linear_moe.lsm", description="List the token mixers.")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("mixer", nargs="*", help="show the options of these, and their defaults")
+    parser.add_argument("--json", action="store_true", help="the list as JSON")
     parser.add_argument("--mixer-module", default="", help="modules with more mixers, comma separated")
     args = parser.parse_args(argv)
     try:
         import_mixers(args.mixer_module)
+        chosen = {name: lsm.get(name) for name in args.mixer}
     except ValueError as error:
         sys.stderr.write(f"linear_moe: {error}\n")
         return 2
-    found = entries()
-    sys.stdout.write((as_json(found) if args.json else table(found)) + "\n")
+    found = [entry(name) for name in chosen] or entries()
+    text = as_json(found) if args.json else "\n\n".join(map(options, chosen)) or table(found)
+    sys.stdout.write(text + "\n")
     return 0
 
 

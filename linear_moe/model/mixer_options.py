@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import types
-import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer
+from linear_moe.lsm.flags import flag_of, options_of
 from linear_moe.model.pattern import SOFTMAX
-
-SHAPE_FIELDS = ("hidden_size", "num_heads", "head_dim", "layers_of_kind", "qkv_bias")
-"""Fields of every mixer's Config that follow from the model."""
 
 SHARED_FLAGS = {
     "--expand-k": "expand_k",
@@ -48,8 +44,10 @@ def add_mixer_options(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(flag, dest=f"la_{field}", default=None, nargs="?", const="true", help=help_text)
     for name in lsm.names():
         for field, kind, help_text in options_of(lsm.get(name).Config):
-            flag = f"--{name}-{field}".replace("_", "-")
-            parser.add_argument(flag, dest=f"{name}:{field}", default=None, type=kind, help=help_text)
+            flag, shown = flag_of(name, field), help_text.replace("%", "%%")
+            parser.add_argument(
+                flag, dest=f"{name}:{field}", default=None, type=kind, metavar="X", help=shown
+            )
 
 
 def take_mixer_options(args: argparse.Namespace, layer_kinds: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -134,30 +132,10 @@ def _given(args: argparse.Namespace, mixer: str) -> dict[str, Any]:
     return given
 
 
-def _parsed(flag: str, kind: typing.Callable[[str], Any], text: str) -> Any:
+def _parsed(flag: str, kind: Callable[[str], Any], text: str) -> Any:
     try:
         return kind(text)
     except ValueError as error:
         raise ValueError(
             f"{flag} is {text!r}\n  why: it cannot be read ({error})\n  try: leave it out for the mixer's default"
         ) from None
-
-
-def options_of(config: type[Mixer.Config]) -> list[tuple[str, typing.Callable[[str], Any], str]]:
-    """Name, parser and help of every field of a mixer's Config that a user may set."""
-    hints = typing.get_type_hints(config)
-    found = []
-    for field in dataclasses.fields(config):
-        if field.name in SHAPE_FIELDS:
-            continue
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        found.append((field.name, _boolean if kind is bool else kind, f"{config.__qualname__}: {field.name}"))
-    return found
-
-
-def _boolean(text: str | bool) -> bool:
-    if str(text).lower() not in ("true", "false"):
-        raise ValueError(f"expected true or false, got {text!r}")
-    return str(text).lower() == "true"

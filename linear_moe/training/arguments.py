@@ -9,6 +9,7 @@ the other flags are declared, so such a mixer has all that the package's own hav
 from __future__ import annotations
 
 import argparse
+import re
 
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
@@ -56,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     finetune.add_arguments(group)
     add_mixer_options(parser.add_argument_group("mixer options"))
     parser.set_defaults(**engine.defaults_without_te())
+    for action in parser._actions:  # a help text of Megatron 0.19.2 says "10%", at which --help would stop
+        action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     return parser
 
 

@@ -123,7 +123,10 @@ def test_help_lists_every_variable(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stop:
         launcher.main(["--help"], {})
     assert stop.value.code == 0
-    assert "\n  LAYER_TYPE_LIST           One symbol per layer:" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "\n  LAYER_TYPE_LIST           One symbol per layer:" in text
+    assert "always fp32. One of fp32, bf16, fp16 [bf16]" in text
+    assert "LR=1e-5" in text, "where finetuning differs"
 
 
 def python(text: str) -> list[str]:

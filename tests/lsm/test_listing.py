@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from linear_moe import lsm
 from linear_moe.lsm import __main__ as listing
 from linear_moe.lsm import registry
+from linear_moe.lsm.flags import options_of
 from linear_moe.lsm.gla import GatedLinearAttention
 
 REPOSITORY = Path(__file__).parents[2]
@@ -94,6 +96,17 @@ def test_the_command(capsys):
         shapes = [list(shape) for shape in mixer(row["name"]).memory_shapes()]
         assert (row["memory_shapes"], row["elements"]) == (shapes, sum(math.prod(s) for s in shapes))
         assert set(row["layouts"]) == set(listing.LAYOUTS) - set(row["unsupported"])
+
+
+def test_options_with_their_meaning_and_default(capsys):
+    assert listing.main(["gla", "mom_kda"]) == 0
+    lines = [re.sub("  +", "  ", line).strip() for line in capsys.readouterr().out.splitlines()]
+    assert "--gla-gate-rank  Waist of the low-rank gate projection. [16]" in lines
+    assert "--gla-norm-eps  Epsilon of the output norm. [the model's]" in lines
+    assert any(line.startswith("--mom-kda-topk  Memories per token. [2]") for line in lines), "of both bases"
+    assert listing.main(["no_such"]) == 2 and "unknown mixer" in capsys.readouterr().err
+    for name in lsm.names():
+        assert all(text.partition(" [")[0] for _, _, text in options_of(lsm.get(name).Config)), name
 
 
 def test_a_module_that_is_not_there(capsys):

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.training.arguments import add_megatron_arguments
 
 from linear_moe import lsm
+from linear_moe.lsm.flags import options_of
 from linear_moe.model.config import LinearMoEConfig, mixer_config
-from linear_moe.model.mixer_options import SHARED_FLAGS, options_of
+from linear_moe.model.mixer_options import SHARED_FLAGS
 from linear_moe.training import arguments
 from tests.training.tiny import ARGUMENTS, EXPERTS
 from tests.workers import with_model_parallel
@@ -107,6 +109,14 @@ def test_list_of_flags():
     found = {flag for action in ours()._actions for flag in action.option_strings} - {"-h", "--help"}
     assert found - FLAGS == {f"--{name}-{field}".replace("_", "-") for name, field in own_options()}
     assert found >= FLAGS
+
+
+def test_help_can_be_read():
+    """With Megatron's, one of whose texts has a bare per cent sign."""
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    text = " ".join(arguments.add_arguments(parser).format_help().split())
+    assert "--gla-gate-rank X Waist of the low-rank gate projection. [16]" in text
+    assert "--moe-paged-stash-buffer-size-factor-cuda" in text
 
 
 def test_every_field_but_the_shape_has_a_flag():
