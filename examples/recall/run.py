@@ -248,7 +248,7 @@ def train(given: argparse.Namespace, store: tables.Store) -> None:
     if processes is None:
         processes = 6 if is_gpu else os.cpu_count() or 1
     limits = gang.Limits(
-        deadline=start + 60 * given.minutes if given.minutes else float("inf"),
+        deadline=float("inf") if given.minutes is None else start + 60 * given.minutes,
         seconds=given.gang_seconds or float("inf"),
     )
     finished = store.finished(setup.fingerprint())
@@ -278,11 +278,17 @@ def say(line: str) -> None:
 def report(given: argparse.Namespace, store: tables.Store) -> None:
     """Write table and plot."""
     setup = setup_of(given)
-    if given.report_only and not store.cells(setup.fingerprint()):
+    if not store.cells(setup.fingerprint()):
+        if given.report_only:
+            raise ValueError(
+                f"{store.path} holds no result of these options\n"
+                f"  why: table and plot are of what was trained with the same options\n"
+                f"  try: the options of that run, or without --report-only"
+            )
         raise ValueError(
-            f"{store.path} holds no result of these options\n"
-            f"  why: table and plot are of what was trained with the same options\n"
-            f"  try: the options of that run, or without --report-only"
+            f"no model was trained (--minutes {given.minutes}, --seeds {given.seeds})\n"
+            f"  why: all were cut off or not begun, and table and plot are made of results\n"
+            f"  try: more --minutes, or fewer --steps and --models; --seeds is at least 1"
         )
     for path in tables.write(store, setup):
         say(f"wrote {path}")

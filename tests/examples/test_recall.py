@@ -125,7 +125,10 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     other = run.setup_of(run.arguments([*FLAGS, str(tmp_path), "--lr", "1e-3"]))
     assert not tables.Store(tmp_path).finished(other.fingerprint()), "another learning rate is another table"
     capsys.readouterr()
-    for flags in (["--lr", "1e-3", "--report-only"], ["--models", "glaa"], ["--hybrids", "glaa"]):
+    for flags in (
+        *(["--lr", "1e-3", *late] for late in (["--report-only"], ["--minutes", "0", "--processes", "0"])),
+        *([names, "glaa"] for names in ("--models", "--hybrids")),
+    ):
         before = (tmp_path / "recall.md").stat().st_mtime_ns
         code = run.main([*FLAGS, str(tmp_path), *flags])
         what, why, instead = capsys.readouterr().err.splitlines()
