@@ -6,7 +6,8 @@
     remote/         the code of exported folders that no class of transformers fits
     tables.py       one table per family: our checkpoint keys <-> Hugging Face names; transforms.py: exact both ways
     parts.py        tensors of Hugging Face that are parts of several of ours
-    hf_config.py    config.json -> family and size; native.py: the way back; mamba2.py qwen3_next.py: layers of a type
+    hf_config.py    config.json -> family and size; native.py: the way back;
+                    mamba2.py qwen3_next.py: layers of a type; rope.py: rotary positions
     options.py      the command line that such a model is trained with
     blueprint.py    what the checkpoint of a model holds, asked of the model itself
     torch_dist.py   Megatron's checkpoint format, read by region and written tensor by tensor

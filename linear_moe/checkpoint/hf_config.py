@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from linear_moe.checkpoint import mamba2, qwen3_next
-from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope, size_of
+from linear_moe.checkpoint.rope import rope_of
+from linear_moe.model.families import FAMILIES, Family, ModelSize, size_of
 from linear_moe.model.pattern import SOFTMAX
 
 OURS = "linear_moe"
@@ -103,10 +104,6 @@ SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
     "mamba2": {"use_bias": (False,), "rms_norm": (True,)},
 }
 """Fields that may have these values only; the first is what export writes. An absent one is the first."""
-
-LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-"""What all models of a family have, and Megatron has no flags for."""
 
 ALSO_SWITCHES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 """The same of all types."""
@@ -274,7 +271,7 @@ def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
         values |= _deepseek_values(config, values)
     if kind == "qwen3_next":
         values["attention_output_gate"] = True
-    base, scaling = _rope(kind, config)
+    base, scaling = rope_of(kind, FAMILIES[FAMILY_OF[kind]].rotary_percent, config)
     rope: dict[str, Any] = {"rotary_base": base, "rope_scaling": scaling}
     return ModelSize(**values, **rope, extra_vocab_size=0, source="config.json of Hugging Face")
 
@@ -294,35 +291,6 @@ def _deepseek_values(config: Mapping[str, Any], values: dict[str, Any]) -> dict[
         width = config["n_shared_experts"] * config["moe_intermediate_size"]
         found["moe_shared_expert_intermediate_size"] = width
     return found
-
-
-def _rope(kind: str, config: Mapping[str, Any]) -> tuple[int, Llama3Rope | YarnRope | None]:
-    """Base and stretching of the rotary embedding, from the old fields or the newer ``rope_parameters``."""
-    given = dict(config.get("rope_parameters") or {}) or {
-        "rope_theta": config.get("rope_theta", 10_000.0),
-        **(config.get("rope_scaling") or {"rope_type": "default"}),
-    }
-    base, rope_type = given.get("rope_theta", 10_000.0), given.get("rope_type", given.get("type"))
-    part = FAMILIES[FAMILY_OF[kind]].rotary_percent
-    found = given.get("partial_rotary_factor", config.get("partial_rotary_factor", part))
-    if rope_type == "default" and base == int(base) and found == part:
-        return int(base), None
-    if rope_type == "llama3" and kind == "llama" and _holds(given, LLAMA3_FIXED):
-        return int(base), Llama3Rope(factor=float(given["factor"]))
-    if rope_type == "yarn" and kind == "deepseek_v2" and _holds(given, YARN_FIXED):
-        names = ("factor", "mscale", "mscale_all_dim")
-        if all(given.get(name) for name in names) and "attention_factor" not in given:
-            return int(base), YarnRope(**{name: float(given[name]) for name in names})
-    raise ValueError(
-        f"config.json has rotary positions of type {rope_type}, in a part {found} of the channels: {given}\n"
-        f"  why: here they are plain (in a part {part} of the channels, for {kind}), or stretched as Llama 3 does "
-        f"(llama, {LLAMA3_FIXED}) or by YaRN (deepseek_v2, {YARN_FIXED}, with mscale and mscale_all_dim)\n"
-        f"  try: remove the stretching, if sequences stay below the original length"
-    )
-
-
-def _holds(given: Mapping[str, Any], fixed: Mapping[str, float]) -> bool:
-    return all(given.get(name, value) == value for name, value in fixed.items())
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

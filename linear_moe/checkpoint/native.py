@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from linear_moe.checkpoint.hf_config import ALSO_SWITCHES, CLASSES, FIELDS, LLAMA3_FIXED, SWITCHES, YARN_FIXED
-from linear_moe.model.families import FAMILIES, Family, Llama3Rope, ModelSize, YarnRope
+from linear_moe.checkpoint.hf_config import ALSO_SWITCHES, CLASSES, FIELDS, SWITCHES
+from linear_moe.checkpoint.rope import rope_parameters
+from linear_moe.model.families import FAMILIES, Family, ModelSize, YarnRope
 from linear_moe.model.pattern import SOFTMAX
 
 KINDS = {"qwen3_next": (SOFTMAX, "gated_deltanet"), "mamba2": ("mamba2",)}
@@ -77,17 +78,8 @@ def native_config(
     if kind == "mamba2":
         # of float32 all is float32
         return config | {"residual_in_fp32": size.fp32_residual or dtype == "float32"} | dict(layers or {})
-    config["rope_parameters"] = _rope_parameters(size)
+    config["rope_parameters"] = rope_parameters(size)
     if kind == "qwen3_next":
         config["rope_parameters"]["partial_rotary_factor"] = family.rotary_percent
         config |= layers or {}
     return config
-
-
-def _rope_parameters(size: ModelSize) -> dict[str, Any]:
-    base, scaling = {"rope_theta": float(size.rotary_base)}, size.rope_scaling
-    if isinstance(scaling, Llama3Rope):
-        return base | {"rope_type": "llama3", "factor": scaling.factor} | LLAMA3_FIXED
-    if isinstance(scaling, YarnRope):
-        return base | {"rope_type": "yarn"} | vars(scaling) | YARN_FIXED
-    return base | {"rope_type": "default"}
