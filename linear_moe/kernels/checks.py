@@ -14,6 +14,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from linear_moe.kernels.arriving import State
+
 MAX_HEAD_DIM = 256
 
 _POSITIVE = 1e-5
@@ -28,10 +30,13 @@ def check_scan(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    state: Tensor | None,
+    state: State,
     cu_seqlens: Tensor | None,
-) -> None:
-    """What the recurrence families share; ``q`` is ``None`` for a segment."""
+) -> State:
+    """What the recurrence families share; ``q`` is ``None`` for a segment.
+
+    Returns ``state``: one that is on its way is checked when it arrives.
+    """
     for name, x, legend in (("k", k, "[B, T, Hqk, K]"), ("v", v, "[B, T, H, V]")):
         _check_float(name, x, v.device)
         if x.ndim != 4 or 0 in x.shape:
@@ -68,10 +73,17 @@ def check_scan(
             shapes = " or ".join(_show(shape) for shape in allowed)
             _fail("log_decay", f"has shape {_show(log_decay.shape)}", why, shapes)
         check_decay("log_decay", log_decay)
-    num_documents = check_cu_seqlens(cu_seqlens, batch, num_tokens, v.device)
-    if state is not None:
+    shape = check_cu_seqlens(cu_seqlens, batch, num_tokens, v.device), num_heads, num_keys, num_values
+
+    def check(state: Tensor) -> Tensor:
         _check_float("state", state, v.device)
-        _check_shape("state", state, (num_documents, num_heads, num_keys, num_values), "[N, H, K, V]")
+        _check_shape("state", state, shape, "[N, H, K, V]")
+        return state
+
+    if callable(state):
+        wait = state
+        return lambda: check(wait())
+    return None if state is None else check(state)
 
 
 def check_diag_extras(k: Tensor, v: Tensor, log_decay_v: Tensor | None, bonus: Tensor | None = None) -> None:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.arriving import State
 from linear_moe.kernels.chunked_diag import per_token
 from linear_moe.kernels.chunks import Chunks, carry_states, cut
 from linear_moe.kernels.decay import Decays, blocks_below, merge_blocks, repeat_heads, scores
-from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.recompute import ScanCore, recompute, recompute_scan
 from linear_moe.kernels.segment import Segment
 
 
@@ -37,15 +38,15 @@ def delta_rule(
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.delta_rule`."""
     chunks = cut(k, cu_seqlens)
     num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    core = partial(_delta_core, chunks, scale, num_documents)
+    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks, num_documents))
     tokens = (q, k, v, beta, per_token(log_decay, v))
-    return cast(tuple[Tensor, Tensor], recompute(core, chunks, tokens, (state,)))
+    return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (), state))
 
 
 def delta_rule_segment(
@@ -60,28 +61,29 @@ def delta_rule_segment(
     return Segment(state, decay=decay)
 
 
-def _delta_core(
-    chunks: Chunks,
-    scale: float,
-    num_documents: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+Begun = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Outputs of an empty memory, what they read of another one ``[L, B, H, C, K]``, and what chunks do to it."""
+
+
+def _begin(scale: float, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> Begun:
     num_heads = v.shape[2]
     q = q * scale
     (a_qk, a_kk), around = scores([q, k], [k], log_decay, num_heads)
     q, k = repeat_heads(q, num_heads), repeat_heads(k, num_heads)
     solved = _solve(a_kk, k, v, beta, around)
-    decay, write = chunk_action(k, solved, around)
-    if state is None:
-        state = v.new_zeros(num_documents, *write.shape[2:])
-    before, final = carry_states(chunks, decay, write, state, dense=True)
     o, read = (a_qk @ solved).split([v.shape[-1], k.shape[-1]], -1)
     read = read + (q if around.read is None else q * around.read)
+    return o, read, *chunk_action(k, solved, around)
+
+
+def read_memory(
+    chunks: Chunks, num_documents: int, begun: Begun, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs and the final memory."""
+    o, read, decay, write = begun
+    if state is None:
+        state = write.new_zeros(num_documents, *write.shape[2:])
+    before, final = carry_states(chunks, decay, write, state, dense=True)
     return o + read @ before, final
 
 

@@ -14,9 +14,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from linear_moe.kernels.arriving import State
 from linear_moe.kernels.chunks import Chunks, carry_states, cut
 from linear_moe.kernels.decay import mix_values, repeat_heads, scores
-from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.recompute import ScanCore, recompute, recompute_scan
 from linear_moe.kernels.segment import Segment
 
 # Far below the exponent at which exp() is 0 in any dtype, and finite: -inf times the 0 that starts a document is NaN.
@@ -32,14 +33,14 @@ def diag_decay(
     log_decay_v: Tensor | None = None,
     bonus: Tensor | None = None,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.diag_decay`."""
     chunks = cut(k, cu_seqlens)
-    core = partial(_diag_core, chunks, scale, _num_documents(v, cu_seqlens))
+    core = ScanCore(partial(_begin, scale), partial(_finish, chunks, _num_documents(v, cu_seqlens)))
     tokens = (q, k, v, per_token(log_decay, v), log_decay_v)
-    return cast(tuple[Tensor, Tensor], recompute(core, chunks, tokens, (bonus, state)))
+    return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (bonus,), state))
 
 
 def diag_decay_segment(
@@ -70,18 +71,19 @@ def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
     return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _diag_core(
-    chunks: Chunks,
+Begun = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+"""Outputs of an empty memory, what they read of another one, its columns' decay, and what chunks do to it."""
+
+
+def _begin(
     scale: float,
-    num_documents: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
     log_decay_v: Tensor | None,
     bonus: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Begun:
     num_heads = v.shape[2]
     q = q * scale
     (a,), around = scores([q], [k], log_decay, num_heads, read_first=bonus is not None)
@@ -97,10 +99,15 @@ def _diag_core(
         o = o + (q * bonus[:, None, :] * k).sum(-1, keepdim=True) * v
 
     write = _scaled(k, around.write).mT @ _scaled(v, write_v)
+    return o, _scaled(q, around.read), read_v, _memory_decay(around.total, total_v, write), write
+
+
+def _finish(chunks: Chunks, num_documents: int, begun: Begun, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    o, read, read_v, decay, write = begun
     if state is None:
-        state = v.new_zeros(num_documents, num_heads, k.shape[-1], v.shape[-1])
-    before, final = carry_states(chunks, _memory_decay(around.total, total_v, write), write, state)
-    return o + _scaled(_scaled(q, around.read) @ before, read_v), final
+        state = write.new_zeros(num_documents, *write.shape[2:])
+    before, final = carry_states(chunks, decay, write, state)
+    return o + _scaled(read @ before, read_v), final
 
 
 def _segment_core(

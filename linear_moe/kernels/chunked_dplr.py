@@ -25,11 +25,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from linear_moe.kernels.chunked_delta import chunk_action, document_action, solve_unit_lower
+from linear_moe.kernels.arriving import State
+from linear_moe.kernels.chunked_delta import (
+    Begun,
+    chunk_action,
+    document_action,
+    read_memory,
+    solve_unit_lower,
+)
 from linear_moe.kernels.chunked_diag import per_token
-from linear_moe.kernels.chunks import Chunks, carry_states, cut
+from linear_moe.kernels.chunks import Chunks, cut
 from linear_moe.kernels.decay import Decays, repeat_heads, scores
-from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.recompute import ScanCore, recompute, recompute_scan
 from linear_moe.kernels.segment import Segment
 
 
@@ -42,15 +49,15 @@ def dplr_delta_rule(
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.dplr_delta_rule`."""
     chunks = cut(k, cu_seqlens)
     num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    core = partial(_dplr_core, chunks, scale, num_documents)
+    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks, num_documents))
     tokens = (q, k, v, a, b, per_token(log_decay, v))
-    return cast(tuple[Tensor, Tensor], recompute(core, chunks, tokens, (state,)))
+    return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (), state))
 
 
 def dplr_delta_rule_segment(
@@ -71,30 +78,17 @@ def dplr_delta_rule_segment(
     return Segment(state, decay=decay)
 
 
-def _dplr_core(
-    chunks: Chunks,
-    scale: float,
-    num_documents: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _begin(
+    scale: float, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None
+) -> Begun:
     num_heads, num_keys, num_values = v.shape[2], k.shape[-1], v.shape[-1]
     q = q * scale
     (a_qb, a_qk, next_ab, next_ak), around = scores([q, _up(a)], [b, k], log_decay, num_heads)
     q, k, a, b = (repeat_heads(x, num_heads) for x in (q, k, a, b))
     solved = _solve(next_ab, next_ak, v, a, around)
-    decay, write = _action(k, v, b, solved, around)
-    if state is None:
-        state = v.new_zeros(num_documents, *write.shape[2:])
-    before, final = carry_states(chunks, decay, write, state, dense=True)
     o, read = (a_qb @ solved).split([num_values, num_keys], -1)
     read = read + (q if around.read is None else q * around.read)
-    return o + a_qk @ v + read @ before, final
+    return o + a_qk @ v, read, *_action(k, v, b, solved, around)
 
 
 def _segment_core(

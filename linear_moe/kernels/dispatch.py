@@ -49,6 +49,8 @@ class Backend:
     """Whether it can run there, and the reason in a few words."""
     takes: Callable[..., bool] = _takes_everything
     """Whether it covers a call with these arguments."""
+    begins: bool = False
+    """Whether it takes a ``state`` that is on its way, and starts what does not need it."""
 
 
 def _always(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -122,7 +124,8 @@ def _fused_delta_rule_segment(*args: Any, **kwargs: Any) -> Any:
 def _backends(
     chunked: Callable[..., Any], token_loop: Callable[..., Any], *fused: Backend
 ) -> tuple[Backend, ...]:
-    return *fused, Backend("chunked", chunked, _always), Backend("reference", token_loop, _when_asked)
+    in_torch = Backend("chunked", chunked, _always, begins=True)
+    return *fused, in_torch, Backend("reference", token_loop, _when_asked)
 
 
 def _fused_short_conv(*args: Any, **kwargs: Any) -> Any:
@@ -175,12 +178,12 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "diag_decay": _backends(
         chunked_diag.diag_decay,
         reference.diag_decay,
-        Backend("triton", _fused_diag_decay, _fused, _fused_diag_decay_takes),
+        Backend("triton", _fused_diag_decay, _fused, _fused_diag_decay_takes, begins=True),
     ),
     "delta_rule": _backends(
         chunked_delta.delta_rule,
         reference.delta_rule,
-        Backend("triton", _fused_delta_rule, _fused),
+        Backend("triton", _fused_delta_rule, _fused, begins=True),
     ),
     "diag_decay_segment": _backends(
         chunked_diag.diag_decay_segment,

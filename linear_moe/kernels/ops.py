@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from linear_moe.kernels import checks, dispatch, step
+from linear_moe.kernels.arriving import State
 from linear_moe.kernels.cross_entropy import Statistics
 from linear_moe.kernels.segment import Segment
 
@@ -29,7 +30,7 @@ def diag_decay(
     log_decay_v: Tensor | None = None,
     bonus: Tensor | None = None,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read and write a memory that decays element by element.
@@ -48,7 +49,8 @@ def diag_decay(
         log_decay_v: ``[B, T, H, V]``, the log decay of the memory's columns. Not together with ``bonus``.
         bonus: ``[H, K]``, u: o_t reads ``S_{t-1} + (u * k_t) v_t^T``, and a_t applies after the read.
         scale: of the output.
-        state: ``[N, H, K, V]``, the memory before the first token; ``None``: empty.
+        state: ``[N, H, K, V]``, the memory before the first token; ``None``: empty. Or a function that waits for it and
+            returns it: called once, after the work that needs no memory has been started.
         cu_seqlens: ``[N + 1]``, int32 or int64, with B == 1: document n is tokens ``cu_seqlens[n]`` to
             ``cu_seqlens[n + 1]``; may be empty. Tokens after the last document give zeros.
 
@@ -60,7 +62,7 @@ def diag_decay(
         ValueError: a shape, dtype or device does not fit; on a CPU, where values can be looked at without waiting, a
             log decay is positive or documents run backwards.
     """
-    checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
+    state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
     checks.check_diag_extras(k, v, log_decay_v, bonus)
     options = dict(log_decay_v=log_decay_v, bonus=bonus, scale=scale, state=state, cu_seqlens=cu_seqlens)
     return _run("diag_decay", v, q, k, v, log_decay, **options)
@@ -74,7 +76,7 @@ def delta_rule(
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read a memory that erases what it stores under a key before it writes there.
@@ -82,7 +84,7 @@ def delta_rule(
     As :func:`diag_decay`, with ``beta`` ``[B, T, H]``, the strength of erase and write, in any float dtype. The decay
     applies before the erase. Keys are used as they are: normalise them, or the memory can grow without bound.
     """
-    checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
+    state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
     checks.check_beta(v, beta)
     return _run("delta_rule", v, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
 
@@ -96,7 +98,7 @@ def dplr_delta_rule(
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read a memory whose transition is a diagonal plus a low-rank (here rank-1) part, as in RWKV7.
@@ -106,7 +108,7 @@ def dplr_delta_rule(
     ``a = -kappa_hat`` and ``b = kappa_hat * iclr``. They are used as they are: a transition that stretches makes the
     memory grow without bound.
     """
-    checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
+    state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
     checks.check_low_rank(k, a, b)
     options = dict(scale=scale, state=state, cu_seqlens=cu_seqlens)
     return _run("dplr_delta_rule", v, q, k, v, a, b, log_decay, **options)
@@ -302,8 +304,16 @@ def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if op in step.OPERATIONS and not dispatch.is_asked() and step.takes(*args, **kwargs):
-        return step.OPERATIONS[op](*args, **kwargs)
+    if op in step.OPERATIONS and like.shape[1] == 1:
+        kwargs = _arrived(kwargs)  # of one token there is nothing worth starting
+        if not dispatch.is_asked() and step.takes(*args, **kwargs):
+            return step.OPERATIONS[op](*args, **kwargs)
     backend, _ = dispatch.pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
     dispatch.warn_if_unfused(op, backend, like.device)
-    return backend.run(*args, **kwargs)
+    return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
+
+
+def _arrived(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With the ``state``, waited for."""
+    state = kwargs.get("state")
+    return {**kwargs, "state": state()} if callable(state) else kwargs

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.arriving import State, meanwhile
 from linear_moe.kernels.chunks import Chunks
 
 Core = Callable[..., tuple[Tensor | None, ...]]
@@ -36,20 +38,55 @@ def recompute(
         What ``core`` returns, the first one as ``[B, T, H, ...]`` in the dtype of ``tokens[0]``. ``core``
         computes in float32, or in float64 when ``tokens[0]`` is float64: all it gets is of that dtype.
     """
-    return _Recompute.apply(core, chunks, len(tokens), *tokens, *others)
+    return _Recompute.apply(core, None, chunks, len(tokens), *tokens, *others)
+
+
+@dataclass(frozen=True)
+class ScanCore:
+    """A core in two parts: ``begin`` gets all inputs but the last, the memory, and ``finish`` its result and that."""
+
+    begin: Callable[..., Any]
+    finish: Callable[[Any, Tensor | None], tuple[Tensor | None, ...]]
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Both."""
+        return self.finish(self.begin(*inputs[:-1]), inputs[-1])
+
+
+def recompute_scan(
+    core: ScanCore,
+    chunks: Chunks,
+    tokens: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+    state: State,
+) -> tuple[Tensor | None, ...]:
+    """``recompute(core, chunks, tokens, (*others, state))``; while ``state`` is on its way, ``core`` begins."""
+    state, begun = meanwhile(state, _begin, core, chunks, len(tokens), (*tokens, *others))
+    return _Recompute.apply(core, begun, chunks, len(tokens), *tokens, *others, state)
+
+
+def _begin(core: ScanCore, chunks: Chunks, num_token_inputs: int, inputs: Sequence[Tensor | None]) -> Any:
+    assert inputs[0] is not None
+    with _without_autocast(inputs[0].device):
+        return core.begin(*_enter(chunks, num_token_inputs, inputs))
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, core: Core, chunks: Chunks | None, num_token_inputs: int, *inputs: Tensor | None
+        ctx: Any, core: Any, begun: Any, chunks: Chunks | None, num_token_inputs: int, *inputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         ctx.core, ctx.chunks, ctx.num_token_inputs = core, chunks, num_token_inputs
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         assert inputs[0] is not None
         with _without_autocast(inputs[0].device):
-            output, *others = core(*_enter(ctx, inputs))
+            if begun is None:
+                output, *others = core(*_enter(chunks, num_token_inputs, inputs))
+            else:
+                state = inputs[-1]
+                wide = None if state is None else _split(None, state.detach(), _dtype(inputs))
+                output, *others = core.finish(begun, wide)
         if output is not None:
             output = _join(chunks, output, inputs[0].dtype)
         return output, *others
@@ -58,9 +95,9 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         with _without_autocast(inputs[0].device):
-            local = _enter(ctx, inputs)
+            local = _enter(ctx.chunks, ctx.num_token_inputs, inputs)
             for x, is_needed in zip(local, needed):
                 if x is not None:
                     x.requires_grad_(is_needed)
@@ -82,7 +119,7 @@ class _Recompute(torch.autograd.Function):
                 is_token = position < ctx.num_token_inputs
                 grad = _join(ctx.chunks if is_token else None, grad, x.dtype)
             grad_inputs.append(grad)
-        return None, None, None, *grad_inputs
+        return None, None, None, None, *grad_inputs
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
@@ -92,15 +129,19 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def _enter(ctx: Any, inputs: Sequence[Tensor | None]) -> list[Any]:
+def _enter(chunks: Chunks | None, num_token_inputs: int, inputs: Sequence[Tensor | None]) -> list[Any]:
     """Cut and cast the inputs. Detached, and new tensors where that matters to ``requires_grad_``."""
-    assert inputs[0] is not None
-    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+    dtype = _dtype(inputs)
     local: list[Tensor | None] = []
     for position, x in enumerate(inputs):
-        is_token = position < ctx.num_token_inputs
-        local.append(None if x is None else _split(ctx.chunks if is_token else None, x.detach(), dtype))
+        is_token = position < num_token_inputs
+        local.append(None if x is None else _split(chunks if is_token else None, x.detach(), dtype))
     return local
+
+
+def _dtype(inputs: Sequence[Tensor | None]) -> torch.dtype:
+    assert inputs[0] is not None
+    return torch.promote_types(inputs[0].dtype, torch.float32)
 
 
 def _split(chunks: Chunks | None, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,12 +13,14 @@ Letters: B batch, T tokens, Hqk query/key heads, H heads, K key dim, V value dim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.arriving import State, meanwhile
 from linear_moe.kernels.triton.delta_launch import DeltaChunks, Solved
 from linear_moe.kernels.triton.layout import of_groups, rows_together
 
@@ -31,11 +33,43 @@ def delta_rule(
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.delta_rule`; float32, float16 and bfloat16."""
-    return _DeltaRule.apply(q, k, v, beta, log_decay, state, cu_seqlens, float(scale))
+    scale = float(scale)
+    state, begun = meanwhile(state, _Begun.of, q, k, v, beta, log_decay, cu_seqlens, scale)
+    return _DeltaRule.apply(q, k, v, beta, log_decay, state, cu_seqlens, scale, begun)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What needs no memory."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    chunks: DeltaChunks
+    solved: Solved
+    actions: tuple[Tensor, Tensor] | None
+    """Of the pieces of rows, where those are cut."""
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+    ) -> _Begun:
+        """Solve every chunk."""
+        q, k, v = rows_together(q), rows_together(k), rows_together(v)
+        chunks = DeltaChunks.plan(k, v, log_decay, cu_seqlens, scale)
+        solved = chunks.solve(q, k, beta)
+        return cls(q, k, v, chunks, solved, chunks.actions(solved, v, beta) if chunks.pieces > 1 else None)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -50,12 +84,12 @@ class _DeltaRule(torch.autograd.Function):
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: float,
+        begun: _Begun | None,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = rows_together(q), rows_together(k), rows_together(v)
-        chunks = DeltaChunks.plan(k, v, log_decay, cu_seqlens, scale)
-        solved = chunks.solve(q, k, beta)
+        begun = begun or _Begun.of(q, k, v, beta, log_decay, cu_seqlens, scale)
+        q, k, v, chunks, solved = begun.q, begun.k, begun.v, begun.chunks, begun.solved
         initial = None if state is None else state.float().contiguous()
-        states, errors, final, maps = chunks.forward(solved, v, beta, initial)
+        states, errors, final, maps = chunks.forward(solved, v, beta, initial, begun.actions)
         o = chunks.output(solved, states, errors)
 
         ctx.chunks = chunks
@@ -77,4 +111,4 @@ class _DeltaRule(torch.autograd.Function):
         dq, dk, d_beta, d_decay = gradients
         d_beta, d_initial = d_beta.to(ctx.dtypes[0]), d_initial.to(ctx.dtypes[1] or d_initial.dtype)
         d_state = None if ctx.dtypes[1] is None else d_initial
-        return of_groups(dq, q), of_groups(dk, k), dv, d_beta, d_decay, d_state, None, None
+        return of_groups(dq, q), of_groups(dk, k), dv, d_beta, d_decay, d_state, None, None, None

@@ -144,14 +144,22 @@ class DeltaChunks:
         return Solved(inverse, scores, q, k, k, inverse)
 
     def forward(
-        self, solved: Solved, v: Tensor, beta: Tensor, initial: Tensor | None
+        self,
+        solved: Solved,
+        v: Tensor,
+        beta: Tensor,
+        initial: Tensor | None,
+        actions: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The memory before every chunk ``[S, H, K, V]``, e ``[L, H, V]``, the final memory, and M of pieces."""
+        """The memory before every chunk ``[S, H, K, V]``, e ``[L, H, V]``, the final memory, and M of pieces.
+
+        ``actions``: of pieces, if there are several.
+        """
         states, errors = self.new_states(), self.new_values()
-        if self.pieces == 1:
+        if actions is None:
             final = self.scan(solved, v, beta, initial, states, errors)
             return states, errors, final, None
-        maps, written = self.actions(solved, v, beta)
+        maps, written = actions
         before = carried(maps, written, initial).flatten(0, 1)
         final = self.scan(solved, v, beta, before, states, errors).view_as(written)[:, -1]
         return states, errors, final.contiguous(), maps

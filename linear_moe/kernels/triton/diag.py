@@ -20,11 +20,12 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.arriving import State, meanwhile
 from linear_moe.kernels.triton import configs, diag_vector
 from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
 from linear_moe.kernels.triton.diag_scan import scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
-from linear_moe.kernels.triton.states import carry_kernel, local_state_kernel
+from linear_moe.kernels.triton.states import Local, carry_kernel, local_state_kernel
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2
 WITHOUT_GRADIENT, READS, WRITES = 0, 1, 2
@@ -39,7 +40,7 @@ def diag_decay(
     log_decay_v: Tensor | None = None,
     bonus: Tensor | None = None,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: State = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.diag_decay`; float32, float16 and bfloat16, no vector decay on both sides."""
@@ -54,7 +55,17 @@ def diag_decay(
             log_decay = log_decay[..., None].expand(*v.shape[:3], k.shape[-1])
     if log_decay is not None and log_decay.ndim == 4:
         return diag_vector.decay_rows(q, k, v, log_decay, bonus, state, cu_seqlens, float(scale))
-    return _DiagDecay.apply(q, k, v, log_decay, state, cu_seqlens, float(scale))
+    state, begun = meanwhile(state, _begin, k, v, log_decay, cu_seqlens, float(scale))
+    return _DiagDecay.apply(q, k, v, log_decay, state, cu_seqlens, float(scale), begun)
+
+
+def _begin(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, _Scan, Local | None]:
+    """What needs no memory: k and v as kernels take them, sums of log decays, what segments do to any memory."""
+    k, v = rows_together(k), rows_together(v)
+    scan = _Scan.plan(k, v, log_decay, cu_seqlens, scale)
+    return k, v, scan, scan.local_states(k, v)
 
 
 class _DiagDecay(torch.autograd.Function):
@@ -68,11 +79,12 @@ class _DiagDecay(torch.autograd.Function):
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: float,
+        begun: tuple[Tensor, Tensor, _Scan, Local | None] | None,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = rows_together(q), rows_together(k), rows_together(v)
-        scan = _Scan.plan(k, v, log_decay, cu_seqlens, scale)
+        q = rows_together(q)
+        k, v, scan, local = begun or _begin(k, v, log_decay, cu_seqlens, scale)
         initial = None if state is None else state.float().contiguous()
-        before, final = scan.states_between(k, v, initial)
+        before, final = scan.states_between(local, initial, k, v)
         saved = scan.new_saved(k, v) if ctx.needs_input_grad[3] else None
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         scan.run(q, k, v, o, before, final=final, saved=saved, saves=saved is not None)
@@ -91,7 +103,8 @@ class _DiagDecay(torch.autograd.Function):
         needs_q, needs_k, needs_v, needs_decay, needs_state = ctx.needs_input_grad[:5]
         do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()
-        after, d_state = scan.states_between(q, do, d_final, reverse=True)
+        local = scan.local_states(q, do, reverse=True)
+        after, d_state = scan.states_between(local, d_final, q, do, reverse=True)
 
         parts = scan.new_parts(k, v) if needs_decay else None
         dq: Tensor | None = None
@@ -111,7 +124,7 @@ class _DiagDecay(torch.autograd.Function):
             d_decay = scan.decay_gradient(parts).to(ctx.dtypes[0])
         d_initial = d_state.to(ctx.dtypes[1]) if needs_state else None
         dq, dk = (None if grad is None else of_groups(grad, x) for grad, x in ((dq, q), (dk, k)))
-        return dq, dk, dv, d_decay, d_initial, None, None
+        return dq, dk, dv, d_decay, d_initial, None, None, None
 
 
 @dataclass(frozen=True)
@@ -162,20 +175,17 @@ class _Scan:
         )  # fmt: skip
         return scan
 
-    def states_between(
-        self, k: Tensor, v: Tensor, initial: Tensor | None, *, reverse: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
-        """What S is at the start of every segment, ``[S, H, K, V]`` or nothing, and room for its final values.
+    def local_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Local | None:
+        """What every segment leaves in an empty memory, and what it keeps of another; ``None`` if none is cut.
 
-        Backward in time, ``initial`` is the gradient of the final memory, and starts are ends.
+        Backward in time, k and v are q and the gradient of o.
         """
         layout, num_heads = self.layout, self.num_heads
         num_keys, num_values = k.shape[-1], v.shape[-1]
-        shape = num_heads, num_keys, num_values
-        final = torch.empty(layout.num_documents, *shape, dtype=torch.float32, device=v.device)
         if not layout.is_split:
-            return initial, final
-        states = torch.empty(layout.num_segments, *shape, dtype=torch.float32, device=v.device)
+            return None
+        shape = layout.num_segments, num_heads, num_keys, num_values
+        states = torch.empty(shape, dtype=torch.float32, device=v.device)
         totals = torch.empty(layout.num_segments, num_heads, dtype=torch.float32, device=v.device)
         cut = configs.blocks(num_keys, num_values, v.dtype)
         grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
@@ -187,6 +197,22 @@ class _Scan:
             DECAY=self.decay, REVERSE=reverse, IS_PACKED=layout.is_packed,
             num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
+        return states, totals
+
+    def states_between(
+        self, local: Local | None, initial: Tensor | None, k: Tensor, v: Tensor, *, reverse: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        """What S is at the start of every segment, ``[S, H, K, V]`` or nothing, and room for its final values.
+
+        ``local`` is overwritten. Backward in time, ``initial`` is the gradient of the final memory, starts are ends.
+        """
+        layout, num_heads = self.layout, self.num_heads
+        num_keys, num_values = k.shape[-1], v.shape[-1]
+        shape = layout.num_documents, num_heads, num_keys, num_values
+        final = torch.empty(shape, dtype=torch.float32, device=v.device)
+        if local is None:
+            return initial, final
+        states, totals = local
         size, block = num_keys * num_values, 1024
         carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
             states, totals, final if initial is None else initial, final,

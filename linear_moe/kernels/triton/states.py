@@ -13,9 +13,13 @@ BK >= DK and BV blocks of them. ``K_PER`` heads of the scan share one head of k.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from linear_moe.kernels.triton.decay_sums import chunk_decay
 from linear_moe.kernels.triton.layout import segment_of
+
+Local = tuple[Tensor, Tensor]
+"""local(s) ``[S, H, K, V]`` and total(s) of every segment, float32."""
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
