@@ -42,10 +42,12 @@ def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
         if word.startswith(prefixes) and word.partition("=")[0] != "--la-module":
             parser.error(f"no mixer has the option {word.partition('=')[0]}")
     options = take_mixer_options(args, plan.kinds)
+    typed = {word.partition("=")[0] for word in plan.extra_args}
     for kind in sorted({*plan.kinds} - {SOFTMAX}):
         config = config_of(
             kind,
             options.get(kind, {}),
+            typed=typed,
             hidden_size=size.hidden_size,
             num_heads=size.num_attention_heads,
             head_dim=size.kv_channels,

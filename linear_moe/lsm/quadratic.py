@@ -44,7 +44,9 @@ class QuadraticAttention(NormalizedSum):
                     f"  why: it multiplies feature_dim {self.feature_dim} and must give a whole number\n"
                     f"  try: expand_k 1.0"
                 )
-            kernel_width("feature_dim", self.feature_dim, self.num_features, "feature_dim 16")
+            kernel_width(
+                "feature_dim", self.feature_dim, self.num_features, "feature_dim 16 with expand_k 1.0"
+            )
             kernel_width("expand_v", self.expand_v, self.head_v_dim + 1, "a smaller expand_v, or more heads")
 
         @property

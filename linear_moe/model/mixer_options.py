@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -64,12 +65,15 @@ def take_mixer_options(args: argparse.Namespace, layer_kinds: Collection[str]) -
     return {name: given for name, given in found.items() if given}
 
 
-def config_of(kind: str, options: dict[str, Any], **shape: Any) -> Mixer.Config:
+def config_of(
+    kind: str, options: dict[str, Any], *, typed: Collection[str] = (), **shape: Any
+) -> Mixer.Config:
     """The Config of a mixer in a model of this shape; ``ValueError`` for an unknown or impossible option.
 
     Args:
         kind: registered name.
         options: by field of its Config; they win over the shape.
+        typed: flags of the command line that set them; an error says `--la-conv-size` to whoever typed that.
         shape: ``hidden_size``, ``num_heads``, ``head_dim``, ``layers_of_kind``, ``qkv_bias``, ``norm_eps``.
     """
     config_class = lsm.get(kind).Config
@@ -79,7 +83,32 @@ def config_of(kind: str, options: dict[str, Any], **shape: Any) -> Mixer.Config:
             raise ValueError(
                 f"mixer {kind} has no option {name!r}\n  why: it knows {', '.join(known)}\n  try: one of these"
             )
-    return config_class.from_model(**(shape | options))
+    try:
+        return config_class.from_model(**(shape | options))
+    except ValueError as error:
+        raise ValueError(_in_flags(str(error), kind, typed)) from error
+
+
+def _in_flags(error: str, kind: str, typed: Collection[str]) -> str:
+    """An error about fields of a Config, in the words of a command line: what to type is a flag and its value."""
+    what, _, rest = error.partition("\n  why: ")
+    why, _, attempt = rest.partition("\n  try: ")
+    flags = {field: flag_of(kind, field) for field, _, _ in options_of(lsm.get(kind).Config)}
+    shared = {field: flag for flag, field in SHARED_FLAGS.items() if field in flags and flag in typed}
+    flags |= {field: flag for field, flag in shared.items() if flags[field] not in typed}
+    own = flags.get(what.partition(" ")[0])
+    if own is None or not attempt:
+        return error  # of a mixer from elsewhere, in words of its own
+    # Fields of one word are English words, too, where a reason is given.
+    long = {field: flag for field, flag in flags.items() if "_" in field}
+    what, why, attempt = _renamed(what, flags), _renamed(why, long), _renamed(attempt, flags)
+    attempt = re.sub(r"^(?!None)([^\s,]+)(?=,| or |$)", f"{own} \\1", attempt)
+    attempt = re.sub(r"\bNone\b", "leave it out", attempt)
+    return f"{what}\n  why: {why}\n  try: {attempt}"
+
+
+def _renamed(text: str, names: dict[str, str]) -> str:
+    return re.sub(rf"(?<![\w-])({'|'.join(names)})(?![\w-])", lambda found: names[found[1]], text)
 
 
 def check_layout(
@@ -96,7 +125,7 @@ def check_layout(
         raise ValueError(
             f"{kind} has a capacity, which context parallelism does not know\n"
             f"  why: whether a memory still takes a token depends on the tokens of other ranks\n"
-            f"  try: CP=1, or no capacity (memories then take all their tokens)"
+            f"  try: CP=1, or no --mom-capacity (memories then take all their tokens)"
         )
     if recomputes_layers and mixer.first_value is not None and layer_kinds.count(kind) > 1:
         raise ValueError(

@@ -456,13 +456,14 @@ def test_message_of_a_family_without_feed_forward_blocks(name: str):
 
 
 OF_MIXERS = {
-    "conv_size is -1": {"EXTRA_ARGS": "--la-conv-size -1"},
+    "--la-conv-size is -1": {"EXTRA_ARGS": "--la-conv-size -1"},
+    "--gated-deltanet-conv-size is -1": {"EXTRA_ARGS": "--gated-deltanet-conv-size -1 --la-conv-size 4"},
     "--la-conv-size is '2.5'": {"EXTRA_ARGS": "--la-conv-size=2.5"},
     "EXTRA_ARGS: argument --gated-deltanet-conv-size: invalid int value: 'x'.": {
         "EXTRA_ARGS": "--weight-decay 0.2 --gated-deltanet-conv-size x"
     },
     "EXTRA_ARGS: no mixer has the option --gated-deltanet-foo.": {"EXTRA_ARGS": "--gated-deltanet-foo 3"},
-    "expand_v 1.7 gives a head of 54.4 channels": {"EXTRA_ARGS": "--expand-v 1.7"},
+    "--expand-v 1.7 gives a head of 54.4 channels": {"EXTRA_ARGS": "--expand-v 1.7"},
     "--la-feature-map is set, but no layer of this model has feature_map": {
         "EXTRA_ARGS": "--la-feature-map elu"
     },
@@ -480,6 +481,19 @@ OF_MIXERS = {
 def test_message_of_a_mixer(what: str):
     lines = message(**OF_MIXERS[what]).splitlines()
     assert lines[0] == what and lines[1].startswith("  why: ") and lines[2].startswith("  try: ")
+
+
+def test_what_to_type_about_an_option_is_its_flag():
+    assert message(EXTRA_ARGS="--la-conv-size=-1") == (
+        "--la-conv-size is -1\n"
+        "  why: it is the number of tokens that the short convolution sees, itself included\n"
+        "  try: --la-conv-size 4, or 0 for none"
+    )
+    assert message(LA_MODULE="mamba2", EXTRA_ARGS="--mamba2-dt-limit-min 3 --mamba2-dt-limit-max 1") == (
+        "--mamba2-dt-limit-max is 1.0\n"
+        "  why: it must be above --mamba2-dt-limit-min 3.0, or dt would not depend on the token\n"
+        "  try: --mamba2-dt-limit-max 0.1, or leave it out"
+    )
 
 
 def test_mixers_that_can_be_made_have_no_message():

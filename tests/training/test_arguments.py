@@ -235,8 +235,8 @@ def test_flags_of_megatron_that_cannot_work(flag):
     "options, what",
     [
         ({"gla": {"expand_q": 1.0}}, "expand_q"),
-        ({"gla": {"expand_k": 0.3}}, "expand_k"),
-        ({"gla": {"gate_rank": "16"}}, "gate_rank"),
+        ({"gla": {"expand_k": 0.3}}, "--gla-expand-k"),
+        ({"gla": {"gate_rank": "16"}}, "--gla-gate-rank"),
     ],
 )
 def test_bad_options_of_mixers(options, what):
