@@ -86,7 +86,7 @@ def config_of(
     try:
         return config_class.from_model(**(shape | options))
     except ValueError as error:
-        raise ValueError(_in_flags(str(error), kind, typed)) from error
+        raise ValueError(_in_flags(str(error), kind, typed)) from None
 
 
 def _in_flags(error: str, kind: str, typed: Collection[str]) -> str:
