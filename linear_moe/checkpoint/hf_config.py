@@ -105,6 +105,9 @@ SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 """Fields that may have these values only; the first is what export writes. An absent one is the first."""
 
+LATENT_NORM_EPSILON = 1e-6
+"""Of the norms of compressed queries, keys and values in DeepSeek-V2's class, which reads it from no config."""
+
 ALSO_SWITCHES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 """The same of all types."""
 
@@ -280,6 +283,13 @@ _OPTIONAL = ("tie_word_embeddings", "head_dim", "num_key_value_heads", "q_lora_r
 
 
 def _deepseek_values(config: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    if values["norm_epsilon"] != LATENT_NORM_EPSILON:
+        raise ValueError(
+            f"config.json has rms_norm_eps = {values['norm_epsilon']}\n"
+            f"  why: whatever that says, the class of deepseek_v2 adds {LATENT_NORM_EPSILON} in the norms of compressed "
+            f"queries, keys and values, and our layers add one number in all of their norms\n"
+            f"  try: a model with rms_norm_eps = {LATENT_NORM_EPSILON}"
+        )
     found: dict[str, Any] = {"kv_channels": values["hidden_size"] // values["num_attention_heads"]}
     found["num_query_groups"] = values["num_attention_heads"]
     if config.get("topk_method") == "group_limited_greedy":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from linear_moe.checkpoint.hf_config import ALSO_SWITCHES, CLASSES, FIELDS, SWITCHES
+from linear_moe.checkpoint.hf_config import ALSO_SWITCHES, CLASSES, FIELDS, LATENT_NORM_EPSILON, SWITCHES
 from linear_moe.checkpoint.rope import rope_parameters
 from linear_moe.model.families import FAMILIES, Family, ModelSize, YarnRope
 from linear_moe.model.pattern import SOFTMAX
@@ -20,6 +20,7 @@ def native_type(family: Family, size: ModelSize) -> str | None:
         return None if size.is_moe else "mamba2"
     if size.has_latent_attention:
         fits = size.is_moe and family.softmax_before_topk and not family.shared_expert_gate
+        fits = fits and size.norm_epsilon == LATENT_NORM_EPSILON
         shared, width = size.moe_shared_expert_intermediate_size, size.moe_ffn_hidden_size
         return "deepseek_v2" if fits and shared and width and shared % width == 0 else None
     if isinstance(size.rope_scaling, YarnRope):

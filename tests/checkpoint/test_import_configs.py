@@ -353,6 +353,14 @@ def test_mamba2_means_its_classes_defaults():
     assert "norm_before_gate = true is ignored" in warning and not described.warnings
 
 
+def test_norms_of_latent_attention_have_an_epsilon_of_their_own():
+    """Transformers' class adds 1e-6 there whatever the config says: neither read nor written with another number."""
+    with pytest.raises(ValueError, match=r"has rms_norm_eps = 1e-05\n  why: .*\n  try: "):
+        describe(_DEEPSEEK | {"rms_norm_eps": 1e-5})
+    described = describe(_DEEPSEEK)
+    assert native_type(described.family, replace(described.size, norm_epsilon=1e-5)) is None
+
+
 def test_windows_and_lacking_fields():
     mixtral = PUBLISHED["Mixtral-8x7B-v0.1"][0]
     with pytest.raises(ValueError, match="sliding window of 4096"):
