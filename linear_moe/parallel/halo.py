@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linear_moe.parallel.collectives import all_gather
-from linear_moe.parallel.lasp2 import first_runs
 from linear_moe.parallel.layout import SequenceLayout
 
 
@@ -42,13 +41,11 @@ def tokens_before(x_BT: Tensor, count: int, layout: SequenceLayout, group: dist.
     before_BJ = torch.stack([natural_CB[c - 1] if c else empty for c in layout.local_chunks], dim=1)
     if not layout.is_packed:
         return before_BJ.flatten(0, 1)
-    assert layout.cu_seqlens is not None
     positions_BJw = layout.starts_BJ[..., None] + torch.arange(-count, 0, device=x_BT.device)
     start_BJ = layout.document_start(layout.first_document_BJ)
     inside = positions_BJw >= start_BJ[..., None]
     before_BJ = before_BJ * inside.view(*inside.shape, *(1,) * (before_BJ.ndim - 3))
-    num_runs = layout.batch * layout.chunks_per_rank * (layout.cu_seqlens.shape[1] - 1)
-    return first_runs(before_BJ, layout, num_runs)
+    return layout.first_runs(before_BJ)
 
 
 def lengths_before(layout: SequenceLayout, device: torch.device) -> Tensor:
@@ -56,7 +53,5 @@ def lengths_before(layout: SequenceLayout, device: torch.device) -> Tensor:
     if not layout.is_packed:
         starts = torch.tensor(layout.local_chunks, device=device) * layout.chunk_length
         return starts.repeat(layout.batch)
-    assert layout.cu_seqlens is not None
     inside_BJ = layout.starts_BJ - layout.document_start(layout.first_document_BJ)
-    num_runs = layout.batch * layout.chunks_per_rank * (layout.cu_seqlens.shape[1] - 1)
-    return first_runs(inside_BJ, layout, num_runs)
+    return layout.first_runs(inside_BJ)

@@ -42,10 +42,11 @@ def initial_states(
     natural_CB = layout.natural_order(gathered_RBJ)
     pieces = iter(natural_CB.split([part[0].numel() for part in parts], dim=2))
     states = []
-    for segment, chunk in zip(segments, chunks, strict=True):
+    for chunk in chunks:
         unpacked = [next(pieces).unflatten(2, part.shape[1:]) for part in _parts(chunk)]
         prefix_BJ = _fold(chunk, unpacked, layout)
-        states.append(_spread(prefix_BJ, segment, layout))
+        # The run that continues a document from the chunk before gets its prefix, and the others nothing.
+        states.append(layout.first_runs(prefix_BJ) if layout.is_packed else prefix_BJ.flatten(0, 1))
     return tuple(states)
 
 
@@ -83,20 +84,3 @@ def _fold(like: Segment, parts_CB: list[Tensor], layout: SequenceLayout) -> Tens
         chunk = Segment(parts_CB[0][c], log_decay=None if dense else decay, decay=decay if dense else None)
         state = chunk.carry(state)
     return torch.stack([before[c] for c in layout.local_chunks], dim=1)
-
-
-def _spread(prefix_BJ: Tensor, segment: Segment, layout: SequenceLayout) -> Tensor:
-    """Give the prefix to the run that continues a document from the chunk before, and nothing to the others."""
-    if not layout.is_packed:
-        return prefix_BJ.flatten(0, 1)
-    return first_runs(prefix_BJ, layout, segment.state.shape[0])
-
-
-def first_runs(x_BJ: Tensor, layout: SequenceLayout, num_runs: int) -> Tensor:
-    """``[B, J, ...]`` to ``[runs, ...]``: zero but for each chunk's first run, if its document began earlier."""
-    num_documents = num_runs // (layout.batch * layout.chunks_per_rank)
-    continues_BJ = layout.document_start(layout.first_document_BJ) < layout.starts_BJ
-    is_first_BJN = torch.nn.functional.one_hot(layout.first_document_BJ, num_documents).bool()
-    chosen_BJN = is_first_BJN & continues_BJ[..., None]
-    ones = (1,) * (x_BJ.ndim - 2)
-    return (x_BJ[:, :, None] * chosen_BJN.view(*chosen_BJN.shape, *ones)).flatten(0, 2)

@@ -147,6 +147,16 @@ class SequenceLayout:
         assert self.cu_seqlens is not None
         return self.cu_seqlens.long().gather(1, document_BJ)
 
+    def first_runs(self, x_BJ: Tensor) -> Tensor:
+        """``[B, J, ...]`` to ``[runs, ...]``: zero but for each chunk's first run, if its document began earlier."""
+        assert self.cu_seqlens is not None
+        continues_BJ = self.document_start(self.first_document_BJ) < self.starts_BJ
+        num_documents = self.cu_seqlens.shape[1] - 1
+        is_first_BJN = torch.nn.functional.one_hot(self.first_document_BJ, num_documents).bool()
+        chosen_BJN = is_first_BJN & continues_BJ[..., None]
+        ones = (1,) * (x_BJ.ndim - 2)
+        return (x_BJ[:, :, None] * chosen_BJN.view(*chosen_BJN.shape, *ones)).flatten(0, 2)
+
     @cached_property
     def document_ids_BS(self) -> Tensor | None:
         """The document of every token of the whole sequences, ``[B, S]``; ``None`` when not packed."""
