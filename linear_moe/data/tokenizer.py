@@ -140,6 +140,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> Token
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_DOCUMENT,
         "pad_token": PADDING,
+        "padding_side": "left",  # a batch of prompts goes on behind its last token
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
     }

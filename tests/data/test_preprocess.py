@@ -130,6 +130,15 @@ def test_an_empty_input_is_an_error(tmp_path: Path, corpus: tuple[str, str]):
     assert not list(tmp_path.glob("mine*"))
 
 
+def test_prompts_of_a_batch_end_together(tmp_path: Path):
+    """What generate() of transformers goes on from; padded on the right, it would go on from the padding."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "tok").path)
+    batch = tokenizer(["x", "a longer one"], padding=True)
+    assert [row[-1] for row in batch["attention_mask"]] == [1, 1] and batch["attention_mask"][0][0] == 0
+
+
 def test_the_tokenizer_opens_in_megatron(tmp_path: Path):
     from megatron.core.tokenizers import MegatronTokenizer
 
