@@ -12,101 +12,74 @@ Letters: N runs, H heads, K key dim, V value dim.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from linear_moe import kernels
 from linear_moe.kernels import Segment, reference
 from linear_moe.lsm.mixer import Memory, Mixer
 
+NOT_WRITTEN = ("q", "bonus")
+"""Arguments that read the memory and do not change it."""
 
-class DiagonalDecay(Mixer):
+
+class OneScan(Mixer):
+    """A mixer that is one call of a public kernel, with one memory."""
+
+    operator: ClassVar[str]
+    """Name of the kernel, and of its definition; that of its segment ends in ``_segment``."""
+    flops_per_element: ClassVar[int]
+    """Forward operations of the definition per token and element of the memory."""
+
+    def scan(
+        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """``[B, T, H, V]`` outputs and the memory after every run."""
+        return self._called(kernels, state, cu_seqlens, gated)
+
+    def segment(self, *, cu_seqlens: Tensor | None, **gated: Tensor) -> tuple[Segment, ...]:
+        """What the tokens of every run do to any memory: fade it or apply a K x K matrix to it, and add their own."""
+        written = {name: tensor for name, tensor in gated.items() if name not in NOT_WRITTEN}
+        return (getattr(kernels, f"{self.operator}_segment")(**written, cu_seqlens=cu_seqlens),)
+
+    def reference(
+        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """The definition, one token at a time."""
+        return self._called(reference, state, cu_seqlens, gated)
+
+    def scan_flops_per_token(self) -> int:
+        """Of the definition: see ``flops_per_element``."""
+        return sum(self.flops_per_element * k * v for k, v in self.memory_shapes())
+
+    def _called(
+        self, module: Any, state: Memory | None, cu_seqlens: Tensor | None, gated: dict[str, Tensor]
+    ) -> tuple[Tensor, Memory]:
+        options = dict(scale=self.scale, state=state[0] if state else None, cu_seqlens=cu_seqlens)
+        o, memory = getattr(module, self.operator)(**gated, **options)
+        return o, (memory,)
+
+
+class DiagonalDecay(OneScan):
     """A memory that fades along its rows (or columns) and adds outer products."""
 
     family = "diagonal decay"
-
-    def scan(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """``[B, T, H, V]`` outputs and the memory after every run."""
-        o, memory = kernels.diag_decay(**gated, scale=self.scale, state=_only(state), cu_seqlens=cu_seqlens)
-        return o, (memory,)
-
-    def segment(self, *, cu_seqlens: Tensor | None, **gated: Tensor) -> tuple[Segment, ...]:
-        """Fades any memory by the product of the decays and adds its own."""
-        decays = {name: gated[name] for name in ("log_decay", "log_decay_v") if name in gated}
-        return (kernels.diag_decay_segment(gated["k"], gated["v"], **decays, cu_seqlens=cu_seqlens),)
-
-    def reference(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """The definition, one token at a time."""
-        o, memory = reference.diag_decay(**gated, scale=self.scale, state=_only(state), cu_seqlens=cu_seqlens)
-        return o, (memory,)
-
-    def scan_flops_per_token(self) -> int:
-        """The outer product and the read."""
-        return sum(4 * k * v for k, v in self.memory_shapes())
+    operator = "diag_decay"
+    flops_per_element = 4  # the outer product and the read
 
 
-class DeltaRule(Mixer):
+class DeltaRule(OneScan):
     """A memory that replaces what a key held."""
 
     family = "delta rule"
-
-    def scan(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """``[B, T, H, V]`` outputs and the memory after every run."""
-        o, memory = kernels.delta_rule(**gated, scale=self.scale, state=_only(state), cu_seqlens=cu_seqlens)
-        return o, (memory,)
-
-    def segment(self, *, cu_seqlens: Tensor | None, **gated: Tensor) -> tuple[Segment, ...]:
-        """Applies a K x K matrix to any memory and adds its own."""
-        arguments = {name: tensor for name, tensor in gated.items() if name != "q"}
-        return (kernels.delta_rule_segment(**arguments, cu_seqlens=cu_seqlens),)
-
-    def reference(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """The definition, one token at a time."""
-        o, memory = reference.delta_rule(**gated, scale=self.scale, state=_only(state), cu_seqlens=cu_seqlens)
-        return o, (memory,)
-
-    def scan_flops_per_token(self) -> int:
-        """What the key held, the outer product and the read."""
-        return sum(6 * k * v for k, v in self.memory_shapes())
+    operator = "delta_rule"
+    flops_per_element = 6  # what the key held, the outer product and the read
 
 
-class DiagonalPlusLowRank(Mixer):
+class DiagonalPlusLowRank(OneScan):
     """A memory that fades along its rows and copies what it holds under one key to another."""
 
     family = "diagonal plus low rank"
-
-    def scan(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """``[B, T, H, V]`` outputs and the memory after every run."""
-        options = dict(scale=self.scale, state=_only(state), cu_seqlens=cu_seqlens)
-        o, memory = kernels.dplr_delta_rule(**gated, **options)  # type: ignore[arg-type]
-        return o, (memory,)
-
-    def segment(self, *, cu_seqlens: Tensor | None, **gated: Tensor) -> tuple[Segment, ...]:
-        """Applies a K x K matrix to any memory and adds its own."""
-        arguments = {name: tensor for name, tensor in gated.items() if name != "q"}
-        return (kernels.dplr_delta_rule_segment(**arguments, cu_seqlens=cu_seqlens),)
-
-    def reference(
-        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """The definition, one token at a time."""
-        options = dict(scale=self.scale, state=_only(state), cu_seqlens=cu_seqlens)
-        o, memory = reference.dplr_delta_rule(**gated, **options)  # type: ignore[arg-type]
-        return o, (memory,)
-
-    def scan_flops_per_token(self) -> int:
-        """What the one key held, its copy to the other, the outer product and the read."""
-        return sum(8 * k * v for k, v in self.memory_shapes())
-
-
-def _only(state: Memory | None) -> Tensor | None:
-    return state[0] if state else None
+    operator = "dplr_delta_rule"
+    flops_per_element = 8  # what the one key held, its copy to the other, the outer product and the read
