@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linear_moe.kernels import checks, dispatch, step
 from linear_moe.kernels.arriving import State
+from linear_moe.kernels.autocast import without_autocast
 from linear_moe.kernels.cross_entropy import Statistics
 from linear_moe.kernels.segment import Segment
 
@@ -304,6 +305,11 @@ def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with without_autocast(like.device):
+        return _run_picked(op, like, *args, **kwargs)
+
+
+def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     if op in step.OPERATIONS and like.shape[1] == 1:
         kwargs = _arrived(kwargs)  # of one token there is nothing worth starting
         if not dispatch.is_asked() and step.takes(*args, **kwargs):

@@ -9,7 +9,6 @@ Letters: B batch, T tokens, H heads, L chunks, C tokens in a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.arriving import State, meanwhile
+from linear_moe.kernels.autocast import without_autocast
 from linear_moe.kernels.chunks import Chunks
 
 Core = Callable[..., tuple[Tensor | None, ...]]
@@ -67,7 +67,7 @@ def recompute_scan(
 
 def _begin(core: ScanCore, chunks: Chunks, num_token_inputs: int, inputs: Sequence[Tensor | None]) -> Any:
     assert inputs[0] is not None
-    with _without_autocast(inputs[0].device):
+    with without_autocast(inputs[0].device):
         return core.begin(*_enter(chunks, num_token_inputs, inputs))
 
 
@@ -80,7 +80,7 @@ class _Recompute(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         assert inputs[0] is not None
-        with _without_autocast(inputs[0].device):
+        with without_autocast(inputs[0].device):
             if begun is None:
                 output, *others = core(*_enter(chunks, num_token_inputs, inputs))
             else:
@@ -96,7 +96,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
-        with _without_autocast(inputs[0].device):
+        with without_autocast(inputs[0].device):
             local = _enter(ctx.chunks, ctx.num_token_inputs, inputs)
             for x, is_needed in zip(local, needed):
                 if x is not None:
@@ -120,13 +120,6 @@ class _Recompute(torch.autograd.Function):
                 grad = _join(ctx.chunks if is_token else None, grad, x.dtype)
             grad_inputs.append(grad)
         return None, None, None, None, *grad_inputs
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast would run the matmuls in bfloat16."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _enter(chunks: Chunks | None, num_token_inputs: int, inputs: Sequence[Tensor | None]) -> list[Any]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linear_moe.kernels.autocast import without_autocast
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -40,7 +42,7 @@ class Segment:
     def carry(self, state: Tensor) -> Tensor:
         """The memory after this run, given the one before it: ``[N, H, K, V]`` to ``[N, H, K, V]``."""
         if self.decay is not None:
-            return self.decay @ state + self.state
+            return _product(self.decay, state) + self.state
         if self.log_decay is not None:
             return self.log_decay.exp() * state + self.state
         return state + self.state
@@ -50,7 +52,7 @@ class Segment:
         state = later.carry(self.state)
         if later.decay is not None:
             assert self.decay is not None, "cannot compose a diagonal with a dense segment"
-            return Segment(state, decay=later.decay @ self.decay)
+            return Segment(state, decay=_product(later.decay, self.decay))
         if later.log_decay is None or self.log_decay is None:
             both = later.log_decay if self.log_decay is None else self.log_decay
             return Segment(state, log_decay=both)
@@ -65,3 +67,8 @@ class Segment:
         if log_decay is None:
             log_decay = torch.zeros_like(self.state[:, :, :1, :1])
         return Segment(self.state, log_decay=log_decay.masked_fill(forget_NHKV, float("-inf")))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    with without_autocast(a.device):
+        return a @ b

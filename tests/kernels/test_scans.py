@@ -232,11 +232,27 @@ def test_training_keeps_inputs_only(op: str, decay: str, extra: str) -> None:
     assert saved and set(saved) <= ours
 
 
-def test_autocast_changes_nothing() -> None:
-    inputs = make("delta_rule", "scalar", num_tokens=70).to(torch.float32)
-    o, _ = inputs.run(Chunked)
+@pytest.mark.parametrize("num_tokens", [70, 1])
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op: str, num_tokens: int) -> None:
+    """Nor in training, where segments are composed, nor in decoding: one token without gradients."""
+    inputs = make(op, "scalar", num_tokens=num_tokens).to(torch.float32).differentiable()
+
+    def found() -> list[torch.Tensor]:
+        with torch.set_grad_enabled(num_tokens > 1):
+            o, state = inputs.run(kernels)
+            segment = inputs.segment(kernels)
+            both = segment.then(segment)
+        results = [o, state, both.state, both.carry(state)] + ([] if both.decay is None else [both.decay])
+        if num_tokens == 1:
+            return results
+        tensors = [x for x in inputs.tensors.values() if x.requires_grad]
+        return results + list(torch.autograd.grad(sum(x.sum() for x in results), tensors))
+
+    expected = found()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(inputs.run(Chunked)[0], o)
+        for ours, theirs in zip(found(), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 class _RefuseToWait(TorchDispatchMode):
