@@ -24,7 +24,7 @@ from torch import Tensor
 from linear_moe.lsm import output
 from linear_moe.lsm.gating import init_dt_bias, init_log_rate
 from linear_moe.lsm.mixer import Mixer, Placement, Projection
-from linear_moe.lsm.options import check_given, heads_in, kernel_width, one_of, positive
+from linear_moe.lsm.options import check_given, heads_in, kernel_width, one_of, positive, whole_width
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
 from linear_moe.lsm.tables import Parameter, widen
@@ -79,13 +79,7 @@ class Mamba2(DiagonalDecay):
             positive("expand", self.expand, "it multiplies hidden_size", 2.0)
             positive("ssm_head_dim", self.ssm_head_dim, "a head has that many channels", 64)
             positive("state_size", self.state_size, "B and C have that many channels", 128)
-            width = self.expand_k * self.state_size
-            if width != int(width):
-                raise ValueError(
-                    f"expand_k {self.expand_k} gives B and C of {width} channels\n"
-                    f"  why: it multiplies state_size {self.state_size} and must give a whole number\n"
-                    f"  try: expand_k 1.0"
-                )
+            whole_width("expand_k", self.expand_k, "state_size", self.state_size, "B and C")
             kernel_width("state_size", self.state_size, self.head_k_dim, "state_size 128")
             if self.num_groups < 1 or self.num_heads % self.num_groups:
                 raise ValueError(

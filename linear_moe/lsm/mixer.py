@@ -31,7 +31,7 @@ from torch import Tensor
 
 from linear_moe.kernels import Segment
 from linear_moe.lsm import output, split
-from linear_moe.lsm.options import check_types, one_of, positive
+from linear_moe.lsm.options import check_types, one_of, positive, whole_width
 from linear_moe.lsm.tables import Memory, MixerState, Parameter, Placement, Projection, widen
 
 __all__ = ["Memory", "MemorySource", "Mixer", "MixerState", "Parameter", "Placement", "Projection", "widen"]
@@ -103,13 +103,7 @@ class Mixer:
                 positive(name, getattr(self, name), "it counts channels, heads or layers", 64)
             positive("norm_eps", self.norm_eps, "an output of zeros is divided by its root", 1e-5)
             for name in ("expand_k", "expand_v"):
-                width = getattr(self, name) * self.head_dim
-                if width != int(width) or width < 1:
-                    raise ValueError(
-                        f"{name} {getattr(self, name)} gives a head of {width} channels\n"
-                        f"  why: it multiplies head_dim {self.head_dim} and must give a whole number\n"
-                        f"  try: {name} 1.0"
-                    )
+                whole_width(name, getattr(self, name), "head_dim", self.head_dim, "a head")
             if self.conv_size < 0 or self.conv_size == 1:
                 raise ValueError(
                     f"conv_size is {self.conv_size}\n"

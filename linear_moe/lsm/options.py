@@ -49,6 +49,17 @@ def positive(field: str, value: float, why: str, default: object) -> None:
         raise ValueError(f"{field} is {value}\n  why: {why}\n  try: {default}")
 
 
+def whole_width(field: str, factor: float, size_field: str, size: int, what: str) -> None:
+    """Refuse a ``factor`` of the option ``size_field`` that gives ``what`` no whole number of channels, or none."""
+    width = factor * size
+    if width != int(width) or width < 1:
+        raise ValueError(
+            f"{field} {factor} gives {what} of {width} channels\n"
+            f"  why: it multiplies {size_field} {size} and must give a whole number\n"
+            f"  try: {field} 1.0"
+        )
+
+
 def kernel_width(field: str, value: object, width: int, attempt: str) -> None:
     """Refuse an option that gives wider keys or values than the kernels take."""
     if width > MAX_HEAD_DIM:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from linear_moe.lsm.mixer import Mixer, Projection
 from linear_moe.lsm.normalizer import NormalizedSum
-from linear_moe.lsm.options import kernel_width, positive
+from linear_moe.lsm.options import kernel_width, positive, whole_width
 
 
 class QuadraticAttention(NormalizedSum):
@@ -37,13 +37,7 @@ class QuadraticAttention(NormalizedSum):
             super().__post_init__()
             positive("feature_dim", self.feature_dim, "queries and keys have that many channels", 16)
             positive("eps", self.eps, "outputs are divided by it where all weights are 0", 1e-6)
-            width = self.expand_k * self.feature_dim
-            if width != int(width):
-                raise ValueError(
-                    f"expand_k {self.expand_k} gives queries and keys of {width} channels\n"
-                    f"  why: it multiplies feature_dim {self.feature_dim} and must give a whole number\n"
-                    f"  try: expand_k 1.0"
-                )
+            whole_width("expand_k", self.expand_k, "feature_dim", self.feature_dim, "queries and keys")
             kernel_width(
                 "feature_dim", self.feature_dim, self.num_features, "feature_dim 16 with expand_k 1.0"
             )
