@@ -14,7 +14,7 @@ from typing import Any
 
 from linear_moe.checkpoint import mamba2, qwen3_next
 from linear_moe.checkpoint.rope import rope_of
-from linear_moe.model.families import FAMILIES, Family, ModelSize, size_of
+from linear_moe.model.families import FAMILIES, FRACTIONS, Family, ModelSize, size_of
 from linear_moe.model.pattern import SOFTMAX
 
 OURS = "linear_moe"
@@ -162,7 +162,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read: {error}\n  why: it was cut short or edited\n  try: a fresh copy of it"
         ) from None
-    assert isinstance(config, dict)
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path} holds a {type(config).__name__}\n"
+            f"  why: a config is one JSON object\n"
+            f"  try: the file that save_pretrained() or the hub made"
+        )
     return config
 
 
@@ -207,8 +212,19 @@ def describe(config: Mapping[str, Any]) -> Described:
     """A config of one of transformers' classes as a family and a size.
 
     Raises:
-        ValueError: an architecture that we do not have, or a switch that our layers do not know.
+        ValueError: an architecture that we do not have, a switch that our layers do not know, or a value that is none.
     """
+    try:
+        return _describe(config)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"config.json cannot be understood: {type(error).__name__}: {error}\n"
+            f"  why: a field of it is missing, or holds a value of another kind\n"
+            f"  try: the config.json that belongs to the weights"
+        ) from error
+
+
+def _describe(config: Mapping[str, Any]) -> Described:
     kind = config.get("model_type")
     if kind not in CLASSES:
         raise ValueError(
@@ -260,6 +276,7 @@ def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
             f"  why: a model of type {kind} is described by them\n"
             f"  try: the config.json that belongs to the weights"
         )
+    _check_values(kind, config)
     values: dict[str, Any] = {ours: config.get(theirs) for theirs, ours in FIELDS[kind].items()}
     values = {name: value for name, value in values.items() if value is not None}
     if kind == "mamba2":
@@ -279,6 +296,32 @@ def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
     return ModelSize(**values, **rope, extra_vocab_size=0, source="config.json of Hugging Face")
 
 
+def _check_values(kind: str, config: Mapping[str, Any]) -> None:
+    """One error for every field that holds no number where one is, or a number that fits no model."""
+    names, wrong = {ours: theirs for theirs, ours in FIELDS[kind].items()}, []
+    for ours, theirs in names.items():
+        value = config.get(theirs)
+        if ours == "tie_embeddings":
+            fits = isinstance(value, bool)
+        elif ours in FRACTIONS:
+            fits = isinstance(value, int | float) and value > 0
+        else:
+            fits = type(value) is int and value >= (0 if ours == "first_dense_layers" else 1)
+        if not fits and not (value is None and theirs in _OPTIONAL):
+            wrong.append(f"{theirs} = {value!r}")
+    for part, whole in (("num_query_groups", "num_attention_heads"), ("moe_router_topk", "num_experts")):
+        few, many = (config.get(names.get(name, "")) for name in (part, whole))
+        if not wrong and few and many and (many % few if part == "num_query_groups" else few > many):
+            wrong.append(f"{names[part]} = {few} of {names[whole]} = {many}")
+    if wrong:
+        raise ValueError(
+            f"config.json has {', '.join(wrong)}\n"
+            f"  why: sizes are whole numbers, keys serve the same number of queries, and a token visits experts that "
+            f"there are\n"
+            f"  try: the config.json that belongs to the weights"
+        )
+
+
 _OPTIONAL = ("tie_word_embeddings", "head_dim", "num_key_value_heads", "q_lora_rank", "routed_scaling_factor")
 
 
@@ -286,7 +329,7 @@ def _deepseek_values(config: Mapping[str, Any], values: dict[str, Any]) -> dict[
     if values["norm_epsilon"] != LATENT_NORM_EPSILON:
         raise ValueError(
             f"config.json has rms_norm_eps = {values['norm_epsilon']}\n"
-            f"  why: whatever that says, the class of deepseek_v2 adds {LATENT_NORM_EPSILON} in the norms of compressed "
+            f"  why: whatever that says, the class of deepseek_v2 adds {LATENT_NORM_EPSILON} in norms of compressed "
             f"queries, keys and values, and our layers add one number in all of their norms\n"
             f"  try: a model with rms_norm_eps = {LATENT_NORM_EPSILON}"
         )

@@ -368,3 +368,26 @@ def test_windows_and_lacking_fields():
     del (cut := dict(mixtral))["num_local_experts"]
     with pytest.raises(ValueError, match="lacks num_local_experts"):
         describe(cut)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "3584"}, "hidden_size = '3584'"),
+        ({"num_hidden_layers": 28.0, "vocab_size": 0}, "num_hidden_layers = 28.0, vocab_size = 0"),
+        ({"intermediate_size": None}, "intermediate_size = None"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3 of num_attention_heads = 28"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+    ],
+)
+def test_values_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=rf"config.json has {message}\n  why: .*\n  try: "):
+        describe(_QWEN2 | changes)
+
+
+def test_values_of_another_kind():
+    experts = PUBLISHED["Mixtral-8x7B-v0.1"][0] | {"num_experts_per_tok": 9}
+    with pytest.raises(ValueError, match="num_experts_per_tok = 9 of num_local_experts = 8"):
+        describe(experts)
+    with pytest.raises(ValueError, match=r"cannot be understood: TypeError: .*\n  why: .*\n  try: "):
+        describe(_QWEN3_NEXT | {"layer_types": 3})
