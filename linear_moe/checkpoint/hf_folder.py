@@ -70,7 +70,9 @@ def stored_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Sto
     Raises:
         ValueError: no weights, files of the index that are missing or cut short, dtypes we do not know, only pickles.
     """
-    if (folder / INDEX).is_file():
+    if (folder / ONE_FILE).is_file():  # beside an index, too: as transformers reads it
+        names, files = None, [ONE_FILE]
+    elif (folder / INDEX).is_file():
         names = _weight_map(folder / INDEX)
         files = sorted(set(names.values()))
         absent = [name for name in files if not (folder / name).is_file()]
@@ -80,8 +82,6 @@ def stored_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Sto
                 f"  why: {INDEX} names them\n"
                 f"  try: download or copy the folder again"
             )
-    elif (folder / ONE_FILE).is_file():
-        names, files = None, [ONE_FILE]
     else:
         return _pickled_tensors(folder, allow_pickle)
     found: dict[str, Stored] = {}
@@ -98,11 +98,9 @@ def stored_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Sto
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        names = json.loads(path.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        return dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(_damaged(path, f"{type(error).__name__}: {error}")) from None
-    assert isinstance(names, dict)
-    return names
 
 
 def _safetensors_header(path: Path) -> dict[str, Stored]:
@@ -155,10 +153,23 @@ def _pickled_tensors(folder: Path, allow_pickle: bool) -> dict[str, Stored]:
     files = sorted(set(_weight_map(index).values())) if index.is_file() else [PICKLES[1]]
     found = {}
     for name in files:
-        tensors = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-        for key, tensor in tensors.items():
+        for key, tensor in _unpickled(folder / name).items():
             found[key] = Stored(folder / name, tensor.dtype, tuple(tensor.shape), 0, pickled=key)
     return found
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, none of which is in memory yet."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert all(isinstance(tensor, Tensor) for tensor in tensors.values()), "it holds more than tensors"
+    except Exception as error:  # of files, zip and pickle: by what is wrong
+        raise ValueError(
+            f"{path} cannot be read: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}\n"
+            f"  why: it is missing, damaged, older than torch 1.6, or holds more than tensors, which could run code\n"
+            f"  try: a copy with safetensors, or download it again"
+        ) from error
+    return dict(tensors)
 
 
 def _damaged(path: Path, what: str) -> str:

@@ -56,6 +56,8 @@ ITERATION = 1
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
 """Tensors that old versions saved although they follow from the config."""
 
+EMBEDDINGS = ("model.embed_tokens.weight", "backbone.embeddings.weight")
+
 LEFT_OUT = r"mtp\."
 """Tensors that transformers does not read either."""
 
@@ -111,7 +113,7 @@ def import_model(
         warnings.append(f"{len(left_out)} tensors of multi-token prediction (mtp) are left out")
     argv = [*model_arguments(described, kinds), *tokenizer]
     argv += [*linear_options(set(kinds) - set(described.kinds), extra_args), *extra_args]
-    model = blueprint(argv, padded_vocab_size=padded_vocab_size(described.size.vocab_size))
+    model = _built(source, argv, padded_vocab_size(described.size.vocab_size))
     pieces, origins = _pieces(source, described, model, stored)
     total = sum(piece.size for piece in pieces)
     check_room(target, total + 10_000_000)
@@ -134,9 +136,22 @@ def _kinds(described: Described, la_module: str | None, layer_type_list: str | N
     return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
 
 
+def _built(source: Path, argv: list[str], rows: int) -> Blueprint:
+    try:
+        return blueprint(argv, padded_vocab_size=rows)
+    except (ValueError, AssertionError) as error:
+        if "\n  why: " in str(error):
+            raise
+        raise ValueError(
+            f"Megatron does not build the model of {source}: {error}\n"
+            f"  why: its config.json, or an option of its mixers, has values that do not go together there\n"
+            f"  try: other options, or a model without them"
+        ) from error
+
+
 def _tokenizer_arguments(source: Path, described: Described, target: Path) -> tuple[list[str], list[str]]:
     try:
-        describe_tokenizer(str(source))
+        tokens = describe_tokenizer(str(source)).vocab_size
     except TokenizerError as error:
         warning = (
             f"{source} has no tokenizer that we can read ({error}): the run gets none, its tokens are numbers; "
@@ -144,8 +159,13 @@ def _tokenizer_arguments(source: Path, described: Described, target: Path) -> tu
         )
         vocab = str(described.size.vocab_size - 1)  # that tokenizer adds the end of a document
         return ["--tokenizer-type", "NullTokenizer", "--vocab-size", vocab], [warning]
-    folder = str((target / "tokenizer").absolute())
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder], []
+    folder, warnings = str((target / "tokenizer").absolute()), []
+    if tokens > described.size.vocab_size:
+        warnings.append(
+            f"the tokenizer of {source} has {tokens} tokens and the model {described.size.vocab_size} rows for them: "
+            f"it has not learned the others, which transformers would refuse"
+        )
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder], warnings
 
 
 # ---- tensors ----
@@ -169,6 +189,8 @@ def _pieces(
             f"  why: a model of type {described.model_type} with these sizes has {len(expected)} tensors\n"
             f"  try: the config.json that belongs to these weights, or a complete copy"
         )
+    if described.size.tie_embeddings:
+        _check_tied(source, stored)
     stored = split(stored, parts)
     pieces = []
     origins: dict[str, Origin] = {}
@@ -183,6 +205,21 @@ def _pieces(
     pieces += start_tables(model, set(model.kinds) - set(described.kinds), origins)
     _check_complete(model, pieces)
     return pieces, list(origins.values())
+
+
+def _check_tied(source: Path, stored: Mapping[str, Stored]) -> None:
+    """An output layer that lies there although the config ties it to the embedding has to be the embedding."""
+    layer = stored.get("lm_head.weight")
+    table = next((stored[name] for name in EMBEDDINGS if name in stored), None)
+    if layer is None or table is None:
+        return
+    same = layer.shape == table.shape and layer.dtype == table.dtype
+    if not (same and torch.equal(layer.read("lm_head.weight"), table.read("embedding"))):
+        raise ValueError(
+            f"{source} has an output layer, lm_head.weight, that is not its embedding, and a config that ties them\n"
+            f"  why: transformers does not tie them then, so which of the two is meant is open\n"
+            f'  try: "tie_word_embeddings": false in config.json; or the file without lm_head.weight'
+        )
 
 
 def source_model(model: Blueprint, described: Described) -> Blueprint:

@@ -125,21 +125,68 @@ def test_unknown_dtypes_and_files(folder, refused, gloo, tmp_path):
     torch.save({"a": torch.ones(2)}, folder / "pytorch_model.bin")
     refused(folder, "pickles only", "--allow-pickle")
     refused(folder, "missing: ", "not known: a [2]", allow_pickle=True)
+    torch.save({"a": 2}, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin cannot be read", "it holds more than tensors", allow_pickle=True)
+    (folder / "pytorch_model.bin").write_bytes(b"cut short")
+    refused(folder, "pytorch_model.bin cannot be read", allow_pickle=True)
 
 
 def test_pickles_when_asked_for(source, gloo, tmp_path):
-    import safetensors.torch
-
     folder = Path(shutil.copytree(source / "hf", tmp_path / "hf"))
-    tensors = {}
-    for path in folder.glob("*.safetensors*"):
-        tensors |= safetensors.torch.load_file(path) if path.suffix == ".safetensors" else {}
-        path.unlink()
-    torch.save(tensors, folder / "pytorch_model.bin")
+    torch.save(tensors_of(folder), folder / "pytorch_model.bin")
     text = gloo(1, outcome, "import", str(folder), str(tmp_path / "run"), {"allow_pickle": True})[0]
     assert text.startswith("no error") and "no tokenizer" in text
     name = "checkpoint/iter_0000001/__0_0.distcp"
     assert (tmp_path / "run" / name).read_bytes() == (source / "run" / name).read_bytes()
+
+
+def tensors_of(folder):
+    """All of them; the files are removed."""
+    import safetensors.torch
+
+    tensors = {}
+    for path in folder.glob("*.safetensors*"):
+        tensors |= safetensors.torch.load_file(path) if path.suffix == ".safetensors" else {}
+        path.unlink()
+    return tensors
+
+
+def test_an_output_layer_that_is_not_the_embedding_is_not_tied(folder, refused, gloo, tmp_path):
+    """Transformers leaves the two apart then; where they are equal it ties them."""
+    import safetensors.torch
+
+    change_config(folder, tie_word_embeddings=True)
+    refused(folder, "has an output layer, lm_head.weight, that is not its embedding")
+    tensors = tensors_of(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    text = gloo(1, outcome, "import", str(folder), str(tmp_path / "run"), {})[0]
+    assert text.startswith("no error")
+
+
+def test_one_file_beside_an_index_is_the_model(source, folder, gloo, tmp_path):
+    """As transformers reads it: the index may be of weights that were there before."""
+    import safetensors.torch
+
+    text = (folder / "model.safetensors.index.json").read_text()
+    tensors = {name: tensor + 1 for name, tensor in tensors_of(folder).items()}
+    (folder / "model.safetensors.index.json").write_text(text)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    gloo(1, outcome, "import", str(folder), str(tmp_path / "run"), {})
+    gloo(1, outcome, "export", str(tmp_path / "run"), str(tmp_path / "back"), {})
+    back = tensors_of(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_megatron_does_not_build_and_tokens_without_rows(folder, refused, gloo, tmp_path):
+    from linear_moe.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["import os\n" * 9], 270, str(folder))
+    text = gloo(1, outcome, "import", str(folder), str(tmp_path / "run"), {})[0]
+    assert re.search(r"has 26\d tokens and the model 250 rows for them", text), text
+    change_config(folder, num_experts_per_tok=1, norm_topk_prob=True)
+    refused(folder, "Megatron does not build the model of", "when topk is 1")
 
 
 @pytest.mark.parametrize(
