@@ -32,14 +32,7 @@ case $TASKS in
 esac
 
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-: "${PYTHON:=$repository/.venv/bin/python}" # the interpreter: this, else the repository's own environment
-if ! command -v "$PYTHON" >/dev/null; then
-    echo "linear_moe: there is no $PYTHON
-  why: the environment of this repository has not been made yet
-  try: make -C $repository setup, or PYTHON=<interpreter with megatron-core and torch>" >&2
-    exit 2
-fi
-export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" # an exported model takes its kernels from here
+. "$repository/scripts/python.sh" # an exported model takes its kernels from here
 for name in BASE_MODEL MODEL_SIZE LA_MODULE LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN LINEAR_MOE_PATH FLA_PATH; do
     if eval "[ -n \"\${$name:-}\" ]"; then
         echo "linear_moe: $name is not needed any more and changes nothing: the checkpoint says what the model is" >&2

@@ -3,9 +3,10 @@
 # The pretraining is the very script a cluster user runs; only its variables are small. `make demo` sets up and calls this.
 set -eu
 cd -- "$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)"
-: "${PYTHON:=.venv/bin/python}"
+repository=$PWD
+. scripts/python.sh
 : "${OUTPUT_BASEPATH:=runs}"
-export PYTHON OUTPUT_BASEPATH PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHON OUTPUT_BASEPATH
 data=$OUTPUT_BASEPATH/demo-data
 run=$OUTPUT_BASEPATH/demo
 

@@ -42,6 +42,7 @@ def run_script(folder: Path, shell: str = "sh", **variables: str) -> subprocess.
         "examples/start.sh",
         "scripts/setup.sh",
         "scripts/demo.sh",
+        "scripts/python.sh",
     ],
 )
 def test_scripts_parse(script: str, shell: str):
@@ -55,6 +56,7 @@ def test_every_variable_of_a_script_reaches_the_launcher(tmp_path: Path, script:
     copy = tmp_path / "my repository" / "examples" / script.parent.name
     shutil.copytree(script.parent, copy)
     shutil.copy(REPOSITORY / "examples" / "start.sh", copy.parent)
+    shutil.copytree(REPOSITORY / "scripts", tmp_path / "my repository" / "scripts")
     text = (copy / script.name).read_text()
     (copy / script.name).write_text(text.replace("\nset -a", "\nset -a\nMINE=mine\n#", 1))
     launcher = tmp_path / "python"
@@ -104,6 +106,24 @@ def test_no_environment_yet(tmp_path: Path):
     done = run_script(tmp_path, PYTHON="/nowhere/python")
     assert done.returncode == 2
     assert done.stderr.startswith("linear_moe: there is no /nowhere/python.\n  why: ")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("echo 'it is Python 2.7, and 3.12 or newer is needed' >&2; exit 1", "it is Python 2.7, and 3.12 or newer"),
+        (f'exec {sys.executable} -I -S "$@"', "it lacks numpy, torch, megatron."),
+    ],
+)  # fmt: skip
+def test_an_interpreter_that_cannot_run_this(tmp_path: Path, shell: str, body: str, why: str):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\n{body}\n")
+    interpreter.chmod(0o755)
+    done = run_script(tmp_path, shell, PYTHON=str(interpreter))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"linear_moe: {interpreter} cannot run this.\n  why: {why}"), done.stderr
+    assert done.stderr.count("\n") == 3
 
 
 def test_mistakes_are_found_without_torch():

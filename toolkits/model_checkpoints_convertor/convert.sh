@@ -5,14 +5,7 @@ set -eu
 mg2hf=$1 source=$2 target=$3 tokenizer=${4:-}
 
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
-: "${PYTHON:=$repository/.venv/bin/python}"
-if ! command -v "$PYTHON" >/dev/null; then
-    echo "linear_moe: there is no $PYTHON." >&2
-    echo "  why: the environment of this repository has not been made yet." >&2
-    echo "  try: make -C $repository setup, or PYTHON=<interpreter with megatron-core and torch>" >&2
-    exit 2
-fi
-export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+. "$repository/scripts/python.sh"
 if [ "$mg2hf" = true ]; then
     set -- export --load "$source" --hf "$target"
     if [ -n "$tokenizer" ] && [ -e "$tokenizer/tokenizer.json" ]; then
