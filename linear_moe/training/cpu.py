@@ -75,6 +75,8 @@ def activate() -> None:
         ):  # torch.jit.script resolves torch.zeros by identity
             torch.jit._builtins._register_builtin(patch.value, f"aten::{patch.name}")
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(standin.not_about_forks)
+    # What an earlier import of Megatron has decorated would be traced now, against names that are not torch's any more.
+    torch.compiler.set_stance("force_eager")
     _active = True
 
 

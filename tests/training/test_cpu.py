@@ -50,7 +50,14 @@ def unchanged_by_import() -> None:
     assert not any(is_standin(value) for value in current_values())
 
 
-@pytest.mark.parametrize("check", ["refused_with_cuda", "unchanged_by_import"])
+def compiled_before() -> None:
+    """Megatron's functions, where it was imported first (``import_model``, then a forward pass)."""
+    twice = torch.compile(lambda x: 2 * x)
+    cpu.activate()
+    assert twice(torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("check", ["refused_with_cuda", "unchanged_by_import", "compiled_before"])
 def test_off(check: str) -> None:
     """In a process of its own: an earlier test may have imported the entry, which activates the platform here."""
     code = f"from tests.training import test_cpu; test_cpu.{check}()"
