@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ State = Tensor | Callable[[], Tensor] | None
 """``[N, H, K, V]``, the memory before the first token; or a function that waits for it; or ``None``, an empty one."""
 
 
-def meanwhile[Begun](
-    state: State, begin: Callable[..., Begun], *args: object
-) -> tuple[Tensor | None, Begun | None]:
+def meanwhile(state: State, begin: Callable[..., Any], *args: Any) -> tuple[Tensor | None, Any]:
     """Start what needs no memory, if the memory is still on its way, then wait for it.
 
     Returns:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.kernels import Segment
+from linear_moe.kernels.arriving import Arriving
 from linear_moe.lsm import output
 from linear_moe.lsm.gating import init_dt_bias, unit, write_strength
 from linear_moe.lsm.mixer import Memory, Mixer
@@ -141,7 +142,7 @@ class GatedDeltaNet(DeltaRule):
         """R memories of every head, ``[N, H, K, V]`` each, as those of ``H * R`` heads."""
         if not state or len(state) == 1:
             return state
-        return (torch.stack(state, dim=2).flatten(1, 2),)
+        return Arriving(1, lambda: [torch.stack(tuple(state), dim=2).flatten(1, 2)])
 
     def _apart(self, x_NM: Tensor) -> tuple[Tensor, ...]:
         """``[N, H * R, ..]`` to R of ``[N, H, ..]``."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from linear_moe import kernels
 from linear_moe.kernels import Segment, reference
+from linear_moe.kernels.arriving import states_of
 from linear_moe.lsm.mixer import Memory, Mixer, Placement, Projection
 from linear_moe.lsm.options import kernel_width, one_of, positive
 from linear_moe.lsm.recurrence import DiagonalDecay
@@ -123,7 +124,7 @@ def _two_scans(
 ) -> tuple[Tensor, Memory]:
     """Read the keys of the slots, then their values by the softmax of that."""
     q, k, v, s, log_decay = (gated[name] for name in ("q", "k", "v", "s", "log_decay"))
-    keys, values = state or (None, None)
+    keys, values = states_of(state, 2)
     scores_BTHM, keys = diag_decay(q, k, s, log_decay_v=log_decay, state=keys, cu_seqlens=cu_seqlens)
     slots_BTHM = torch.softmax(widen(scores_BTHM), dim=-1).to(v.dtype)
     o, values = diag_decay(slots_BTHM, s, v, log_decay, state=values, cu_seqlens=cu_seqlens)

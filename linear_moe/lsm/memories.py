@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import Segment
+from linear_moe.kernels.arriving import Arriving
 from linear_moe.kernels.grouped_linear import linear_by_group
 from linear_moe.lsm.routing import Slots
 from linear_moe.lsm.tables import Memory, MixerState, Parameter, Projection
@@ -108,9 +109,7 @@ class Copies:
 
     def split(self, state: MixerState) -> MixerState:
         """A state from outside, for inside."""
-        memory = tuple(
-            torch.cat(state.memory[i : i + self.count]) for i in range(0, len(state.memory), self.count)
-        )
+        memory = self._inside(state.memory)
         conv = state.conv
         if conv is not None:
             conv = conv.unflatten(-1, (self.count, -1)).movedim(-2, 0).flatten(0, 1)
@@ -130,11 +129,14 @@ class Copies:
             return None
 
         def source(segments: Sequence[Segment]) -> Memory:
-            parts = [self._part(segment, f) for segment in segments for f in range(self.count)]
-            found = memory_from(parts)
-            return tuple(torch.cat(found[i : i + self.count]) for i in range(0, len(found), self.count))
+            found = memory_from([self._part(segment, f) for segment in segments for f in range(self.count)])
+            return Arriving(len(segments), lambda: self._inside(found))
 
         return source
+
+    def _inside(self, memory: Memory) -> Memory:
+        parts = tuple(memory)
+        return tuple(torch.cat(parts[i : i + self.count]) for i in range(0, len(parts), self.count))
 
     def _part(self, segment: Segment, f: int) -> Segment:
         runs = slice(f * self.num_runs, (f + 1) * self.num_runs)

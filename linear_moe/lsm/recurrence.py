@@ -18,6 +18,7 @@ from torch import Tensor
 
 from linear_moe import kernels
 from linear_moe.kernels import Segment, reference
+from linear_moe.kernels.arriving import State, states_of
 from linear_moe.lsm.mixer import Memory, Mixer
 
 NOT_WRITTEN = ("q", "bonus")
@@ -36,7 +37,7 @@ class OneScan(Mixer):
         self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
     ) -> tuple[Tensor, Memory]:
         """``[B, T, H, V]`` outputs and the memory after every run."""
-        return self._called(kernels, state, cu_seqlens, gated)
+        return self._called(kernels, states_of(state)[0], cu_seqlens, gated)
 
     def segment(self, *, cu_seqlens: Tensor | None, **gated: Tensor) -> tuple[Segment, ...]:
         """What the tokens of every run do to any memory: fade it or apply a K x K matrix to it, and add their own."""
@@ -47,16 +48,16 @@ class OneScan(Mixer):
         self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
     ) -> tuple[Tensor, Memory]:
         """The definition, one token at a time."""
-        return self._called(reference, state, cu_seqlens, gated)
+        return self._called(reference, state[0] if state else None, cu_seqlens, gated)
 
     def scan_flops_per_token(self) -> int:
         """Of the definition: see ``flops_per_element``."""
         return sum(self.flops_per_element * k * v for k, v in self.memory_shapes())
 
     def _called(
-        self, module: Any, state: Memory | None, cu_seqlens: Tensor | None, gated: dict[str, Tensor]
+        self, module: Any, state: State, cu_seqlens: Tensor | None, gated: dict[str, Tensor]
     ) -> tuple[Tensor, Memory]:
-        options = dict(scale=self.scale, state=state[0] if state else None, cu_seqlens=cu_seqlens)
+        options = dict(scale=self.scale, state=state, cu_seqlens=cu_seqlens)
         o, memory = getattr(module, self.operator)(**gated, **options)
         return o, (memory,)
 

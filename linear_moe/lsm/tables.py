@@ -6,7 +6,7 @@ K key dim, V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,7 +93,7 @@ class Placement:
         return slice(self.first_head // per_group, -(-(self.first_head + self.num_heads) // per_group))
 
 
-Memory = tuple[Tensor, ...]
+Memory = Sequence[Tensor]
 """``[N, H, K, V]`` float32 for each matrix memory of a mixer; most have one."""
 
 

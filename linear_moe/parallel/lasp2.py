@@ -4,7 +4,8 @@
 
 Every rank sends what its chunks do to any memory, receives everyone's, and folds the prefix it needs. The message does
 not depend on the sequence length; the backward pass is one reduce-scatter of the same size. In Megatron's zigzag layout
-a rank sends two segments per sequence (arXiv:2502.07563 has one, for contiguous ranks).
+a rank sends two segments per sequence (arXiv:2502.07563 has one, for contiguous ranks). Nobody waits for the all-gather
+before the memory is looked at: operations first start what needs none (:mod:`linear_moe.kernels.arriving`).
 
 Letters: see :mod:`linear_moe.parallel.layout`; H heads here, K key dim, V value dim.
 """
@@ -17,15 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from linear_moe.kernels.arriving import Arriving
 from linear_moe.kernels.segment import Segment
-from linear_moe.parallel.collectives import all_gather
+from linear_moe.parallel.collectives import start_all_gather
 from linear_moe.parallel.layout import SequenceLayout
 
 
-def initial_states(
-    segments: Sequence[Segment], layout: SequenceLayout, group: dist.ProcessGroup
-) -> tuple[Tensor, ...]:
-    """The memory each local run starts from.
+def initial_states(segments: Sequence[Segment], layout: SequenceLayout, group: dist.ProcessGroup) -> Arriving:
+    """The memory each local run starts from, on its way: the all-gather is started.
 
     Args:
         segments: one per matrix memory of the mixer, each over this rank's runs (``layout.runs``), from empty.
@@ -33,21 +33,25 @@ def initial_states(
         group: the context-parallel group.
 
     Returns:
-        For each segment ``[runs, H, K, V]``, ready as ``state`` of the mixer's scan.
+        For each segment ``[runs, H, K, V]``, as ``state`` of the mixer's scan.
     """
     chunks = [_chunk_segment(segment, layout) for segment in segments]
     parts = [part for chunk in chunks for part in _parts(chunk)]
-    message = torch.cat([part.flatten(1) for part in parts], dim=1)
-    gathered_RBJ = all_gather(message, group).unflatten(1, (layout.batch, layout.chunks_per_rank))
-    natural_CB = layout.natural_order(gathered_RBJ)
-    pieces = iter(natural_CB.split([part[0].numel() for part in parts], dim=2))
-    states = []
-    for chunk in chunks:
-        unpacked = [next(pieces).unflatten(2, part.shape[1:]) for part in _parts(chunk)]
-        prefix_BJ = _fold(chunk, unpacked, layout)
-        # The run that continues a document from the chunk before gets its prefix, and the others nothing.
-        states.append(layout.first_runs(prefix_BJ) if layout.is_packed else prefix_BJ.flatten(0, 1))
-    return tuple(states)
+    gathering = start_all_gather(torch.cat([part.flatten(1) for part in parts], dim=1), group)
+
+    def arrive() -> list[Tensor]:
+        gathered_RBJ = gathering.wait().unflatten(1, (layout.batch, layout.chunks_per_rank))
+        natural_CB = layout.natural_order(gathered_RBJ)
+        pieces = iter(natural_CB.split([part[0].numel() for part in parts], dim=2))
+        states = []
+        for chunk in chunks:
+            unpacked = [next(pieces).unflatten(2, part.shape[1:]) for part in _parts(chunk)]
+            prefix_BJ = _fold(chunk, unpacked, layout)
+            # The run that continues a document from the chunk before gets its prefix, and the others nothing.
+            states.append(layout.first_runs(prefix_BJ) if layout.is_packed else prefix_BJ.flatten(0, 1))
+        return states
+
+    return Arriving(len(segments), arrive)
 
 
 def _parts(segment: Segment) -> list[Tensor]:

@@ -77,8 +77,8 @@ def local(inputs: Inputs, layout: SequenceLayout, group: object) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def threads_for_ranks(monkeypatch):
-    for module in (halo, lasp2):
-        monkeypatch.setattr(module, "all_gather", ranks.all_gather)
+    monkeypatch.setattr(halo, "all_gather", ranks.all_gather)
+    monkeypatch.setattr(lasp2, "start_all_gather", ranks.start_all_gather)
 
 
 @pytest.mark.parametrize("name, case, cp_size, packed", cases(narrow=8, mixtures=(2, 8), brief=4))

@@ -240,7 +240,7 @@ def two_ranks(op: str, decay: str) -> Errors:
                 (state,) = lasp2.initial_states([local.segment(kernels)], layout, group)
                 return layout.tokens(local.run(kernels, state=state)[0])
 
-            with mock.patch.object(lasp2, "all_gather", ranks.all_gather), configured(16, 4):
+            with mock.patch.object(lasp2, "start_all_gather", ranks.start_all_gather), configured(16, 4):
                 chunks = torch.stack([o.unflatten(1, (2, -1)) for o in ranks.on_ranks(2, run)])
             return layouts[0].natural_order(chunks).movedim(0, 1).flatten(1, 2)
 

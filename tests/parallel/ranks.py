@@ -7,6 +7,7 @@ same leaf tensors, so gradients of the whole come out of one backward pass, with
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class ThreadGroup:
 def all_gather(x: torch.Tensor, group: ThreadGroup) -> torch.Tensor:
     """Stands in for ``linear_moe.parallel.collectives.all_gather``."""
     return group.gather(x)
+
+
+def start_all_gather(x: torch.Tensor, group: ThreadGroup) -> SimpleNamespace:
+    """Stands in for ``linear_moe.parallel.collectives.start_all_gather``; everything happens in its ``wait``."""
+    return SimpleNamespace(wait=lambda: group.gather(x))
 
 
 def on_ranks(world_size: int, fn: Callable[[ThreadGroup], Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import ThreadGroup, all_gather, on_ranks
+from ranks import ThreadGroup, all_gather, on_ranks, start_all_gather
 
 from linear_moe.kernels.segment import Segment
 from linear_moe.parallel import halo, lasp2
@@ -154,14 +154,14 @@ class Recurrence:
 @pytest.mark.parametrize("packed", CASES)
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
 def test_lasp2_gives_every_run_the_memory_before_it(monkeypatch, cp_size, packed, kind):
-    monkeypatch.setattr(lasp2, "all_gather", all_gather)
+    monkeypatch.setattr(lasp2, "start_all_gather", start_all_gather)
     recurrence = Recurrence(kind)
     two = SimpleNamespace(a=recurrence, b=Recurrence("scalar" if kind == "none" else "none"))
     cut = layouts(cp_size, packed)
 
     def rank(group: ThreadGroup) -> tuple:
         layout = cut[group.rank()]
-        return lasp2.initial_states([two.a.segments(layout), two.b.segments(layout)], layout, group)
+        return tuple(lasp2.initial_states([two.a.segments(layout), two.b.segments(layout)], layout, group))
 
     results = on_ranks(cp_size, rank)
     found, expected = [], []
