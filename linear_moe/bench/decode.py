@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ import torch
 from linear_moe.bench import decode_report
 from linear_moe.bench.configurations import SOFTMAX
 from linear_moe.bench.plans import plan_model
-from linear_moe.bench.record import Record, Row, say
+from linear_moe.bench.record import Record, Row, say, versions
 from linear_moe.inference.decoder import Decoder
 from linear_moe.inference.generate import LOOK_EVERY
 from linear_moe.inference.load import LoadedModel, join_single_process
@@ -86,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     about: Row = {name: getattr(args, name) for name in SETTINGS}
     about |= {
         "device": "CPU" if cpu.is_active() else torch.cuda.get_device_name(),
-        "versions": {name: version(name) for name in ("torch", "triton", "megatron-core")},
+        "versions": versions("torch", "triton", "megatron-core"),
     }
     for name in kinds:
         for row in measure(name, kinds[name], args, until):

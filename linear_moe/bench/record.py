@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,15 +52,26 @@ def commit() -> str | None:
     return shown.stdout.strip() or None
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def heading(title: str, command: str, rows: Sequence[Row], *notes: str) -> str:
     """What was measured where, when and how."""
     devices = sorted({row["device"] for row in rows if "device" in row})
     dates = sorted({row["date"] for row in rows})
-    versions: dict[str, set[str]] = {}
+    installed: dict[str, set[str]] = {}
     for row in rows:
         for name, number in row.get("versions", {}).items():
-            versions.setdefault(name, set()).add(number)
-    shown = ", ".join(f"{name} {'/'.join(sorted(numbers))}" for name, numbers in versions.items())
+            installed.setdefault(name, set()).add(number)
+    shown = ", ".join(f"{name} {'/'.join(sorted(numbers))}" for name, numbers in installed.items())
     lines = [
         f"{', '.join(devices) or 'nothing measured'}; {', '.join(dates)}; {shown}",
         f"commit {', '.join(sorted({str(row['commit']) for row in rows}))}",

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from linear_moe.bench.breakdown import breakdown, device_times
 from linear_moe.bench.configurations import PROFILED_STEPS, WATCH, Watch
+from linear_moe.bench.record import versions, write_text
 from linear_moe.training import cpu
 from linear_moe.training.metrics import RunLog, peak_flops
 
@@ -57,17 +57,14 @@ class WatchedLog(RunLog):
         self._write_file("profile.json", found)
 
     def _write_file(self, name: str, content: dict[str, Any]) -> None:
-        path = Path(self.watch.folder, name)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(path)
+        write_text(Path(self.watch.folder, name), json.dumps(content, indent=1) + "\n")
 
 
 def _machine() -> dict[str, Any]:
     return {
         "device": "CPU" if cpu.is_active() else torch.cuda.get_device_name(),
         "peak_tflops": (peak_flops() or 0) / 1e12 or None,
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "triton")},
+        "versions": versions("torch", "megatron-core", "triton"),
     }
 
 

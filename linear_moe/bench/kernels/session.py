@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from linear_moe.bench.kernels.calls import (
 )
 from linear_moe.bench.kernels.peer import arguments, compile_ahead, let_it_run, peer, why_not
 from linear_moe.bench.kernels.sweep import sweep
-from linear_moe.bench.record import Record, Row, say
+from linear_moe.bench.record import Record, Row, say, versions
 from linear_moe.kernels import dispatch
 
 FUSED = "triton"
@@ -84,7 +83,7 @@ class Session:
         about: Row = dict(part=part, family=family, shape=shape, dtype=str(dtype or self.dtype)[6:], who=who)
         say(f"{part}, {report.title(about)} ...")
         found = {"status": "not begun", "error": "the time was over"} if self.is_over() else _outcome(run)
-        row = {**about, **found, "device": _device(self.device), "versions": _versions()}
+        row = {**about, **found, "device": _device(self.device), "versions": versions(*PACKAGES)}
         say(f"{part}, {report.title(about)}: {report.line(row)}")
         self.is_bad |= who == OURS and row["status"] in ("failed", "wrong")
         if row["status"] != "not begun" or not self.has(about):
@@ -120,16 +119,6 @@ def _outcome(run: Callable[[], Row]) -> Row:
 
 def _device(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def measure(session: Session) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 from unittest import mock
 
 from linear_moe.bench.kernels.measures import median
-
-Row = dict[str, Any]
+from linear_moe.bench.record import Row
 
 
 def sweep(run: Callable[[], Any], is_over: Callable[[], bool], is_smoke: bool) -> Iterator[Row]:
