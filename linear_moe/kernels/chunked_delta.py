@@ -43,8 +43,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.delta_rule`."""
     chunks = cut(k, cu_seqlens)
-    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks, num_documents))
+    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks))
     tokens = (q, k, v, beta, per_token(log_decay, v))
     return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (), state))
 
@@ -54,8 +53,7 @@ def delta_rule_segment(
 ) -> Segment:
     """See :func:`linear_moe.kernels.delta_rule_segment`."""
     chunks = cut(k, cu_seqlens)
-    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    core = partial(_segment_core, chunks, num_documents)
+    core = partial(_segment_core, chunks)
     _, state, decay = recompute(core, chunks, (k, v, beta, per_token(log_decay, v)), ())
     assert state is not None
     return Segment(state, decay=decay)
@@ -76,38 +74,32 @@ def _begin(scale: float, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_deca
     return o, read, *chunk_action(k, solved, around)
 
 
-def read_memory(
-    chunks: Chunks, num_documents: int, begun: Begun, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def read_memory(chunks: Chunks, begun: Begun, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs and the final memory."""
     o, read, decay, write = begun
     if state is None:
-        state = write.new_zeros(num_documents, *write.shape[2:])
+        state = write.new_zeros(chunks.num_documents, *write.shape[2:])
     before, final = carry_states(chunks, decay, write, state, dense=True)
     return o + read @ before, final
 
 
 def _segment_core(
-    chunks: Chunks, num_documents: int, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
+    chunks: Chunks, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
 ) -> tuple[None, Tensor, Tensor]:
     num_heads = v.shape[2]
     (a_kk,), around = scores([k], [k], log_decay, num_heads)
     k = repeat_heads(k, num_heads)
     decay, write = chunk_action(k, _solve(a_kk, k, v, beta, around), around)
-    return None, *document_action(chunks, num_documents, decay, write)
+    return None, *document_action(chunks, decay, write)
 
 
-def document_action(
-    chunks: Chunks, num_documents: int, decay: Tensor, write: Tensor
-) -> tuple[Tensor, Tensor]:
+def document_action(chunks: Chunks, decay: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
     """``[N, H, K, V]`` written and ``[N, H, K, K]`` kept by each document, from those of its chunks."""
     num_heads, num_keys, num_values = write.shape[2:]
     # Columns of a memory do not mix: beside the empty one, carry the identity, to which nothing is written.
     write = torch.nn.functional.pad(write, (0, num_keys))
-    identity = torch.eye(num_keys, dtype=write.dtype, device=write.device).expand(
-        num_documents, num_heads, -1, -1
-    )
-    state = torch.nn.functional.pad(identity, (num_values, 0))
+    identity = torch.eye(num_keys, dtype=write.dtype, device=write.device)
+    state = torch.nn.functional.pad(identity, (num_values, 0)).expand(chunks.num_documents, num_heads, -1, -1)
     final = carry_states(chunks, decay, write, state, dense=True)[1]
     return final[..., :num_values], final[..., num_values:]
 

@@ -38,7 +38,7 @@ def diag_decay(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.diag_decay`."""
     chunks = cut(k, cu_seqlens)
-    core = ScanCore(partial(_begin, scale), partial(_finish, chunks, _num_documents(v, cu_seqlens)))
+    core = ScanCore(partial(_begin, scale), partial(_finish, chunks))
     tokens = (q, k, v, per_token(log_decay, v), log_decay_v)
     return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (bonus,), state))
 
@@ -53,7 +53,7 @@ def diag_decay_segment(
 ) -> Segment:
     """See :func:`linear_moe.kernels.diag_decay_segment`."""
     chunks = cut(k, cu_seqlens)
-    core = partial(_segment_core, chunks, _num_documents(v, cu_seqlens))
+    core = partial(_segment_core, chunks)
     _, state, total = recompute(core, chunks, (k, v, per_token(log_decay, v), log_decay_v), ())
     assert state is not None
     return Segment(state, log_decay=total)
@@ -65,10 +65,6 @@ def per_token(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
         return log_decay
     # wide before the expansion: its gradient is a sum over all tokens, and rounds once, after the sum
     return log_decay.to(torch.promote_types(log_decay.dtype, torch.float32)).expand(v.shape[:3])
-
-
-def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
-    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 Begun = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -102,17 +98,16 @@ def _begin(
     return o, _scaled(q, around.read), read_v, _memory_decay(around.total, total_v, write), write
 
 
-def _finish(chunks: Chunks, num_documents: int, begun: Begun, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _finish(chunks: Chunks, begun: Begun, state: Tensor | None) -> tuple[Tensor, Tensor]:
     o, read, read_v, decay, write = begun
     if state is None:
-        state = write.new_zeros(num_documents, *write.shape[2:])
+        state = write.new_zeros(chunks.num_documents, *write.shape[2:])
     before, final = carry_states(chunks, decay, write, state)
     return o + _scaled(read @ before, read_v), final
 
 
 def _segment_core(
     chunks: Chunks,
-    num_documents: int,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
@@ -125,20 +120,20 @@ def _segment_core(
     total_v = None if log_decay_v is None else log_decay_v.sum(-2)
     write = _scaled(k, _write_decay(log_decay)).mT @ _scaled(v, _write_decay(log_decay_v))
     decay = _memory_decay(_exp(total_k), _exp(total_v), write)
-    state = v.new_zeros(num_documents, *write.shape[2:])
+    state = v.new_zeros(chunks.num_documents, *write.shape[2:])
     final = carry_states(chunks, decay, write, state)[1]
 
-    totals = [] if total_k is None else [_document_sum(chunks, total_k.unsqueeze(-1), num_documents)]
+    totals = [] if total_k is None else [_document_sum(chunks, total_k.unsqueeze(-1))]
     if total_v is not None:
-        totals.append(_document_sum(chunks, total_v.unsqueeze(-2), num_documents))
+        totals.append(_document_sum(chunks, total_v.unsqueeze(-2)))
     return None, final, sum(totals[1:], totals[0]) if totals else None
 
 
-def _document_sum(chunks: Chunks, x_LBHKV: Tensor, num_documents: int) -> Tensor:
+def _document_sum(chunks: Chunks, x_LBHKV: Tensor) -> Tensor:
     """Sum over the chunks of each document. In order: an index_add would use atomics, and differ from run to run."""
     write = x_LBHKV.clamp(min=LOG_FORGET)
     ones = write.new_ones(write.shape[0], 1, 1, 1, 1)
-    return carry_states(chunks, ones, write, write.new_zeros(num_documents, *write.shape[2:]))[1]
+    return carry_states(chunks, ones, write, write.new_zeros(chunks.num_documents, *write.shape[2:]))[1]
 
 
 def _write_decay(log_decay: Tensor | None) -> Tensor | None:

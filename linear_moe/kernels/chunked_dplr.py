@@ -54,8 +54,7 @@ def dplr_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.dplr_delta_rule`."""
     chunks = cut(k, cu_seqlens)
-    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks, num_documents))
+    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks))
     tokens = (q, k, v, a, b, per_token(log_decay, v))
     return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (), state))
 
@@ -71,8 +70,7 @@ def dplr_delta_rule_segment(
 ) -> Segment:
     """See :func:`linear_moe.kernels.dplr_delta_rule_segment`."""
     chunks = cut(k, cu_seqlens)
-    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    core = partial(_segment_core, chunks, num_documents)
+    core = partial(_segment_core, chunks)
     _, state, decay = recompute(core, chunks, (k, v, a, b, per_token(log_decay, v)), ())
     assert state is not None
     return Segment(state, decay=decay)
@@ -93,7 +91,6 @@ def _begin(
 
 def _segment_core(
     chunks: Chunks,
-    num_documents: int,
     k: Tensor,
     v: Tensor,
     a: Tensor,
@@ -104,7 +101,7 @@ def _segment_core(
     (next_ab, next_ak), around = scores([_up(a)], [b, k], log_decay, num_heads)
     k, a, b = (repeat_heads(x, num_heads) for x in (k, a, b))
     decay, write = _action(k, v, b, _solve(next_ab, next_ak, v, a, around), around)
-    return None, *document_action(chunks, num_documents, decay, write)
+    return None, *document_action(chunks, decay, write)
 
 
 def _solve(next_ab: Tensor, next_ak: Tensor, v: Tensor, a: Tensor, around: Decays) -> Tensor:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 class RowChunks:
     """Every row of the batch is one document."""
 
+    num_documents: int
     num_tokens: int
     chunk_size: int
 
@@ -84,6 +85,11 @@ class PackedChunks:
     """``[N]``; any valid index for empty documents."""
     is_empty: Tensor
     """``[N]`` bool."""
+
+    @property
+    def num_documents(self) -> int:
+        """N."""
+        return self.last_chunk.shape[0]
 
     @classmethod
     def plan(cls, cu_seqlens: Tensor, num_tokens: int, chunk_size: int) -> PackedChunks:
@@ -156,7 +162,7 @@ def cut(k: Tensor, cu_seqlens: Tensor | None) -> Chunks:
     num_tokens, num_keys = k.shape[1], k.shape[-1]
     chunk_size = min(preferred_chunk_size(k.device, num_keys), 1 << (num_tokens - 1).bit_length())
     if cu_seqlens is None:
-        return RowChunks(num_tokens, chunk_size)
+        return RowChunks(k.shape[0], num_tokens, chunk_size)
     return PackedChunks.plan(cu_seqlens, num_tokens, chunk_size)
 
 
