@@ -37,12 +37,35 @@ def check_scan(
 
     Returns ``state``: one that is on its way is checked when it arrives.
     """
+    _check_key_value(k, v)
+    if q is not None:
+        _check_float("q", q, v.device)
+        _check_shape("q", q, k.shape, "[B, T, Hqk, K], as k")
+        if q.dtype != v.dtype:
+            _fail("q", f"is {q.dtype} but v is {v.dtype}", _ONE_DTYPE, f"q.to({v.dtype})")
+    if log_decay is not None:
+        _check_log_decay(log_decay, k, v)
+    num_documents = check_cu_seqlens(cu_seqlens, *v.shape[:2], v.device)
+    shape = num_documents, v.shape[2], k.shape[3], v.shape[3]
+
+    def check(state: Tensor) -> Tensor:
+        _check_float("state", state, v.device)
+        _check_shape("state", state, shape, "[N, H, K, V]")
+        return state
+
+    if callable(state):
+        wait = state
+        return lambda: check(wait())
+    return None if state is None else check(state)
+
+
+def _check_key_value(k: Tensor, v: Tensor) -> None:
+    """Shapes and dtypes of what is written."""
     for name, x, legend in (("k", k, "[B, T, Hqk, K]"), ("v", v, "[B, T, H, V]")):
         _check_float(name, x, v.device)
         if x.ndim != 4 or 0 in x.shape:
             _fail(name, f"has shape {_show(x.shape)}", f"{name} is {legend}", "a non-empty tensor of these")
-    batch, num_tokens, num_heads, num_values = v.shape
-    num_keys = k.shape[3]
+    num_heads, num_keys, num_values = v.shape[2], k.shape[3], v.shape[3]
     if k.shape[:2] != v.shape[:2]:
         found = f"is {_show(k.shape)} but v is {_show(v.shape)}"
         _fail("k", found, "every token has a key and a value", "k and v of the same B and T")
@@ -60,30 +83,17 @@ def check_scan(
             why,
             f"more heads, of at most {MAX_HEAD_DIM} each",
         )
-    if q is not None:
-        _check_float("q", q, v.device)
-        _check_shape("q", q, k.shape, "[B, T, Hqk, K], as k")
-        if q.dtype != v.dtype:
-            _fail("q", f"is {q.dtype} but v is {v.dtype}", _ONE_DTYPE, f"q.to({v.dtype})")
-    if log_decay is not None:
-        _check_float("log_decay", log_decay, v.device)
-        allowed = [(num_heads,), (batch, num_tokens, num_heads), (batch, num_tokens, num_heads, num_keys)]
-        if tuple(log_decay.shape) not in allowed:
-            why = "a decay is of heads, [H], of their tokens, [B, T, H], or of channels, [B, T, H, K]"
-            shapes = " or ".join(_show(shape) for shape in allowed)
-            _fail("log_decay", f"has shape {_show(log_decay.shape)}", why, shapes)
-        check_decay("log_decay", log_decay)
-    shape = check_cu_seqlens(cu_seqlens, batch, num_tokens, v.device), num_heads, num_keys, num_values
 
-    def check(state: Tensor) -> Tensor:
-        _check_float("state", state, v.device)
-        _check_shape("state", state, shape, "[N, H, K, V]")
-        return state
 
-    if callable(state):
-        wait = state
-        return lambda: check(wait())
-    return None if state is None else check(state)
+def _check_log_decay(log_decay: Tensor, k: Tensor, v: Tensor) -> None:
+    """Of heads, tokens or channels, after k and v."""
+    _check_float("log_decay", log_decay, v.device)
+    allowed = [(v.shape[2],), tuple(v.shape[:3]), (*v.shape[:3], k.shape[3])]
+    if tuple(log_decay.shape) not in allowed:
+        why = "a decay is of heads, [H], of their tokens, [B, T, H], or of channels, [B, T, H, K]"
+        shapes = " or ".join(_show(shape) for shape in allowed)
+        _fail("log_decay", f"has shape {_show(log_decay.shape)}", why, shapes)
+    check_decay("log_decay", log_decay)
 
 
 def check_diag_extras(k: Tensor, v: Tensor, log_decay_v: Tensor | None, bonus: Tensor | None = None) -> None:
