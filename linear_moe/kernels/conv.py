@@ -32,10 +32,7 @@ def short_conv(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.short_conv`."""
     history = weight.shape[-1] - 1
-    if state is None:
-        num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = x.new_zeros(num_documents, history, *x.shape[2:])
-    state = state.to(x.dtype)
+    state = _no_inputs(x, history, cu_seqlens) if state is None else state.to(x.dtype)
     final = last_inputs(x, history, state, cu_seqlens)
     if cu_seqlens is None:
         (y,) = recompute(partial(_convolve, activation), None, (x,), (state, weight, bias))
@@ -50,9 +47,7 @@ def last_inputs(x: Tensor, history: int, state: Tensor | None, cu_seqlens: Tenso
 
     Looks at no value of ``cu_seqlens`` on the host, and touches only the tokens that it returns.
     """
-    if state is None:
-        num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = x.new_zeros(num_documents, history, *x.shape[2:])
+    state = _no_inputs(x, history, cu_seqlens) if state is None else state
     if cu_seqlens is None:
         num_kept = min(history, x.shape[1])
         return torch.cat([state[:, num_kept:], x[:, x.shape[1] - num_kept :]], 1)
@@ -66,6 +61,12 @@ def last_inputs(x: Tensor, history: int, state: Tensor | None, cu_seqlens: Tenso
     old = state.flatten(0, 1).index_select(0, slots.flatten()).view_as(state)
     new = x[0].index_select(0, tokens.flatten()).view_as(state)
     return torch.where(is_history, old, new)
+
+
+def _no_inputs(x: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:
+    """What comes before the first token: ``[N, history, *C]``, zeros."""
+    num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_zeros(num_documents, history, *x.shape[2:])
 
 
 @dataclass(frozen=True)
