@@ -15,9 +15,8 @@ def check_mixers(plan: RunPlan) -> None:
     """EXTRA_ARGS, TP, CP and AC are such that every mixer of the model can be made."""
     s = plan.settings
     prefixes = (*SHARED_PREFIXES, *mixer_prefixes(s.mixer_modules))
-    asks = (
-        any(word.startswith(prefixes) for word in plan.extra_args) or s.tp > 1 or s.cp > 1 or s.ac == "full"
-    )
+    has_options = any(word.startswith(prefixes) for word in plan.extra_args)
+    asks = has_options or s.mixer_modules or s.tp > 1 or s.cp > 1 or s.ac == "full"
     if not asks or {*plan.kinds} == {SOFTMAX}:
         return
     try:

@@ -39,10 +39,19 @@ def get(name: str) -> type[Mixer]:
         near = difflib.get_close_matches(name, _MIXERS, n=1)
         raise ValueError(
             f"unknown mixer {name!r}\n"
-            f"  why: registered are {', '.join(names())}\n"
+            f"  why: {_no_mixture(name) or f'registered are {", ".join(names())}'}\n"
             f"  try: {near[0] if near else names()[0]}"
         )
     return _MIXERS[name]
+
+
+def _no_mixture(name: str) -> str | None:
+    """Why a registered mixer has no mixture of this name."""
+    from linear_moe.lsm.mom import excluded
+
+    inner = _MIXERS.get(name.removeprefix("mom_"))
+    reason = None if inner is None else excluded(inner)
+    return reason and f"{name.removeprefix('mom_')} has no mixture of memories: {reason}"
 
 
 def import_mixers(modules: str) -> None:

@@ -78,11 +78,12 @@ def test_says_what_it_is(name):
     mixer = mixer_class(name)
     assert mixer.name == name
     assert mixer.family in ("diagonal decay", "delta rule", "diagonal plus low rank")
-    assert mixer.__module__.startswith("linear_moe.") <= bool(re.search(r"arXiv:\d{4}\.\d{5}", mixer.source))
     assert mixer.source and mixer.__doc__
-    module = inspect.getdoc(inspect.getmodule(mixer))
-    assert "S_t" in module or "_t" in module, "the module docstring shows the recurrence"
-    assert "Letters:" in module
+    if mixer.__module__.startswith("linear_moe."):
+        assert re.search(r"arXiv:\d{4}\.\d{5}", mixer.source)
+        module = inspect.getdoc(inspect.getmodule(mixer))
+        assert "_t" in module, "the module docstring shows the recurrence"
+        assert "Letters:" in module
 
 
 def test_registry():

@@ -38,14 +38,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
-    """Afterwards the mixer is unknown, and its module not imported."""
+    """At first and afterwards the mixer is unknown, and its module not imported."""
+    forget()
     try:
         yield
     finally:
-        for name in ("scalar_decay", "mom_scalar_decay"):
-            registry._MIXERS.pop(name, None)
-        for name in ("my_package", MODULE):
-            sys.modules.pop(name, None)
+        forget()
+
+
+def forget() -> None:
+    for name in ("scalar_decay", "mom_scalar_decay"):
+        registry._MIXERS.pop(name, None)
+    for name in ("my_package", MODULE):
+        sys.modules.pop(name, None)
 
 
 def in_shell(command: str, folder: Path) -> subprocess.CompletedProcess:
@@ -135,6 +140,18 @@ def test_a_mixture_of_its_memories_comes_with_it(folder, gloo, tmp_path):
     plan = make_plan(MIXER_MODULES=MODULE, LA_MODULE="mom_scalar_decay", TRAIN_ITERS="2", **where)
     gloo(1, train_outside, training_arguments(plan))
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_mixture_that_cannot_be_is_refused_with_the_reason(folder):
+    """Before the start, which reads the file without importing it: memories share the query, and here is none."""
+    path = folder / "my_package" / "scalar_decay.py"
+    path.write_text(
+        path.read_text().replace("*self.qkv(conv=self.cfg.conv_size > 0)", 'Projection("v", 128)')
+    )
+    with as_before():
+        found = message(MIXER_MODULES=MODULE, LA_MODULE="mom_scalar_decay")
+    assert found.startswith("unknown mixer 'mom_scalar_decay'")
+    assert "\n  why: scalar_decay has no mixture of memories: memories share the query" in found
 
 
 def test_options_are_checked(folder):
