@@ -86,9 +86,9 @@ def prepare(
     Raises:
         ValueError: a file that cannot be read, a line that is no sample, no chat template, no sample left.
     """
-    template_files = [Path(tokenizer) / name for name in ("tokenizer_config.json", "chat_template.jinja")]
+    template_files = [Path(tokenizer, name) for name in ("tokenizer_config.json", "chat_template.jinja")]
     settings = [FORMAT, fingerprint, seq_length, over_long, template]
-    key = _key(settings, [*paths, *map(str, template_files)], optional=2, variable=variable)
+    key = _key(settings, [*paths, *filter(Path.exists, template_files)], variable)
     folder = cache / f"instructions-{key}"
     if not folder.exists():
         announce(f"tokenizing {', '.join(paths)}")
@@ -118,12 +118,10 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, tokens, learned, ends, report)
 
 
-def _key(settings: list[Any], paths: list[str], optional: int, variable: str) -> str:
-    """Hash of settings and files; the last ``optional`` files need not be there."""
+def _key(settings: list[Any], paths: Iterable[str | Path], variable: str) -> str:
+    """Hash of settings and files."""
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for i, path in enumerate(paths):
-        if i >= len(paths) - optional and not Path(path).exists():
-            continue
+    for path in paths:
         try:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

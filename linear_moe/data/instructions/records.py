@@ -51,10 +51,10 @@ def _conversation(line: bytes, where: str) -> Conversation:
         record = json.loads(line.decode("utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else f"not UTF-8: {error.reason}"
-        raise _problem(where, f"is not JSON ({reason})", "every line is one JSON object", EXAMPLE) from None
+        raise _problem(where, f"is not JSON ({reason})", "every line is one JSON object") from None
     if not isinstance(record, dict):
         why = f"every line is one JSON object, and this one is a {type(record).__name__}"
-        raise _problem(where, "is no sample", why, EXAMPLE)
+        raise _problem(where, "is no sample", why)
     if "messages" in record:
         return Conversation(where, _messages(record["messages"], where), has_roles=True)
     if "instruction" in record and "output" in record:
@@ -63,13 +63,12 @@ def _conversation(line: bytes, where: str) -> Conversation:
         where,
         "has neither messages nor instruction and output",
         f"the line holds {', '.join(record) or 'nothing'}",
-        EXAMPLE,
     )
 
 
 def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _problem(where, "has messages that are no list of objects", "each is one turn", EXAMPLE)
+        raise _problem(where, "has messages that are no list of objects", "each is one turn")
     turns = []
     for i, message in enumerate(messages):
         content = message.get("content")
@@ -77,7 +76,7 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
             content = ""
         if not isinstance(message.get("role"), str) or not isinstance(content, str):
             what = f"has no text under role and content in message {i + 1}"
-            raise _problem(where, what, f"it holds {', '.join(message) or 'nothing'}", EXAMPLE)
+            raise _problem(where, what, f"it holds {', '.join(message) or 'nothing'}")
         turns.append({**message, "content": content})
     roles = [turn["role"] for turn in turns]
     absent = [role for role in ("user", "assistant") if role not in roles]
@@ -86,7 +85,7 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
         why = (
             f"answers of the assistant to a user are learned; the roles here are {', '.join(roles) or 'none'}"
         )
-        raise _problem(where, what, why, EXAMPLE)
+        raise _problem(where, what, why)
     return turns
 
 
@@ -96,10 +95,10 @@ def _turns(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if name == "input" and value is None:
             fields[name] = ""
         elif not isinstance(value, str):
-            raise _problem(where, f"has no text under {name!r}", f"it is a {type(value).__name__}", EXAMPLE)
+            raise _problem(where, f"has no text under {name!r}", f"it is a {type(value).__name__}")
     question = "\n\n".join(filter(None, (fields["instruction"], fields["input"])))
     return [{"role": "user", "content": question}, {"role": "assistant", "content": fields["output"]}]
 
 
-def _problem(where: str, what: str, why: str, instead: str) -> ValueError:
-    return ValueError(f"{where} {what}\n  why: {why}\n  try: {instead}")
+def _problem(where: str, what: str, why: str) -> ValueError:
+    return ValueError(f"{where} {what}\n  why: {why}\n  try: {EXAMPLE}")
