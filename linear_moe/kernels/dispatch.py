@@ -121,6 +121,18 @@ def _fused_delta_rule_segment(*args: Any, **kwargs: Any) -> Any:
     return delta_segment.delta_rule_segment(*args, **kwargs)
 
 
+def _fused_dplr_delta_rule(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import dplr
+
+    return dplr.dplr_delta_rule(*args, **kwargs)
+
+
+def _fused_dplr_delta_rule_segment(*args: Any, **kwargs: Any) -> Any:
+    from linear_moe.kernels.triton import dplr_segment
+
+    return dplr_segment.dplr_delta_rule_segment(*args, **kwargs)
+
+
 def _backends(
     chunked: Callable[..., Any], token_loop: Callable[..., Any], *fused: Backend
 ) -> tuple[Backend, ...]:
@@ -195,9 +207,15 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         reference.delta_rule_segment,
         Backend("triton", _fused_delta_rule_segment, _fused),
     ),
-    "dplr_delta_rule": _backends(chunked_dplr.dplr_delta_rule, reference.dplr_delta_rule),
+    "dplr_delta_rule": _backends(
+        chunked_dplr.dplr_delta_rule,
+        reference.dplr_delta_rule,
+        Backend("triton", _fused_dplr_delta_rule, _fused, begins=True),
+    ),
     "dplr_delta_rule_segment": _backends(
-        chunked_dplr.dplr_delta_rule_segment, reference.dplr_delta_rule_segment
+        chunked_dplr.dplr_delta_rule_segment,
+        reference.dplr_delta_rule_segment,
+        Backend("triton", _fused_dplr_delta_rule_segment, _fused),
     ),
     "short_conv": _backends(
         conv.short_conv,

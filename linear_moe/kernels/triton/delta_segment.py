@@ -46,7 +46,7 @@ class _DeltaSegment(torch.autograd.Function):
         ctx.chunks = chunks
         ctx.save_for_backward(k, v, beta, maps, written, *solved.tensors())
         ctx.set_materialize_grads(False)
-        return _after(maps, written), _after(maps, None)
+        return after_pieces(maps, written), after_pieces(maps, None)
 
     @staticmethod
     @once_differentiable
@@ -66,12 +66,12 @@ class _DeltaSegment(torch.autograd.Function):
             found.append(grads)
         if not found:
             return None, None, None, None, None
-        dk, d_beta, d_log = (_sum(parts) for parts in zip(*found, strict=True))
+        dk, d_beta, d_log = (sum_of_parts(parts) for parts in zip(*found, strict=True))
         assert dk is not None and d_beta is not None
         return of_groups(dk, k), dv, d_beta.to(beta.dtype), d_log, None
 
 
-def _after(maps: Tensor, written: Tensor | None) -> Tensor:
+def after_pieces(maps: Tensor, written: Tensor | None) -> Tensor:
     """The memory after the last piece, of an empty one, or without ``written`` of the identity: ``[N, H, K, V]``."""
     memory = (maps if written is None else written)[:, 0]
     with torch.autocast(maps.device.type, enabled=False):
@@ -101,7 +101,7 @@ def _gradients(
     return dv, dk, d_beta, d_log
 
 
-def _sum(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+def sum_of_parts(parts: tuple[Tensor | None, ...]) -> Tensor | None:
     """Of gradients by way of N and by way of M."""
     found = [x for x in parts if x is not None]
     return sum(found[1:], found[0]) if found else None

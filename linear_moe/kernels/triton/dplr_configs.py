@@ -1,0 +1,39 @@
+"""Block sizes, warps and pipeline depth of the fused diagonal plus low-rank kernels, by rule: nothing is timed.
+
+Not measured on a device yet. By benchmarks/compile_check.py all are inside the shared memory of sm_90, and free of
+spills in half precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from linear_moe.kernels.triton import delta_configs
+from linear_moe.kernels.triton.delta_configs import Cut
+
+
+def solve(num_keys: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel that solves the chunks: narrow blocks of K in a loop, since four scores are in registers."""
+    return Cut(16, 0, 8, 1)
+
+
+def scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the scan, either way: BK is the whole of K, S of BK x BV float32 stays in registers."""
+    cut = delta_configs.backward_scan(num_keys, num_values, dtype)
+    return Cut(cut.keys, 16, 8, 1) if cut.keys > 128 else cut
+
+
+def read(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for outputs and dv: BK is the whole of K."""
+    return delta_configs.output(num_keys, num_values, dtype)
+
+
+def pairs(num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for the gradients of scores: blocks of V in a loop."""
+    return Cut(0, min(32, max(16, triton.next_power_of_2(num_values))), 8, 1)
+
+
+def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for the other gradients: blocks of K in the grid, blocks of V in a loop."""
+    return delta_configs.vector_gradient(num_keys, num_values, dtype)
