@@ -212,13 +212,8 @@ class MixtureOfMemories(Mixer):
         rows = memories.Rows.of(batch, tokens, cu_seqlens, x_BTHW.device)
         before = state or MixerState(())
         named, length = self._named(x_BTHW, others, w, before, cu_seqlens)
-        slots = Slots.sort(
-            others["memory_index"].flatten(0, 1),
-            rows.run_S,
-            self.cfg.num_memories,
-            rows.num_runs,
-            self._limit(rows),
-        )
+        choice_Sk = others["memory_index"].flatten(0, 1)
+        slots = Slots.sort(choice_Sk, rows.run_S, self.cfg.num_memories, rows.num_runs, self._limit(rows))
         cu_packed = slots.cu_seqlens
         if self.cfg.shared_memory:
             cu_packed = torch.cat([rows.cu_seqlens, slots.cu_seqlens[1:] + batch * tokens])
