@@ -37,11 +37,36 @@ def test_pieces_are_whole_characters_and_make_the_text(prompt):
     assert [piece for piece in fed if piece] == list(TEXT), "a character shows with its last byte"
 
 
-def test_bytes_that_are_no_character_show_as_soon_as_that_is_sure():
+def test_bytes_that_are_no_character_show_with_the_next_one():
     smile = "\U0001f600".encode()
     fed, rest = pieces(Bytes(), [], [*b"a", 0xFF, *smile[:2], *b"b", *smile[:3]])
-    assert fed == ["a", "", REPLACEMENT, "", REPLACEMENT + "b", "", "", ""]
+    assert fed == ["a", "", "", "", 2 * REPLACEMENT + "b", "", "", ""]
     assert rest == REPLACEMENT
+    fed, rest = pieces(Bytes(), [], [0xFF] * 40)
+    assert "".join(fed) == 24 * REPLACEMENT, "those that cannot change any more are not held"
+    assert rest == 16 * REPLACEMENT
+
+
+def with_fallback():
+    """As Mixtral's: words, and bytes for all other characters; what is decoded as bytes is decoded as a whole."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b"]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return Backend(tokenizer)
+
+
+@pytest.mark.parametrize("prompt", ["", "a b ", "\u65e5\u672c\u8a9e\u65e5\u672c\u8a9e", "\u65e5\u00e9a"])
+def test_bytes_as_a_fallback(prompt):
+    text = "a \U0001f600\u00e9\u65e5 b\u00df"
+    tokenizer = with_fallback()
+    fed, rest = pieces(tokenizer, tokenizer.tokenize(prompt), tokenizer.tokenize(text))
+    assert [piece for piece in fed if piece] == list(text) and rest == ""
 
 
 def test_spaces_before_words_come_with_the_words():
@@ -49,11 +74,9 @@ def test_spaces_before_words_come_with_the_words():
     assert pieces(Words(), [], [3, 4]) == (["w3", " w4"], "")
 
 
-class Trained:
-    def __init__(self, folder):
-        from tokenizers import Tokenizer
-
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+class Backend:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
 
     def tokenize(self, text):
         return self.tokenizer.encode(text).ids
@@ -63,10 +86,12 @@ class Trained:
 
 
 def test_a_trained_tokenizer(tmp_path):
+    from tokenizers import Tokenizer
+
     from linear_moe.data.tokenizer import train_tokenizer
 
     train_tokenizer(["hello world, " * 5, TEXT[:10]], 280, str(tmp_path))
-    tokenizer = Trained(tmp_path)
+    tokenizer = Backend(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
     fed, rest = pieces(tokenizer, tokenizer.tokenize("hello "), tokenizer.tokenize(TEXT))
     assert "".join(fed) + rest == TEXT
     assert not any(REPLACEMENT in piece for piece in fed)
