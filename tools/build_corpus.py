@@ -11,7 +11,9 @@ from linear_moe.data.corpus import python_documents
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the text of the installed Python as JSONL.")
     parser.add_argument("output", help="JSONL file to write")
-    parser.add_argument("--max-bytes", type=int, default=50_000_000, help="stop after this much text")
+    parser.add_argument(
+        "--max-bytes", type=int, default=50_000_000, help="stop after this much text [%(default)s]"
+    )
     args = parser.parse_args()
     count = size = 0
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)

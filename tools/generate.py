@@ -170,21 +170,26 @@ def parse() -> argparse.Namespace:
     add("--load", required=True, metavar="DIR", help=folder)
     add("--prompt", action="append", help="text, may be repeated; numbers for a run without a tokenizer")
     add("--prompts", metavar="FILE", help="a prompt per line; of .jsonl, a string or the field prompt")
-    add("--batch-size", type=int, default=16, help="prompts read side by side, of any lengths")
+    add("--batch-size", type=int, default=16, help="prompts read side by side, of any lengths [%(default)s]")
     add("--output", metavar="FILE", help="JSON lines instead of text: prompt, text, tokens")
     chat = "the prompt is a question, in the tokenizer's chat template; without one, ask line by line"
     add("--chat", action="store_true", help=chat)
     add("--chat-template", metavar="FILE", help="Jinja template instead of the tokenizer's, or plain")
     add("--system", help="message before the first question")
-    add("--max-new-tokens", type=int, default=128, help="at most so many tokens")
-    add("--temperature", type=float, default=0.0, help="0: always the most probable token")
-    add("--top-k", type=int, default=0, help="draw from the so many most probable; 0: no limit")
-    add("--top-p", type=float, default=1.0, help="draw from the fewest that hold this probability")
+    add("--max-new-tokens", type=int, default=128, help="at most so many tokens [%(default)s]")
+    add("--temperature", type=float, default=0.0, help="0: always the most probable token [%(default)s]")
+    add("--top-k", type=int, default=0, help="draw from the so many most probable; 0: no limit [%(default)s]")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the fewest that hold this probability [%(default)s]",
+    )
     add(
         "--seed",
         type=int,
         default=0,
-        help="of the first prompt's draws; the next prompt gets the next number",
+        help="of the first prompt's draws; the next prompt gets the next number [%(default)s]",
     )
     add("--step", type=int, help="step of the checkpoint; the last one unless given")
     moved = (

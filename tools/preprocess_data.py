@@ -14,7 +14,9 @@ def main() -> int:
     )
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_<key>_document.{bin,idx,json}")
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
-    parser.add_argument("--json-key", default="text", help="field of a JSONL line that holds the text")
+    parser.add_argument(
+        "--json-key", default="text", help="field of a JSONL line that holds the text [%(default)s]"
+    )
     parser.add_argument("--workers", type=int, help="threads; all cores unless given")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()

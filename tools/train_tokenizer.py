@@ -12,8 +12,12 @@ from linear_moe.data.tokenizer import train_tokenizer
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer that Megatron can load.")
     parser.add_argument("--input", nargs="+", required=True, help="JSONL files, or text files")
-    parser.add_argument("--json-key", default="text", help="field of a JSONL line that holds the text")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, with the two special ones")
+    parser.add_argument(
+        "--json-key", default="text", help="field of a JSONL line that holds the text [%(default)s]"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="tokens, with the two special ones [%(default)s]"
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     args = parser.parse_args()

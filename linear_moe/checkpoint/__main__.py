@@ -79,7 +79,9 @@ def parse() -> argparse.Namespace:
     out.add_argument("--hf", required=True, metavar="DST", help="folder to make")
     out.add_argument("--step", type=int, help="step of the checkpoint; the last one unless given")
     out.add_argument("--tokenizer", metavar="FOLDER", help="where the tokenizer is now, if it has moved")
-    out.add_argument("--shard-gb", type=float, default=5.0, help="largest file of weights, in GB")
+    out.add_argument(
+        "--shard-gb", type=float, default=5.0, help="largest file of weights, in GB [%(default)s]"
+    )
     out.add_argument(
         "--remote-code", action="store_true", help="with its code even where transformers has a class"
     )
