@@ -1,0 +1,107 @@
+"""Memories that are on their way: operations start before they wait, and compute the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from interpreted_cases import Errors
+from run_interpreted import errors_of_picked
+from scan_cases import DECAYS, OPS, PACKED, Inputs, error, gradients, make
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_arriving_cases import CASES
+
+from linear_moe import kernels
+from linear_moe.kernels import reference
+from linear_moe.kernels.arriving import Arriving, states_of
+
+
+@pytest.fixture(scope="module")
+def errors_of(request: pytest.FixtureRequest) -> Callable[[str], Errors]:
+    return errors_of_picked(request, "triton_arriving_cases")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_kernels_start_first(name: str, errors_of: Callable[[str], Errors]) -> None:
+    errors = errors_of(name)
+    assert errors and not any(errors.values()), errors
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        return func(*args, **(kwargs or {}))
+
+
+def outcome(inputs: Inputs, o: Tensor, final: Tensor) -> dict[str, Tensor]:
+    leaves = {name: x for name, x in inputs.tensors.items() if x.requires_grad}
+    return {"o": o, "final": final, **gradients([o, final], leaves)}
+
+
+EXTRAS = [(op, decay, "") for op in OPS for decay in DECAYS]
+EXTRAS += [("diag_decay", "vector", "bonus"), ("diag_decay", "scalar", "log_decay_v")]
+
+
+@pytest.mark.parametrize("op, decay, extra", EXTRAS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_chunked_torch_starts_first(
+    op: str, decay: str, extra: str, packed: bool, dtype: torch.dtype
+) -> None:
+    """Half or more of the products, and nothing is computed twice."""
+    inputs = make(op, decay, extra=extra, num_tokens=200, cu_seqlens=PACKED if packed else None).to(dtype)
+    leaves, again = inputs.differentiable(), inputs.differentiable()
+    state, seen = leaves.tensors["state"], []
+
+    def arrive() -> Tensor:
+        assert torch.is_grad_enabled()
+        seen.append(products.count)
+        return state.clone()  # as from a fold, whose graph is this
+
+    with Products() as products:
+        found = leaves.run(kernels, state=arrive)
+    with Products() as all_products:
+        truth = again.run(kernels)
+    assert (
+        len(seen) == 1 and products.count == all_products.count <= 2 * seen[0] + 2 * 9
+    )  # 9 steps over chunks
+    truth_of = outcome(again, *truth)
+    for name, x in outcome(leaves, *found).items():
+        assert torch.equal(x, truth_of[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("named", ["", "reference"])
+def test_one_token_and_token_loops_wait(monkeypatch: pytest.MonkeyPatch, op: str, named: str) -> None:
+    """What has nothing to start is given the memory itself."""
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", named)
+    inputs = make(op, "scalar", num_tokens=3 if named else 1)
+    state = inputs.tensors["state"]
+    found, truth = inputs.run(kernels, state=lambda: state), inputs.run(reference)
+    assert all(error(x, y) < 1e-14 for x, y in zip(found, truth, strict=True))
+
+
+def test_a_memory_is_checked_when_it_arrives() -> None:
+    inputs = make("delta_rule")
+    with pytest.raises(ValueError, match=r"state has shape \[2, 3\]\n  why: .*\n  try: "):
+        inputs.run(kernels, state=lambda: torch.zeros(2, 3))
+
+
+def test_looking_at_an_arriving_memory_waits_once() -> None:
+    asked = []
+    memory = Arriving(2, lambda: asked.append(1) or [torch.zeros(1), torch.ones(1)])
+    first, second = states_of(memory, 2)
+    assert bool(memory) and len(memory) == 2 and not asked
+    assert callable(first) and callable(second)
+    assert second() == 1 and first() == 0
+    keys, values = memory
+    assert keys == 0 and values == 1 and len(asked) == 1
+    assert states_of(None, 2) == (None, None) and states_of((), 1) == (None,)
+    assert states_of((keys,))[0] is keys
