@@ -45,7 +45,7 @@ def check_scan(
             _fail("q", f"is {q.dtype} but v is {v.dtype}", _ONE_DTYPE, f"q.to({v.dtype})")
     if log_decay is not None:
         _check_log_decay(log_decay, k, v)
-    num_documents = check_cu_seqlens(cu_seqlens, *v.shape[:2], v.device)
+    num_documents = check_cu_seqlens(cu_seqlens, v.shape[0], v.shape[1], v.device)
     shape = num_documents, v.shape[2], k.shape[3], v.shape[3]
 
     def check(state: Tensor) -> Tensor:
