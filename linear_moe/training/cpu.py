@@ -63,8 +63,9 @@ def activate() -> None:
         return
     if not needed():
         raise ValueError(
-            "The CPU platform was asked for on a machine with a CUDA device. It would move every tensor of the run "
-            "to the CPU. Leave the call out, or hide the devices: CUDA_VISIBLE_DEVICES='' <command>"
+            "the CPU platform was asked for on a machine with a CUDA device\n"
+            "  why: it would move every tensor of the run to the CPU\n"
+            "  try: leave the call out, or hide the devices: CUDA_VISIBLE_DEVICES='' <command>"
         )
     # The first optimizer imports it, and it indexes torch's functions by identity: let it see the real ones.
     importlib.import_module("torch._dynamo")

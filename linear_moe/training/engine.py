@@ -107,9 +107,9 @@ def check_version() -> None:
     found = (package_info.MAJOR, package_info.MINOR)
     if found != SUPPORTED:
         raise ValueError(
-            f"megatron-core {package_info.__shortversion__} is installed, but linear_moe corrects details of 0.19 (the "
-            "optimizer's resume, the loss log) that may differ there. "
-            "Type: pip install 'megatron-core[training]==0.19.2'"
+            f"megatron-core {package_info.__shortversion__} is installed\n"
+            f"  why: linear_moe corrects details of 0.19 (the optimizer's resume, the loss log) that may differ there\n"
+            f"  try: pip install 'megatron-core[training]==0.19.2'"
         )
 
 
@@ -123,8 +123,9 @@ def check_compiled_helpers() -> None:
         importlib.import_module("megatron.core.datasets.helpers_cpp")
     except ImportError as error:
         raise ValueError(
-            f"Megatron's compiled dataset helpers do not import ({error}), and without them no token file can be read. "
-            "Reinstall the wheel for this Python: pip install --force-reinstall --no-deps megatron-core==0.19.2"
+            f"Megatron's compiled dataset helpers do not import\n"
+            f"  why: {error}; without them no token file can be read\n"
+            f"  try: pip install --force-reinstall --no-deps megatron-core==0.19.2, for this Python"
         ) from error
 
 
