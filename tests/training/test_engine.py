@@ -319,7 +319,7 @@ def no_makefile(rank: int, world_size: int) -> None:
     module = sys.modules.pop(name)
     sys.modules[name] = None  # type: ignore[assignment]  what an import that fails leaves
     try:
-        with pytest.raises(ValueError, match="Reinstall"):
+        with pytest.raises(ValueError, match="force-reinstall"):
             datasets.compile_helpers()
     finally:
         sys.modules[name] = module
