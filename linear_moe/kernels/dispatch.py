@@ -6,12 +6,14 @@ and calls that it does not cover run as they would without it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -76,174 +78,82 @@ def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "fused"
 
 
-def _fused_diag_decay(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import diag  # Triton costs a second to import
-
-    return diag.diag_decay(*args, **kwargs)
-
-
-def _fused_diag_decay_takes(
+def _takes_decay(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None = None,
     *,
     log_decay_v: Tensor | None = None,
-    bonus: Tensor | None = None,
     **others: Any,
 ) -> bool:
     """Not a vector decay on both sides, which no mixer has."""
     return log_decay_v is None or log_decay is None or log_decay.ndim < 4
 
 
-def _fused_diag_decay_segment(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import diag_segment
-
-    return diag_segment.diag_decay_segment(*args, **kwargs)
-
-
-def _fused_diag_decay_segment_takes(
+def _takes_segment_decay(
     k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, log_decay_v: Tensor | None = None, **others: Any
 ) -> bool:
-    """As the outputs: not a vector decay on both sides."""
-    return log_decay_v is None or log_decay is None or log_decay.ndim < 4
+    """As the outputs."""
+    return _takes_decay(k, k, v, log_decay, log_decay_v=log_decay_v)
 
 
-def _fused_delta_rule(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import delta
-
-    return delta.delta_rule(*args, **kwargs)
-
-
-def _fused_delta_rule_segment(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import delta_segment
-
-    return delta_segment.delta_rule_segment(*args, **kwargs)
-
-
-def _fused_dplr_delta_rule(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import dplr
-
-    return dplr.dplr_delta_rule(*args, **kwargs)
-
-
-def _fused_dplr_delta_rule_segment(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import dplr_segment
-
-    return dplr_segment.dplr_delta_rule_segment(*args, **kwargs)
-
-
-def _backends(
-    chunked: Callable[..., Any], token_loop: Callable[..., Any], *fused: Backend
-) -> tuple[Backend, ...]:
-    in_torch = Backend("chunked", chunked, _always, begins=True)
-    return *fused, in_torch, Backend("reference", token_loop, _when_asked)
-
-
-def _fused_short_conv(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import short_conv
-
-    return short_conv.short_conv(*args, **kwargs)
-
-
-def _fused_short_conv_takes(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> bool:
+def _takes_taps(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> bool:
     """Up to four taps: their sums are written out one by one."""
     return weight.shape[-1] <= 4
 
 
-def _fused_gated_norm(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import gated_norm as fused
-
-    return fused.gated_rms_norm(*args, **kwargs)
-
-
-def _fused_gated_norm_takes(x: Tensor, *others: Any, **options: Any) -> bool:
+def _takes_width(x: Tensor, *others: Any, **options: Any) -> bool:
     """Heads up to 256 wide: a program has whole heads in registers."""
     return x.shape[-1] <= 256
 
 
-def _fused_cross_entropy_(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import cross_entropy as fused
+def _operation(
+    op: str,
+    in_torch: ModuleType,
+    fused: str,
+    takes: Callable[..., bool] = _takes_everything,
+    *,
+    begins: bool = False,
+) -> tuple[str, tuple[Backend, ...]]:
+    """Its name and its backends: functions of that name in a module of fused kernels, one in torch, and ``reference``.
 
-    return fused.cross_entropy_(*args, **kwargs)
+    Args:
+        op: the operation.
+        in_torch: the module in torch.
+        fused: name of the module in ``triton/``.
+        takes: which calls that one covers.
+        begins: whether it takes a ``state`` that is on its way.
+    """
+
+    def run_fused(*args: Any, **kwargs: Any) -> Any:
+        # Only now: Triton takes a second to import.
+        module = importlib.import_module(f"linear_moe.kernels.triton.{fused}")
+        return getattr(module, op)(*args, **kwargs)
+
+    return op, (
+        Backend("triton", run_fused, _fused, takes, begins),
+        Backend("chunked", getattr(in_torch, op), _always, begins=True),
+        Backend("reference", getattr(reference, op), _when_asked),
+    )
 
 
-def _fused_spread_rows(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import rows as fused
-
-    return fused.spread_rows(*args, **kwargs)
-
-
-def _fused_collect_rows(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import rows as fused
-
-    return fused.collect_rows(*args, **kwargs)
-
-
-def _fused_weighted_swiglu(*args: Any, **kwargs: Any) -> Any:
-    from linear_moe.kernels.triton import swiglu as fused
-
-    return fused.weighted_swiglu(*args, **kwargs)
-
-
-BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "diag_decay": _backends(
-        chunked_diag.diag_decay,
-        reference.diag_decay,
-        Backend("triton", _fused_diag_decay, _fused, _fused_diag_decay_takes, begins=True),
-    ),
-    "delta_rule": _backends(
-        chunked_delta.delta_rule,
-        reference.delta_rule,
-        Backend("triton", _fused_delta_rule, _fused, begins=True),
-    ),
-    "diag_decay_segment": _backends(
-        chunked_diag.diag_decay_segment,
-        reference.diag_decay_segment,
-        Backend("triton", _fused_diag_decay_segment, _fused, _fused_diag_decay_segment_takes),
-    ),
-    "delta_rule_segment": _backends(
-        chunked_delta.delta_rule_segment,
-        reference.delta_rule_segment,
-        Backend("triton", _fused_delta_rule_segment, _fused),
-    ),
-    "dplr_delta_rule": _backends(
-        chunked_dplr.dplr_delta_rule,
-        reference.dplr_delta_rule,
-        Backend("triton", _fused_dplr_delta_rule, _fused, begins=True),
-    ),
-    "dplr_delta_rule_segment": _backends(
-        chunked_dplr.dplr_delta_rule_segment,
-        reference.dplr_delta_rule_segment,
-        Backend("triton", _fused_dplr_delta_rule_segment, _fused),
-    ),
-    "short_conv": _backends(
-        conv.short_conv,
-        reference.short_conv,
-        Backend("triton", _fused_short_conv, _fused, _fused_short_conv_takes),
-    ),
-    "gated_rms_norm": _backends(
-        gated_norm.gated_rms_norm,
-        reference.gated_rms_norm,
-        Backend("triton", _fused_gated_norm, _fused, _fused_gated_norm_takes),
-    ),
-    "cross_entropy_": _backends(
-        cross_entropy.cross_entropy_,
-        reference.cross_entropy_,
-        Backend("triton", _fused_cross_entropy_, _fused),
-    ),
-    "spread_rows": _backends(
-        rows.spread_rows, reference.spread_rows, Backend("triton", _fused_spread_rows, _fused)
-    ),
-    "collect_rows": _backends(
-        rows.collect_rows, reference.collect_rows, Backend("triton", _fused_collect_rows, _fused)
-    ),
-    "weighted_swiglu": _backends(
-        swiglu.weighted_swiglu,
-        reference.weighted_swiglu,
-        Backend("triton", _fused_weighted_swiglu, _fused),
-    ),
-}
+BACKENDS: dict[str, tuple[Backend, ...]] = dict(
+    [
+        _operation("diag_decay", chunked_diag, "diag", _takes_decay, begins=True),
+        _operation("delta_rule", chunked_delta, "delta", begins=True),
+        _operation("dplr_delta_rule", chunked_dplr, "dplr", begins=True),
+        _operation("diag_decay_segment", chunked_diag, "diag_segment", _takes_segment_decay),
+        _operation("delta_rule_segment", chunked_delta, "delta_segment"),
+        _operation("dplr_delta_rule_segment", chunked_dplr, "dplr_segment"),
+        _operation("short_conv", conv, "short_conv", _takes_taps),
+        _operation("gated_rms_norm", gated_norm, "gated_norm", _takes_width),
+        _operation("cross_entropy_", cross_entropy, "cross_entropy"),
+        _operation("spread_rows", rows, "rows"),
+        _operation("collect_rows", rows, "rows"),
+        _operation("weighted_swiglu", swiglu, "swiglu"),
+    ]
+)
 
 
 def pick(

@@ -28,12 +28,12 @@ def test_a_folder_has_its_own_mixers_only():
     assert set(bundle(())) < set(files)
 
 
-def test_only_the_kernels_and_the_fused_ones_are_imported_from_the_package():
+def test_only_the_kernels_are_imported_from_the_package():
     files = bundle(tuple(lsm.names()))
     inside = {
         name for name, text in files.items() if any(m.startswith("linear_moe") for m in imports_of(text))
     }
-    assert inside == {"kernels", "kernels_dispatch"}
+    assert inside == {"kernels"}
     assert not any("triton" in name for name in files)
 
 

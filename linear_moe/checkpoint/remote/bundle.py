@@ -9,6 +9,7 @@ the mixers of this model, and ``kernels.py``, which prefers the kernels of an in
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -70,7 +71,15 @@ def bundle(kinds: tuple[str, ...]) -> dict[str, str]:
     files[flat(ENTRY[0])] += LISTED + "".join(
         f"    from .{name} import *\n" for name in sorted({*files} - entries)
     )
+    files[flat(ENTRY[1])] += _digest(files)
     return files
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    """Ends the config's file: transformers takes folders of one name whose configs have the same code for one model,
+    and would build the second one from the files of the first."""
+    text = "".join(text for _, text in sorted(files.items()))
+    return f"\n# The code of this folder: {hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
 
 
 def flat(module: str) -> str:
@@ -104,7 +113,7 @@ def _imports(source: str, mixers: set[str]) -> Iterator[tuple[ast.ImportFrom, _N
             assert not any(alias.name.split(".")[0] == PACKAGE for alias in node.names), ast.unparse(node)
         elif isinstance(node, ast.ImportFrom) and node.module:
             inside = node.module == PACKAGE or node.module.startswith(f"{PACKAGE}.")
-            if (inside or node.module in mixers) and not _is_fused(node.module):
+            if inside or node.module in mixers:
                 yield node, _Names(node, mixers)
 
 
@@ -123,12 +132,6 @@ def _rewritten(module: str, source: str, mixers: set[str]) -> str:
         assert node.end_lineno is not None
         # As many entries as before: the other statements stay where they were found.
         lines[node.lineno - 1 : node.end_lineno] = ["\n".join(new)] + [""] * (node.end_lineno - node.lineno)
-    for fused in _fused_imports(source):
-        # transformers wants every package that a file imports, but for those in a try.
-        indent, statement = " " * fused.col_offset, ast.unparse(fused)
-        guarded = f"{indent}try:\n{indent}    {statement}\n{indent}except ImportError:\n{indent}    raise"
-        assert fused.end_lineno is not None
-        lines[fused.lineno - 1 : fused.end_lineno] = [guarded] + [""] * (fused.end_lineno - fused.lineno)
     text = "\n".join(lines)
     return f"{_header(f'{module.replace(".", "/")}.py')}{_without_gaps(text)}\n"
 
@@ -176,16 +179,6 @@ def _lsm_file(source: str, mixers: set[str]) -> str:
 
 def _header(source: str) -> str:
     return f"# Written by the export of linear_moe, from {source}: change it there.\n"
-
-
-def _is_fused(module: str) -> bool:
-    """Fused kernels stay in the package: this folder holds what runs anywhere."""
-    return module.startswith(f"{PACKAGE}.kernels.triton")
-
-
-def _fused_imports(source: str) -> list[ast.ImportFrom]:
-    nodes = ast.walk(ast.parse(source))
-    return [node for node in nodes if isinstance(node, ast.ImportFrom) and _is_fused(node.module or "")]
 
 
 def _is_module(name: str) -> bool:
