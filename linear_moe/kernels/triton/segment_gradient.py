@@ -137,9 +137,8 @@ def segment_gradient_kernel(
             p_dz = dz + (past + i_C[:, None]) * (num_heads * Z) + i_Z[None, :]
             tl.store(p_dz, b_dz.to(dtype), mask=m_out[:, None] & m_Z[None, :])
             b_dy = tl.dot(b_z, tl.trans(high), b_dy, input_precision="ieee")
-            if (
-                HAS_DECAY_GRADIENT and DECAY != 3 and dtype != tl.float32
-            ):  # it sums all of dS, rounded alike in all tokens
+            # The gradient of a decay sums all of dS, which is rounded alike in all tokens.
+            if HAS_DECAY_GRADIENT and DECAY != 3 and dtype != tl.float32:
                 b_dy = tl.dot(b_z, tl.trans(low), b_dy, input_precision="ieee")
         if DECAY != 0:
             b_dy = b_dy * factor

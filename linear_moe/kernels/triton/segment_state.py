@@ -154,9 +154,8 @@ def after_kernel(
         is_chunk = i_M >= begin
         i_tile = (i_M[:, None].to(tl.int64) * num_heads + head) * W + i_W[None, :]
         m_next = (is_chunk & (i_M + 1 < end))[:, None] & m_W[None, :]
-        b_next = tl.load(
-            totals + num_heads * W + i_tile, mask=m_next, other=0.0
-        )  # [BM, BW], of the chunk after
+        # [BM, BW], of the chunk after
+        b_next = tl.load(totals + num_heads * W + i_tile, mask=m_next, other=0.0)
         b_after = tl.cumsum(b_next, 0, reverse=True) + b_sum[None, :]
         tl.store(after + i_tile, b_after, mask=is_chunk[:, None] & m_W[None, :])
         b_sum += tl.sum(b_next, 0)

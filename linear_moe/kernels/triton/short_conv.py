@@ -16,7 +16,6 @@ Letters: B batch, T tokens, G groups of channels, D channels of a group, W width
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ class _Call:
             grid=(rows * num_runs, groups * triton.cdiv(group, BLOCK)),
             num_runs=rows * num_runs,
             num_documents=num_documents,
-            channels=prod((groups, group)),
+            channels=groups * group,
             width=width,
         )
 
