@@ -175,6 +175,13 @@ def every_file_needs_torch_and_transformers_only(folder: Path) -> None:
     assert reached == {file.name for file in files} - {"modeling_linear_moe.py"}
 
 
+def folders_of_one_name_are_two_models(folder: Path) -> None:
+    """``a/hf/iter_0000100`` and ``b/hf/iter_0000100``, of other mixers, in one process."""
+    for mixer in ("gla", "deltanet"):
+        model = opened(Path(shutil.copytree(folder.parent / mixer, folder.parent / f"of {mixer}" / "model")))
+        assert model(some_tokens()).logits.equal(opened(folder.parent / mixer)(some_tokens()).logits)
+
+
 def it_refuses(folder: Path) -> None:
     model, ids = opened(folder), some_tokens()
     cache = model(ids, use_cache=True).past_key_values
@@ -248,6 +255,7 @@ BEHAVIOURS = [
     a_new_model_starts,
     hidden_states_are_returned,
     every_file_needs_torch_and_transformers_only,
+    folders_of_one_name_are_two_models,
     it_refuses,
     fused_kernels_that_are_not_there_are_a_warning,
     installed_kernels_are_used,
