@@ -23,11 +23,11 @@ from linear_moe.kernels import Segment
 from linear_moe.kernels.arriving import Arriving
 from linear_moe.lsm import output
 from linear_moe.lsm.gating import init_dt_bias, unit, write_strength
-from linear_moe.lsm.mixer import Memory, Mixer
+from linear_moe.lsm.mixer import Memory, Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import one_of, positive
 from linear_moe.lsm.recurrence import DeltaRule
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import Parameter, Placement, Projection, widen
+from linear_moe.lsm.tables import widen
 
 
 def init_log_rate(x: Tensor) -> None:

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.mixer import Mixer, Placement, Projection
+from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import check_given, heads_in, one_of, positive
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import Parameter, widen
+from linear_moe.lsm.tables import widen
 
 
 @register("hgrn2")

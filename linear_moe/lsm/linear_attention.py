@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from linear_moe.lsm.feature_maps import FEATURE_MAPS, FeatureMap
-from linear_moe.lsm.mixer import Mixer
+from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.normalizer import NormalizedSum
 from linear_moe.lsm.options import kernel_width, one_of
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import Parameter, Placement, Projection, widen
+from linear_moe.lsm.tables import widen
 
 
 @register("linear_attention")

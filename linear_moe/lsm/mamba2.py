@@ -23,11 +23,11 @@ from torch import Tensor
 
 from linear_moe.lsm import output
 from linear_moe.lsm.gating import init_dt_bias, init_log_rate
-from linear_moe.lsm.mixer import Mixer, Placement, Projection
+from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import check_given, heads_in, kernel_width, one_of, positive, whole_width
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import Parameter, widen
+from linear_moe.lsm.tables import widen
 
 
 @register("mamba2")

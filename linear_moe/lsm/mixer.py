@@ -32,9 +32,9 @@ from torch import Tensor
 from linear_moe.kernels import Segment
 from linear_moe.lsm import output, split
 from linear_moe.lsm.options import check_types, one_of, positive, whole_width
-from linear_moe.lsm.tables import Memory, MixerState, Parameter, Placement, Projection, widen
+from linear_moe.lsm.tables import Memory, MixerState, Parameter, Placement, Projection
 
-__all__ = ["Memory", "MemorySource", "Mixer", "MixerState", "Parameter", "Placement", "Projection", "widen"]
+__all__ = ["Memory", "MemorySource", "Mixer", "MixerState", "Parameter", "Placement", "Projection"]
 
 MemorySource = Callable[[Sequence[Segment]], Memory]
 

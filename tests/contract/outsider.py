@@ -20,8 +20,9 @@ from torch import Tensor
 from linear_moe import kernels
 from linear_moe.kernels import reference
 from linear_moe.lsm import Mixer, Parameter, Placement, Projection
-from linear_moe.lsm.mixer import Memory, widen
+from linear_moe.lsm.mixer import Memory
 from linear_moe.lsm.options import kernel_width, positive
+from linear_moe.lsm.tables import widen
 
 
 class Outsider(Mixer):
