@@ -8,6 +8,12 @@ from linear_moe.model.pattern import pattern_of
 def check_heads(plan: RunPlan) -> None:
     """TP divides heads, key/value groups, feed-forward widths and, with latent attention, the compressed widths."""
     size, tp = plan.size, plan.settings.tp
+    if plan.settings.etp is not None and size.is_moe and _expert_width(plan) % plan.etp:
+        raise PreflightError(
+            f"ETP={plan.etp} does not fit {plan.family.name} {plan.size_name}.",
+            f"it has to divide the width of an expert, {_expert_width(plan)}.",
+            f"ETP={nearest(plan.etp, divisors(_expert_width(plan)))}, or ETP= (empty): TP",
+        )
     legal = [n for n in range(1, size.num_attention_heads + 1) if _tp_fits(plan, n)]
     if tp not in legal:
         widths = [_expert_width(plan)] if size.is_moe else []
@@ -19,7 +25,7 @@ def check_heads(plan: RunPlan) -> None:
         raise PreflightError(
             f"tensor parallel {tp} does not fit {plan.family.name} {plan.size_name}.",
             f"TP has to divide {size.num_attention_heads} heads{feed_forward}, and {groups}.",
-            f"TP={_nearest(tp, legal)} (legal: {_words(legal)})",
+            f"TP={nearest(tp, legal)} (legal: {_words(legal)})",
         )
 
 
@@ -69,7 +75,7 @@ def check_pipeline(plan: RunPlan) -> None:
         raise PreflightError(
             f"{layers} layers do not cut into PP {s.pp}{virtual} = {stages} equal stages: {draw_stages(plan)}",
             "every stage holds the same number of layers.",
-            f"PP={_nearest(s.pp, legal) if legal else 1} (legal: {_words(legal or [1])})"
+            f"PP={nearest(s.pp, legal) if legal else 1} (legal: {_words(legal or [1])})"
             + (", or VPP=1" if virtual else ""),
         )
 
@@ -124,11 +130,11 @@ def check_experts(plan: RunPlan) -> None:
             f"EXTRA_ARGS='--num-experts {experts} --moe-ffn-hidden-size {2 * plan.size.hidden_size}'",
         )
     if experts % ep:
-        legal = [n for n in range(1, experts + 1) if experts % n == 0]
+        legal = divisors(experts)
         raise PreflightError(
             f"{experts} experts cannot be dealt out to EP={ep}.",
             "every rank holds the same number of experts.",
-            f"EP={_nearest(ep, legal)} (legal: {_words(legal)})",
+            f"EP={nearest(ep, legal)} (legal: {_words(legal)})",
         )
     if plan.on_cpu and ep > 1 and plan.etp > 1:
         raise PreflightError(
@@ -282,7 +288,13 @@ def check_devices(plan: RunPlan) -> None:
             )
 
 
-def _nearest(wanted: int, legal: list[int]) -> int:
+def divisors(number: int) -> list[int]:
+    """All numbers that divide one."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def nearest(wanted: int, legal: list[int]) -> int:
+    """The legal number that is nearest to what was wanted; the larger of two."""
     return min(legal, key=lambda n: (abs(n - wanted), -n))
 
 

@@ -4,19 +4,18 @@ world = nodes x processes per node = TP x PP x CP x DP        experts: world = E
 """
 
 import re
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from linear_moe.checkpoint.hf_config import is_hf_folder
 from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_tokenizer
 from linear_moe.launch.environment import SMALLEST_GLOBAL_BATCH, RunSettings
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.instructions import Instructions
-from linear_moe.model.families import FAMILIES, FRACTIONS, SIZE_FLAGS, Family, ModelSize, padded_vocab_size
+from linear_moe.launch.size_flags import changed_size
+from linear_moe.model.families import FAMILIES, Family, ModelSize, padded_vocab_size
 from linear_moe.model.pattern import layer_kinds, pattern_of
 
 NULL_TOKENIZER = "null"
@@ -177,7 +176,7 @@ def plan_run(
         )
     family = families[settings.base_model]
     size_name, size = _named_size(settings, family)
-    size, extra_args = _apply_extra_args(size, settings.extra_args)
+    size, extra_args = changed_size(size, settings.extra_args)
     if "LAYER_TYPE_LIST" in from_checkpoint and len(settings.layer_type_list or "") != size.num_layers:
         raise _other_layers(settings, size.num_layers, by_size="MODEL_SIZE" not in from_checkpoint)
     try:
@@ -287,36 +286,6 @@ def _nearest(size_name: str, family: Family) -> str:
 
     near = difflib.get_close_matches(size_name, family.sizes, n=1, cutoff=0.3)
     return near[0] if near else family.default_size
-
-
-def _apply_extra_args(size: ModelSize, text: str) -> tuple[ModelSize, tuple[str, ...]]:
-    # `--num-layers 6` in EXTRA_ARGS is a change of the size, not an argument behind the checks' back.
-    fields = {flag: name for name, flag in SIZE_FLAGS.items()}
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise PreflightError(f"EXTRA_ARGS={text} cannot be split.", f"{error}.", "close the quotes") from None
-    changes: dict[str, Any] = {}
-    rest: list[str] = []
-    while words:
-        word = words.pop(0)
-        flag, _, value = word.partition("=")
-        if flag not in fields:
-            rest.append(word)
-            continue
-        value = value or (words.pop(0) if words else "")
-        try:
-            number = (float if fields[flag] in FRACTIONS else int)(value)
-        except ValueError:
-            number = 0
-        if not number > 0:
-            raise PreflightError(
-                f"{flag} {value} of EXTRA_ARGS is not a positive number.",
-                "it is a size of the model.",
-                f"{flag} {'1e-6' if fields[flag] in FRACTIONS else 8}",
-            )
-        changes[fields[flag]] = number
-    return replace(size, **changes), tuple(rest)
 
 
 def _tokenizer(settings: RunSettings) -> TokenizerInfo | None:

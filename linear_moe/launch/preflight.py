@@ -19,6 +19,7 @@ from linear_moe.launch.check_layout import (
     check_world,
 )
 from linear_moe.launch.check_mixers import check_mixers
+from linear_moe.launch.check_size import check_attention
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.hugging_face import check_hugging_face
 from linear_moe.launch.plan import RunPlan, mixer_prefixes
@@ -102,6 +103,7 @@ CHECKS: tuple[Callable[[RunPlan], None], ...] = (
     check_mixer_options,
     check_devices,
     check_nodes,
+    check_attention,
     check_heads,
     check_pipeline,
     check_sequence,

@@ -155,6 +155,29 @@ CASES = [
         GPUS_PER_NODE="3",
     ),
     case(
+        "expert_tensor_parallel",
+        """ETP=3 does not fit qwen2 tiny.
+  why: it has to divide the width of an expert, 64.
+  try: ETP=4, or ETP= (empty): TP""",
+        ETP="3",
+    ),
+    case(
+        "groups_of_heads",
+        """4 heads of qwen2 tiny do not make 3 equal groups.
+  why: the softmax layers share each key and value among the heads of a group.
+  try: EXTRA_ARGS='--num-attention-heads 4 --num-query-groups 4'""",
+        EXTRA_ARGS="--num-query-groups 3",
+        LAYER_TYPE_LIST="LN",
+    ),
+    case(
+        "channels_in_pairs",
+        """a head of qwen2 tiny has 3 channels, 3 of them with positions.
+  why: rotary positions of softmax layers turn channels in pairs.
+  try: EXTRA_ARGS='--kv-channels 4'""",
+        EXTRA_ARGS="--kv-channels 3",
+        LAYER_TYPE_LIST="N",
+    ),
+    case(
         "heads_too_many",
         """tensor parallel 8 does not fit qwen2 tiny.
   why: TP has to divide 4 heads and the feed-forward width 64, and to fit 4 key/value groups.
@@ -393,6 +416,21 @@ CASES = [
         EXTRA_ARGS="--num-layers -3",
     ),
     case(
+        "extra_args_of_latent_attention",
+        """EXTRA_ARGS holds --kv-lora-rank, which changes nothing here.
+  why: it is of latent attention, which this family has not.
+  try: leave it out""",
+        EXTRA_ARGS="--kv-lora-rank 512",
+    ),
+    case(
+        "extra_args_of_experts",
+        """EXTRA_ARGS holds --moe-router-topk, which changes nothing here.
+  why: it is of experts, which this model has not.
+  try: leave it out, or --num-experts 8 with it""",
+        EXTRA_ARGS="--moe-router-topk 2",
+        MODEL_SIZE="tiny-dense",
+    ),
+    case(
         "extra_args_quotes",
         """EXTRA_ARGS=--x 'y cannot be split.
   why: No closing quotation.
@@ -511,6 +549,8 @@ def test_message(cuda: int, variables: dict[str, str], text: str):
 
 def test_a_correct_run_has_no_message():
     assert message() == ""
+    assert message(EXTRA_ARGS="--ffn-hidden-size 0", MODEL_SIZE="tiny-dense") == "", "no feed-forward blocks"
+    assert message(EXTRA_ARGS="--num-query-groups 3 --kv-channels 3") == "", "no layer is softmax attention"
     assert (
         message(cuda=8, TP="2", PP="2", CP="1", EP="2", LAYER_TYPE_LIST="LLLN", GLOBAL_BATCH_SIZE="16") == ""
     )
