@@ -35,8 +35,10 @@ from linear_moe.inference.loop import Loop
 from linear_moe.inference.rebuild import single_process_arguments
 from linear_moe.inference.sampling import Sampling
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.megatron_args import training_arguments
+from linear_moe.launch.plan import RunPlan
 from linear_moe.model.builder import LinearMoEBuilder
-from linear_moe.model.families import FAMILIES, megatron_arguments, padded_vocab_size
+from linear_moe.model.families import FAMILIES
 from linear_moe.training import arguments
 
 POSITIONS = [1024 * 2**i for i in range(8)]
@@ -74,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure every model and write the report; returns 0, or 2 for a mistake."""
     args = parser().parse_args(argv)
     try:
-        kinds = {name: kinds_of(name, args) for name in args.models.split(",")}
+        plans = {name: plan_of(name, args) for name in args.models.split(",")}
     except PreflightError as error:
         sys.stderr.write(f"linear_moe.bench: {error}\n")
         return 2
@@ -87,8 +89,8 @@ def main(argv: Sequence[str]) -> int:
         "device": "CPU" if cpu.is_active() else torch.cuda.get_device_name(),
         "versions": versions("torch", "triton", "megatron-core"),
     }
-    for name in kinds:
-        for row in measure(name, kinds[name], args, until):
+    for name, plan in plans.items():
+        for row in measure(name, plan, args, until):
             say(f"{name} at {row['position']}: {decode_report.line(row)}")
             record.put({**about, **row}, ("model", "position", *SETTINGS))
         decode_report.write(record)
@@ -99,25 +101,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def kinds_of(name: str, args: argparse.Namespace) -> tuple[str, ...]:
-    """Of each layer; PreflightError where there is no such mixer, pattern or size."""
+def plan_of(name: str, args: argparse.Namespace) -> RunPlan:
+    """Of a model by its name; PreflightError where there is no such mixer, pattern or size."""
     mixer, _, pattern = name.partition(":")
     if mixer == SOFTMAX:
-        return plan_model(args.family, args.size, layer_type_list=pattern or "N").kinds
-    return plan_model(args.family, args.size, mixer, pattern or None).kinds
+        return plan_model(args.family, args.size, layer_type_list=pattern or "N")
+    return plan_model(args.family, args.size, mixer, pattern or None)
 
 
-def build(kinds: Sequence[str], args: argparse.Namespace) -> LoadedModel:
+def build(plan: RunPlan, dtype: torch.dtype) -> LoadedModel:
     """A model with random weights."""
-    family = FAMILIES[args.family]
-    size = family.sizes[args.size]
-    rows = padded_vocab_size(size.vocab_size + size.extra_vocab_size)
-    words = megatron_arguments(family, size)
-    words += ["--layer-kinds", ",".join(kinds), "--seq-length", "64", "--micro-batch-size", "1"]
-    words += ["--train-iters", "1", "--lr", "1e-4", "--mock-data", "--num-workers", "0"]
-    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
-    dtype = getattr(torch, args.dtype)
-    parsed = single_process_arguments(words, padded_vocab_size=rows, dtype=dtype)
+    rows = plan.padded_vocab_size
+    parsed = single_process_arguments(training_arguments(plan), padded_vocab_size=rows, dtype=dtype)
     parsed.perform_initialization = True
     config = arguments.model_config(parsed)
     join_single_process()
@@ -128,10 +123,10 @@ def build(kinds: Sequence[str], args: argparse.Namespace) -> LoadedModel:
     return LoadedModel(model.to(dtype).eval().requires_grad_(False), None, config, 0, rows, None)
 
 
-def measure(name: str, kinds: Sequence[str], args: argparse.Namespace, until: float) -> Iterator[Row]:
+def measure(name: str, plan: RunPlan, args: argparse.Namespace, until: float) -> Iterator[Row]:
     """All positions of one model that memory and time allow."""
     positions = [int(position) for position in args.positions.split(",")]
-    loaded = build(kinds, args)
+    loaded = build(plan, getattr(torch, args.dtype))
     weights = allocated()
     each = WARM + args.steps
     decoder = Decoder(loaded.model, args.batch, positions[-1] + each + 1)
