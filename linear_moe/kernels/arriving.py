@@ -2,34 +2,85 @@
 
 Under context parallelism the memory before a run comes from other ranks. An operation takes a function in the place of
 a ``state``; between the start of the all-gather and the call of that function it starts what depends on its tokens
-alone: the scores and triangular systems of its chunks, decays, what parts of the sequence do to any memory.
+alone: the scores and triangular systems of its chunks, decays, what parts of the sequence do to any memory. Backward it
+is the other way around: the gradient of the memory comes first, and while other ranks' are added to it, those of the
+tokens are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 State = Tensor | Callable[[], Tensor] | None
 """``[N, H, K, V]``, the memory before the first token; or a function that waits for it; or ``None``, an empty one."""
 
+Tensors = tuple[Tensor | None, ...]
 
-def meanwhile(state: State, begin: Callable[..., Any], *args: Any) -> tuple[Tensor | None, Any]:
-    """Start what needs no memory, if the memory is still on its way, then wait for it.
+
+@dataclass
+class Early:
+    """What an operation does while its memory is on its way."""
+
+    begun: Any
+    """Computed without autograd: a constant to the operation, whose backward pass is derived from its inputs."""
+    gradients: Callable[[], Tensors] | None = None
+    """Those of the tokens, which the backward pass has left for later."""
+
+
+def meanwhile(
+    state: State, begin: Callable[..., Any], tokens: Tensors, *options: Any
+) -> tuple[Tensor | None, Tensors, Early | None]:
+    """Start what needs no memory, ``begin(*tokens, *options)``, if the memory is still on its way; then wait for it.
 
     Returns:
-        The memory, and what ``begin(*args)`` returned, computed without autograd: constants to the function of
-        autograd that uses them, whose backward pass is derived from its inputs. ``None`` if there was no wait.
+        The memory; the tokens; and what was done early, ``None`` if there was no wait. With it, the backward pass of
+        the operation hands the gradients of its tokens to :func:`afterwards`.
     """
     if not callable(state):
-        return state, None
+        return state, tokens, None
     with torch.no_grad():
-        begun = begin(*args)
-    return state(), begun
+        early = Early(begin(*tokens, *options))
+    if torch.is_grad_enabled():
+        tokens = _Tokens.apply(early, *tokens)
+    return state(), tokens, early
+
+
+def afterwards(early: Early | None, gradients: Callable[[], Tensors], count: int) -> Tensors:
+    """The gradients of ``count`` tokens; or nothing yet, if they can wait until that of the memory is on its way."""
+    if early is None:
+        return gradients()
+    early.gradients = gradients
+    return (None,) * count
+
+
+class _Tokens(torch.autograd.Function):
+    """The tokens of an operation as they are, and their gradients as it left them.
+
+    Autograd runs first what was recorded last. This is recorded before the memory arrives, so it runs after the
+    memory's gradient has been sent, and before that is waited for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, early: Early, *tokens: Tensor | None) -> Tensors:
+        ctx.early = early
+        ctx.set_materialize_grads(False)
+        same = tuple(None if x is None else x.view_as(x) for x in tokens)
+        constants = [y for y, needed in zip(same, ctx.needs_input_grad[1:]) if not needed and y is not None]
+        ctx.mark_non_differentiable(*constants)
+        return same
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *nothing: None) -> tuple[Any, ...]:
+        gradients, ctx.early.gradients = ctx.early.gradients, None
+        return None, *gradients()
 
 
 class Arriving(Sequence[Tensor]):

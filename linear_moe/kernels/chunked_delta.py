@@ -16,7 +16,7 @@ N documents. Sources: arXiv:2406.06484 section 3, arXiv:2412.06464 section 3.3 (
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from linear_moe.kernels.arriving import State
 from linear_moe.kernels.chunked_diag import per_token
 from linear_moe.kernels.chunks import Chunks, carry_states, cut
 from linear_moe.kernels.decay import Decays, blocks_below, merge_blocks, repeat_heads, scores
-from linear_moe.kernels.recompute import ScanCore, recompute, recompute_scan
+from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.recompute_scan import Scan, recompute_scan
 from linear_moe.kernels.segment import Segment
 
 
@@ -43,9 +44,9 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.delta_rule`."""
     chunks = cut(k, cu_seqlens)
-    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks))
     tokens = (q, k, v, beta, per_token(log_decay, v))
-    return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (), state))
+    scan = Scan(partial(_begin, scale), partial(read_memory, chunks), chunks, len(tokens))
+    return recompute_scan(scan, tokens, state)
 
 
 def delta_rule_segment(

@@ -17,7 +17,8 @@ from torch import Tensor
 from linear_moe.kernels.arriving import State
 from linear_moe.kernels.chunks import Chunks, carry_states, cut
 from linear_moe.kernels.decay import mix_values, repeat_heads, scores
-from linear_moe.kernels.recompute import ScanCore, recompute, recompute_scan
+from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.recompute_scan import Scan, recompute_scan
 from linear_moe.kernels.segment import Segment
 
 # Far below the exponent at which exp() is 0 in any dtype, and finite: -inf times the 0 that starts a document is NaN.
@@ -38,9 +39,9 @@ def diag_decay(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.diag_decay`."""
     chunks = cut(k, cu_seqlens)
-    core = ScanCore(partial(_begin, scale), partial(_finish, chunks))
     tokens = (q, k, v, per_token(log_decay, v), log_decay_v)
-    return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (bonus,), state))
+    scan = Scan(partial(_begin, scale), partial(_finish, chunks), chunks, len(tokens))
+    return recompute_scan(scan, (*tokens, bonus), state)
 
 
 def diag_decay_segment(

@@ -20,7 +20,6 @@ N documents. Sources: arXiv:2503.14456 (the rule), arXiv:2406.06484 section 3 (W
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,7 +35,8 @@ from linear_moe.kernels.chunked_delta import (
 from linear_moe.kernels.chunked_diag import per_token
 from linear_moe.kernels.chunks import Chunks, cut
 from linear_moe.kernels.decay import Decays, repeat_heads, scores
-from linear_moe.kernels.recompute import ScanCore, recompute, recompute_scan
+from linear_moe.kernels.recompute import recompute
+from linear_moe.kernels.recompute_scan import Scan, recompute_scan
 from linear_moe.kernels.segment import Segment
 
 
@@ -54,9 +54,9 @@ def dplr_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.dplr_delta_rule`."""
     chunks = cut(k, cu_seqlens)
-    core = ScanCore(partial(_begin, scale), partial(read_memory, chunks))
     tokens = (q, k, v, a, b, per_token(log_decay, v))
-    return cast(tuple[Tensor, Tensor], recompute_scan(core, chunks, tokens, (), state))
+    scan = Scan(partial(_begin, scale), partial(read_memory, chunks), chunks, len(tokens))
+    return recompute_scan(scan, tokens, state)
 
 
 def dplr_delta_rule_segment(

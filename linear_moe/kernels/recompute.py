@@ -9,14 +9,12 @@ Letters: B batch, T tokens, H heads, L chunks, C tokens in a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.arriving import State, meanwhile
 from linear_moe.kernels.autocast import without_autocast
 from linear_moe.kernels.chunks import Chunks
 
@@ -38,55 +36,20 @@ def recompute(
         What ``core`` returns, the first one as ``[B, T, H, ...]`` in the dtype of ``tokens[0]``. ``core``
         computes in float32, or in float64 when ``tokens[0]`` is float64: all it gets is of that dtype.
     """
-    return _Recompute.apply(core, None, chunks, len(tokens), *tokens, *others)
-
-
-@dataclass(frozen=True)
-class ScanCore:
-    """A core in two parts: ``begin`` gets all inputs but the last, the memory, and ``finish`` its result and that."""
-
-    begin: Callable[..., Any]
-    finish: Callable[[Any, Tensor | None], tuple[Tensor | None, ...]]
-
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Both."""
-        return self.finish(self.begin(*inputs[:-1]), inputs[-1])
-
-
-def recompute_scan(
-    core: ScanCore,
-    chunks: Chunks,
-    tokens: Sequence[Tensor | None],
-    others: Sequence[Tensor | None],
-    state: State,
-) -> tuple[Tensor | None, ...]:
-    """``recompute(core, chunks, tokens, (*others, state))``; while ``state`` is on its way, ``core`` begins."""
-    state, begun = meanwhile(state, _begin, core, chunks, len(tokens), (*tokens, *others))
-    return _Recompute.apply(core, begun, chunks, len(tokens), *tokens, *others, state)
-
-
-def _begin(core: ScanCore, chunks: Chunks, num_token_inputs: int, inputs: Sequence[Tensor | None]) -> Any:
-    assert inputs[0] is not None
-    with without_autocast(inputs[0].device):
-        return core.begin(*_enter(chunks, num_token_inputs, inputs))
+    return _Recompute.apply(core, chunks, len(tokens), *tokens, *others)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, core: Any, begun: Any, chunks: Chunks | None, num_token_inputs: int, *inputs: Tensor | None
+        ctx: Any, core: Core, chunks: Chunks | None, num_tokens: int, *inputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        ctx.core, ctx.chunks, ctx.num_token_inputs = core, chunks, num_token_inputs
+        ctx.core, ctx.chunks, ctx.num_tokens = core, chunks, num_tokens
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         assert inputs[0] is not None
         with without_autocast(inputs[0].device):
-            if begun is None:
-                output, *others = core(*_enter(chunks, num_token_inputs, inputs))
-            else:
-                state = inputs[-1]
-                wide = None if state is None else _split(None, state.detach(), _dtype(inputs))
-                output, *others = core.finish(begun, wide)
+            output, *others = core(*enter(chunks, num_tokens, inputs))
         if output is not None:
             output = _join(chunks, output, inputs[0].dtype)
         return output, *others
@@ -95,46 +58,61 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[3:]
         with without_autocast(inputs[0].device):
-            local = _enter(ctx.chunks, ctx.num_token_inputs, inputs)
-            for x, is_needed in zip(local, needed):
-                if x is not None:
-                    x.requires_grad_(is_needed)
+            local = enter(ctx.chunks, ctx.num_tokens, inputs, needed)
             with torch.enable_grad():
                 outputs = ctx.core(*local)
             first = None if grads[0] is None else _split(ctx.chunks, grads[0], local[0].dtype)
-            pairs = [(out, grad) for out, grad in zip(outputs, (first, *grads[1:])) if grad is not None]
-            pairs = [(out, grad) for out, grad in pairs if out is not None and out.requires_grad]
-            wanted = [x for x, is_needed in zip(local, needed) if is_needed]
-            found = iter(
-                torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], allow_unused=True)
-                if pairs
-                else [None] * len(wanted)
-            )
-        grad_inputs = []
-        for position, (x, is_needed) in enumerate(zip(inputs, needed)):
-            grad = next(found) if is_needed else None
-            if grad is not None:
-                is_token = position < ctx.num_token_inputs
-                grad = _join(ctx.chunks if is_token else None, grad, x.dtype)
-            grad_inputs.append(grad)
-        return None, None, None, None, *grad_inputs
+            found = gradients(outputs, (first, *grads[1:]), local)
+        return None, None, None, *leave(ctx.chunks, ctx.num_tokens, inputs, found)
 
 
-def _enter(chunks: Chunks | None, num_token_inputs: int, inputs: Sequence[Tensor | None]) -> list[Any]:
-    """Cut and cast the inputs. Detached, and new tensors where that matters to ``requires_grad_``."""
-    dtype = _dtype(inputs)
+def enter(
+    chunks: Chunks | None,
+    num_tokens: int,
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool] | None = None,
+) -> list[Any]:
+    """Cut the first ``num_tokens`` inputs into chunks, and cast all. Detached; those ``needed`` want gradients."""
+    assert inputs[0] is not None
+    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
     local: list[Tensor | None] = []
     for position, x in enumerate(inputs):
-        is_token = position < num_token_inputs
-        local.append(None if x is None else _split(chunks if is_token else None, x.detach(), dtype))
+        is_token = position < num_tokens
+        y = None if x is None else _split(chunks if is_token else None, x.detach(), dtype)
+        if y is not None and needed is not None:
+            y.requires_grad_(needed[position])
+        local.append(y)
     return local
 
 
-def _dtype(inputs: Sequence[Tensor | None]) -> torch.dtype:
-    assert inputs[0] is not None
-    return torch.promote_types(inputs[0].dtype, torch.float32)
+def gradients(
+    outputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Those of ``inputs`` that want one, from those of ``outputs`` where there are any."""
+    given = [(y, dy) for y, dy in zip(outputs, grads) if y is not None and dy is not None and y.requires_grad]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not given or not wanted:
+        return [None] * len(inputs)
+    ys, dys = zip(*given)
+    found = iter(torch.autograd.grad(ys, wanted, dys, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def leave(
+    chunks: Chunks | None,
+    num_tokens: int,
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The inverse of :func:`enter`, for gradients of ``inputs``."""
+    found: list[Tensor | None] = []
+    for position, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
+        is_token = position < num_tokens
+        assert grad is None or x is not None
+        found.append(None if grad is None else _join(chunks if is_token else None, grad, x.dtype))  # type: ignore
+    return found
 
 
 def _split(chunks: Chunks | None, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.arriving import State, meanwhile
+from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.triton.delta_launch import DeltaChunks, Solved
 from linear_moe.kernels.triton.layout import of_groups, rows_together
 
@@ -37,9 +37,9 @@ def delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.delta_rule`; float32, float16 and bfloat16."""
-    scale = float(scale)
-    state, begun = meanwhile(state, _Begun.of, q, k, v, beta, log_decay, cu_seqlens, scale)
-    return _DeltaRule.apply(q, k, v, beta, log_decay, state, cu_seqlens, scale, begun)
+    options = cu_seqlens, float(scale)
+    memory, tokens, early = meanwhile(state, _Begun.of, (q, k, v, beta, log_decay), *options)
+    return _DeltaRule.apply(*tokens, memory, *options, early)
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class _DeltaRule(torch.autograd.Function):
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: float,
-        begun: _Begun | None,
+        early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = begun or _Begun.of(q, k, v, beta, log_decay, cu_seqlens, scale)
+        begun = early.begun if early else _Begun.of(q, k, v, beta, log_decay, cu_seqlens, scale)
         q, k, v, chunks, solved = begun.q, begun.k, begun.v, begun.chunks, begun.solved
         initial = None if state is None else state.float().contiguous()
         states, errors, final, maps = chunks.forward(solved, v, beta, initial, begun.actions)
         o = chunks.output(solved, states, errors)
 
-        ctx.chunks = chunks
+        ctx.chunks, ctx.early = chunks, early
         ctx.dtypes = beta.dtype, None if state is None else state.dtype
         ctx.save_for_backward(q, k, v, beta, states, errors, maps, *solved.tensors())
         ctx.set_materialize_grads(False)
@@ -107,8 +107,12 @@ class _DeltaRule(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()
         d_states, dv, d_initial = chunks.backward(solved, do, beta, d_final, maps)
-        gradients = chunks.gradients(q, k, do, beta, solved, errors, dv, states, d_states)
-        dq, dk, d_beta, d_decay = gradients
-        d_beta, d_initial = d_beta.to(ctx.dtypes[0]), d_initial.to(ctx.dtypes[1] or d_initial.dtype)
-        d_state = None if ctx.dtypes[1] is None else d_initial
-        return of_groups(dq, q), of_groups(dk, k), dv, d_beta, d_decay, d_state, None, None, None
+        d_state = None if ctx.dtypes[1] is None else d_initial.to(ctx.dtypes[1])
+        beta_dtype = ctx.dtypes[0]
+
+        def of_tokens() -> Tensors:
+            gradients = chunks.gradients(q, k, do, beta, solved, errors, dv, states, d_states)
+            dq, dk, d_beta, d_decay = gradients
+            return of_groups(dq, q), of_groups(dk, k), dv, d_beta.to(beta_dtype), d_decay
+
+        return *afterwards(ctx.early, of_tokens, 5), d_state, None, None, None

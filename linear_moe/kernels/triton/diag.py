@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.arriving import State, meanwhile
+from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.triton import configs, diag_vector
 from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
 from linear_moe.kernels.triton.diag_scan import scan_kernel
@@ -55,17 +55,18 @@ def diag_decay(
             log_decay = log_decay[..., None].expand(*v.shape[:3], k.shape[-1])
     if log_decay is not None and log_decay.ndim == 4:
         return diag_vector.decay_rows(q, k, v, log_decay, bonus, state, cu_seqlens, float(scale))
-    state, begun = meanwhile(state, _begin, k, v, log_decay, cu_seqlens, float(scale))
-    return _DiagDecay.apply(q, k, v, log_decay, state, cu_seqlens, float(scale), begun)
+    options = cu_seqlens, float(scale)
+    memory, tokens, early = meanwhile(state, _begin, (q, k, v, log_decay), *options)
+    return _DiagDecay.apply(*tokens, memory, *options, early)
 
 
 def _begin(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, _Scan, Local | None]:
-    """What needs no memory: k and v as kernels take them, sums of log decays, what segments do to any memory."""
-    k, v = rows_together(k), rows_together(v)
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, _Scan, Local | None]:
+    """What needs no memory: q, k and v as kernels take them, sums of log decays, what segments do to any memory."""
+    q, k, v = rows_together(q), rows_together(k), rows_together(v)
     scan = _Scan.plan(k, v, log_decay, cu_seqlens, scale)
-    return k, v, scan, scan.local_states(k, v)
+    return q, k, v, scan, scan.local_states(k, v)
 
 
 class _DiagDecay(torch.autograd.Function):
@@ -79,17 +80,17 @@ class _DiagDecay(torch.autograd.Function):
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: float,
-        begun: tuple[Tensor, Tensor, _Scan, Local | None] | None,
+        early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        q = rows_together(q)
-        k, v, scan, local = begun or _begin(k, v, log_decay, cu_seqlens, scale)
+        begun = early.begun if early else _begin(q, k, v, log_decay, cu_seqlens, scale)
+        q, k, v, scan, local = begun
         initial = None if state is None else state.float().contiguous()
         before, final = scan.states_between(local, initial, k, v)
         saved = scan.new_saved(k, v) if ctx.needs_input_grad[3] else None
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         scan.run(q, k, v, o, before, final=final, saved=saved, saves=saved is not None)
 
-        ctx.scan = scan
+        ctx.scan, ctx.early = scan, early
         ctx.dtypes = None if log_decay is None else log_decay.dtype, None if state is None else state.dtype
         ctx.save_for_backward(q, k, v, before, saved)
         ctx.set_materialize_grads(False)
@@ -106,25 +107,27 @@ class _DiagDecay(torch.autograd.Function):
         local = scan.local_states(q, do, reverse=True)
         after, d_state = scan.states_between(local, d_final, q, do, reverse=True)
 
-        parts = scan.new_parts(k, v) if needs_decay else None
-        dq: Tensor | None = None
-        dk: Tensor | None = None
         dv: Tensor | None = None
-        d_decay: Tensor | None = None
         if needs_v or (needs_state and not scan.layout.is_split):
             dv = torch.empty_like(v, memory_format=torch.contiguous_format)
             scan.run(k, q, do, dv, after, final=d_state, reverse=True)
-        if needs_q or needs_decay:
-            dq = _per_head(q, v)
-            scan.run(do, v, k, dq, before, is_transposed=True, x=q, parts=parts)
-        if needs_k or needs_decay:
-            dk = _per_head(k, v)
-            scan.run(v, do, q, dk, after, is_transposed=True, reverse=True, x=k, parts=parts, saved=saved)
-        if parts is not None:
-            d_decay = scan.decay_gradient(parts).to(ctx.dtypes[0])
         d_initial = d_state.to(ctx.dtypes[1]) if needs_state else None
-        dq, dk = (None if grad is None else of_groups(grad, x) for grad, x in ((dq, q), (dk, k)))
-        return dq, dk, dv, d_decay, d_initial, None, None, None
+        decay_dtype = ctx.dtypes[0]
+
+        def of_tokens() -> Tensors:
+            parts = scan.new_parts(k, v) if needs_decay else None
+            dq = _per_head(q, v) if needs_q or needs_decay else None
+            dk = _per_head(k, v) if needs_k or needs_decay else None
+            if dq is not None:
+                scan.run(do, v, k, dq, before, is_transposed=True, x=q, parts=parts)
+                dq = of_groups(dq, q)
+            if dk is not None:
+                scan.run(v, do, q, dk, after, is_transposed=True, reverse=True, x=k, parts=parts, saved=saved)
+                dk = of_groups(dk, k)
+            d_decay = None if parts is None else scan.decay_gradient(parts).to(decay_dtype)
+            return dq, dk, dv, d_decay
+
+        return *afterwards(ctx.early, of_tokens, 4), d_initial, None, None, None
 
 
 @dataclass(frozen=True)

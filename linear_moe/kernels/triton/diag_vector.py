@@ -16,13 +16,14 @@ chunks, C tokens in a chunk, L = B * T.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.arriving import State, meanwhile
+from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.triton.diag_vector_launch import Scaled, VectorScan
 from linear_moe.kernels.triton.layout import of_groups, rows_together
 from linear_moe.kernels.triton.states import Local
@@ -39,8 +40,9 @@ def decay_rows(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H, K]``, any strides."""
-    state, begun = meanwhile(state, _begin, q, k, v, log_decay, bonus, cu_seqlens, scale, True)
-    return _RowDecay.apply(q, k, v, log_decay, bonus, state, cu_seqlens, scale, begun)
+    options = cu_seqlens, scale, True
+    memory, tokens, early = meanwhile(state, partial(_begin, options), (q, k, v, log_decay, bonus))
+    return _RowDecay.apply(*tokens, memory, options, early)
 
 
 def decay_columns(
@@ -53,8 +55,13 @@ def decay_columns(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H, V]``, any strides."""
-    state, begun = meanwhile(state, _begin, q, k, v, log_decay, None, cu_seqlens, scale, False)
-    return _ColumnDecay.apply(q, k, v, log_decay, state, cu_seqlens, scale, begun)
+    options = cu_seqlens, scale, False
+    memory, tokens, early = meanwhile(state, partial(_begin, options), (q, k, v, log_decay))
+    return _ColumnDecay.apply(*tokens, memory, options, early)
+
+
+Options = tuple[Tensor | None, float, bool]
+"""``cu_seqlens``, the scale, and whether rows decay."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +78,9 @@ class _Begun:
 
 
 def _begin(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    decays_rows: bool,
+    options: Options, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor | None = None
 ) -> _Begun:
+    cu_seqlens, scale, decays_rows = options
     q, k, v = rows_together(q), rows_together(k), rows_together(v)
     u = None if bonus is None else bonus.float().contiguous()
     scan = VectorScan.plan(k, v, log_decay, u, cu_seqlens, scale, decays_rows=decays_rows)
@@ -100,17 +101,16 @@ class _RowDecay(torch.autograd.Function):
         log_decay: Tensor,
         bonus: Tensor | None,
         state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        begun: _Begun | None,
+        options: Options,
+        early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = begun or _begin(q, k, v, log_decay, bonus, cu_seqlens, scale, True)
+        begun = early.begun if early else _begin(options, q, k, v, log_decay, bonus)
         q, k, v, scan, scaled = begun.q, begun.k, begun.v, begun.scan, begun.scaled
         before, final = scan.states_between(begun.local, state)
         saved = scan.new_saved(v) if ctx.needs_input_grad[3] else None
         o = scan.rows(scaled, v, before, final, saved)
 
-        ctx.scan = scan
+        ctx.scan, ctx.early = scan, early
         ctx.dtypes = [None if x is None else x.dtype for x in (log_decay, bonus, state)]
         ctx.save_for_backward(q, k, v, before, saved, *scaled.tensors())
         ctx.set_materialize_grads(False)
@@ -126,15 +126,20 @@ class _RowDecay(torch.autograd.Function):
         assert scaled.x is not None
         local = scan.local_states(scaled.x, do, scaled.totals, reverse=True)
         after, d_state = scan.states_between(local, d_final, reverse=True)
-        scaled_dx, pairs = scan.columns(scaled, do, v, before)
         dv = scan.rows_back(scaled, do, after, d_state)
-        scaled_dy, through = scan.columns_back(scaled, do, v, after, saved)
-        gradients = scan.combine(q, k, pairs, scaled_dx, scaled_dy, through)
-        dq, dk, *others = (*gradients, d_state)
-        d_log, d_bonus, d_initial = (
-            None if x is None or dtype is None else x.to(dtype) for x, dtype in zip(others, ctx.dtypes)
-        )
-        return of_groups(dq, q), of_groups(dk, k), dv, d_log, d_bonus, d_initial, None, None, None
+        *dtypes, state_dtype = ctx.dtypes
+        d_initial = None if state_dtype is None else d_state.to(state_dtype)
+
+        def of_tokens() -> Tensors:
+            scaled_dx, pairs = scan.columns(scaled, do, v, before)
+            scaled_dy, through = scan.columns_back(scaled, do, v, after, saved)
+            dq, dk, *decays = scan.combine(q, k, pairs, scaled_dx, scaled_dy, through)
+            d_log, d_bonus = (
+                None if x is None or dtype is None else x.to(dtype) for x, dtype in zip(decays, dtypes)
+            )
+            return of_groups(dq, q), of_groups(dk, k), dv, d_log, d_bonus
+
+        return *afterwards(ctx.early, of_tokens, 5), d_initial, None, None
 
 
 class _ColumnDecay(torch.autograd.Function):
@@ -148,17 +153,16 @@ class _ColumnDecay(torch.autograd.Function):
         v: Tensor,
         log_decay: Tensor,
         state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        begun: _Begun | None,
+        options: Options,
+        early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = begun or _begin(q, k, v, log_decay, None, cu_seqlens, scale, False)
+        begun = early.begun if early else _begin(options, q, k, v, log_decay)
         q, k, v, scan, scaled = begun.q, begun.k, begun.v, begun.scan, begun.scaled
         before, final = scan.states_between(begun.local, state)
         read, pairs = scan.columns(scaled, q, k, before, final)
         o = scan.combine_forward(v, pairs, read)
 
-        ctx.scan = scan
+        ctx.scan, ctx.early = scan, early
         ctx.dtypes = log_decay.dtype, None if state is None else state.dtype
         ctx.save_for_backward(q, k, v, before, read, pairs)
         ctx.set_materialize_grads(False)
@@ -174,11 +178,17 @@ class _ColumnDecay(torch.autograd.Function):
         assert scaled.x is not None
         local = scan.local_states(q, scaled.x, scaled.totals, reverse=True)
         after, d_state = scan.states_between(local, d_final, reverse=True)
-        saved = scan.new_saved(v) if ctx.needs_input_grad[3] else None
-        dq = scan.rows(scaled, k, before, None, saved)
         dk = scan.rows_back(scaled, q, after, d_state)
-        scaled_dv, through = scan.columns_back(scaled, q, k, after, saved)
-        _, dv, d_log, _ = scan.combine(do, v, pairs, read, scaled_dv, through)
-        d_log = None if d_log is None else d_log.to(ctx.dtypes[0])
-        d_initial = None if ctx.dtypes[1] is None else d_state.to(ctx.dtypes[1])
-        return of_groups(dq, q), of_groups(dk, k), dv, d_log, d_initial, None, None, None
+        needs_decay = ctx.needs_input_grad[3]
+        decay_dtype, state_dtype = ctx.dtypes
+        d_initial = None if state_dtype is None else d_state.to(state_dtype)
+
+        def of_tokens() -> Tensors:
+            saved = scan.new_saved(v) if needs_decay else None
+            dq = scan.rows(scaled, k, before, None, saved)
+            scaled_dv, through = scan.columns_back(scaled, q, k, after, saved)
+            _, dv, d_log, _ = scan.combine(do, v, pairs, read, scaled_dv, through)
+            d_log = None if d_log is None else d_log.to(decay_dtype)
+            return of_groups(dq, q), of_groups(dk, k), dv, d_log
+
+        return *afterwards(ctx.early, of_tokens, 4), d_initial, None, None

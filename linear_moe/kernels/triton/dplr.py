@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.arriving import State, meanwhile
+from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.triton.dplr_launch import DplrChunks, Solved, per_row
 from linear_moe.kernels.triton.layout import of_groups, rows_together
 
@@ -37,9 +37,10 @@ def dplr_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`linear_moe.kernels.dplr_delta_rule`; float32, float16 and bfloat16."""
-    inputs = q, k, v, a, b, per_row(log_decay, k, v), cu_seqlens, float(scale)
-    state, begun = meanwhile(state, _Begun.of, *inputs)
-    return _Dplr.apply(*inputs, state, begun)
+    options = cu_seqlens, float(scale)
+    inputs = q, k, v, a, b, per_row(log_decay, k, v)
+    memory, tokens, early = meanwhile(state, _Begun.of, inputs, *options)
+    return _Dplr.apply(*tokens, memory, *options, early)
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,18 @@ class _Dplr(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         log_decay: Tensor,
+        state: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: float,
-        state: Tensor | None,
-        begun: _Begun | None,
+        early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = begun or _Begun.of(q, k, v, a, b, log_decay, cu_seqlens, scale)
+        begun = early.begun if early else _Begun.of(q, k, v, a, b, log_decay, cu_seqlens, scale)
         (q, k, v, a, b), chunks, solved = begun.tokens, begun.chunks, begun.solved
         initial = None if state is None else state.float().contiguous()
         states, w, final, maps = chunks.forward(solved, v, initial, begun.actions)
         o = chunks.read(solved, v, states, w)
 
-        ctx.chunks = chunks
+        ctx.chunks, ctx.early = chunks, early
         ctx.state_dtype = None if state is None else state.dtype
         ctx.save_for_backward(q, k, v, a, b, log_decay, states, w, maps, *solved.tensors())
         ctx.set_materialize_grads(False)
@@ -108,10 +109,13 @@ class _Dplr(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()
         d_states, z, d_initial = chunks.backward(solved, do, d_final, maps)
-        dv = chunks.read(solved, do, d_states, z, reverse=True)
-        tokens, memory = (q, k, a, b, log_decay), (w, z, states, d_states)
-        dq, dk, da, db, d_decay = chunks.gradients(tokens, solved, v, do, memory)
-        assert dq is not None and dk is not None
         d_state = None if ctx.state_dtype is None else d_initial.to(ctx.state_dtype)
-        grads = of_groups(dq, q), of_groups(dk, k), dv, of_groups(da, a), of_groups(db, b)
-        return *grads, d_decay, None, None, d_state, None
+
+        def of_tokens() -> Tensors:
+            dv = chunks.read(solved, do, d_states, z, reverse=True)
+            tokens, memory = (q, k, a, b, log_decay), (w, z, states, d_states)
+            dq, dk, da, db, d_decay = chunks.gradients(tokens, solved, v, do, memory)
+            assert dq is not None and dk is not None
+            return of_groups(dq, q), of_groups(dk, k), dv, of_groups(da, a), of_groups(db, b), d_decay
+
+        return *afterwards(ctx.early, of_tokens, 6), d_state, None, None, None
