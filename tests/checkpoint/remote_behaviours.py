@@ -135,6 +135,20 @@ def it_trains(folder: Path) -> None:
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-5)
 
 
+def it_trains_under_autocast(folder: Path) -> None:
+    """As Trainer does with ``bf16=True``: weights in float32, matrix products in bfloat16."""
+    ids = some_tokens()
+    for name in (folder.name, "mamba2", "mom_gla", "rwkv6"):
+        model = opened(folder.parent / name)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(ids, labels=ids)
+            model.generate(ids, max_new_tokens=2, pad_token_id=0)
+        out.loss.backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters()), name
+        exact = model(ids).logits
+        assert (out.logits.float() - exact).abs().mean() < 0.1 * exact.abs().mean(), name
+
+
 def half_precision_keeps_what_must_be_float32(folder: Path) -> None:
     model, ids = opened(folder, dtype=torch.bfloat16), some_tokens()
     kept = {name for name, x in model.named_parameters() if x.dtype == torch.float32}
@@ -251,6 +265,7 @@ BEHAVIOURS = [
     documents_in_a_row_are_read_alone,
     scores_do_not_depend_on_the_batch,
     it_trains,
+    it_trains_under_autocast,
     half_precision_keeps_what_must_be_float32,
     a_new_model_starts,
     hidden_states_are_returned,

@@ -133,8 +133,16 @@ class LinearMoeMixer(nn.Module):
             else:
                 assert first_value is not None, f"no earlier {self.kind} layer has run"
                 others[f"first_{mixer.first_value}"] = first_value
-        o_BTHV, new_state = mixer.mix(x_BTHW, others, w, self.place, state=state, cu_seqlens=cu_seqlens)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            x_BTHW = self._as_weights(x_BTHW)
+            others = {name: self._as_weights(x) for name, x in others.items()}
+            o_BTHV, new_state = mixer.mix(x_BTHW, others, w, self.place, state=state, cu_seqlens=cu_seqlens)
         return o_BTHV.flatten(2), first_value, dataclasses.replace(new_state, hidden=last_hidden)
+
+    def _as_weights(self, x: Tensor) -> Tensor:
+        """Not narrower than the weights, where autocast has made it so: a mixer gets all of one dtype."""
+        dtype = self.o_proj.weight.dtype
+        return x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x
 
     def _project(
         self, x_BTD: Tensor, w: dict[str, Tensor], state: MixerState | None, cu_seqlens: Tensor | None
@@ -144,7 +152,8 @@ class LinearMoeMixer(nn.Module):
         last_hidden, inputs = None, {}
         if mixer.token_shift:
             before_BTD, last_hidden = token_before(x_BTD, state, cu_seqlens)
-            inputs = mixer.inputs(x_BTD, before_BTD, w)
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                inputs = mixer.inputs(x_BTD, before_BTD, w)
 
         def projected(p: Projection, parts: int) -> Tensor:
             out: Tensor = getattr(self, p.name)(inputs.get(p.name, x_BTD))
@@ -155,7 +164,8 @@ class LinearMoeMixer(nn.Module):
         if grouped := mixer.grouped_projections():
             others["groups"] = torch.cat([projected(p, mixer.num_groups) for p in grouped], dim=-1)
         if isinstance(mixer, MixtureOfMemories):
-            _, weight_BTk, index_BTk = mixer.route(x_BTD, w)
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                _, weight_BTk, index_BTk = mixer.route(x_BTD, w)
             others |= {"hidden": x_BTD, "memory_weight": weight_BTk, "memory_index": index_BTk}
         return x_BTHW, others, last_hidden
 
