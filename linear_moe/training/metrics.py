@@ -93,7 +93,7 @@ class RunLog:
     ) -> None:
         self.run_dir, self.flops, self.loads = run_dir, flops, loads
         self._file: TextIO | None = None
-        self._evaluated = (0, "validation")
+        self._evaluated = (-1, "validation")
 
     def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's hook: the replacement, given the stock function."""
@@ -149,7 +149,10 @@ class RunLog:
         def noted(
             prefix: str, forward: Any, data: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
         ) -> Any:
-            self._evaluated = (iteration, "test" if prefix.endswith("test set") else "validation")
+            wanted = (iteration, "test" if prefix.endswith("test set") else "validation")
+            if self._evaluated == wanted:
+                return None  # at the end of a run, whose last step was one of those that are evaluated
+            self._evaluated = wanted
             return original(prefix, forward, data, model, iteration, *args, **kwargs)
 
         return noted
