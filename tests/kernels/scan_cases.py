@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -148,6 +149,15 @@ def gradients(
     grads = [grad.to(x) for grad, x in zip(drawn, outputs)]  # dtype and device
     found = torch.autograd.grad(outputs, list(leaves.values()), grads)
     return {f"grad {name}": grad for name, grad in zip(leaves, found)}
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 in float32; pytest's ``monkeypatch`` cannot take this flag back."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def poison_empty(monkeypatch: Any) -> None:

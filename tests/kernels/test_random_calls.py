@@ -6,6 +6,7 @@ On a machine with many cores, ``make test-gpu GPU_JOBS=8`` compiles in as many p
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from random_calls import LONG, PER_GEOMETRY, SMALL, judge
 from random_draw import NAMES, draw
 from random_scans import GATES
 from run_interpreted import run_interpreted
-from scan_cases import poison_empty
+from scan_cases import poison_empty, without_tf32
 from torch import Tensor
 
 from linear_moe import kernels
@@ -27,10 +28,11 @@ LONG_CASES = [0, 20, 30, 50, 80, 90]
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LINEAR_MOE_KERNELS", "triton")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     poison_empty(monkeypatch)
+    with without_tf32():
+        yield
 
 
 @pytest.mark.gpu

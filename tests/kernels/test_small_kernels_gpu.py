@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from scan_cases import poison_empty
+from scan_cases import poison_empty, without_tf32
 from torch import Tensor
 
 from linear_moe import kernels
@@ -98,10 +98,11 @@ def run(call: Call, module: Any, tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LINEAR_MOE_KERNELS", "triton")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     poison_empty(monkeypatch)
+    with without_tf32():
+        yield
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
