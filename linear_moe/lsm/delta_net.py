@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.gating import unit, write_strength
+from linear_moe.lsm.gating import activated, unit, write_strength
 from linear_moe.lsm.mixer import Mixer, Placement, Projection
 from linear_moe.lsm.options import one_of
 from linear_moe.lsm.recurrence import DeltaRule
@@ -55,11 +55,11 @@ class DeltaNet(DeltaRule):
     def projections(self) -> tuple[Projection, ...]:
         """q, k, v through the short convolution and the write strength logit b."""
         strength = (Projection("b", 1),) if self.cfg.use_beta else ()
-        return (*self.qkv(conv=self.cfg.conv_size > 0), *strength)
+        return (*self.qkv(), *strength)
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Normed q and k, write strength in float32."""
-        q, k, v = (p[name] if self.cfg.conv_size else F.silu(p[name]) for name in "qkv")
+        q, k, v = (activated(p[name], self.cfg.conv_size) for name in "qkv")
         norm = unit if self.cfg.qk_norm == "l2" else _sum_norm
         if self.cfg.use_beta:
             beta_BTH = write_strength(p["b"], self.cfg.allow_neg_eigval)

@@ -14,6 +14,7 @@ Source: arXiv:2412.06464, sections 3.1 and 3.4; initialisation of A_log and dt_b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +23,12 @@ from torch import Tensor
 from linear_moe.kernels import Segment
 from linear_moe.kernels.arriving import Arriving
 from linear_moe.lsm import output
-from linear_moe.lsm.gating import init_dt_bias, unit, write_strength
+from linear_moe.lsm.gating import activated, init_dt_bias, init_log_rate, unit, write_strength
 from linear_moe.lsm.mixer import Memory, Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import one_of, positive
 from linear_moe.lsm.recurrence import DeltaRule
 from linear_moe.lsm.registry import register
 from linear_moe.lsm.tables import widen
-
-
-def init_log_rate(x: Tensor) -> None:
-    """``A_log``: the logarithm of a rate drawn uniformly from (0, 16]."""
-    x.uniform_(0, 16).clamp_min_(1e-4).log_()
 
 
 @register("gated_deltanet")
@@ -69,7 +65,7 @@ class GatedDeltaNet(DeltaRule):
         """q, k, v through the short convolution, the decay logit a and the write strength logit b."""
         memories = self.cfg.values_per_key
         return (
-            *self.qkv(conv=self.cfg.conv_size > 0),
+            *self.qkv(),
             Projection("a", memories),
             Projection("b", memories),
         )
@@ -79,13 +75,13 @@ class GatedDeltaNet(DeltaRule):
         heads, memories = self.cfg.num_heads, self.cfg.values_per_key
         shape = (heads,) if memories == 1 else (heads, memories)
         return (
-            Parameter("A_log", shape, init_log_rate, keep_float32=True),
+            Parameter("A_log", shape, partial(init_log_rate, least=0.0), keep_float32=True),
             Parameter("dt_bias", shape, init_dt_bias, keep_float32=True),
         )
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Unit q and k of every head; values, decay and write strength (float32) of every memory."""
-        q, k, v = (p[name] if self.cfg.conv_size else F.silu(p[name]) for name in "qkv")
+        q, k, v = (activated(p[name], self.cfg.conv_size) for name in "qkv")
         a_BTM, b_BTM = (p[name].flatten(2) for name in "ab")
         rate_M, bias_M = widen(w["A_log"]).flatten().exp(), widen(w["dt_bias"]).flatten()
         log_decay_BTM = -rate_M * F.softplus(widen(a_BTM) + bias_M)

@@ -1,4 +1,4 @@
-"""Element-wise maths that several mixers' gates share: unit keys, decay from a rate and a step, write strength.
+"""Element-wise maths that several mixers' gates share: SiLU, unit keys, decay from a rate and a step, write strength.
 
     a_t    = exp(-exp(A_log) softplus(x_t + dt_bias))      A_log per head, dt_bias per head or per channel
     beta_t = sigmoid(b_t), or twice that
@@ -12,21 +12,27 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.kernels import gated_rms_norm
 from linear_moe.lsm.tables import widen
 
 
-def init_log_rate(x: Tensor) -> None:
-    """``A_log``: the logarithm of a rate drawn uniformly from (1, 16)."""
-    x.uniform_(1, 16).log_()
+def init_log_rate(x: Tensor, least: float = 1.0) -> None:
+    """``A_log``: the logarithm of a rate drawn uniformly from ``least`` to 16, and not below 1e-4."""
+    x.uniform_(least, 16).clamp_min_(1e-4).log_()
 
 
 def init_dt_bias(x: Tensor) -> None:
     """``dt_bias``: softplus of it is log-uniform between 0.001 and 0.1."""
     dt = x.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_min_(1e-4)
     x.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def activated(x: Tensor, conv_size: int) -> Tensor:
+    """SiLU, which the short convolution has applied already where there is one."""
+    return x if conv_size else F.silu(x)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class GatedLinearAttention(DiagonalDecay):
     def projections(self) -> tuple[Projection, ...]:
         """q, k, v and the low-rank decay gate."""
         gate = Projection("a", self.cfg.head_k_dim, bias=True, rank=self.cfg.gate_rank)
-        return (*self.qkv(conv=self.cfg.conv_size > 0), gate)
+        return (*self.qkv(), gate)
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """The log decay in float32: it is summed over the whole sequence."""

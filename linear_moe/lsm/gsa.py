@@ -63,7 +63,7 @@ class GatedSlotAttention(DiagonalDecay):
 
     def projections(self) -> tuple[Projection, ...]:
         """q, k, v and the logits f of the slots' gates."""
-        return (*self.qkv(conv=self.cfg.conv_size > 0), Projection("f", self.cfg.num_slots))
+        return (*self.qkv(), Projection("f", self.cfg.num_slots))
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Activate q, k and v; the log decay in float32, what a slot takes in from it."""

@@ -67,10 +67,7 @@ class HGRN2(DiagonalDecay):
 
     def projections(self) -> tuple[Projection, ...]:
         """Queries q, logits f of the forget gates and inputs i."""
-        cfg = self.cfg
-        widths = {"q": cfg.head_k_dim, "f": cfg.head_k_dim, "i": cfg.head_v_dim}
-        conv = cfg.conv_size > 0
-        return tuple(Projection(name, width, cfg.qkv_bias, conv=conv) for name, width in widths.items())
+        return self.qkv("qfi")
 
     def parameters(self) -> tuple[Parameter, ...]:
         """The table of lower bounds, of all layers of this mixer in one: equal steps to start with."""

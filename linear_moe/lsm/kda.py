@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.lsm.gating import init_dt_bias, init_log_rate, unit, write_strength
+from linear_moe.lsm.gating import activated, init_dt_bias, init_log_rate, unit, write_strength
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DeltaRule
@@ -64,7 +64,7 @@ class KimiDeltaAttention(DeltaRule):
     def projections(self) -> tuple[Projection, ...]:
         """q, k, v through the short convolution, the write strength logit b and the low-rank decay logit f."""
         decay = Projection("f", self.cfg.head_k_dim, rank=self._rank)
-        return (*self.qkv(conv=self.cfg.conv_size > 0), Projection("b", 1), decay)
+        return (*self.qkv(), Projection("b", 1), decay)
 
     def output_projections(self) -> tuple[Projection, ...]:
         """The output gate, low-rank too."""
@@ -82,7 +82,7 @@ class KimiDeltaAttention(DeltaRule):
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Unit q and k, decay and write strength in float32."""
-        q, k, v = (p[name] if self.cfg.conv_size else F.silu(p[name]) for name in "qkv")
+        q, k, v = (activated(p[name], self.cfg.conv_size) for name in "qkv")
         rate_H1 = widen(w["A_log"]).exp()[:, None]
         logit_BTHK = widen(p["f"]) + widen(w["dt_bias"])
         if self.cfg.lower_bound is None:

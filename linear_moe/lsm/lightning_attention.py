@@ -53,7 +53,7 @@ class LightningAttention(DiagonalDecay):
 
     def projections(self) -> tuple[Projection, ...]:
         """q, k and v."""
-        return self.qkv(conv=self.cfg.conv_size > 0)
+        return self.qkv()
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Map q and k; the log decay is a constant, without gradient."""

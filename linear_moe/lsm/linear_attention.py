@@ -63,7 +63,7 @@ class LinearAttention(NormalizedSum):
 
     def projections(self) -> tuple[Projection, ...]:
         """q, k and v."""
-        return self.qkv(conv=self.cfg.conv_size > 0)
+        return self.qkv()
 
     def parameters(self) -> tuple[Parameter, ...]:
         """The weights of a learned phi, the same for all heads."""

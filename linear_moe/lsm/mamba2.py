@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.lsm import output
-from linear_moe.lsm.gating import init_dt_bias, init_log_rate
+from linear_moe.lsm.gating import activated, init_dt_bias, init_log_rate
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import check_given, heads_in, kernel_width, one_of, positive, whole_width
 from linear_moe.lsm.recurrence import DiagonalDecay
@@ -126,10 +126,10 @@ class Mamba2(DiagonalDecay):
         """The step and the decay in float32; the step scales the values."""
         dt_BTH = F.softplus(widen(p["dt"]).squeeze(-1) + widen(w["dt_bias"]))
         dt_BTH = dt_BTH.clamp(self.cfg.dt_limit_min, self.cfg.dt_limit_max)
-        x_BTHV = self._activated(p["x"])
+        x_BTHV, b_BTGK, c_BTGK = (activated(p[name], self.cfg.conv_size) for name in "xbc")
         return {
-            "q": self._per_head(self._activated(p["c"]), place),
-            "k": self._per_head(self._activated(p["b"]), place),
+            "q": self._per_head(c_BTGK, place),
+            "k": self._per_head(b_BTGK, place),
             "v": (x_BTHV * dt_BTH.unsqueeze(-1)).to(x_BTHV.dtype),
             "log_decay": -widen(w["A_log"]).exp() * dt_BTH,
         }
@@ -138,7 +138,7 @@ class Mamba2(DiagonalDecay):
         self, o_BTHV: Tensor, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement
     ) -> Tensor:
         """Add the skip, gate, then norm over the heads of a group."""
-        y_BTHV = widen(o_BTHV) + widen(w["D"]).unsqueeze(-1) * self._activated(p["x"])
+        y_BTHV = widen(o_BTHV) + widen(w["D"]).unsqueeze(-1) * activated(p["x"], self.cfg.conv_size)
         gated = output.gate(y_BTHV, p.get("g"), self.cfg.output_gate)
         return output.norm(gated, w, self.cfg, self.num_norm_groups, place).to(o_BTHV.dtype)
 
@@ -156,9 +156,6 @@ class Mamba2(DiagonalDecay):
     def num_norm_groups(self) -> int:
         """The same groups."""
         return self.cfg.num_groups
-
-    def _activated(self, x: Tensor) -> Tensor:
-        return x if self.cfg.conv_size else F.silu(x)
 
     def _per_head(self, x_BTGK: Tensor, place: Placement) -> Tensor:
         """As the kernels take it: equal groups of heads share, or a copy for each head where a rank cuts a group."""

@@ -204,10 +204,11 @@ class Mixer:
 
     # ---- what follows ----
 
-    def qkv(self, *, conv: bool = False) -> tuple[Projection, ...]:
-        """The three projections most mixers start with."""
-        widths = {"q": self.cfg.head_k_dim, "k": self.cfg.head_k_dim, "v": self.cfg.head_v_dim}
-        return tuple(Projection(name, width, self.cfg.qkv_bias, conv=conv) for name, width in widths.items())
+    def qkv(self, names: str = "qkv") -> tuple[Projection, ...]:
+        """The three projections most mixers start with, through the short convolution if it is on."""
+        cfg = self.cfg
+        widths = zip(names, (cfg.head_k_dim, cfg.head_k_dim, cfg.head_v_dim), strict=True)
+        return tuple(Projection(name, n, cfg.qkv_bias, conv=cfg.conv_size > 0) for name, n in widths)
 
     def output_projections(self) -> tuple[Projection, ...]:
         """The output gate, if it is on."""

@@ -57,7 +57,7 @@ class QuadraticAttention(NormalizedSum):
 
     def projections(self) -> tuple[Projection, ...]:
         """q and k of ``feature_dim`` channels, and v."""
-        return self.qkv(conv=self.cfg.conv_size > 0)
+        return self.qkv()
 
     @property
     def normalizer_eps(self) -> float:

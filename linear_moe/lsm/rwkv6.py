@@ -61,7 +61,7 @@ class RWKV6(DiagonalDecay):
     def projections(self) -> tuple[Projection, ...]:
         """q, k, v and the low-rank decay logit w."""
         decay = Projection("w", self.cfg.head_k_dim, bias=True, rank=self.cfg.decay_rank, waist="tanh")
-        return (*self.qkv(conv=self.cfg.conv_size > 0), decay)
+        return (*self.qkv(), decay)
 
     def parameters(self) -> tuple[Parameter, ...]:
         """The bonus u, float32 in any model, and the maps of the token shift, which all heads share."""

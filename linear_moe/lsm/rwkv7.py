@@ -78,7 +78,7 @@ class RWKV7(DiagonalPlusLowRank):
         """q, k, v and, low-rank, the logits of decay, learning rate and share of the first value."""
         cfg, keys = self.cfg, self.cfg.head_k_dim
         return (
-            *self.qkv(conv=cfg.conv_size > 0),
+            *self.qkv(),
             Projection("w", keys, bias=True, rank=cfg.decay_rank, waist="tanh"),
             Projection("a", keys, bias=True, rank=cfg.iclr_rank),
             Projection("mix", cfg.head_v_dim, bias=True, rank=cfg.value_rank, after_first=True),

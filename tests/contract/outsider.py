@@ -50,7 +50,7 @@ class Outsider(Mixer):
 
     def projections(self) -> tuple[Projection, ...]:
         slots = Projection("s", self.cfg.num_slots, bias=True)
-        return (*self.qkv(conv=self.cfg.conv_size > 0), slots, Projection("c", self.cfg.head_v_dim, rank=2))
+        return (*self.qkv(), slots, Projection("c", self.cfg.head_v_dim, rank=2))
 
     def parameters(self) -> tuple[Parameter, ...]:
         return (

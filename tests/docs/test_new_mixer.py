@@ -146,7 +146,7 @@ def test_a_mixture_that_cannot_be_is_refused_with_the_reason(folder):
     """Before the start, which reads the file without importing it: memories share the query, and here is none."""
     path = folder / "my_package" / "scalar_decay.py"
     path.write_text(
-        path.read_text().replace("*self.qkv(conv=self.cfg.conv_size > 0)", 'Projection("v", 128)')
+        path.read_text().replace("*self.qkv()", 'Projection("v", 128)')
     )
     with as_before():
         found = message(MIXER_MODULES=MODULE, LA_MODULE="mom_scalar_decay")
