@@ -31,7 +31,8 @@ def check_data(plan: RunPlan) -> None:
         except FileNotFoundError as error:
             raise PreflightError(
                 f"DATASET_PATH={prefix}: there is no {error.filename}.",
-                "DATASET_PATH is the path of a .bin/.idx pair without its suffix, often ending in _text_document.",
+                "DATASET_PATH is the path of a .bin/.idx pair without its suffix, often ending in _text_document"
+                f"{'; a space separates two of them.' if ' ' in plan.settings.dataset_path else '.'}",
                 _data_hint(prefix),
             ) from None
         except CorruptDataError as error:
@@ -56,8 +57,11 @@ def check_data(plan: RunPlan) -> None:
 
 
 def _data_hint(prefix: str) -> str:
-    folder = Path(prefix).parent
-    found = sorted(path.with_suffix("").name for path in folder.glob("*.idx")) if folder.is_dir() else []
+    if any(Path(prefix + end).exists() for end in (".bin", ".idx")):
+        return "copy the other of the two files there, too"
+    folder = Path(prefix) if Path(prefix).is_dir() else Path(prefix).parent
+    indices = sorted(folder.glob("*.idx")) if folder.is_dir() else []
+    found = [path.with_suffix("").name for path in indices if path.with_suffix(".bin").exists()]
     if found:
         return f"DATASET_PATH={folder / found[0]}" + (
             f" (also there: {', '.join(found[1:4])})" if found[1:] else ""

@@ -101,7 +101,7 @@ def _data(plan: RunPlan) -> list[str]:
     else:
         flags = [
             "--data-path",
-            *s.dataset_path.split(),
+            *(s.dataset_path.split() if plan.blend_weights else plan.prefixes),
             "--data-cache-path",
             str(plan.run_dir.parent / "data_cache"),
         ]

@@ -321,6 +321,8 @@ def _recorded_tokenizer(settings: RunSettings) -> str:
 
 
 def _split_blend(dataset_path: str) -> tuple[list[float], list[str]]:
+    if Path(f"{dataset_path}.idx").exists():
+        return [], [dataset_path]  # one prefix, which may have spaces
     words = dataset_path.split()
     weights = []
     for word in words[0::2]:

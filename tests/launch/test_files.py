@@ -62,6 +62,22 @@ def test_missing_prefix(data: dict[str, str], tmp_path: Path):
     )
 
 
+def test_half_a_pair_a_folder_and_spaces(data: dict[str, str], tmp_path: Path):
+    shutil.copytree(tmp_path, tmp_path / "my data", ignore=shutil.ignore_patterns("my data"))
+    spaced = {**data, "DATASET_PATH": f"{tmp_path}/my data/mine"}
+    assert message(**spaced) == ""
+    flags = training_arguments(make_plan(**spaced))
+    assert flags[flags.index("--data-path") + 1 :][:2] == [spaced["DATASET_PATH"], "--data-cache-path"]
+    assert message(**{**data, "DATASET_PATH": f"{tmp_path}/"}).endswith(
+        f"\n  try: DATASET_PATH={tmp_path}/mine"
+    )
+    (tmp_path / "mine.bin").unlink()
+    assert f"there is no {tmp_path}/mine.bin." in message(**data)
+    assert message(**data).endswith("\n  try: copy the other of the two files there, too")
+    gone = message(**{**data, "DATASET_PATH": f"{tmp_path}/my data/gone"})
+    assert f"DATASET_PATH={tmp_path}/my: there is no" in gone and "; a space separates two of them." in gone
+
+
 def test_truncated_bin(data: dict[str, str], tmp_path: Path):
     with open(tmp_path / "mine.bin", "r+b") as stream:
         stream.truncate(1000)
