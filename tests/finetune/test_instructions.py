@@ -83,6 +83,25 @@ def test_what_follows_the_last_answer_is_left_out(tokenizer, tmp_path):
     assert samples.sample(0).tokens.tolist() == samples.sample(1).tokens.tolist()
 
 
+WITH_TOOLS = "{% if tools %}{{ '<|im_start|>tools\n' + tools[0].name + '<|im_end|>\n' }}{% endif %}" + CHATML
+
+
+def test_tools_are_in_the_prompt(tokenizer, tmp_path):
+    """Calls and what they return, too: the one is learned, the other not."""
+    call = {"role": "assistant", "content": "Lima?", "tool_calls": [{"name": "capital"}]}
+    messages = [CHAT["messages"][0], call, {"role": "tool", "content": "yes"}, CHAT["messages"][1]]
+    record = {"messages": messages, "tools": [{"name": "capital"}]}
+    samples = of_lines(tmp_path, tokenizer, [record, {"messages": messages}], template=WITH_TOOLS)
+    texts = [opened(tokenizer).decode(samples.sample(i).tokens) for i in range(2)]
+    assert texts[0] == "<|im_start|>tools\ncapital<|im_end|>\n" + texts[1]
+    for i in range(2):
+        assert learned_text(samples, tokenizer, i) == ["Lima?<|im_end|>", "Lima<|im_end|>"]
+    with pytest.raises(
+        ValueError, match=r"lines.jsonl:1 has tools, and the chat template does not write them"
+    ):
+        of_lines(tmp_path, tokenizer, [record])
+
+
 def test_an_instruction_is_a_question_and_its_answer(tokenizer, tmp_path):
     same = [
         {"instruction": "Add.", "input": "2 2", "output": "4"},
@@ -158,6 +177,7 @@ BAD = {
         {"messages": [*USER, {"role": "assistant"}]},
         "has no text under role and content in message 2",
     ),
+    "tools no list": ({**CHAT, "tools": "capital"}, "lines.jsonl:2 has tools that are no list of objects"),
     "no text": ({"instruction": 3, "output": "x"}, "lines.jsonl:2 has no text under 'instruction'"),
 }
 

@@ -23,7 +23,7 @@ from linear_moe.data.instructions.report import Report
 from linear_moe.data.instructions.template import ChatTemplate, Rendered
 from linear_moe.data.instructions.tokens import Sample, tokenize
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder."""
 
 _BATCH = 1024

@@ -2,6 +2,8 @@
 
 {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 {"instruction": "Add the numbers.", "input": "2 2", "output": "4"}         the same as user and assistant
+
+Beside ``messages`` a line may have ``tools``, which the chat template writes into the prompt.
 """
 
 import json
@@ -22,6 +24,8 @@ class Conversation:
     """As the chat template takes them: ``role``, ``content`` and what else the line has."""
     has_roles: bool
     """Whether the line held ``messages``; else it was an instruction."""
+    tools: list[dict[str, Any]] | None = None
+    """What the assistant may call, for the chat template."""
 
     @property
     def has_empty_answer(self) -> bool:
@@ -56,7 +60,8 @@ def _conversation(line: bytes, where: str) -> Conversation:
         why = f"every line is one JSON object, and this one is a {type(record).__name__}"
         raise _problem(where, "is no sample", why)
     if "messages" in record:
-        return Conversation(where, _messages(record["messages"], where), has_roles=True)
+        messages = _messages(record["messages"], where)
+        return Conversation(where, messages, has_roles=True, tools=_tools(record.get("tools"), where))
     if "instruction" in record and "output" in record:
         return Conversation(where, _turns(record, where), has_roles=False)
     raise _problem(
@@ -89,6 +94,13 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
     return turns
 
 
+def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        why = "each describes a function, as JSON schema"
+        raise _problem(where, "has tools that are no list of objects", why)
+    return tools or None
+
+
 def _turns(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     fields = {name: record.get(name, "") for name in ("instruction", "input", "output")}
     for name, value in fields.items():
@@ -100,5 +112,5 @@ def _turns(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": fields["output"]}]
 
 
-def _problem(where: str, what: str, why: str) -> ValueError:
-    return ValueError(f"{where} {what}\n  why: {why}\n  try: {EXAMPLE}")
+def _problem(where: str, what: str, why: str, instead: str = EXAMPLE) -> ValueError:
+    return ValueError(f"{where} {what}\n  why: {why}\n  try: {instead}")

@@ -73,6 +73,12 @@ class ChatTemplate:
                 f"  try: CHAT_TEMPLATE=<file with a Jinja template>, the tokenizer of a chat model, or samples with "
                 f"instruction and output"
             )
+        if sample.tools and "tools" not in self.source:
+            raise ValueError(
+                f"{sample.where} has tools, and the chat template does not write them\n"
+                f"  why: the model would learn to call what no prompt names\n"
+                f"  try: CHAT_TEMPLATE=<file with a Jinja template that has tools>, or lines without them"
+            )
         answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
         parts = [self._cut(sample, answers)]
         if parts[0] is None:
@@ -85,11 +91,11 @@ class ChatTemplate:
     def _cut(self, sample: Conversation, answers: list[int]) -> Rendered | None:
         """The text up to the last of the ``answers``, all of which are learned; ``None`` if it cannot be cut there."""
         messages, last = sample.messages[: answers[-1] + 1], answers[-1]
-        text = self._text(messages, sample.where)
+        text = self._text(sample, messages)
         pieces, done = [], 0
         for i in answers:
-            prompt = self._text(messages[:i], sample.where, prompt=True)
-            turn = self._text(messages[: i + 1], sample.where)
+            prompt = self._text(sample, messages[:i], prompt=True)
+            turn = self._text(sample, messages[: i + 1])
             if not (text.startswith(turn) and turn.startswith(prompt) and done <= len(prompt) < len(turn)):
                 return None
             turn = self._until_special(turn) if i < last else self._ended(turn)
@@ -97,18 +103,22 @@ class ChatTemplate:
             done = len(turn)
         return Rendered(tuple(pieces))
 
-    def _text(self, messages: list[dict[str, Any]], where: str, *, prompt: bool = False) -> str:
+    def _text(self, sample: Conversation, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
         if not messages:
             return ""
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
+                messages,
+                tools=sample.tools,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{where} does not fit the chat template: {error}\n"
+                f"{sample.where} does not fit the chat template: {error}\n"
                 f"  why: a template knows certain roles, in a certain order\n"
                 f"  try: other messages, or CHAT_TEMPLATE=<file with a Jinja template>"
             ) from None
