@@ -35,9 +35,9 @@ def sweep(run: Callable[[], Any], is_over: Callable[[], bool], is_smoke: bool) -
 
 def _tables() -> Iterator[tuple[ModuleType, str]]:
     """Every function of the configuration modules that gives warps and stages."""
-    from linear_moe.kernels.triton import configs, delta_configs
+    from linear_moe.kernels.triton import configs, delta_configs, dplr_configs
 
-    for module in (configs, delta_configs):
+    for module in (configs, delta_configs, dplr_configs):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             is_own = function.__module__ == module.__name__ and not name.startswith("_")
             result = typing.get_type_hints(function).get("return")
