@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import torch
 from random_calls import FULL, PER_GEOMETRY, SMALL, Call, Dice, Size, judge
-from random_scans import KINDS, SEGMENTS, scan
+from random_scans import KINDS, LOW_RANK, SEGMENTS, scan
 from random_small import OPERATIONS
 from scan_cases import poison_empty
 
@@ -33,7 +33,10 @@ HALVES = torch.bfloat16, torch.float32, torch.bfloat16, torch.float16
 
 
 def _plan() -> dict[str, tuple[Draw, torch.dtype]]:
-    """Of each geometry: every kind of every recurrence in four, of a segment in one, other operators in three."""
+    """Of each geometry: every kind of every recurrence in four, of a segment in one, other operators in three.
+
+    What came later is at the end, so that numbers stay the calls that they were.
+    """
     found: dict[str, tuple[Draw, torch.dtype]] = {}
 
     def add(operation: Draw, dtype: torch.dtype, *words: str) -> None:
@@ -45,11 +48,15 @@ def _plan() -> dict[str, tuple[Draw, torch.dtype]]:
             for kind in kinds:
                 add(partial(scan, op, kind), dtype, op, kind)
     for i, (op, family) in enumerate(SEGMENTS.items()):
-        for j, kind in enumerate(kind for kind in KINDS[family] if kind != "bonus"):
+        for j, kind in enumerate(kind for kind in KINDS.get(family, ()) if kind != "bonus"):
             add(partial(scan, op, kind), HALVES[(i + j) % 4], op, kind)
     for dtype in HALVES[1:]:
         for operation in OPERATIONS:
             add(operation, dtype, operation.__name__)
+    for dtype, kind in zip((*HALVES, *HALVES[1:]), (*["vector"] * 4, "none", "head", "scalar")):
+        add(partial(scan, LOW_RANK, kind), dtype, LOW_RANK, kind)
+    for dtype, kind in zip(HALVES[2:], ("vector", "scalar")):
+        add(partial(scan, f"{LOW_RANK}_segment", kind), dtype, f"{LOW_RANK}_segment", kind)
     return found
 
 

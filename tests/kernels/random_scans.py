@@ -14,7 +14,12 @@ KINDS = {
     "diag_decay": ("none", "head", "scalar", "vector", "bonus", "values"),
     "delta_rule": ("none", "head", "scalar", "vector"),
 }
-SEGMENTS = {"diag_decay_segment": "diag_decay", "delta_rule_segment": "delta_rule"}
+LOW_RANK = "dplr_delta_rule"
+SEGMENTS = {
+    "diag_decay_segment": "diag_decay",
+    "delta_rule_segment": "delta_rule",
+    "dplr_delta_rule_segment": LOW_RANK,
+}
 GATES = ("initial", "initial", "uniform", "strong", "none", "e^-30", "forget", "sudden", "uneven")
 BETAS = ("uniform", "uniform", "zero", "one", "either")
 
@@ -37,6 +42,8 @@ def scan(op: str, kind: str, dtype: torch.dtype, size: Size, dice: Dice) -> Call
     call.is_per_element = kind in ("vector", "bonus", "values")
     if family == "delta_rule":
         delta(call, dice)
+    if family == LOW_RANK:
+        low_rank(call, dice)
     decays(call, kind, dice)
     documents = dice.documents(num_tokens, size.documents) if is_packed else []
     if has_state and op == family:
@@ -48,7 +55,7 @@ def scan(op: str, kind: str, dtype: torch.dtype, size: Size, dice: Dice) -> Call
         call.options["scale"] = dice.own.choice([1.0, keys**-0.5])
         call.upstream = dice.own.choice(["both", "both", "o", "state out", "sum"])
     call.layouts = {name: dice.layout() for name in call.tensors if name not in ("state", "bonus")}
-    call.wide = frozenset(
+    call.wide |= frozenset(
         name for name in ("log_decay", "log_decay_v", "bonus", "state") if geometry.random() < 0.7
     )
     if dtype == torch.float32 and geometry.random() < 0.4:
@@ -71,16 +78,38 @@ def delta(call: Call, dice: Dice) -> None:
     """Keys of length one, all the same at times, and strengths."""
     call.tensors["k"] = F.normalize(call.tensors["k"], dim=-1)
     lead = call.tensors["v"].shape[:3]
+    call.tensors["beta"] = strengths(call, lead, dice)
+    one_key(call, "k", dice)
+
+
+def low_rank(call: Call, dice: Dice) -> None:
+    """As in RWKV7: what is held under a key of length one is taken away, as much of it as is drawn for each channel."""
+    shape = call.tensors["k"].shape
+    call.tensors["a"] = -F.normalize(dice.normal(*shape), dim=-1)
+    one_key(call, "a", dice)
+    call.tensors["b"] = -call.tensors["a"] * strengths(call, shape, dice)
+    if dice.geometry.random() < 0.3:
+        call.wide = frozenset({"a", "b"})
+    call.is_per_element = True  # whatever the decay, there are only kernels of a decay per element
+
+
+def strengths(call: Call, shape: tuple[int, ...], dice: Dice) -> Tensor:
+    """From 0 to 1, how much of what a key holds is erased."""
     kind = dice.own.choice(BETAS)
-    strengths = {"zero": torch.zeros(lead).double(), "one": torch.ones(lead).double()}
-    either = (dice.uniform(*lead) < 0.5).double()
-    call.tensors["beta"] = strengths.get(kind, either if kind == "either" else dice.uniform(*lead))
+    constant = {"zero": torch.zeros(shape).double(), "one": torch.ones(shape).double()}
+    either = (dice.uniform(*shape) < 0.5).double()
     call.words.append(f"beta {kind}")
+    return constant.get(kind, either if kind == "either" else dice.uniform(*shape))
+
+
+def one_key(call: Call, name: str, dice: Dice) -> None:
+    """At times the first key for all tokens."""
+    x = call.tensors[name]
     if dice.own.random() < 0.15:
-        call.tensors["k"][:] = call.tensors["k"][:, :1].clone()
+        x[:] = x[:, :1].clone()
         call.words.append("one key")
         call.slack = 8.0  # every token erases what the one before it wrote, and chunks sum all of it, rounded
-    if call.tensors["k"].shape[-1] < 8:
+    if x.shape[-1] < 8:
         call.slack = 30.0  # the same: keys of few dims are nearly parallel
 
 

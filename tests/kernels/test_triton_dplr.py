@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from compiled_kernels import compiled
 from interpreted_cases import Errors
 from run_interpreted import errors_of_picked
 from triton_dplr_cases import CASES
@@ -31,14 +28,6 @@ def test_equals_token_loop(name: str, errors_of: Callable[[str], Errors]) -> Non
 
 def test_fits_an_h100(tmp_path: Path) -> None:
     """Compiled for sm_90: no spills, and shared memory that a program can have."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(root / "benchmarks/compile_check.py"), "--ops", "dplr_delta_rule"]
-    command += ["--dims", "64x64", "128x128", "--dtypes", "bfloat16"]
-    environment = {**os.environ, "PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    found = tmp_path / "found.json"
-    run = subprocess.run(
-        [*command, "--json", str(found)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    compiled = {row["kernel"] for row in json.loads(found.read_text())["rows"]}
-    assert compiled == {f"dplr_{name}_kernel" for name in ("solve", "scan", "read", "pairs", "gradient")}
+    calls = "--dims", "64x64", "128x128", "--dtypes", "bfloat16"
+    kernels = {row["kernel"] for row in compiled(tmp_path, "--ops", "dplr_delta_rule", *calls)}
+    assert kernels == {f"dplr_{name}_kernel" for name in ("solve", "scan", "read", "pairs", "gradient")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import fused_scans
@@ -59,23 +58,23 @@ def uneven(tensors: dict[str, Tensor]) -> None:
     log_decay[..., ::3] = -1e-3
 
 
-for decay in DECAYS:
-    case(f"{decay} rows", decay, num_tokens=35, **({} if decay == "vector" else ONE))(compare)
-case("none pieces", "none", num_tokens=100, processors=5, **ONE)(compare)
+for decay in DECAYS[:3]:
+    case(f"{decay} rows", decay, num_tokens=20, **ONE)(compare)
+case("vector rows", "vector", num_tokens=35, groups=2, num_heads=4, batch=1)(compare)
 case("pieces of two rows", "vector", num_tokens=75, processors=8, groups=1, num_heads=1, has_state=False)(
     compare
 )
-case("packed", "vector", chunk=32, num_tokens=210, cu_seqlens=PACKED, groups=1, num_heads=1)(compare)
+case("packed", "vector", chunk=32, num_tokens=205, cu_seqlens=PACKED, groups=1, num_heads=1)(compare)
 case("half precision", "vector", num_tokens=80, chunk=None, dtype=torch.float16, **ONE)(compare)
 weak = dict(num_tokens=70, chunk=None, dtype=torch.float16, change=decays(-1e-3))
 case("half precision, weak", "vector", **weak, **ONE)(compare)
 case("strong", "vector", num_tokens=40, change=decays(-30.0), **ONE)(compare)
 case("forgets all", "vector", num_tokens=40, change=decays(FORGET), **ONE)(compare)
-case("uneven", "vector", num_tokens=60, strength=0.01, change=uneven, **ONE)(compare)
+case("uneven", "vector", num_tokens=50, strength=0.01, change=uneven, **ONE)(compare)
 case("factors that are unrelated", "vector", num_tokens=50, change=unrelated, **ONE)(compare)
 case("one key", "vector", num_tokens=70, chunk=64, strength=0.01, change=one_key, **ONE)(compare)
 case("one token", "vector", num_tokens=1, has_state=False, **ONE)(compare)
-case("blocks", "vector", num_tokens=17, batch=1, num_keys=40, num_values=36, num_heads=2)(compare)
+case("blocks", "vector", num_tokens=17, batch=1, num_keys=40, num_values=36, groups=1, num_heads=1)(compare)
 case("values wider than keys", "vector", num_tokens=17, num_keys=3, num_values=70, **ONE)(compare)
 last = dict(num_tokens=70, cu_seqlens=(0, 20, 20, 37))
 case("tokens after the last document", OP, "vector", **last)(after_the_last_document)
@@ -83,34 +82,33 @@ case("no documents", OP)(no_documents)
 case("gradient through one result only", OP, "vector", num_tokens=40)(through_one_result)
 case("some inputs have no gradient", OP, "vector", num_tokens=20)(some_gradients)
 
-case("segment rows", "vector", num_tokens=35, batch=1)(compare_segment)
+case("segment rows", "vector", num_tokens=20, batch=2, groups=1, num_heads=2)(compare_segment)
 case("segment pieces", "vector", num_tokens=100, processors=5, **ONE)(compare_segment)
 short = dict(num_tokens=60, cu_seqlens=segments.SHORT, groups=1, num_heads=1)
 case("segment packed", "scalar", **short)(compare_segment)
 half = dict(num_tokens=70, chunk=None, dtype=torch.float16, strength=0.02)
 case("segment half precision", "vector", **half, **ONE)(compare_segment)
-case("segment uneven", "vector", num_tokens=60, strength=0.01, change=uneven, **ONE)(compare_segment)
+case("segment uneven", "vector", num_tokens=50, strength=0.01, change=uneven, **ONE)(compare_segment)
 case("segment blocks", "none", num_tokens=17, num_keys=20, num_values=40, **ONE)(compare_segment)
 of_segments = dict(results=segments.results, errors=segments.errors)
 case("segment, tokens after the last document", OP, "vector", **last, **of_segments)(after_the_last_document)
-case("segments of two ranks", OP, "vector")(segments.two_ranks)
 
 
 @case("strided, no copy")
 def strided() -> Errors:
-    """Views, sequence first, of which no kernel gets a copy; a and b in float32 beside halves of q, k and v."""
+    """Views, sequence first, of which no kernel gets a copy."""
     from linear_moe.kernels.triton import dplr
 
     def unchanged(x: Tensor) -> Tensor:
         assert x.stride(-1) == 1 and not x.is_contiguous()
         return x
 
-    inputs = make(OP, "vector", num_tokens=41, groups=2, num_heads=2, num_values=6).to(torch.float32)
+    inputs = make(OP, "vector", num_tokens=20, groups=2, num_heads=2, num_values=6).to(torch.float32)
     one_projection(inputs.tensors, ("q", "k", "v", "a", "b"))
     with mock.patch.object(dplr, "rows_together", unchanged), configured(), torch.no_grad():
         found = dict(zip(("o", "state"), inputs.run(kernels), strict=True))
     truth = dict(zip(("o", "state"), inputs.to(torch.float64).run(reference), strict=True))
-    sizes = dict(num_tokens=41, groups=2, num_heads=2, num_values=6, batch=1)
+    sizes = dict(num_tokens=20, groups=2, num_heads=2, num_values=6, batch=1)
     change = partial(one_projection, names=("q", "k", "v", "a", "b"))
     return {**fused_scans.errors(found, truth), **compare("vector", change=change, **sizes)}
 
@@ -143,35 +141,6 @@ def isolated() -> Errors:
     same["other o"] = float(not torch.equal(first["o"][:, tokens], o[:, tokens]))
     same["other state"] = float(not torch.equal(first["state_out"][documents], state[documents]))
     return {**same, "it changed": float(torch.equal(first["o"], o))}
-
-
-@case("a state that is on its way")
-def arriving() -> Errors:
-    """The chunks are solved, and the maps of pieces made, before it is waited for; the same bits."""
-    from linear_moe.kernels.triton.dplr_launch import DplrChunks
-
-    found: Errors = {}
-    for processors in (1, 5):
-        inputs = make(OP, "vector", num_tokens=100, **ONE).to(torch.float32)
-        order: list[str] = []
-
-        def noting(name: str, method: Any, order: list[str] = order) -> Any:
-            return lambda *args, **options: (order.append(name), method(*args, **options))[1]
-
-        methods = {name: noting(name, getattr(DplrChunks, name)) for name in ("solve", "actions", "forward")}
-        state = inputs.tensors["state"]
-        with configured(16, processors), mock.patch.multiple(DplrChunks, **methods):
-            late = inputs.run(
-                kernels, state=lambda state=state, order=order: (order.append("wait"), state)[1]
-            )
-        with configured(16, processors):
-            here = inputs.run(kernels)
-        of_pieces = ["actions"] if processors > 1 else []
-        assert order == ["solve", *of_pieces, "wait", "forward"], order
-        found.update(
-            {f"{i}, {processors}": float(not torch.equal(*pair)) for i, pair in enumerate(zip(late, here))}
-        )
-    return found
 
 
 @case("runs fused")
