@@ -1,6 +1,8 @@
 """Cases of fused scans whose memory is on its way, which run_interpreted.py runs in Triton's interpreter.
 
 Their truth is the same call with the memory at hand: the same kernels, the same bits.
+
+A case names the kernels that run before the memory arrives, and those that run after its gradient has left.
 """
 
 from __future__ import annotations
@@ -18,73 +20,123 @@ from linear_moe import kernels
 
 CASES = Cases()
 case, fused = CASES.add, CASES.run
-ARRIVES = "the memory arrives"
+ARRIVES, LEAVES = "the memory arrives", "its gradient leaves"
 SHORT = (0, 0, 1, 18, 18, 50, 50)
-SUMS, LOCAL, SOLVE, SCAN = "sums_kernel", "local_state_kernel", "solve_kernel", "forward_kernel"
-PLAN, SCALE, SCALED = "plan_kernel", "scale_kernel", "scaled_scan_kernel"
+FEW = dict(groups=1, num_heads=1)
 
 
 def launched(inputs: Inputs, arrives: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Outputs and every gradient, and the names of the kernels of the forward pass, in their order."""
+    """Outputs and every gradient, and the names of all kernels in their order."""
     from triton.runtime.interpreter import InterpretedFunction
 
     leaves, names, run = inputs.differentiable(), [], InterpretedFunction.run
     state = leaves.tensors["state"]
 
     def record(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        names.append(kernel.__name__)
+        names.append(kernel.__name__.removesuffix("_kernel"))
         return run(kernel, *args, **kwargs)
 
     def arrive() -> Tensor:
         names.append(ARRIVES)
-        return state
+        memory = state.clone()
+        memory.register_hook(lambda grad: names.append(LEAVES))
+        return memory
 
     with mock.patch.object(InterpretedFunction, "run", record):
         o, final = leaves.run(kernels, state=arrive if arrives else state)
-    of = {name: x for name, x in leaves.tensors.items() if x.requires_grad}
-    return {"o": o, "final": final, **gradients([o, final], of)}, names
+        of = {name: x for name, x in leaves.tensors.items() if x.requires_grad}
+        return {"o": o, "final": final, **gradients([o, final], of)}, names
 
 
-@case("head rows", "diag_decay", "head", (), num_tokens=40, **ONE)
-@case("scalar rows", "diag_decay", "scalar", (SUMS,), num_tokens=40, strided=True, **ONE)
-@case("none segments", "diag_decay", "none", (LOCAL,), num_tokens=150, processors=16, **ONE)
-@case("scalar packed", "diag_decay", "scalar", (PLAN, SUMS, LOCAL), num_tokens=60, cu_seqlens=SHORT)
-@case("vector rows", "diag_decay", "vector", (SCALE,), num_tokens=40, strided=True, **ONE)
-@case("vector segments", "diag_decay", "vector", (SCALE, SCALED), num_tokens=150, processors=16, **ONE)
-@case("bonus rows", "diag_decay", "vector", (SCALE,), extra="bonus", num_tokens=40, **ONE)
-@case("values rows", "diag_decay", "none", (SCALE,), extra="log_decay_v", num_tokens=40, **ONE)
+DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_scan", "combine")
+
+
+@case("head rows", "diag_decay", "head", (), DIAG, num_tokens=20, **ONE)
+@case("scalar rows", "diag_decay", "scalar", ("sums",), DIAG, num_tokens=20, strided=True, **ONE)
+@case("none segments", "diag_decay", "none", ("local_state",), DIAG[:2], num_tokens=100, processors=16, **ONE)
 @case(
-    "values packed",
+    "scalar packed",
     "diag_decay",
-    "none",
-    (PLAN, SCALE, SCALED),
-    extra="log_decay_v",
+    "scalar",
+    ("plan", "sums", "local_state"),
+    DIAG,
     num_tokens=60,
     cu_seqlens=SHORT,
+    **FEW,
 )
-@case("delta none", "delta_rule", "none", (SOLVE,), num_tokens=40, strided=True, **ONE)
-@case("delta scalar packed", "delta_rule", "scalar", (PLAN, SUMS, SOLVE), num_tokens=60, cu_seqlens=SHORT)
+@case("vector rows", "diag_decay", "vector", ("scale",), DIAG_VECTOR, num_tokens=20, strided=True, **ONE)
+@case(
+    "vector segments",
+    "diag_decay",
+    "vector",
+    ("scale", "scaled_scan"),
+    DIAG_VECTOR,
+    num_tokens=100,
+    processors=16,
+    **ONE,
+)
+@case("bonus rows", "diag_decay", "vector", ("scale",), DIAG_VECTOR, extra="bonus", num_tokens=20, **ONE)
+@case("values rows", "diag_decay", "none", ("scale",), DIAG_VECTOR, extra="log_decay_v", num_tokens=20, **ONE)
+@case("delta none", "delta_rule", "none", ("solve",), ("gradient",), num_tokens=20, strided=True, **ONE)
+@case(
+    "delta scalar packed",
+    "delta_rule",
+    "scalar",
+    ("plan", "sums", "solve"),
+    ("gradient",),
+    num_tokens=60,
+    cu_seqlens=SHORT,
+    **FEW,
+)
 @case(
     "delta scalar pieces",
     "delta_rule",
     "scalar",
-    (SUMS, SOLVE, SCAN, SCAN),
-    num_tokens=100,
+    ("sums", "solve", "forward", "forward"),
+    ("gradient",),
+    num_tokens=70,
     processors=5,
     **ONE,
 )
-@case("delta vector", "delta_rule", "vector", ("solve_levels_kernel",), num_tokens=40, **ONE)
+@case("delta vector", "delta_rule", "vector", ("solve_levels",), ("vector_gradient",), num_tokens=20, **ONE)
+@case(
+    "low rank packed",
+    "dplr_delta_rule",
+    "vector",
+    ("plan", "dplr_solve"),
+    ("dplr_read", "dplr_pairs", "dplr_gradient"),
+    num_tokens=60,
+    cu_seqlens=SHORT,
+    **FEW,
+)
+@case(
+    "low rank pieces",
+    "dplr_delta_rule",
+    "vector",
+    ("dplr_solve", "dplr_scan", "dplr_scan"),
+    ("dplr_read", "dplr_pairs", "dplr_gradient"),
+    num_tokens=70,
+    processors=5,
+    **ONE,
+)
 def same_bits(
-    op: str, decay: str, before: tuple[str, ...], *, processors: int = 1, strided: bool = False, **sizes: Any
+    op: str,
+    decay: str,
+    before: tuple[str, ...],
+    after: tuple[str, ...],
+    *,
+    processors: int = 1,
+    strided: bool = False,
+    **sizes: Any,
 ) -> Errors:
-    """Nothing is computed twice, either, and ``before`` is what runs before the memory arrives."""
+    """Nothing is computed twice, either."""
     inputs = make(op, decay, num_values=6, **sizes).to(torch.float32)
     if strided:
         one_projection(inputs.tensors)
     with configured(16, processors):
         truth, all_kernels = launched(inputs, arrives=False)
         found, names = launched(inputs, arrives=True)
-    place = names.index(ARRIVES)
-    assert tuple(names[:place]) == before, names
-    assert names[:place] + names[place + 1 :] == all_kernels, (names, all_kernels)
+    assert tuple(names[: names.index(ARRIVES)]) == before, names
+    assert tuple(names[names.index(LEAVES) + 1 :]) == after, names
+    assert [name for name in names if name not in (ARRIVES, LEAVES)] == all_kernels, (names, all_kernels)
     return {name: float(not torch.equal(found[name], value)) for name, value in truth.items()}
