@@ -61,7 +61,16 @@ def chunk_decay(
     return high, low, last_high, last_low
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "segments_per_row",
+        "num_documents",
+        "num_all",
+        "chunks_per_segment",
+        "a_b",
+    ]
+)
 def sums_kernel(
     log_decay,  # [B, T, H], any strides
     sums,  # [2, H, L] float32: high parts, low parts
@@ -90,14 +99,23 @@ def sums_kernel(
     tl.store(p_high + num_heads * tl.cast(num_all, tl.int64), low, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "segments_per_row",
+        "num_documents",
+        "num_all",
+        "num_groups",
+        "G",
+    ]
+)
 def decay_gradient_kernel(
     pair, read, write,  # [P, H, L] float32
     through,  # [P, num_groups, H] float32
     grad,  # [B, T, H] float32 contiguous, or [S, G, H] for a decay per head
     plan,
     num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_groups,
-    C: tl.constexpr, EVERY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, G: tl.constexpr,
+    C: tl.constexpr, EVERY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, G,
     DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: groups of chunks of all segments, heads. From the end of the group to its start."""

@@ -102,7 +102,7 @@ def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
     return tl.reshape(x, (C, C))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
 def solve_kernel(
     q, k, beta, log_decay, sums, plan,
     inverse, scores,  # [S, H, C, C] in the dtype of q: T - I, and P

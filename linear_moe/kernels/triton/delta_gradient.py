@@ -75,8 +75,8 @@ def products_with_memory(
             b_oS = tl.dot(b_do, b_ST, b_oS, input_precision="ieee")
         b_vS = tl.dot(b_dv, b_ST, b_vS, input_precision="ieee")
         b_eS = tl.dot(b_e, b_dST, b_eS, input_precision="ieee")
-        # Loaded again: a load that a product and registers share has one buffer, and Triton (3.6, sm_90) fetches the next
-        # block into it while the product, which is asynchronous, still reads it.
+        # Loaded again: a load that a product and registers share has one buffer, into which Triton (3.6, sm_90) fetches
+        # the next block while the product, which is asynchronous, still reads it.
         i_S, m_S = i_K[:, None] * DV + i_V[None, :], m_K[:, None] & m_V[None, :]
         b_S = tl.load(states + i_S, mask=m_S, other=0.0).to(tl.float32)  # [BK, BV]
         through += tl.sum(b_S * tl.load(d_states + i_S, mask=m_S, other=0.0).to(tl.float32), 1)
@@ -107,7 +107,7 @@ def clear_values(
         tl.store(p_dv, nothing, mask=(i_C[:, None] < length) & (i_V[None, :] < DV))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
 def gradient_kernel(
     q, k, do, beta, log_decay, sums, plan,
     e, dv,  # [L, H, DV]

@@ -32,7 +32,7 @@ def level_pairs(table, level, LEVELS: tl.constexpr, WRITES: tl.constexpr, C: tl.
     return (tl.load(p_pairs) > 0) & is_order
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
 def solve_levels_kernel(
     q, k, beta, log_decay,
     table,  # level_sums of diag_levels.py

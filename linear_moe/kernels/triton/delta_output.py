@@ -16,7 +16,7 @@ from linear_moe.kernels.triton.delta_chunk import factors
 from linear_moe.kernels.triton.layout import mask_if, segment_of
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all"])
 def output_kernel(
     q_read, log_decay, sums, plan,
     scores,  # [S, H, C, C]: P

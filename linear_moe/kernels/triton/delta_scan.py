@@ -70,7 +70,7 @@ def step_factors(
     return read, write, total
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "num_all", "b_b"])
 def forward_kernel(
     k_read, k_write, v, beta, log_decay, sums, totals, inverse, plan, first_chunk,
     initial, final,  # [N, H, DK, DV] float32; initial may be nothing
@@ -147,7 +147,7 @@ def forward_kernel(
     tl.store(final + of_document + i_S, b_S, mask=m_S)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "num_all", "b_b"])
 def backward_kernel(
     q_read, k_read, k_write, do, beta, log_decay, sums, totals, inverse, scores, plan, first_chunk,
     d_final, d_initial,  # [N, H, DK, DV] float32; d_final may be nothing

@@ -85,7 +85,7 @@ def writers(
     return b_dk, b_log, b_dbeta
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
 def vector_gradient_kernel(
     q, k, do, beta, log_decay, table, totals, plan,
     e, dv,  # [L, H, DV]

@@ -32,7 +32,7 @@ def add_across(b_log, sums, level, product):
     return tl.dot(b_sums, product, b_log, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "groups_per_segment"])
 def combine_kernel(
     x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
     bonus,  # [H, D] float32, or nothing

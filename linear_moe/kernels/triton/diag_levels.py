@@ -83,7 +83,7 @@ def load_roles(x, y, x_t, y_t, i_D, half, left, m_D, C: tl.constexpr):
     return tl.load(p_z[:, None] + i_D[None, :], mask=(i_C[:, None] < left) & m_D[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "chunks_per_segment"])
 def scale_kernel(
     x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
     bonus,  # [H, D] float32, or nothing

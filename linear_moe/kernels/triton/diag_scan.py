@@ -53,7 +53,7 @@ def chunk_factors(
     return read, write, pair
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "num_all", "num_groups"])
 def scan_kernel(
     q, k, v, o, x, log_decay, sums, plan,
     before,  # [S, H, DK, DV] float32 (strides S_K, S_V): what S starts from, or nothing

@@ -114,7 +114,7 @@ def segment_of(
     return row, start, length, readable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_documents", "num_segments", "segment_size"])
 def plan_kernel(
     cu_seqlens,  # [N + 1]
     plan,  # [S, 3] int32, zeros

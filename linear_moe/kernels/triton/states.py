@@ -22,7 +22,7 @@ Local = tuple[Tensor, Tensor]
 """local(s) ``[S, H, K, V]`` and total(s) of every segment, float32."""
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "num_all"])
 def local_state_kernel(
     k, v, log_decay, sums, plan,
     local,  # [S, H, DK, DV] float32
