@@ -12,7 +12,7 @@ set -uo pipefail
 cd -- "$(dirname -- "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
-: "${PYTHON:=python3}"
+if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
 if ! "$PYTHON" -c 'import megatron.core' 2>/dev/null && [ -d "$wheels" ]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site "$wheels"/*.whl || exit
     PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
