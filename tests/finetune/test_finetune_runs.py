@@ -1,6 +1,7 @@
 """A tiny model learns toy instructions and stops by itself; a run in two parts is the run in one; validation."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,20 +96,44 @@ def test_a_run_in_two_parts_is_the_run_in_one(gloo, tmp_path):
     assert losses(go("parts", 2)) == pytest.approx(losses(whole), rel=1e-5)
 
 
+def answers_alone(rank: int, world: int, run: Path, folder: Path) -> float:
+    """Mean loss of all learned tokens, one sample after the other, by the path that evaluations of text take."""
+    from linear_moe.data.instructions.prepare import open_prepared
+    from linear_moe.inference.load import load_model
+    from linear_moe.inference.score import score
+
+    # Training knows no rows of padding in the vocabulary: all of them share the probability.
+    loaded, samples, found = replace(load_model(run), vocab_size=384), open_prepared(folder), []
+    for i in range(samples.report.samples):
+        tokens, learned = samples.sample(i).tokens.tolist(), samples.sample(i).learned[1:]
+        (result,) = score(loaded, [(tokens[:1], tokens[1:])])
+        found += [-x for x, is_learned in zip(result.log_likelihoods, learned, strict=True) if is_learned]
+    assert len(found) == samples.report.learned_tokens
+    return sum(found) / len(found)
+
+
 def test_an_evaluation_is_the_mean_over_all_answers(gloo, tmp_path):
-    """Of the validation set, every time: here the training set, of which one step takes all, with a rate of 0."""
+    """Every time, whatever share of them each rank and batch has; of the training set here, at a rate of 0."""
     tokenizer = chat_tokenizer(tmp_path / "tokenizer")
     samples = prepared(
         tokenizer, write_lines(tmp_path / "mixed.jsonl", mixed_messages(9)), tmp_path / "cache", 128
     )
-    run = tmp_path / "run"
-    options = ["--valid-instruction-data", str(samples.folder), "--eval-iters", "1", "--eval-interval", "2"]
+    packs = len(pack(samples.lengths, 128, 1234))
+    assert 4 < packs < 8, "one batch of all, or three, of which the last is not full"
+    options = ["--valid-instruction-data", str(samples.folder), "--eval-interval", "2"]
     options += ["--train-iters", "3", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0"]
-    options += ["--seq-length", "128", "--max-position-embeddings", "128", "--global-batch-size", "8"]
-    assert 3 < len(pack(samples.lengths, 128, 1234)) < 8
-    gloo(2, train, arguments(run, samples, tokenizer, "gla,softmax", *options))
-    found = [record for record in records(run) if "validation_loss" in record]
-    assert [record["iteration"] for record in found] == [2, 3], "at step 2, and at the end"
-    means = [record["validation_loss"] for record in found]
-    assert [*means, *losses(run)[1:]] == pytest.approx([losses(run)[0]] * 4, rel=1e-5)
-    assert [record["validation_perplexity"] for record in found] == pytest.approx([math.exp(means[0])] * 2)
+    options += ["--seq-length", "128", "--max-position-embeddings", "128"]
+    found = []
+    for batch, batches in ((8, 1), (2, -(-packs // 2))):
+        run = tmp_path / str(batch)
+        size = ["--global-batch-size", str(batch), "--eval-iters", str(batches)]
+        save = ["--save", str(run / "checkpoint")]
+        gloo(2, train, arguments(run, samples, tokenizer, "gla,softmax", *options, *size, *save))
+        evaluations = [record for record in records(run) if "validation_loss" in record]
+        assert [record["iteration"] for record in evaluations] == [2, 3], "at step 2, and at the end"
+        found += evaluations
+    expected = gloo(1, answers_alone, tmp_path / "8", samples.folder)[0]
+    assert [record["validation_loss"] for record in found] == pytest.approx([expected] * 4, rel=1e-5)
+    perplexities = [record["validation_perplexity"] for record in found]
+    assert perplexities == pytest.approx([math.exp(expected)] * 4, rel=1e-5)
+    assert losses(tmp_path / "8") == pytest.approx([expected] * 3, rel=1e-5)
