@@ -35,7 +35,7 @@ repository=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$repository/scripts/python.sh" # an exported model takes its kernels from here
 for name in BASE_MODEL MODEL_SIZE LA_MODULE LAYER_TYPE_LIST HYBRID_OVERRIDE_PATTERN LINEAR_MOE_PATH FLA_PATH; do
     if eval "[ -n \"\${$name:-}\" ]"; then
-        echo "linear_moe: $name is not needed any more and changes nothing: the checkpoint says what the model is" >&2
+        echo "linear_moe: $name changes nothing here: the checkpoint says what the model is" >&2
     fi
 done
 
