@@ -75,6 +75,33 @@ def test_packed_equals_alone(data: Data, layout: str):
     assert not [f"{key}: {error:.1e}" for key, error in errors.items() if not error <= 2e-6]
 
 
+def test_packed_equals_alone_for_other_ways_to_leak(data: Data):
+    """A first value and bounds that layers share, two scans, positions, and memories with convolutions of their own."""
+    kinds = "rwkv7,rwkv7,hgrn2,hgrn2,gsa,retention,mom_kda"
+    small = ["--hidden-size", "32", "--ffn-hidden-size", "32", "--num-attention-heads", "2"]
+
+    def go(name: str, *extra: str) -> list[str]:
+        run = data.folder / f"others {name}"
+        options = [*small, "--mom-aux-loss-coeff", "0", *extra]
+        return arguments(run, data.samples, data.tokenizer, kinds, *options)
+
+    start = data.folder / "others start"
+    data.pool.run(1, train, go("begin", *START, "--save", str(start)))
+    weights = data.pool.run(1, checkpoint_weights, start / "iter_0000003")[0]
+    found = []
+    for name, batch, extra in (
+        ("packed", len(data.packs), []),
+        ("alone", data.samples.report.samples, ["--no-instruction-packing"]),
+    ):
+        argv = go(name, "--pretrained-checkpoint", str(start), "--global-batch-size", str(batch), *extra)
+        loss, after = one_step(data.pool.run, 1, argv, data.folder / f"others {name}")
+        found.append((loss, {key: after[key] - weights[key] for key in after}))
+    (loss, change), (expected_loss, expected) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    errors = {key: relative_error(change[key], expected[key]) for key in expected}
+    assert not [f"{key}: {error:.1e}" for key, error in errors.items() if not error <= 2e-6]
+
+
 def test_the_balance_of_experts_weighs_as_much_as_in_pretraining(data: Data):
     """Whatever share of the tokens is learned: the balance adds the same gradient to the routers."""
     folder = data.folder / "all learned"
