@@ -205,7 +205,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     texts = list(args.prompt or [])
     if args.prompts is not None:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): a prompt may hold what that takes for the end of a line, U+2028 for one.
+            text = Path(args.prompts).read_text(encoding="utf-8-sig")
+            lines = text.removesuffix("\n").split("\n") if text else []
             if args.prompts.endswith(".jsonl"):
                 rows = [json.loads(line) for line in lines if line.strip()]
                 lines = [row if isinstance(row, str) else row["prompt"] for row in rows]

@@ -228,7 +228,7 @@ class Reader:
                 tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as error:
             raise ValueError(
-                f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}\n"
+                f"{path} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
                 f"  why: it is missing, cut short or changed (a full disk, an interrupted copy)\n"
                 f"  try: another iteration of the run"
             ) from error

@@ -40,11 +40,16 @@ def run(tmp_path_factory, _pool):
     return folder / "run"
 
 
-def command(rank, world, run, options, typed=""):
-    """What the tool prints, and its exit code, in a worker: no second import of Megatron."""
+def tool_of():
     spec = importlib.util.spec_from_file_location("generate_tool", ROOT / "tools" / "generate.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def command(rank, world, run, options, typed=""):
+    """What the tool prints, and its exit code, in a worker: no second import of Megatron."""
+    tool = tool_of()
     out, err = io.StringIO(), io.StringIO()
     words = ["generate.py", "--load", str(run), "--max-new-tokens", "12", *options]
     with (
@@ -88,6 +93,21 @@ def test_prompts_from_a_file_in_batches_and_processes(gloo, run, tmp_path):
     assert rows_of(gloo, 2, run, tmp_path / "d", *draw) == rows
     code, text, _ = gloo(1, command, run, draw)[0]
     assert code == 0 and text.startswith(f"--- 1\nimport{rows[0]['text']}\n--- 2\n")
+
+
+def test_a_line_of_a_prompt_file_is_a_prompt(tmp_path):
+    """Whatever else Unicode ends lines with; a mark of UTF-8 in front is none of the text."""
+    texts = ["one\u2028line\x0c", "", "two\x85"]
+    quoted = "\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+    for name, content in {
+        "a.txt": "\r\n".join([*texts, ""]),
+        "b.jsonl": quoted,
+        "c.txt": "\ufeff" + "\n".join(texts),
+    }.items():
+        (tmp_path / name).write_bytes(content.encode())
+        words = ["generate.py", "--load", "run", "--prompts", str(tmp_path / name)]
+        with patch.object(sys, "argv", words):
+            assert tool_of().read_prompts(tool_of().parse()) == texts, name
 
 
 def test_chat(gloo, run):

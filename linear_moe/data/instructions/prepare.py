@@ -142,7 +142,7 @@ def _open(tokenizer: str) -> Any:
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
-            f"TOKENIZER={tokenizer} cannot be opened by transformers: {str(error).strip().splitlines()[0]}\n"
+            f"TOKENIZER={tokenizer} cannot be opened by transformers: {str(error).strip().partition(chr(10))[0]}\n"
             f"  why: it writes conversations as text, by the tokenizer's chat template\n"
             f"  try: the folder of a tokenizer as save_pretrained leaves it"
         ) from None
