@@ -13,8 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TextIO
 
-from linear_moe.launch.cluster import cuda_device_count, retired_variables, with_cluster
-from linear_moe.launch.environment import RunSettings, default_mixer, read_environment, variables
+from linear_moe.launch.cluster import RETIRED, cuda_device_count, retired_variables, with_cluster
+from linear_moe.launch.environment import (
+    RunSettings,
+    default_mixer,
+    misspelt_variables,
+    read_environment,
+    variables,
+)
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.finetune import DEFAULTS, plan_finetune
 from linear_moe.launch.header import default_threads, header
@@ -23,7 +29,7 @@ from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
-from linear_moe.launch.relay import is_our_line, last_lines, mistake, run_logged
+from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
 from linear_moe.launch.starting_model import starting_model
 from linear_moe.model.families import FAMILIES
 
@@ -51,11 +57,12 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     except PreflightError as error:
         _write(sys.stderr, f"linear_moe: {error}")
         return _MISTAKE
+    known = {*variables(RunSettings), *variables(FinetuneSettings), *RETIRED}
+    for line in retired_variables(environment) + misspelt_variables(environment, known):
+        _announce(line)
     if environment.get("LINEAR_MOE_DRY_RUN") == "1":
         _write(sys.stdout, shell_text(torchrun_command(plan)))
         return 0
-    for line in retired_variables(environment):
-        _write(sys.stderr, f"linear_moe: {line}")
     return _start(plan, environment)
 
 
@@ -94,6 +101,8 @@ def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
         _write(sys.stderr, f"linear_moe: {told}")
     elif code and not verbose:
         _write(sys.stderr, last_lines(log, 60))
+        if (first := cause(log)) is not None:
+            _announce(first)
     if code:
         _write(sys.stderr, f"linear_moe: the run ended with exit code {code}; all of its output is in {log}")
     return code

@@ -13,6 +13,9 @@ from linear_moe.model.families import estimate_parameters
 _SCANNED_TOKENS = 64_000_000
 """Tokens read to find the largest one, when no manifest tells: 0.2 s."""
 
+_LONGEST_NAME = 255
+"""Bytes of a name in every file system of Linux."""
+
 _BYTES_PER_PARAMETER = 16
 """Of a checkpoint: weight, float32 master weight and two Adam moments."""
 
@@ -101,6 +104,35 @@ def _check_vocabulary(plan: RunPlan, prefix: str) -> None:
             "data and model have to share one tokenizer.",
             "TOKENIZER=<the tokenizer that wrote the data>"
             + (f", or VOCAB_SIZE={largest + 1}" if plan.tokenizer is None else ""),
+        )
+
+
+def check_run_name(plan: RunPlan) -> None:
+    """RUN_NAME is a name below OUTPUT_BASEPATH that a folder can have, and of no folder that is another's."""
+    name, base = plan.run_name, plan.settings.output_basepath
+    parts = name.split("/")
+    if {"", ".", ".."} & {*parts}:
+        whole = Path(os.path.normpath(plan.run_dir))
+        raise PreflightError(
+            f"RUN_NAME={name} is a path.",
+            "the run lives in OUTPUT_BASEPATH/RUN_NAME, among other runs.",
+            f"OUTPUT_BASEPATH={whole.parent} RUN_NAME={whole.name}",
+        )
+    others = (
+        {plan.run_dir.parent: "a run of its own"} if (plan.run_dir.parent / "config.json").exists() else {}
+    )
+    others |= {plan.run_dir: "the index files of all runs"} if parts[-1] == "data_cache" else {}
+    for folder, inside in others.items():
+        raise PreflightError(
+            f"RUN_NAME={name} is taken: {folder} holds {inside}.",
+            "the files of two would be mixed.",
+            f"another RUN_NAME, or another OUTPUT_BASEPATH than {base}",
+        )
+    if max(len(os.fsencode(part)) for part in parts) > _LONGEST_NAME:
+        raise PreflightError(
+            f"RUN_NAME={name} is {len(name)} characters long.",
+            f"names of folders end at {_LONGEST_NAME} bytes.",
+            f"RUN_NAME={name[:40]}",
         )
 
 

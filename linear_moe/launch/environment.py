@@ -5,10 +5,11 @@ variable that is set but empty counts as not set. `python -m linear_moe.launch -
 """
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,6 +189,24 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
     return settings
 
 
+def misspelt_variables(environment: Mapping[str, str], known: Collection[str]) -> list[str]:
+    """One line for each variable that is set and is all but one of the ``known`` ones."""
+    long = [name for name in known if len(name) > 4]
+    found = []
+    for name in environment:
+        if name in known or not environment[name].strip():
+            continue
+        near = (
+            [name.upper()]
+            if name.upper() in known
+            else difflib.get_close_matches(name, long, n=1, cutoff=0.85)
+        )
+        found += [
+            f"{name} is no variable of a run, and does nothing: {near[0]} is one." for near in [near] if near
+        ]
+    return found
+
+
 def default_mixer(family: str) -> str:
     """LA_MODULE when it is not set."""
     published = FAMILIES[family].mixer if family in FAMILIES else None
@@ -214,6 +233,8 @@ _MAY_BE_ZERO = {
     "EXTRA_VOCAB_SIZE",
 }
 _EXAMPLES = {"MOE": "true", "ETP": 1, "GPUS_PER_NODE": 1, "MASTER_PORT": 29500, "VOCAB_SIZE": 32000}
+_LARGEST = {"SEED": 2**31 - 1}
+"""Where numpy and Megatron, which adds the number of the stage, end."""
 _WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 
 
@@ -243,9 +264,11 @@ def _value(name: str, text: str, kind: Any) -> tuple[Any, str]:
         return number if 0 <= number < math.inf else None, "a number, 0 or more"
     assert kind is int
     least = 0 if name in _MAY_BE_ZERO else 1
-    is_whole = least <= number < math.inf and number == int(number)
+    largest = _LARGEST.get(name, math.inf)
+    is_whole = least <= number <= largest and number < math.inf and number == int(number)
     exact = int(text) if text.isascii() and text.isdigit() else int(number) if is_whole else None
-    return exact if is_whole else None, f"a whole number, {least} or more"
+    bounds = f"{least} or more" if name not in _LARGEST else f"from {least} to {largest}"
+    return exact if is_whole else None, f"a whole number, {bounds}"
 
 
 def _without_none(kind: Any) -> Any:

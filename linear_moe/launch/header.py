@@ -4,7 +4,12 @@ from linear_moe.launch.check_layout import draw_stages
 from linear_moe.launch.cluster import cpu_cores
 from linear_moe.launch.environment import default_mixer
 from linear_moe.launch.plan import MOCK_DATA, RunPlan, registered_mixers
-from linear_moe.launch.resume import checkpoint_iteration, has_another_tokenizer, pretrained_folder
+from linear_moe.launch.resume import (
+    checkpoint_iteration,
+    has_another_tokenizer,
+    is_finished,
+    pretrained_folder,
+)
 from linear_moe.model.families import estimate_parameters
 from linear_moe.model.pattern import canonical_mixer, pattern_of
 
@@ -28,6 +33,10 @@ def notes(plan: RunPlan) -> list[str]:
     """What was decided for the person, and what it costs: one line each."""
     s = plan.settings
     found = [] if plan.instructions is None else plan.instructions.notes(s.seq_len)
+    if is_finished(plan):
+        found.append(
+            "nothing is left to train, and nothing will be saved: TRAIN_ITERS goes on, another RUN_NAME begins anew."
+        )
     if plan.from_checkpoint:
         found.append(f"those of PRETRAIN_CHECKPOINT_PATH: {', '.join(plan.from_checkpoint)}.")
     if s.vocab_size is not None and plan.tokenizer is not None and "VOCAB_SIZE" not in plan.from_checkpoint:

@@ -11,7 +11,7 @@ from pathlib import Path
 from linear_moe.data.indexed import read_index
 from linear_moe.launch.instructions import instruction_arguments, kept_tokenizer
 from linear_moe.launch.plan import MOCK_DATA, RunPlan
-from linear_moe.launch.resume import pretrained_folder
+from linear_moe.launch.resume import is_finished, pretrained_folder
 from linear_moe.model.families import megatron_arguments
 
 _FIXED = [
@@ -159,7 +159,8 @@ def _run_folder(plan: RunPlan) -> list[str]:
     s, folder = plan.settings, plan.run_dir
     checkpoint = str(folder / "checkpoint")
     flags = ["--run-dir", str(folder), "--load", checkpoint, "--ckpt-format", "torch_dist"]
-    if s.save_interval > 0:
+    # Megatron would write the last checkpoint of a finished run over itself, and lose it to a full disk or a kill.
+    if s.save_interval > 0 and not is_finished(plan):
         flags += ["--save", checkpoint, "--save-interval", str(s.save_interval)]
     flags += ["--eval-interval", str(s.eval_interval), "--eval-iters", str(s.eval_iters)]
     flags += ["--log-interval", str(s.log_interval), "--tensorboard-dir", str(folder / "tensorboard")]

@@ -5,7 +5,7 @@ Each `check_*` takes the plan and raises PreflightError; they run in the order i
 
 from collections.abc import Callable
 
-from linear_moe.launch.check_files import check_data, check_output
+from linear_moe.launch.check_files import check_data, check_output, check_run_name
 from linear_moe.launch.check_layout import (
     check_batch,
     check_devices,
@@ -99,6 +99,7 @@ def check_mixer_options(plan: RunPlan) -> None:
 
 
 CHECKS: tuple[Callable[[RunPlan], None], ...] = (
+    check_run_name,
     check_extra_args,
     check_mixer_options,
     check_devices,

@@ -28,9 +28,11 @@ _OUR_LINES = re.compile(
 
 # What a process says of a person's mistake: three lines behind the name of the exception, or argparse's one.
 _MISTAKE = re.compile(r"^\w*Error: ((?:(?!\w*Error: ).*\n){1,40}?  why: .*\n  try: .*)", re.MULTILINE)
+_EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception)\b(?!.*ChildFailedError)(?:: .*)?", re.MULTILINE)
 _BAD_ARGUMENT = re.compile(r"^\S+\.py: error: (.*)", re.MULTILINE)
 _RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 _SEARCHED_BYTES = 1 << 23
+_LONGEST_CAUSE = 300  # some exceptions list every tensor
 
 Show = Callable[[bytes], bool]
 
@@ -70,9 +72,7 @@ def mistake(log: Path) -> str | None:
 
     Every rank says it inside a traceback, and torchrun adds its own below: the end of the log alone may not show it.
     """
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - _SEARCHED_BYTES))
-        text = _RANK.sub("", stream.read().decode(errors="replace"))
+    text = _end(log)
     if (found := _MISTAKE.search(text)) is not None:
         return found[1]
     if (found := _BAD_ARGUMENT.search(text)) is not None:
@@ -81,6 +81,18 @@ def mistake(log: Path) -> str | None:
             f"  try: python -m linear_moe.training.pretrain --help, which lists all arguments"
         )
     return None
+
+
+def cause(log: Path) -> str | None:
+    """The first exception of a run that failed; below it stand those of all other ranks, and torchrun's own."""
+    found = _EXCEPTION.search(_end(log))
+    return found[0][:_LONGEST_CAUSE] if found is not None else None
+
+
+def _end(log: Path) -> str:
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _SEARCHED_BYTES))
+        return _RANK.sub("", stream.read().decode(errors="replace"))
 
 
 def last_lines(log: Path, count: int) -> str:

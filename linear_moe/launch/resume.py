@@ -24,6 +24,31 @@ def checkpoint_iteration(folder: Path) -> int | None:
         return None
 
 
+def check_whole(folder: Path) -> None:
+    """The checkpoint that a folder names as its last is there; Megatron would exit, with code 0 or a traceback."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    try:
+        text = tracker.read_text().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    name = f"iter_{int(text):07d}" if text.isdigit() else text
+    if name and (folder / name).is_dir():
+        return
+    steps = [path.parent.name.removeprefix("iter_") for path in folder.glob("iter_*/.metadata")]
+    last = max((int(step) for step in steps if step.isdigit()), default=None)
+    raise PreflightError(
+        f"{tracker} says {text!r}, and there is no such checkpoint.",
+        "a save was cut off by a kill or a full disk, or files were removed or not copied.",
+        f"rm {tracker}, to begin at step 0" if last is None else f"echo {last} > {tracker}",
+    )
+
+
+def is_finished(plan: RunPlan) -> bool:
+    """Whether the run has done all of its steps before."""
+    step = checkpoint_iteration(plan.run_dir / "checkpoint")
+    return step is not None and step >= plan.settings.iterations
+
+
 def pretrained_folder(plan: RunPlan) -> Path | None:
     """Folder of PRETRAIN_CHECKPOINT_PATH that holds the checkpoint: itself, or `checkpoint/` of a run folder."""
     text = plan.settings.pretrain_checkpoint_path
@@ -39,6 +64,7 @@ def pretrained_folder(plan: RunPlan) -> Path | None:
 
 def check_resume(plan: RunPlan) -> None:
     """The architecture is the one of the run that would be resumed, and of the checkpoint that would be loaded."""
+    check_whole(plan.run_dir / "checkpoint")
     if checkpoint_iteration(plan.run_dir / "checkpoint") is not None:
         new = "another RUN_NAME for a new one"
         _same_architecture(plan, plan.run_dir, f"run {plan.run_dir} has another architecture", new)
@@ -49,6 +75,7 @@ def check_resume(plan: RunPlan) -> None:
     if source is None or (plan.hugging_face is not None and checkpoint_iteration(source) is None):
         return
     given = f"PRETRAIN_CHECKPOINT_PATH={plan.settings.pretrain_checkpoint_path}"
+    check_whole(source)
     if checkpoint_iteration(source) is None:
         only_tokenizer = (source / "tokenizer.json").exists()
         raise PreflightError(
@@ -73,14 +100,23 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def _same_optimizer(plan: RunPlan) -> None:
     arguments = read_config(plan.run_dir).get("arguments")
-    if arguments is None or ("--use-distributed-optimizer" in arguments) == plan.settings.do:
+    if arguments is None:
         return
-    here, there = str(plan.settings.do).lower(), str(not plan.settings.do).lower()
-    raise PreflightError(
-        f"DO={here}, but run {plan.run_dir} was saved with DO={there}.",
-        "Megatron stores the state of the distributed optimizer in another form.",
-        f"DO={there}, or RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={plan.run_dir} to start from the weights alone",
-    )
+    anew = f"RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={plan.run_dir} to start from the weights alone"
+    if ("--use-distributed-optimizer" in arguments) != plan.settings.do:
+        here, there = str(plan.settings.do).lower(), str(not plan.settings.do).lower()
+        raise PreflightError(
+            f"DO={here}, but run {plan.run_dir} was saved with DO={there}.",
+            "Megatron stores the state of the distributed optimizer in another form.",
+            f"DO={there}, or {anew}",
+        )
+    before, now = (last_value(words, "--optimizer") or "adam" for words in (arguments, plan.extra_args))
+    if before != now:
+        raise PreflightError(
+            f"run {plan.run_dir} was trained with --optimizer {before}, and this is {now}.",
+            "each keeps moments of its own kind for every weight.",
+            f"EXTRA_ARGS='--optimizer {before}', or {anew}",
+        )
 
 
 def _same_tokenizer(plan: RunPlan) -> None:
@@ -164,6 +200,12 @@ def mixer_options(arguments: list[str], modules: str | None) -> dict[str, Any]:
         for flag, value in pairs
         if flag.startswith(prefixes) and flag != "--la-module"
     }
+
+
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, of the last one if it comes twice, as for Megatron; None without it."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return dict(itertools.pairwise(words)).get(flag)
 
 
 def _text(value: Any) -> str:

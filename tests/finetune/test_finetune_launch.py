@@ -98,7 +98,7 @@ def test_the_header_counts_samples(files, tmp_path):
 
 def saved_run(output: Path, of: RunPlan, tokenizer: Path | None) -> Path:
     """A run folder as training leaves it, without weights."""
-    (output / "checkpoint").mkdir(parents=True)
+    (output / "checkpoint" / "iter_0000005").mkdir(parents=True)
     (output / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("5")
     config = {
         "architecture": architecture(of) | {"family": of.family.name, "model_size": of.size_name},

@@ -249,6 +249,13 @@ def test_extra_args_come_last_and_sizes_in_them_are_seen(parser: argparse.Argume
     assert arguments.count("--num-layers") == 1 and parser.parse_args(arguments).num_layers == 8
 
 
+@pytest.mark.parametrize(("text", "dense"), [("([0]*2+[1]*2)", 2), ("[0]+[1]*3", 1), ("1", 0)])
+def test_layers_without_experts_are_of_the_size(text: str, dense: int):
+    plan = make_plan(EXTRA_ARGS=f"--moe-layer-freq {text}")
+    assert plan.size.first_dense_layers == dense and plan.extra_args == ()
+    assert training_arguments(plan).count("--moe-layer-freq") == (dense > 0)
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_the_padded_vocabulary_does_not_depend_on_tp(tp: int):
     assert padded_vocab_size(151643 + 293, tp) == 151936

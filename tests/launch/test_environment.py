@@ -5,7 +5,13 @@ import re
 import pytest
 
 from linear_moe.launch.cluster import first_node, retired_variables, with_cluster
-from linear_moe.launch.environment import RunSettings, default_mixer, read_environment, variables
+from linear_moe.launch.environment import (
+    RunSettings,
+    default_mixer,
+    misspelt_variables,
+    read_environment,
+    variables,
+)
 from linear_moe.launch.errors import PreflightError
 from linear_moe.model.families import FAMILIES
 from tests.launch.plans import SCRIPTS
@@ -101,6 +107,21 @@ def test_scripts_differ_in_their_model_section_only():
 def test_retired_variables_say_what_replaces_them():
     (line,) = retired_variables({"MB": "true", "FU": ""})
     assert line.startswith("MB does nothing: MegaBlocks is gone: USE_GEMM=true is the fast path")
+
+
+def test_misspelt_variables_are_told():
+    mine = {
+        "TRAIN_ITER": "5",
+        "tp": "2",
+        "MASTER_ADDRESS": "x",
+        "HOME": "/",
+        "RANK": "0",
+        "SP": "true",
+        "PACKS": "",
+    }
+    found = misspelt_variables(mine, {*variables()})
+    assert [line.split()[0] for line in found] == ["TRAIN_ITER", "tp", "MASTER_ADDRESS"]
+    assert [line.split()[-3] for line in found] == ["TRAIN_ITERS", "TP", "MASTER_ADDR"]
 
 
 def test_srun_tells_the_nodes():

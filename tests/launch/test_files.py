@@ -169,7 +169,7 @@ def test_broken_tokenizer(data: dict[str, str], tmp_path: Path, spoil, problem: 
 def finished_run(base: Path, name: str = "old", *, family: str = "qwen2", **variables: str) -> None:
     plan = make_plan(family=family, **variables, OUTPUT_BASEPATH=str(base), RUN_NAME=name)
     checkpoint = plan.run_dir / "checkpoint"
-    checkpoint.mkdir(parents=True)
+    (checkpoint / "iter_0000005").mkdir(parents=True)
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("5")
     arguments = ["--use-distributed-optimizer", *plan.extra_args]
     config = {"format": 1, "architecture": architecture(plan), "arguments": arguments}
@@ -284,6 +284,69 @@ def test_resume_with_another_optimizer(tmp_path: Path):
         "  why: Megatron stores the state of the distributed optimizer in another form.\n"
         f"  try: DO=true, or RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={tmp_path}/old to start from the weights alone"
     )
+
+
+def test_resume_with_adam_after_sgd(tmp_path: Path):
+    finished_run(tmp_path, EXTRA_ARGS="--optimizer=sgd")
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
+    assert message(**again, EXTRA_ARGS="--optimizer sgd") == ""
+    assert message(**again).startswith(
+        f"run {tmp_path}/old was trained with --optimizer sgd, and this is adam.\n"
+    )
+
+
+def test_a_finished_run_is_not_saved_over_itself(tmp_path: Path):
+    finished_run(tmp_path)
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
+    for iterations, saves in {"6": True, "5": False, "4": False}.items():
+        plan = make_plan(**again, TRAIN_ITERS=iterations)
+        assert ("--save" in training_arguments(plan)) is saves
+        assert ("nothing is left to train" in header(plan)) is not saves
+
+
+def test_a_checkpoint_that_was_cut_off(tmp_path: Path):
+    """Megatron ends a run whose tracker is empty with exit code 0, and one without its folder with a traceback."""
+    finished_run(tmp_path)
+    folder = tmp_path / "old" / "checkpoint"
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    for text in ("", "9", "half"):
+        tracker.write_text(text)
+        (folder / "iter_0000005" / ".metadata").touch()
+        for variables in ({"RUN_NAME": "old"}, {"PRETRAIN_CHECKPOINT_PATH": str(tmp_path / "old")}):
+            assert message(OUTPUT_BASEPATH=str(tmp_path), **variables) == (
+                f"{tracker} says {text!r}, and there is no such checkpoint.\n"
+                "  why: a save was cut off by a kill or a full disk, or files were removed or not copied.\n"
+                f"  try: echo 5 > {tracker}"
+            )
+        (folder / "iter_0000005" / ".metadata").unlink()
+        assert message(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="old").endswith(
+            f"try: rm {tracker}, to begin at step 0"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "instead"),
+    [
+        ("../x", "RUN_NAME=../x is a path.", "OUTPUT_BASEPATH=<base>/.. RUN_NAME=x"),
+        (".", "RUN_NAME=. is a path.", "OUTPUT_BASEPATH=<base>/.. RUN_NAME=runs"),
+        ("/x", "RUN_NAME=/x is a path.", "OUTPUT_BASEPATH=/ RUN_NAME=x"),
+        ("x" * 256, f"RUN_NAME={'x' * 256} is 256 characters long.", f"RUN_NAME={'x' * 40}"),
+        (
+            "data_cache",
+            "RUN_NAME=data_cache is taken: <base>/data_cache holds the index files of all runs.",
+            None,
+        ),
+        ("old/mine", "RUN_NAME=old/mine is taken: <base>/old holds a run of its own.", None),
+        ("ablation/mine", "", None),
+    ],
+)
+def test_names_of_runs(tmp_path: Path, name: str, what: str, instead: str | None):
+    base = tmp_path / "runs"
+    finished_run(base)
+    lines = message(OUTPUT_BASEPATH=str(base), RUN_NAME=name).splitlines() or [""]
+    assert lines[0] == what.replace("<base>", str(base))
+    if instead is not None:
+        assert lines[2] == f"  try: {instead.replace('<base>/..', str(tmp_path))}"
 
 
 def test_weights_of_another_model(tmp_path: Path):

@@ -431,6 +431,20 @@ CASES = [
         MODEL_SIZE="tiny-dense",
     ),
     case(
+        "experts_of_every_second_layer",
+        """--moe-layer-freq 2 of EXTRA_ARGS is no number of dense layers before those with experts.
+  why: a model keeps that number alone, and this one has 4 layers, with experts.
+  try: EXTRA_ARGS='--moe-layer-freq ([0]*1+[1]*3)' for one""",
+        EXTRA_ARGS="--moe-layer-freq 2",
+    ),
+    case(
+        "seed_too_large",
+        """SEED=4294967296 is not a whole number, from 0 to 2147483647.
+  why: Seed of weights, data order and dropout.
+  try: SEED=1234""",
+        SEED="4294967296",
+    ),
+    case(
         "extra_args_quotes",
         """EXTRA_ARGS=--x 'y cannot be split.
   why: No closing quotation.

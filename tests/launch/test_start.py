@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from linear_moe.launch import __main__ as launcher
-from linear_moe.launch.relay import is_our_line, last_lines, mistake, run_logged
+from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "linear_moe_qwen2" / "run_pretrain_qwen.sh"
@@ -222,6 +222,16 @@ TRACEBACK = "Traceback (most recent call last):\n  File 'x.py', line 3\n    f()\
 def test_a_mistake_is_found_among_tracebacks(tmp_path: Path, log: str, told: str | None):
     (tmp_path / "log").write_text("many lines\n" * 1000 + log)
     assert mistake(tmp_path / "log") == told
+
+
+def test_the_first_exception_is_told(tmp_path: Path):
+    rest = "[rank1]: KeyError: 2\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    (tmp_path / "log").write_text(
+        f"no Error: here\n[rank0]: {TRACEBACK}[rank0]: x.Error: {'y' * 999}\n{rest}"
+    )
+    assert cause(tmp_path / "log") == f"x.Error: {'y' * 999}"[:300]
+    (tmp_path / "log").write_text("step 1/2\n")
+    assert cause(tmp_path / "log") is None
 
 
 def test_an_unknown_argument_is_told(tmp_path: Path):
