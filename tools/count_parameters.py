@@ -18,6 +18,7 @@ FLAGS = {
     "MODEL_SIZE": "--size",
     "LA_MODULE": "--la-module",
     "LAYER_TYPE_LIST": "--layer-type-list",
+    "MIXER_MODULES": "--mixer-module",
     "EXTRA_ARGS": "--extra-args",
 }
 """What the variables of a run script, which messages name, are called here."""
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     with no_messages():
         try:
-            plan = plan_model(args.family, args.size, args.la_module, args.layer_type_list, args.extra_args)
+            model = (args.family, args.size, args.la_module, args.layer_type_list, args.extra_args)
+            plan = plan_model(*model, args.mixer_module)
             os.environ |= {
                 "CUDA_VISIBLE_DEVICES": "",
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -65,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
         help="tokens of a sequence, default 2048: operations per token of softmax layers grow with it, of no others",
     )
     parser.add_argument("--extra-args", default="", help='more flags, as EXTRA_ARGS: "--mom-num-memories 8"')
+    parser.add_argument(
+        "--mixer-module", metavar="M", help="modules of yours that register mixers (MIXER_MODULES)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser
 

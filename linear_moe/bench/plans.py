@@ -13,6 +13,7 @@ def plan_model(
     la_module: str | None = None,
     layer_type_list: str | None = None,
     extra_args: str = "",
+    mixer_modules: str | None = None,
 ) -> RunPlan:
     """The plan of a model: without a mixer the family as it was published, softmax or its mixer everywhere.
 
@@ -29,5 +30,6 @@ def plan_model(
         la_module=la_module or "",
         layer_type_list=layer_type_list,
         extra_args=extra_args,
+        mixer_modules=mixer_modules,
     )
     return plan_run(settings, cuda_devices=0)

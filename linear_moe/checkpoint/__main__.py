@@ -72,7 +72,11 @@ def parse() -> argparse.Namespace:
     back.add_argument("--la-module", help="mixer of the L layers; without it the model stays as it is")
     back.add_argument("--layer-type-list", help="one symbol per layer, L or N; LLLN repeats")
     back.add_argument("--layer-kinds", help="instead: mixer or softmax of every layer, comma separated")
-    back.add_argument("--extra-args", default="", help="options of the mixers: '--gla-gate-rank 32'")
+    back.add_argument(
+        "--extra-args",
+        default="",
+        help="options of the mixers: '--gla-gate-rank 32', or '--mixer-module yours'",
+    )
     back.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin (tensors only)")
     out = commands.add_parser("export", help="run folder -> Hugging Face folder")
     out.add_argument("--load", required=True, metavar="SRC", help="run, its checkpoint/, or one iteration")

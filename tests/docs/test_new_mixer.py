@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from linear_moe.bench.plans import plan_model
 from linear_moe.launch.environment import variables
 from linear_moe.launch.megatron_args import training_arguments
 from linear_moe.lsm import __main__ as listing
@@ -145,13 +146,19 @@ def test_a_mixture_of_its_memories_comes_with_it(folder, gloo, tmp_path):
 def test_a_mixture_that_cannot_be_is_refused_with_the_reason(folder):
     """Before the start, which reads the file without importing it: memories share the query, and here is none."""
     path = folder / "my_package" / "scalar_decay.py"
-    path.write_text(
-        path.read_text().replace("*self.qkv()", 'Projection("v", 128)')
-    )
+    path.write_text(path.read_text().replace("*self.qkv()", 'Projection("v", 128)'))
     with as_before():
         found = message(MIXER_MODULES=MODULE, LA_MODULE="mom_scalar_decay")
     assert found.startswith("unknown mixer 'mom_scalar_decay'")
     assert "\n  why: scalar_decay has no mixture of memories: memories share the query" in found
+
+
+def test_it_can_be_counted(folder):
+    """The model of ``tools/count_parameters.py --mixer-module``."""
+    plan = plan_model("qwen2", "tiny", "scalar_decay", "LN", mixer_modules=MODULE)
+    assert plan.kinds == ("scalar_decay", "softmax") * 2
+    words = training_arguments(plan)
+    assert words[words.index("--mixer-module") + 1] == MODULE
 
 
 def test_options_are_checked(folder):
