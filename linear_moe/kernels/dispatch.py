@@ -78,6 +78,14 @@ def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "fused"
 
 
+def _fused_scan(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """As the others, but where Triton makes wrong code of a memory that one product writes and another reads."""
+    is_available, reason = _fused(device, dtype)
+    if is_available and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (10, 11):
+        return False, "Triton miscompiles scans for this GPU (triton-lang/triton#9871, #10590, #10993)"
+    return is_available, reason
+
+
 def _takes_decay(
     q: Tensor,
     k: Tensor,
@@ -129,10 +137,12 @@ def _operation(
     def run_fused(*args: Any, **kwargs: Any) -> Any:
         # Only now: Triton takes a second to import.
         module = importlib.import_module(f"linear_moe.kernels.triton.{fused}")
-        return getattr(module, op)(*args, **kwargs)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            return getattr(module, op)(*args, **kwargs)
 
+    is_scan = in_torch in (chunked_diag, chunked_delta, chunked_dplr)
     return op, (
-        Backend("triton", run_fused, _fused, takes, begins),
+        Backend("triton", run_fused, _fused_scan if is_scan else _fused, takes, begins),
         Backend("chunked", getattr(in_torch, op), _always, begins=True),
         Backend("reference", getattr(reference, op), _when_asked),
     )

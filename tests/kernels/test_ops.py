@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +175,42 @@ def test_a_gpu_without_a_fused_kernel_says_so_once(monkeypatch: pytest.MonkeyPat
         assert len(notices("diag_decay", CPU)) == 1, "asked for what a CPU has not"
     finally:
         dispatch._warn_of_torch_once.cache_clear()
+
+
+def test_scans_are_not_fused_where_triton_miscompiles_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for capability, scans in (
+        ((9, 0), "triton"),
+        ((10, 0), "chunked"),
+        ((10, 3), "chunked"),
+        ((12, 0), "triton"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        picked = {
+            op: dispatch.pick(op, torch.device("cuda"), torch.bfloat16)[0].name for op in dispatch.BACKENDS
+        }
+        expected = {op: scans if op.startswith(("diag", "delta", "dplr")) else "triton" for op in picked}
+        assert picked == expected
+
+
+def test_fused_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, where Triton would launch them."""
+    devices: list[Any] = []
+
+    @contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        devices.append(x)
+        yield
+        devices.pop()
+
+    def run(x: torch.Tensor, *others: Any) -> bool:
+        return devices == [x]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(weighted_swiglu=run))
+    fused = next(b for b in dispatch.BACKENDS["weighted_swiglu"] if b.name == "triton")
+    assert fused.run(torch.zeros(2, 4), torch.zeros(2))
 
 
 def test_every_public_operation_has_a_backend() -> None:
