@@ -284,7 +284,8 @@ def _module_source(module: str) -> Path:
 def _nearest(size_name: str, family: Family) -> str:
     import difflib
 
-    near = difflib.get_close_matches(size_name, family.sizes, n=1, cutoff=0.3)
+    same = [name for name in family.sizes if name.lower() == size_name.lower()]
+    near = same or difflib.get_close_matches(size_name, family.sizes, n=1, cutoff=0.3)
     return near[0] if near else family.default_size
 
 

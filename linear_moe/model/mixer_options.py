@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from linear_moe import lsm
+from linear_moe.kernels.checks import MAX_HEAD_DIM
 from linear_moe.lsm import Mixer
 from linear_moe.lsm.flags import flag_of, options_of
 from linear_moe.model.pattern import SOFTMAX
@@ -120,6 +121,13 @@ def check_layout(
             f"the {mixer.cfg.num_heads} heads of {kind} cannot be divided over tensor parallel size {tp}\n"
             f"  why: every rank computes whole heads\n"
             f"  try: a TP that divides {mixer.cfg.num_heads}, or another head size (python -m linear_moe.lsm)"
+        )
+    widest = max(width for shape in mixer.memory_shapes() for width in shape)
+    if widest > MAX_HEAD_DIM:
+        raise ValueError(
+            f"a memory of {kind} is {widest} channels wide\n"
+            f"  why: the kernels take keys and values of up to {MAX_HEAD_DIM}\n"
+            f"  try: a smaller --expand-k or --expand-v, or more heads"
         )
     if cp > 1 and getattr(mixer.cfg, "capacity", None) is not None:
         raise ValueError(

@@ -158,7 +158,7 @@ def _unknown_symbol(variable: str, pattern: str, position: int, symbols: dict[st
 def _nearest_symbol(symbol: str, symbols: dict[str, str]) -> str:
     softmax = next(key for key, kind in symbols.items() if kind == SOFTMAX)
     linear = next((key for key, kind in symbols.items() if kind != SOFTMAX and not key.isdigit()), softmax)
-    if symbol == "-":
+    if symbol in "-, ":
         return ""
     if symbol.upper() in symbols:
         return symbol.upper()

@@ -47,6 +47,20 @@ CASES = [
         LAYER_TYPE_LIST="LLLn",
     ),
     case(
+        "symbols_with_spaces",
+        """unknown layer symbol ' ' at position 2 of LAYER_TYPE_LIST=L L L N.
+  why: the symbols are L = gated_deltanet, N = softmax.
+  try: LAYER_TYPE_LIST='LLLN'""",
+        LAYER_TYPE_LIST="L L L N",
+    ),
+    case(
+        "size_in_capitals",
+        """unknown MODEL_SIZE=TINY of qwen2.
+  why: the sizes are 0.5B, 1.5B, 7B, 72B, A0.3B, A1B, A14B, tiny, tiny-dense, demo.
+  try: MODEL_SIZE=tiny""",
+        MODEL_SIZE="TINY",
+    ),
+    case(
         "symbol_of_the_other_pattern",
         """unknown layer symbol '*' at position 4 of LAYER_TYPE_LIST=LLL*.
   why: the symbols are L = gated_deltanet, N = softmax.
@@ -516,6 +530,7 @@ OF_MIXERS = {
     },
     "EXTRA_ARGS: no mixer has the option --gated-deltanet-foo.": {"EXTRA_ARGS": "--gated-deltanet-foo 3"},
     "--expand-v 1.7 gives a head of 54.4 channels": {"EXTRA_ARGS": "--expand-v 1.7"},
+    "a memory of gated_deltanet is 1024 channels wide": {"EXTRA_ARGS": "--expand-v 32"},
     "--la-feature-map is set, but no layer of this model has feature_map": {
         "EXTRA_ARGS": "--la-feature-map elu"
     },
