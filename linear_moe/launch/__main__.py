@@ -6,6 +6,7 @@ mistake in the variables, with one message; otherwise torchrun's. LINEAR_MOE_DRY
 
 import argparse
 import os
+import signal
 import sys
 import time
 import typing
@@ -30,6 +31,7 @@ from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
+from linear_moe.launch.resume import checkpoint_iteration
 from linear_moe.launch.starting_model import starting_model
 from linear_moe.model.families import FAMILIES
 
@@ -95,17 +97,31 @@ def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
         sys.stdout, f"{head}\nlog         {log}{'' if verbose else ' (VERBOSE=true shows all of it here)'}\n"
     )
     show = (lambda line: True) if verbose else is_our_line
-    code = run_logged(command, log, _child_environment(plan, environment), show)
-    told = mistake(log) if code else None
-    if told is not None:
-        _write(sys.stderr, f"linear_moe: {told}")
-    elif code and not verbose:
+    received: list[signal.Signals] = []
+    code = run_logged(command, log, _child_environment(plan, environment), show, received)
+    if code:
+        _report_failure(plan, log, code, received)
+    return code
+
+
+def _report_failure(plan: RunPlan, log: Path, code: int, received: list[signal.Signals]) -> None:
+    """Why the run has ended, as far as its log says; one that was stopped has done nothing wrong."""
+    stopped = [s for s in received if code == 128 + s or s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    if stopped:
+        step = checkpoint_iteration(plan.run_dir / "checkpoint")
+        kept = (
+            "no checkpoint yet"
+            if step is None
+            else f"step {step} is kept, and the same command goes on from there"
+        )
+        _announce(f"stopped by {stopped[0].name}: {kept}.")
+    elif (told := mistake(log)) is not None:
+        _announce(told)
+    elif not plan.settings.verbose:
         _write(sys.stderr, last_lines(log, 60))
         if (first := cause(log)) is not None:
             _announce(first)
-    if code:
-        _write(sys.stderr, f"linear_moe: the run ended with exit code {code}; all of its output is in {log}")
-    return code
+    _announce(f"the run ended with exit code {code}; all of its output is in {log}")
 
 
 def _child_environment(plan: RunPlan, environment: Mapping[str, str]) -> dict[str, str]:

@@ -43,9 +43,17 @@ def is_our_line(line: bytes) -> bool:
 
 
 def run_logged(
-    command: list[str], log: Path, environment: dict[str, str], show: Show = lambda line: True
+    command: list[str],
+    log: Path,
+    environment: dict[str, str],
+    show: Show = lambda line: True,
+    received: list[signal.Signals] | None = None,
 ) -> int:
-    """Run `command` and return its exit code, 128 + signal for one that a signal ended; `log` is appended to."""
+    """Run `command` and return its exit code, 128 + signal for one that a signal ended; `log` is appended to.
+
+    Signals that arrive meanwhile are passed on, and added to `received`.
+    """
+    arrived = [] if received is None else received
     with log.open("ab", buffering=0) as log_file:
         child = subprocess.Popen(
             command,
@@ -56,7 +64,9 @@ def run_logged(
             start_new_session=True,
             preexec_fn=_stop_with_parent,
         )
-        previous = {number: signal.signal(number, lambda n, _: _send(child, n)) for number in _FORWARDED}
+        previous = {
+            number: signal.signal(number, lambda n, _: _send(child, n, arrived)) for number in _FORWARDED
+        }
         try:
             assert child.stdout is not None and child.stderr is not None
             _copy({child.stdout: _Lines(sys.stdout, show), child.stderr: _Lines(sys.stderr, show)}, log_file)
@@ -107,7 +117,8 @@ def _stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _send(child: subprocess.Popen, number: int) -> None:
+def _send(child: subprocess.Popen, number: int, arrived: list[signal.Signals]) -> None:
+    arrived.append(signal.Signals(number))
     if child.poll() is None:
         child.send_signal(number)
 

@@ -14,6 +14,7 @@ import pytest
 
 from linear_moe.launch import __main__ as launcher
 from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
+from tests.launch.plans import make_plan
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "linear_moe_qwen2" / "run_pretrain_qwen.sh"
@@ -243,7 +244,9 @@ def relay_command(program: str, log: Path) -> list[str]:
     """A process of its own that runs `program` through the relay."""
     code = (
         "import os, sys; from pathlib import Path; from linear_moe.launch.relay import run_logged; "
-        f"sys.exit(run_logged([sys.executable, '-u', '-c', {program!r}], Path({str(log)!r}), dict(os.environ)))"
+        "heard = []; "
+        f"code = run_logged([sys.executable, '-u', '-c', {program!r}], Path({str(log)!r}), dict(os.environ), "
+        "lambda line: True, heard); sys.exit(code if not heard or code == 128 + heard[0] else str(heard))"
     )
     return [sys.executable, "-c", code]
 
@@ -270,6 +273,18 @@ def test_signals_reach_the_run_and_its_end_is_reported(tmp_path: Path, number: i
     relay.send_signal(number)
     assert relay.wait(20) == code
     assert not is_alive(child)
+
+
+def test_a_run_that_was_stopped_has_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "log").write_text(TRACEBACK + "RuntimeError: connection closed by peer\n")
+    plan = make_plan(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="mine")
+    launcher._report_failure(plan, tmp_path / "log", 1, [signal.SIGINT])
+    assert capsys.readouterr().err.splitlines() == [
+        "linear_moe: stopped by SIGINT: no checkpoint yet.",
+        f"linear_moe: the run ended with exit code 1; all of its output is in {tmp_path}/log",
+    ]
+    launcher._report_failure(plan, tmp_path / "log", 1, [])
+    assert capsys.readouterr().err.splitlines()[-2] == "linear_moe: RuntimeError: connection closed by peer"
 
 
 def test_a_killed_launcher_takes_the_run_along(tmp_path: Path):
