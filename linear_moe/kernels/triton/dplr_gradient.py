@@ -61,8 +61,40 @@ def products_with_memories(
         b_wD = tl.dot(load_values(w, w_t, i_V, left, DV, BV, C), b_DT, b_wD, input_precision="ieee")
         if HAS_V:
             b_vD = tl.dot(load_values(v, v_t, i_V, left, DV, BV, C), b_DT, b_vD, input_precision="ieee")
-        through += tl.sum(b_ST.to(tl.float32) * b_DT.to(tl.float32), 0)
+        # loaded again: Triton fetches the next block over a tile that registers and a product share (delta_gradient.py)
+        i_S, m_S = i_K[:, None] * DV + i_V[None, :], m_K[:, None] & m_V[None, :]
+        b_S = tl.load(states + i_S, mask=m_S, other=0.0).to(tl.float32)  # [BK, BV]
+        through += tl.sum(b_S * tl.load(d_states + i_S, mask=m_S, other=0.0).to(tl.float32), 1)
     return b_oS, b_zS, b_wD, b_vD, through
+
+
+@triton.jit
+def add_both(total, x, y):
+    """total + x y^T on and below the diagonal, its transpose above it: a product of its own, none is transposed."""
+    i_C = tl.arange(0, total.shape[0])
+    below = tl.dot(x, tl.trans(y), input_precision="ieee")
+    above = tl.dot(y, tl.trans(x), input_precision="ieee")
+    return total + tl.where(i_C[:, None] >= i_C[None, :], below, above)
+
+
+@triton.jit
+def pairs_of_reader(
+    p_pairs, x, w, v, x_t: tl.constexpr, w_t: tl.constexpr, v_t: tl.constexpr, scale, left,
+    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_V: tl.constexpr,
+):  # fmt: skip
+    """Stores scale * x w^T and scale * x v^T, each in both orders: one after the other reader, for registers."""
+    dtype: tl.constexpr = p_pairs.dtype.element_ty
+    y_b = tl.zeros([C, C], tl.float32)
+    y_k = tl.zeros([C, C], tl.float32)
+    for block in range(0, (DV + BV - 1) // BV):
+        i_V = block * BV + tl.arange(0, BV)
+        b_x = load_values(x, x_t, i_V, left, DV, BV, C)
+        y_b = add_both(y_b, b_x, load_values(w, w_t, i_V, left, DV, BV, C))
+        if HAS_V:
+            y_k = add_both(y_k, b_x, load_values(v, v_t, i_V, left, DV, BV, C))
+    tl.store(p_pairs, (y_b * scale).to(dtype))
+    if HAS_V:
+        tl.store(p_pairs + C * C, (y_k * scale).to(dtype))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
@@ -77,7 +109,6 @@ def dplr_pairs_kernel(
     HAS_OUTPUT: tl.constexpr, HAS_V: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H."""
-    dtype: tl.constexpr = pairs.dtype.element_ty
     head, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     row, start, _length, left = segment_of(
         plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
@@ -90,38 +121,12 @@ def dplr_pairs_kernel(
         w, z = w + of_w, z + of_w
         v += batch * v_r + at * v_t + head.to(tl.int64) * v_h
         do += batch * o_r + at * o_t + head.to(tl.int64) * o_h
-        y_ab = tl.zeros([C, C], tl.float32)
-        y_ak = tl.zeros([C, C], tl.float32)
-        y_qb = tl.zeros([C, C], tl.float32)
-        y_qk = tl.zeros([C, C], tl.float32)
-        for block in range(0, (DV + BV - 1) // BV):
-            i_V = block * BV + tl.arange(0, BV)
-            b_z = load_values(z, w_t, i_V, left, DV, BV, C)
-            b_w = load_values(w, w_t, i_V, left, DV, BV, C)
-            y_ab = add_both(y_ab, b_z, b_w)
-            if HAS_V:
-                b_v = load_values(v, v_t, i_V, left, DV, BV, C)
-                y_ak = add_both(y_ak, b_z, b_v)
-            if HAS_OUTPUT:
-                b_do = load_values(do, o_t, i_V, left, DV, BV, C)
-                y_qb = add_both(y_qb, b_do, b_w)
-                if HAS_V:
-                    y_qk = add_both(y_qk, b_do, b_v)
         tile = (chunk.to(tl.int64) * num_heads + head) * (4 * C * C)
-        p_tile = pairs + tile + i_C[:, None] * C + i_C[None, :]
-        tl.store(p_tile, y_ab.to(dtype))
-        tl.store(p_tile + C * C, y_ak.to(dtype))
-        tl.store(p_tile + 2 * C * C, (y_qb * scale).to(dtype))
-        tl.store(p_tile + 3 * C * C, (y_qk * scale).to(dtype))
-
-
-@triton.jit
-def add_both(total, x, y):
-    """total + x y^T on and below the diagonal, its transpose above it: a product of its own, none is transposed."""
-    i_C = tl.arange(0, total.shape[0])
-    below = tl.dot(x, tl.trans(y), input_precision="ieee")
-    above = tl.dot(y, tl.trans(x), input_precision="ieee")
-    return total + tl.where(i_C[:, None] >= i_C[None, :], below, above)
+        p_pairs = pairs + tile + i_C[:, None] * C + i_C[None, :]
+        pairs_of_reader(p_pairs, z, w, v, w_t, w_t, v_t, 1.0, left, DV, BV, C, HAS_V)
+        if HAS_OUTPUT:
+            p_pairs += 2 * C * C
+            pairs_of_reader(p_pairs, do, w, v, o_t, w_t, v_t, scale, left, DV, BV, C, HAS_V)
 
 
 @triton.jit
