@@ -79,4 +79,6 @@ set -a # every variable that is set here, yours too, reaches the run
 : "${PRETRAIN_CHECKPOINT_PATH:=none}" # weights to start from: run or checkpoint of any layout, or a Hugging Face folder
 : "${EXTRA_ARGS:=}"                # anything else, passed to Megatron as it is
 
-exec sh "$(dirname -- "$0")/../start.sh" --family llama3
+start=$(dirname -- "$0")/../start.sh
+[ -f "$start" ] || start=${LINEAR_MOE_START:?is not set, and this is a copy (sbatch makes one): <repository>/examples/start.sh}
+exec sh "$start" --family llama3

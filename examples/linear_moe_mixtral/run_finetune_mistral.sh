@@ -80,4 +80,6 @@ set -a # every variable that is set here, yours too, reaches the run
 : "${RUN_NAME:=}"                  # empty: finetune-, then family, size, mixers and pattern
 : "${EXTRA_ARGS:=}"                # anything else, passed to Megatron as it is
 
-exec sh "$(dirname -- "$0")/../start.sh" --family mixtral --finetune
+start=$(dirname -- "$0")/../start.sh
+[ -f "$start" ] || start=${LINEAR_MOE_START:?is not set, and this is a copy (sbatch makes one): <repository>/examples/start.sh}
+exec sh "$start" --family mixtral --finetune

@@ -96,7 +96,7 @@ def test_every_script_has_every_variable_with_the_same_default(family: str):
     assert re.search(rf" {FAMILIES[family].default_size} \((.*, )?if empty\)", text)
     assert f"(empty: {mixer})" in text and mixer == (FAMILIES[family].mixer or "gated_deltanet")
     assert in_script["MODEL_SIZE"] == in_script["LA_MODULE"] == ""
-    assert text.endswith(f'\nexec sh "$(dirname -- "$0")/../start.sh" --family {family}\n')
+    assert text.endswith(f'\nexec sh "$start" --family {family}\n')
 
 
 def test_scripts_differ_in_their_model_section_only():

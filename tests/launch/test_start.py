@@ -91,6 +91,19 @@ def test_dry_run_prints_the_command_and_touches_nothing(tmp_path: Path, shell: s
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_copy_of_a_script_asks_for_the_repository(tmp_path: Path, shell: str):
+    """As sbatch makes one, in a folder of its own."""
+    copy = shutil.copy(SCRIPT, tmp_path)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "/nowhere/python"}
+    done = subprocess.run([shell, copy], env=environment, capture_output=True, text=True)
+    assert done.returncode and done.stdout == ""
+    assert "LINEAR_MOE_START: is not set, and this is a copy (sbatch makes one)" in done.stderr
+    environment["LINEAR_MOE_START"] = str(REPOSITORY / "examples" / "start.sh")
+    done = subprocess.run([shell, copy], env=environment, capture_output=True, text=True)
+    assert done.stderr.startswith("linear_moe: there is no /nowhere/python.")
+
+
 def test_a_mistake_is_code_2_one_message_and_nothing_else(tmp_path: Path):
     done = run_script(tmp_path, MODEL_SIZE="tiny", TP="3")
     assert done.returncode == 2
