@@ -147,7 +147,11 @@ class Mixer:
     def scan(
         self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
     ) -> tuple[Tensor, Memory]:
-        """Outputs ``[B, T, H, V]`` and the memories after the last token of every run."""
+        """Outputs ``[B, T, H, V]`` and the memories after the last token of every run.
+
+        Under context parallelism ``state`` may be on its way: looking at a matrix waits for it, and
+        :func:`~linear_moe.kernels.arriving.states_of` hands it to a kernel that starts first.
+        """
         raise NotImplementedError
 
     def segment(self, *, cu_seqlens: Tensor | None, **gated: Tensor) -> tuple[Segment, ...]:
