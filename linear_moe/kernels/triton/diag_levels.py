@@ -39,14 +39,15 @@ def level_sums(chunk: int, reads_first: bool, dtype: torch.dtype, device: torch.
 
     One entry for each level; then what token i reads of the memory before the chunk, and what is left of its write at
     the end of the chunk. Second the same transposed. Third, for each level, which pairs of tokens are of it.
+    Made on the host and kept: there when this returns, whatever stream uses it next, and never part of a CUDA graph.
     """
-    i, t = torch.arange(chunk, device=device)[:, None], torch.arange(chunk, device=device)[None, :]
+    i, t = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
     up_to = t < i if reads_first else t <= i
     levels = range(chunk.bit_length() - 1)
     sums = [((i ^ t) < 2**n) & torch.where((i & 2**n) != 0, up_to, t > i) for n in levels]
     table = torch.stack([*sums, up_to, t > i])
     is_level = torch.stack([((i ^ t) >= 2**n) & ((i ^ t) < 2 ** (n + 1)) for n in (*levels, 62, 62)])
-    return torch.stack([table, table.mT, is_level]).to(dtype).contiguous()
+    return torch.stack([table, table.mT, is_level]).to(dtype).contiguous().to(device)
 
 
 @triton.jit
