@@ -2,9 +2,18 @@
 
 import pytest
 import torch
-from scan_cases import OPS, PACKED, Inputs, make, poison_empty, results
-from triton_segment_cases import DELTA, DIAG, comparable
-from triton_segment_cases import results as segment_results
+from gpu_checks import (
+    DIMS,
+    LAYOUTS,
+    RMS,
+    captured,
+    check_errors,
+    check_fused,
+    fused_errors,
+    never_waiting,
+    on_gpu,
+)
+from scan_cases import OPS, PACKED, make, poison_empty
 
 from linear_moe import kernels
 from linear_moe.kernels import reference, short_conv
@@ -72,43 +81,6 @@ def test_short_convolution_on_cuda(dtype):
     expected, _ = short_conv(x.double(), weight.double(), activation="silu")
     found, _ = short_conv(x.cuda(), weight.cuda(), activation="silu")
     assert (found.cpu().double() - expected).norm() / expected.norm() <= TOLERANCE[dtype]
-
-
-RMS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 1e-3), torch.bfloat16: (3e-3, 5e-3)}
-"""Of outputs and states, and of gradients."""
-OF_SCALED_OUTPUTS = 4e-3
-"""bfloat16's, where single elements decay: q and k are rounded once more. docs/kernels.md has more of it."""
-LAYOUTS = {
-    "rows": dict(batch=40, num_heads=8, groups=8, num_tokens=70),
-    "segments": dict(batch=1, num_tokens=1100),
-    "packed": dict(num_tokens=230, cu_seqlens=PACKED),
-}
-DIMS = [(128, 128), (64, 64), (128, 256), (256, 128), (100, 48), (9, 3)]
-
-
-def fused_errors(inputs: Inputs, dtype: torch.dtype) -> dict[str, float]:
-    """Relative RMS errors of backend ``triton`` on the GPU against the token loop in float64 on equal values."""
-    inputs = inputs.to(dtype)
-    for name in {"log_decay", "log_decay_v", "bonus"} & inputs.tensors.keys():
-        inputs.tensors[name] = inputs.tensors[name].float()
-    on_gpu = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}, inputs.scale)
-    found = results(on_gpu, kernels, dtype)
-    truth = results(inputs.to(torch.float64), reference, dtype)
-    difference = {name: (found[name].cpu().double() - x.double()).norm() for name, x in truth.items()}
-    return {name: (difference[name] / x.double().norm().clamp(min=1e-30)).item() for name, x in truth.items()}
-
-
-def check_errors(inputs: Inputs, errors: dict[str, float], dtype: torch.dtype) -> None:
-    of_outputs, of_gradients = RMS[dtype]
-    log_decay = inputs.tensors.get("log_decay_v", inputs.tensors.get("log_decay"))
-    if dtype == torch.bfloat16 and log_decay is not None and log_decay.ndim == 4:
-        of_outputs = OF_SCALED_OUTPUTS
-    assert all(e <= (of_gradients if n.startswith("grad") else of_outputs) for n, e in errors.items()), errors
-
-
-def check_fused(inputs: Inputs, dtype: torch.dtype) -> None:
-    errors = fused_errors(inputs, dtype)
-    check_errors(inputs, errors, dtype)
 
 
 @pytest.fixture
@@ -194,7 +166,7 @@ def test_fused_vector_same_bits_and_in_a_graph(kind, fused):
     decay, extra = KINDS[kind]
     sizes = dict(num_tokens=300, num_keys=64, num_values=64, strength=0.1)
     inputs = make("diag_decay", decay, extra=extra, **sizes).to(torch.bfloat16)
-    inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}).differentiable()
+    inputs = on_gpu(inputs).differentiable()
 
     def step():
         o, state = inputs.run(kernels)
@@ -202,12 +174,7 @@ def test_fused_vector_same_bits_and_in_a_graph(kind, fused):
         return o, state, *torch.autograd.grad(y, list(inputs.tensors.values()))
 
     eager, again = step(), step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for x, y, z in zip(eager, again, captured, strict=True):
+    for x, y, z in zip(eager, again, captured(step), strict=True):
         assert torch.equal(x, y) and torch.equal(x, z)
 
 
@@ -225,12 +192,7 @@ def test_fused_strided_deterministic_and_in_a_graph(dtype, fused):
 
     eager, again = step(), step()
     contiguous = kernels.diag_decay(q.contiguous(), k.contiguous(), v.contiguous(), log_decay, scale=0.125)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for x, y, z in zip(eager, again, captured):
+    for x, y, z in zip(eager, again, captured(step)):
         assert torch.equal(x, y) and torch.equal(x, z)
     assert torch.equal(eager[0], contiguous[0]) and torch.equal(eager[1], contiguous[1])
 
@@ -238,190 +200,7 @@ def test_fused_strided_deterministic_and_in_a_graph(dtype, fused):
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_fused_never_waits_for_the_device(decay, fused):
     inputs = make("diag_decay", decay, num_tokens=210, cu_seqlens=PACKED).to(torch.float32)
-    inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}).differentiable()
+    inputs = on_gpu(inputs).differentiable()
     sum(x.sum() for x in inputs.run(kernels)).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         sum(x.sum() for x in inputs.run(kernels)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-DELTA_DECAYS = ["none", "head", "scalar", "vector"]
-
-
-@pytest.mark.parametrize("dtype", RMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("decay", DELTA_DECAYS)
-def test_fused_delta_layouts(decay, layout, dtype, fused):
-    sizes = dict(num_keys=64, num_values=48, strength=0.1, **LAYOUTS[layout])
-    check_fused(make("delta_rule", decay, **sizes), dtype)
-
-
-@pytest.mark.parametrize("dtype", RMS)
-@pytest.mark.parametrize(("num_keys", "num_values"), DIMS)
-def test_fused_delta_dims_and_groups(num_keys, num_values, dtype, fused):
-    sizes = dict(num_keys=num_keys, num_values=num_values, num_heads=4, groups=2, num_tokens=130)
-    for decay in ("none", "scalar", "vector"):
-        check_fused(make("delta_rule", decay, strength=0.3, **sizes), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
-def test_fused_delta_long(decay, dtype, fused):
-    sizes = dict(num_keys=128, num_values=128, num_heads=1, groups=1, batch=1, num_tokens=4096)
-    check_fused(make("delta_rule", decay, strength=0.02, **sizes), dtype)
-
-
-def repeated_keys(tensors):
-    tensors["k"][:] = tensors["k"][:, :1].clone()
-    tensors["beta"].fill_(1.0)
-
-
-DELTA_EXTREMES = {
-    "beta 0": lambda tensors: tensors["beta"].fill_(0.0),
-    "beta 1": lambda tensors: tensors["beta"].fill_(1.0),
-    "repeated keys": repeated_keys,
-    "weak": lambda tensors: tensors["log_decay"].fill_(-1e-3),
-    "e^-30": lambda tensors: tensors["log_decay"].fill_(-30.0),
-    "forgets all": lambda tensors: tensors["log_decay"].fill_(float("-inf")),
-    "now and then": lambda tensors: tensors["log_decay"][:, 10:300:7].fill_(-30.0),
-}
-
-
-@pytest.mark.parametrize("dtype", RMS)
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
-@pytest.mark.parametrize("extreme", DELTA_EXTREMES)
-def test_fused_delta_extremes(extreme, decay, dtype, fused):
-    """float16 holds no number as small as e^-30 and its products: gradients of such decays are 0 there.
-
-    Where every token erases all that the one before it wrote, chunks sum what cancels, each rounded: 8 times the error.
-    """
-    sizes = dict(num_tokens=330, batch=1, groups=1, num_heads=2, num_keys=64, num_values=64, strength=0.01)
-    inputs = make("delta_rule", decay, **sizes)
-    DELTA_EXTREMES[extreme](inputs.tensors)
-    errors = fused_errors(inputs, dtype)
-    if dtype == torch.float16 and extreme == "e^-30":
-        errors = {n: e for n, e in errors.items() if n not in ("grad log_decay", "grad state")}
-    more = 8 if extreme == "repeated keys" and dtype.itemsize == 2 else 1
-    limits = {n: more * RMS[dtype][n.startswith("grad")] for n in errors}
-    assert all(e <= limits[n] for n, e in errors.items()), errors
-
-
-@pytest.mark.parametrize("decay", DELTA_DECAYS)
-def test_fused_delta_strided_deterministic_and_in_a_graph(decay, fused):
-    """Slices of one projection in [T, B, ...] order; the same bits from every run, captured in a CUDA graph or not."""
-    inputs = make("delta_rule", decay, num_tokens=300, num_keys=64, num_values=64, groups=4, strength=0.1)
-    inputs = inputs.to(torch.bfloat16)
-    tensors = {name: x.cuda() for name, x in inputs.tensors.items()}
-    contiguous = {name: x.clone() for name, x in tensors.items()}
-    fused_TBHP = torch.cat([tensors[name] for name in "qkv"], -1).transpose(0, 1).contiguous()
-    tensors.update(zip("qkv", (x.transpose(0, 1) for x in fused_TBHP.split(64, -1)), strict=True))
-
-    def step(tensors):
-        leaves = Inputs(inputs.op, tensors).differentiable()
-        o, state = leaves.run(kernels)
-        y = o.float().square().sum() + state.square().sum()
-        return o, state, *torch.autograd.grad(y, list(leaves.tensors.values()))
-
-    eager, again, copied = step(tensors), step(tensors), step(contiguous)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(tensors)
-    graph.replay()
-    torch.cuda.synchronize()
-    for x, *others in zip(eager, again, copied, captured, strict=True):
-        assert all(torch.equal(x, y) for y in others)
-
-
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
-def test_fused_delta_never_waits_for_the_device(decay, fused):
-    inputs = make("delta_rule", decay, num_tokens=210, cu_seqlens=PACKED).to(torch.float32)
-    inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()}).differentiable()
-    sum(x.sum() for x in inputs.run(kernels)).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        sum(x.sum() for x in inputs.run(kernels)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-SEGMENTS = {**DIAG, **DELTA}
-
-
-def segment_inputs(kind: str, strength: float = 0.1, **sizes: int) -> Inputs:
-    op, decay, extra = SEGMENTS[kind]
-    return make(op, decay, extra=extra, strength=strength, **sizes)
-
-
-def check_segment(inputs: Inputs, dtype: torch.dtype) -> None:
-    """Relative RMS errors of segments and their gradients; what is left of a memory is measured against the identity.
-
-    But for diagonal decays, gradients in half precision are a sum of two, by way of the memory and of its decay.
-    """
-    inputs = inputs.to(dtype)
-    for name in {"log_decay", "log_decay_v"} & inputs.tensors.keys():
-        inputs.tensors[name] = inputs.tensors[name].float()
-    found = segment_results(Inputs(inputs.op, {n: x.cuda() for n, x in inputs.tensors.items()}), kernels)
-    truth = segment_results(inputs.to(torch.float64), reference)
-    errors = {}
-    for name, x in truth.items():
-        f, t = comparable(name, found[name].cpu().double()), comparable(name, x)
-        errors[name] = ((f - t).norm() / t.norm().clamp(min=1e-30)).item()
-    of_outputs, of_gradients = RMS[dtype]
-    if dtype == torch.bfloat16 and inputs.op != "diag_decay":
-        of_outputs, of_gradients = OF_SCALED_OUTPUTS, 8e-3
-    assert all(e <= (of_gradients if n.startswith("grad") else of_outputs) for n, e in errors.items()), errors
-
-
-@pytest.mark.parametrize("dtype", RMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", SEGMENTS)
-def test_fused_segment_layouts(kind, layout, dtype, fused):
-    check_segment(segment_inputs(kind, num_keys=64, num_values=48, **LAYOUTS[layout]), dtype)
-
-
-@pytest.mark.parametrize("dtype", RMS)
-@pytest.mark.parametrize(("num_keys", "num_values"), DIMS)
-@pytest.mark.parametrize(
-    "kind", ["none", "scalar", "vector", "values", "delta none", "delta scalar", "delta vector"]
-)
-def test_fused_segment_dims_and_groups(kind, num_keys, num_values, dtype, fused):
-    sizes = dict(num_keys=num_keys, num_values=num_values, num_heads=4, groups=2, num_tokens=130)
-    check_segment(segment_inputs(kind, **sizes), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["scalar", "vector", "values", "delta scalar", "delta vector"])
-def test_fused_segment_long(kind, dtype, fused):
-    sizes = dict(num_keys=128, num_values=128, num_heads=1, groups=1, batch=1, num_tokens=4096)
-    check_segment(segment_inputs(kind, strength=0.002, **sizes), dtype)
-
-
-@pytest.mark.parametrize("kind", ["scalar", "vector", "values", "delta scalar", "delta vector"])
-def test_fused_segment_same_bits_in_a_graph_and_no_waiting(kind, fused):
-    inputs = segment_inputs(kind, num_tokens=230, num_keys=64, num_values=64, cu_seqlens=PACKED).to(
-        torch.bfloat16
-    )
-    inputs = Inputs(inputs.op, {name: x.cuda() for name, x in inputs.tensors.items()})
-
-    def step():
-        leaves = inputs.differentiable()
-        segment = leaves.segment(kernels)
-        found = [x for x in (segment.state, segment.log_decay, segment.decay) if x is not None]
-        used = [x for name, x in leaves.tensors.items() if x.requires_grad and name not in ("q", "state")]
-        return *found, *torch.autograd.grad(sum(x.square().sum() for x in found), used)
-
-    eager = step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for x, y, z in zip(eager, again, captured, strict=True):
-        assert torch.equal(x, y) and torch.equal(x, z)

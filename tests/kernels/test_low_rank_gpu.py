@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_checks import (
+    DIMS,
+    LAYOUTS,
+    OF_SCALED_OUTPUTS,
+    RMS,
+    captured,
+    check_segment,
+    fused_errors,
+    never_waiting,
+    on_gpu,
+)
 from scan_cases import PACKED, Inputs, make, poison_empty
-from test_kernels_gpu import DIMS, LAYOUTS, OF_SCALED_OUTPUTS, RMS, check_segment, fused_errors
 from torch import Tensor
 from triton_dplr_cases import one_key, unrelated
 
@@ -107,26 +117,15 @@ def test_strided_deterministic_in_a_graph_and_no_waiting() -> None:
     fused_TBHP = torch.cat([tensors[name] for name in names], -1).transpose(0, 1).contiguous()
     tensors.update(zip(names, (x.transpose(0, 1) for x in fused_TBHP.split(64, -1)), strict=True))
     eager, copied = step(tensors), step(contiguous)  # compile
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         again = step(tensors)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(tensors)
-    graph.replay()
-    torch.cuda.synchronize()
-    for x, *others in zip(eager, again, copied, captured, strict=True):
+    for x, *others in zip(eager, again, copied, captured(lambda: step(tensors)), strict=True):
         assert all(torch.equal(x, y) for y in others)
 
 
 def test_packed_documents_never_wait_for_the_device() -> None:
     inputs = make(OP, "vector", num_tokens=210, cu_seqlens=PACKED).to(torch.float32)
-    inputs = Inputs(OP, {name: x.cuda() for name, x in inputs.tensors.items()}).differentiable()
+    inputs = on_gpu(inputs).differentiable()
     sum(x.sum() for x in inputs.run(kernels)).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         sum(x.sum() for x in inputs.run(kernels)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
