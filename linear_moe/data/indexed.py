@@ -29,8 +29,6 @@ class CorruptDataError(ValueError):
 class IndexInfo:
     """Header of a pair of token files, checked against both files' sizes."""
 
-    prefix: str
-    """Path without `.bin`."""
     dtype: str
     """numpy name of the token type: uint16 for vocabularies below 65500, else int32."""
     num_documents: int
@@ -88,7 +86,7 @@ def read_index(prefix: str) -> IndexInfo:
             f"{bin_} has {bin_bytes} bytes, but {idx.name} describes {num_tokens * dtype.itemsize} "
             f"({num_tokens} tokens of {dtype.name})"
         )
-    return IndexInfo(prefix, dtype.name, ends - 1, num_tokens)
+    return IndexInfo(dtype.name, ends - 1, num_tokens)
 
 
 def read_tokens(prefix: str, limit: int | None = None) -> np.ndarray:

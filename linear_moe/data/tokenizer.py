@@ -80,15 +80,10 @@ def _read(path: str) -> _Content:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        model, added = (
-            content["model"],
-            {token["content"]: token["id"] for token in content.get("added_tokens") or []},
-        )
-        vocab = (
-            model["vocab"]
-            if isinstance(model["vocab"], dict)
-            else {v[0]: i for i, v in enumerate(model["vocab"])}
-        )
+        model, vocab = content["model"], content["model"]["vocab"]
+        if not isinstance(vocab, dict):  # a unigram model lists its tokens, each with a score
+            vocab = {token: i for i, (token, *_) in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     except FileNotFoundError as error:
         raise TokenizerError(f"{folder} has no {Path(str(error.filename)).name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
