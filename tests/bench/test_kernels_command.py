@@ -15,7 +15,7 @@ import torch
 from linear_moe.bench import __main__ as command_line
 from linear_moe.bench.kernels import command, report
 from linear_moe.bench.kernels.calls import ALL_SHAPES, FAMILIES, SHAPES, inputs, least_bytes
-from linear_moe.bench.kernels.peer import _different, arguments, let_it_run, peer
+from linear_moe.bench.kernels.peer import _different, arguments, let_it_run, peer, place
 from linear_moe.bench.record import Record
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_floors() -> None:
 
 
 def test_one_process_compiles_what_shapes_share() -> None:
-    found = _different(["linear", "gla", "rwkv7"], ["2k", "16k", "64", "packed"])
+    found = _different(["linear", "gla", "gsa_keys"], ["2k", "16k", "64", "packed"])
     assert found == [(name, shape) for name in ("linear", "gla") for shape in ("2k", "64", "packed")]
 
 
@@ -159,8 +159,8 @@ def test_a_guard_that_is_passed_marks_the_row(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.peer])
 def test_the_peer_takes_these_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip(f"fla.ops.{FAMILIES[name].peer}")
-    operator = f"chunk_{FAMILIES[name].peer}"
+    folder, operator = place(FAMILIES[name])
+    module = pytest.importorskip(folder)
     signature, given = inspect.signature(getattr(module, operator)), {}
     monkeypatch.setattr(module, operator, lambda **named: given.update(named))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -45,7 +45,7 @@ FAMILIES = {
     "delta_net": Family("delta_rule", peer="delta_rule"),
     "gated_delta_net": Family("delta_rule", "scalar", peer="gated_delta_rule"),
     "kda": Family("delta_rule", "vector", peer="kda"),
-    "rwkv7": Family("dplr_delta_rule", "vector"),
+    "rwkv7": Family("dplr_delta_rule", "vector", peer="dplr_delta_rule"),
 }
 
 

@@ -28,9 +28,16 @@ def why_not() -> str | None:
     return None if torch.cuda.is_available() else "it needs a GPU"
 
 
+def place(family: Family) -> tuple[str, str]:
+    """Module and name of its operator."""
+    folder = "generalized_delta_rule" if family.peer == "dplr_delta_rule" else family.peer
+    return f"fla.ops.{folder}", f"chunk_{family.peer}"
+
+
 def peer(family: Family, shape: Shape) -> Operator:
     """Its operator of a family that it has."""
-    operator = getattr(importlib.import_module(f"fla.ops.{family.peer}"), f"chunk_{family.peer}")
+    module, name = place(family)
+    operator = getattr(importlib.import_module(module), name)
     renamed = {"log_decay": _decay_name(family), "bonus": "u"} | (
         {"q": "r"} if family.peer == "rwkv6" else {}
     )
@@ -52,7 +59,7 @@ def arguments(named: dict[str, Tensor]) -> dict[str, Tensor]:
 def _decay_name(family: Family) -> str:
     if family.peer == "simple_gla":
         return "g_gamma" if family.decay == "head" else "g"
-    return "w" if family.peer == "rwkv6" else "g"
+    return {"rwkv6": "w", "dplr_delta_rule": "gk"}.get(family.peer, "g")
 
 
 def let_it_run(family: Family) -> str | None:
