@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -249,7 +248,7 @@ def _place(record: dict[str, Any]) -> tuple[int, bool]:
 def progress_line(step: dict[str, Any], train_iters: int, world_size: int) -> str:
     """The one line a person reads: position, health, speed, memory, balance, time left."""
     done = step["iteration"]
-    left = time.strftime("%Hh%Mm%Ss", time.gmtime((train_iters - done) * step["seconds"]))
+    minutes, seconds = divmod(round((train_iters - done) * step["seconds"]), 60)
     mfu = "" if step["mfu"] is None else f" {100 * step['mfu']:4.1f}% MFU"
     parts = [
         f"step {done:6d}/{train_iters}",
@@ -266,6 +265,7 @@ def progress_line(step: dict[str, Any], train_iters: int, world_size: int) -> st
     if "memory_load" in step:
         uneven = [max(load) * len(load) for load in step["memory_load"]]
         parts.append(f"mem {sum(uneven) / len(uneven):.2f}")
+    left = f"{minutes // 60:02d}h{minutes % 60:02d}m{seconds:02d}s"
     parts.append("SKIPPED" if step.get("skipped") else f"eta {left}")
     return "  ".join(parts)
 
