@@ -10,7 +10,6 @@ tokens are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
@@ -24,14 +23,21 @@ State = Tensor | Callable[[], Tensor] | None
 Tensors = tuple[Tensor | None, ...]
 
 
-@dataclass
 class Early:
-    """What an operation does while its memory is on its way."""
+    """What an operation does while its memory is on its way, and while that memory's gradient is."""
 
-    begun: Any
-    """Computed without autograd: a constant to the operation, whose backward pass is derived from its inputs."""
-    gradients: Callable[[], Tensors] | None = None
-    """Those of the tokens, which the backward pass has left for later."""
+    def __init__(self, begun: Any) -> None:
+        self._begun = begun
+        self.gradients: Callable[[], Tensors] | None = None
+        """Those of the tokens, which the backward pass has left for later."""
+
+    def take(self) -> Any:
+        """What was begun, without autograd: a constant to the operation, whose backward pass starts from its inputs.
+
+        Once: between forward and backward it would be kept beside what the operation saves.
+        """
+        begun, self._begun = self._begun, None
+        return begun
 
 
 def meanwhile(

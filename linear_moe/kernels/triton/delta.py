@@ -86,7 +86,7 @@ class _DeltaRule(torch.autograd.Function):
         scale: float,
         early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = early.begun if early else _Begun.of(q, k, v, beta, log_decay, cu_seqlens, scale)
+        begun = early.take() if early else _Begun.of(q, k, v, beta, log_decay, cu_seqlens, scale)
         q, k, v, chunks, solved = begun.q, begun.k, begun.v, begun.chunks, begun.solved
         initial = None if state is None else state.float().contiguous()
         states, errors, final, maps = chunks.forward(solved, v, beta, initial, begun.actions)

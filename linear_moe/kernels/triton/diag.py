@@ -82,7 +82,7 @@ class _DiagDecay(torch.autograd.Function):
         scale: float,
         early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = early.begun if early else _begin(q, k, v, log_decay, cu_seqlens, scale)
+        begun = early.take() if early else _begin(q, k, v, log_decay, cu_seqlens, scale)
         q, k, v, scan, local = begun
         initial = None if state is None else state.float().contiguous()
         before, final = scan.states_between(local, initial, k, v)

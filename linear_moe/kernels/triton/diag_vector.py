@@ -104,7 +104,7 @@ class _RowDecay(torch.autograd.Function):
         options: Options,
         early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = early.begun if early else _begin(options, q, k, v, log_decay, bonus)
+        begun = early.take() if early else _begin(options, q, k, v, log_decay, bonus)
         q, k, v, scan, scaled = begun.q, begun.k, begun.v, begun.scan, begun.scaled
         before, final = scan.states_between(begun.local, state)
         saved = scan.new_saved(v) if ctx.needs_input_grad[3] else None
@@ -156,7 +156,7 @@ class _ColumnDecay(torch.autograd.Function):
         options: Options,
         early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = early.begun if early else _begin(options, q, k, v, log_decay)
+        begun = early.take() if early else _begin(options, q, k, v, log_decay)
         q, k, v, scan, scaled = begun.q, begun.k, begun.v, begun.scan, begun.scaled
         before, final = scan.states_between(begun.local, state)
         read, pairs = scan.columns(scaled, q, k, before, final)

@@ -88,7 +88,7 @@ class _Dplr(torch.autograd.Function):
         scale: float,
         early: Early | None,
     ) -> tuple[Tensor, Tensor]:
-        begun = early.begun if early else _Begun.of(q, k, v, a, b, log_decay, cu_seqlens, scale)
+        begun = early.take() if early else _Begun.of(q, k, v, a, b, log_decay, cu_seqlens, scale)
         (q, k, v, a, b), chunks, solved = begun.tokens, begun.chunks, begun.solved
         initial = None if state is None else state.float().contiguous()
         states, w, final, maps = chunks.forward(solved, v, initial, begun.actions)
