@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def compiled(folder: Path, *arguments: str, may_spill: bool = False) -> list[dict[str, Any]]:
     """A row for each kernel; fails if one spills registers, or wants more shared memory than a program can have."""
     command = [sys.executable, str(ROOT / "benchmarks/compile_check.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")}
@@ -20,5 +20,7 @@ def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     run = subprocess.run(
         [*command, "--json", str(found)], env=environment, capture_output=True, text=True, timeout=300
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(found.read_text())["rows"]
+    assert run.returncode == 0 or (may_spill and run.returncode == 1), run.stdout + run.stderr
+    report = json.loads(found.read_text())
+    assert not report["failed"], run.stdout
+    return report["rows"]

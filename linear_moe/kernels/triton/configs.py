@@ -46,6 +46,8 @@ def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
     """For states.py, and for diag_scan.py without a decay; q and k of width ``num_keys`` and v of ``num_values``."""
     if dtype.itemsize == 4:  # no tensor cores: a product keeps rows of both factors in registers
         return _blocks(num_keys, num_values, 16, 8, 1)
+    if not has_wgmma():
+        return _without_wgmma(num_keys, num_values)
     return _blocks(num_keys, num_values, *((64, 4, 2) if num_keys <= 128 else (32, 8, 2)))
 
 
@@ -55,6 +57,8 @@ def scan_blocks(
     """For a run of diag_scan.py; ``has_gradient``: with the sums for the gradient of the decay."""
     if dtype.itemsize == 4 or not has_decay:
         return blocks(num_keys, num_values, dtype)
+    if not has_wgmma():
+        return _without_wgmma(num_keys, num_values)
     values = 32 if has_gradient else 64
     if num_keys <= 64:
         return _blocks(
@@ -69,6 +73,8 @@ def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Bl
     """For diag_vector_scan.py."""
     if dtype.itemsize == 4:
         return blocks(num_keys, num_values, dtype)
+    if not has_wgmma():
+        return _without_wgmma(num_keys, num_values)
     return _blocks(num_keys, num_values, 64, 4 if num_keys <= 128 else 8, 2)
 
 
@@ -105,6 +111,11 @@ def _blocks(num_keys: int, num_values: int, values: int, num_warps: int, num_sta
     return Blocks(keys, min(values, widest), num_warps, num_stages)
 
 
+def _without_wgmma(num_keys: int, num_values: int) -> Blocks:
+    """For all scans: factors of products pass through registers, and a program has 99 KiB (sm_86, sm_89, sm_120)."""
+    return _blocks(num_keys, num_values, 32 if num_keys <= 128 else 16, 8, 2 if num_keys <= 128 else 1)
+
+
 def _is_masked(*dims: int) -> bool:
     return any(dim != triton.next_power_of_2(dim) for dim in dims)
 
@@ -122,11 +133,15 @@ class Columns:
 def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
     """For diag_levels.py."""
     widest = max(16, triton.next_power_of_2(width))
+    if not has_wgmma():
+        return Columns(min(32, widest), 8, 1)
     return Columns(min(64 if dtype.itemsize == 2 else 32, widest), 4, 1)
 
 
 def combine_blocks(width: int, dtype: torch.dtype) -> Columns:
     """For diag_combine.py."""
+    if not has_wgmma():
+        return Columns(16, 8, 1)
     return Columns(min(32, max(16, triton.next_power_of_2(width))), 4, 1)
 
 
@@ -135,9 +150,11 @@ def diag_chunk_size(dtype: torch.dtype) -> int:
     return chunk_size(dtype) if dtype.itemsize == 2 else 16
 
 
-def chunk_size(dtype: torch.dtype) -> int:
+def chunk_size(dtype: torch.dtype, num_keys: int = 0) -> int:
     """The same in every run of one call: sums of log decays start with a chunk."""
-    return 64 if dtype.itemsize == 2 else 32
+    if dtype.itemsize == 2:
+        return 32 if num_keys > 128 and not has_wgmma() else 64  # three tiles of a chunk by K in 99 KiB
+    return 32
 
 
 def segment_size(rows: int, num_tokens: int, heads: int, blocks: int, chunk: int, processors: int) -> int:
@@ -146,6 +163,19 @@ def segment_size(rows: int, num_tokens: int, heads: int, blocks: int, chunk: int
     per_row = max(1, places // (rows * heads * blocks))
     size = triton.cdiv(triton.cdiv(num_tokens, per_row), chunk) * chunk
     return max(size, MIN_CHUNKS * chunk)
+
+
+@cache
+def _has_wgmma(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def has_wgmma() -> bool:
+    """Whether the current device, where kernels are launched, is a Hopper; true without any, in tests.
+
+    The tables are for its products, which read shared memory. Elsewhere factors pass through registers.
+    """
+    return not torch.cuda.is_initialized() or _has_wgmma(torch.cuda.current_device())
 
 
 @cache

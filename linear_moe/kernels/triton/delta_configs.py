@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from linear_moe.kernels.triton import configs
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -45,7 +47,7 @@ def pieces(programs: int, chunks: int, processors: int) -> int:
 
 def solve(num_keys: int, dtype: torch.dtype) -> Cut:
     """Of the kernel that solves the chunks: BK is the whole of K."""
-    return Cut(_padded(num_keys), 0, 4 if dtype.itemsize == 2 else 8, 1)
+    return Cut(_padded(num_keys), 0, 4 if dtype.itemsize == 2 and configs.has_wgmma() else 8, 1)
 
 
 def solve_levels(num_keys: int, dtype: torch.dtype) -> Cut:
@@ -58,6 +60,8 @@ def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize != 2:
         return Cut(keys, min(16, values), 8, 1)
+    if not configs.has_wgmma():
+        return Cut(keys, min(32 if keys <= 128 else 16, values), 8, 1)
     if keys > 128:
         return Cut(keys, min(32, values), 8, 1)
     return Cut(keys, min(32, values), 8 if _is_masked(num_keys, num_values) else 4, 2)
@@ -68,6 +72,8 @@ def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize != 2:
         return Cut(keys, min(16, values), 8, 1)
+    if not configs.has_wgmma():
+        return Cut(keys, min(32 if keys <= 128 else 16, values), 8, 1)
     if keys > 128 or _is_masked(num_keys, num_values):
         return Cut(keys, min(32, values), 8, 1)
     return Cut(keys, min(32, values), 4, 2)
@@ -84,6 +90,8 @@ def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop, which holds registers apart."""
     keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2 and not configs.has_wgmma():
+        return Cut(min(32, keys), min(32, values), 8, 1)
     if dtype.itemsize == 2:
         return Cut(min(64, keys), 64 if values > 64 else min(32, values), 8, 2)
     return Cut(min(32, keys), min(16, values), 8, 1)

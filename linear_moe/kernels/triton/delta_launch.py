@@ -90,7 +90,7 @@ class DeltaChunks:
     ) -> DeltaChunks:
         """Chunks of all documents, and the sums of log decays in them."""
         rows, num_tokens, num_heads, num_values = v.shape
-        chunk = configs.chunk_size(v.dtype)
+        chunk = configs.chunk_size(v.dtype, k.shape[-1])
         layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
         common = layout, num_heads, k.shape[-1], num_values, v.dtype, scale, chunk
         cut = delta_configs.forward_scan(k.shape[-1], num_values, v.dtype)

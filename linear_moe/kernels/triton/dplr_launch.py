@@ -79,7 +79,7 @@ class DplrChunks:
     def plan(cls, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float) -> DplrChunks:
         """Chunks of all documents."""
         rows, num_tokens, num_heads, num_values = v.shape
-        chunk = configs.chunk_size(v.dtype)
+        chunk = configs.chunk_size(v.dtype, k.shape[-1])
         layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
         cut = dplr_configs.scan(k.shape[-1], num_values, v.dtype)
         programs = rows * num_heads * triton.cdiv(num_values, cut.values)
