@@ -34,7 +34,7 @@ def configured(chunk: int | None = 16, processors: int = 1) -> Iterator[None]:
     """
     from linear_moe.kernels.triton import configs, delta_configs
 
-    size = configs.chunk_size if chunk is None else lambda dtype: chunk
+    size = configs.chunk_size if chunk is None else lambda *of: chunk
     with (
         mock.patch.multiple(configs, chunk_size=size, num_processors=lambda device: processors),
         mock.patch.object(delta_configs, "MIN_CHUNKS", 1),
