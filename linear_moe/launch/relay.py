@@ -2,8 +2,10 @@
 
 What `command 2>&1 | tee log` is for, without losing the exit code: this process reads the command's two streams, writes
 every byte to the log, and the lines that `show` wants to its own streams. It stays until both streams end, so that the
-last words of a crash are kept. The command gets a session of its own, so that a signal reaches it once, from here, and
-it is told to stop when this process is killed.
+last words of a crash are kept. Whoever still holds them a while after the command has ended is ended, too: a worker that
+was killed (out of memory) in the middle of a save leaves Megatron's writers behind, which wait for ever. The command
+gets a session of its own, so that a signal reaches it once, from here, and it is told to stop when this process is
+killed.
 """
 
 import ctypes
@@ -13,12 +15,14 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
+_GRACE = 10.0  # seconds that output may go on after the command has ended
 
 # Megatron prints some 900 lines before the first step. A person wants the steps, evaluations, checkpoints, and us.
 _OUR_LINES = re.compile(
@@ -69,7 +73,8 @@ def run_logged(
         }
         try:
             assert child.stdout is not None and child.stderr is not None
-            _copy({child.stdout: _Lines(sys.stdout, show), child.stderr: _Lines(sys.stderr, show)}, log_file)
+            targets = {child.stdout: _Lines(sys.stdout, show), child.stderr: _Lines(sys.stderr, show)}
+            _copy(targets, log_file, child)
             code = child.wait()
         finally:
             for number, handler in previous.items():
@@ -123,17 +128,36 @@ def _send(child: subprocess.Popen, number: int, arrived: list[signal.Signals]) -
         child.send_signal(number)
 
 
-def _copy(streams: dict[IO[bytes], "_Lines"], log_file: IO[bytes]) -> None:
+def _copy(streams: dict[IO[bytes], "_Lines"], log_file: IO[bytes], child: subprocess.Popen) -> None:
+    ended = None
     with selectors.DefaultSelector() as selector:
         for source, target in streams.items():
             selector.register(source, selectors.EVENT_READ, target)
         while selector.get_map():
-            for key, _ in selector.select():
+            for key, _ in selector.select(timeout=1.0):
                 piece = os.read(key.fd, 1 << 16)
                 log_file.write(piece)
                 key.data.take(piece)
                 if not piece:
                     selector.unregister(key.fileobj)
+            if ended is None and child.poll() is not None:
+                ended = time.monotonic()
+            if ended is not None and time.monotonic() > ended + _GRACE:
+                _end_holders([key.fd for key in selector.get_map().values()], log_file)
+
+
+def _end_holders(pipes: list[int], log_file: IO[bytes]) -> None:
+    """Kill every process that may still write into these pipes."""
+    names = {f"pipe:[{os.fstat(pipe).st_ino}]" for pipe in pipes}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if names & {os.readlink(file) for file in (entry / "fd").iterdir()}:
+                os.kill(int(entry.name), signal.SIGKILL)
+                log_file.write(f"linear_moe: process {entry.name} outlived the run and was killed\n".encode())
+        except OSError:
+            continue  # gone, or another person's
 
 
 class _Lines:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from linear_moe.launch import __main__ as launcher
+from linear_moe.launch import relay
 from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
 from tests.launch.plans import make_plan
 
@@ -298,6 +299,21 @@ def test_a_run_that_was_stopped_has_no_traceback(tmp_path: Path, capsys: pytest.
     ]
     launcher._report_failure(plan, tmp_path / "log", 1, [])
     assert capsys.readouterr().err.splitlines()[-2] == "linear_moe: RuntimeError: connection closed by peer"
+
+
+def test_a_process_that_outlives_the_run_does_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As the checkpoint writers of a worker that was killed: in a session of their own, with its output open."""
+    monkeypatch.setattr(relay, "_GRACE", 0.3)
+    program = """
+        import subprocess, sys
+        print(subprocess.Popen(["sleep", "60"], start_new_session=True).pid, flush=True)
+        sys.exit(9)
+    """
+    started = time.monotonic()
+    assert run_logged(python(program), tmp_path / "log", dict(os.environ)) == 9
+    assert time.monotonic() - started < 20
+    pid, told = (tmp_path / "log").read_text().splitlines()
+    assert told == f"linear_moe: process {pid} outlived the run and was killed" and not is_alive(int(pid))
 
 
 def test_a_killed_launcher_takes_the_run_along(tmp_path: Path):
