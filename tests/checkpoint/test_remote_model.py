@@ -51,6 +51,9 @@ FAMILIES = {
     "tied": [flag for flag in of_family("llama3", "tiny", ["deltanet"]) if "untie" not in flag],
     "sigmoid_router": of_family("mixtral", "tiny", ["softmax", "rwkv6"], *E4),
 }
+HYBRIDS = 3
+"""Models that have every mixer beside softmax attention between them."""
+CASES = [*(f"hybrid {i}" for i in range(HYBRIDS)), "options", "behaviours", "exported_run"]
 BEHAVIOUR_KINDS = ["rwkv7", "softmax", "hgrn2", "gated_deltanet", "rwkv7", "hgrn2"]
 
 
@@ -61,6 +64,7 @@ def results(tmp_path_factory, _pool):
     cases = {name: of_mixers([name, name]) for name in lsm.names()} | FAMILIES
     kinds = ["gla", "mamba2", "linear_attention", "mom_kda", "mom_gated_deltanet", "rwkv6", "deltanet"]
     cases["options"] = of_mixers(kinds, *OPTIONS)
+    cases |= {f"hybrid {i}": of_mixers([*lsm.names()[i::HYBRIDS], "softmax"]) for i in range(HYBRIDS)}
     cases["behaviours"] = of_mixers(BEHAVIOUR_KINDS, "--num-query-groups", "2", moe=True)
     _pool.run(1, write_folders, root, cases, timeout=200)
     run = root / "run"
@@ -77,7 +81,7 @@ def results(tmp_path_factory, _pool):
     return json.loads((root / "results.json").read_text())
 
 
-@pytest.mark.parametrize("case", [*lsm.names(), *FAMILIES, "options", "behaviours", "exported_run"])
+@pytest.mark.parametrize("case", [*lsm.names(), *FAMILIES, *CASES])
 def test_the_exported_model_is_ours(results, case):
     found = results[case]
     assert "error" not in found, found["error"]
