@@ -111,7 +111,11 @@ def export_model(
     tensors = _planned(table, reader)
     files = shards(tensors, shard_bytes)
     check_room(target, sum(planned.size for planned in tensors.values()) + 10_000_000)
-    task = {"source": str(folder), "files": fingerprint(list(folder.iterdir())), "to": [kind, *files]}
+    plan = {
+        file: {name: [str(tensors[name].dtype), *tensors[name].shape] for name in files[file]}
+        for file in files
+    }
+    task = {"source": str(folder), "files": fingerprint(list(folder.iterdir())), "to": [kind, plan]}
     part = begin(target, task)
     _write_tensors(part, files, tensors, _Parts(table, reader), progress)
     _write_rest(part, run, config, texts, is_native=kind != OURS)

@@ -29,6 +29,9 @@ ORIGIN = "hugging_face"
 
 ORIGIN_FILES = ("config.json", "generation_config.json")
 
+STAMP = "conversion.json"
+"""Of an unfinished folder: what it will be."""
+
 type Progress = Callable[[int, int], None]
 """Called with bytes done and bytes of all."""
 
@@ -38,10 +41,17 @@ def silent(done: int, total: int) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """``ValueError`` when a target is already there."""
+    """``ValueError`` when a target is already there, or something else where its unfinished folder would be."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(
             f"{target} exists\n  why: nothing is overwritten\n  try: another name, or remove it first"
+        )
+    part = part_of(target)
+    if part.exists() and not (part / STAMP).is_file() and (not part.is_dir() or any(part.iterdir())):
+        raise ValueError(
+            f"{part} exists, and no conversion has left it\n"
+            f"  why: {target.name} has that name until it is complete\n"
+            f"  try: another name for {target.name}, or remove it first"
         )
 
 
@@ -75,7 +85,7 @@ def part_of(target: Path) -> Path:
 def begin(target: Path, task: dict[str, Any]) -> Path:
     """The unfinished folder, with what an interrupted conversion of the same task left in it."""
     part, text = part_of(target), json.dumps(task, sort_keys=True)
-    stamp = part / "conversion.json"
+    stamp = part / STAMP
     if part.exists() and not (stamp.is_file() and stamp.read_text() == text):
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
@@ -85,7 +95,7 @@ def begin(target: Path, task: dict[str, Any]) -> Path:
 
 def finish(part: Path, target: Path) -> None:
     """The folder is complete: give it its name."""
-    (part / "conversion.json").unlink()
+    (part / STAMP).unlink()
     if target.exists():
         target.rmdir()  # empty, as refuse_existing saw
     part.replace(target)

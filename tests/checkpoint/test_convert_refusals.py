@@ -226,6 +226,11 @@ def test_targets(source, refused, gloo, tmp_path):
         text = gloo(1, outcome, direction, str(source / name), str(target), {})[0]
         assert f"{target} exists" in text and "\n  why: " in text
     assert [path.name for path in target.iterdir()] == ["file"]
+    other = tmp_path / "mine.part"
+    other.mkdir()
+    (other / "file").touch()
+    text = gloo(1, outcome, "import", str(source / "hf"), str(tmp_path / "mine"), {})[0]
+    assert f"{other} exists, and no conversion has left it\n  why: " in text and (other / "file").exists()
 
 
 def test_runs_that_are_none(source, refused, tmp_path):
@@ -318,6 +323,35 @@ def test_stopped_conversions_go_on(source, gloo, tmp_path, direction):
     ]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][key], value) for key, value in tensors[1].items())
+
+
+def resumed_with_other_shards(rank, world, source, target):
+    """An export that is stopped, and goes on with files of another size, as many; names of tensors by file."""
+    from linear_moe.checkpoint import exporting, hf_folder
+
+    def stop(done, total):
+        if done > 2 * total / 3:
+            raise KeyboardInterrupt
+
+    groups, plan = {}, exporting.shards
+    with patch.object(exporting, "shards", lambda *args: groups.setdefault(args[1], plan(*args))):
+        for size in range(50_000, 60_000, 500):
+            with suppress(KeyboardInterrupt):
+                exporting.export_model(source, target, progress=stop, shard_bytes=size)
+            if groups[size].keys() == groups[50_000].keys() and groups[size] != groups[50_000]:
+                break
+        assert groups[size] != groups[50_000]
+        with suppress(KeyboardInterrupt):
+            exporting.export_model(source, target, progress=stop, shard_bytes=50_000)
+        exporting.export_model(source, target, shard_bytes=size)
+    headers = {
+        path.name: list(hf_folder._safetensors_header(path)) for path in Path(target).glob("*.safetensors")
+    }
+    return headers == groups[size]
+
+
+def test_files_of_another_plan_are_not_kept(source, gloo, tmp_path):
+    assert gloo(1, resumed_with_other_shards, str(source / "run"), str(tmp_path / "target"))[0]
 
 
 def tool(rank, world, *arguments):
