@@ -1,11 +1,11 @@
 """Run a command with its output logged and the lines that matter shown, its signals passed on, its exit code returned.
 
-What `command 2>&1 | tee log` is for, without losing the exit code: this process reads the command's two streams, writes
-every byte to the log, and the lines that `show` wants to its own streams. It stays until both streams end, so that the
-last words of a crash are kept. Whoever still holds them a while after the command has ended is ended, too: a worker
-that was killed (out of memory) in the middle of a save leaves Megatron's writers behind, which wait for ever. The command
-gets a session of its own, so that a signal reaches it once, from here, and it is told to stop when this process is
-killed.
+What `command 2>&1 | tee log` is for, without losing the exit code: this process reads the command's two streams,
+writes every byte to the log, and the lines that `show` wants to its own streams. It stays until both streams end, so
+that the last words of a crash are kept. Whoever still holds them a while after the command has ended is ended, too: a
+worker that was killed (out of memory) in the middle of a save leaves Megatron's writers behind, which wait for ever.
+The command gets a session of its own, so that a signal reaches it once, from here, and it is told to stop when this
+process is killed.
 """
 
 import ctypes
