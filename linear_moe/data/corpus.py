@@ -64,14 +64,17 @@ def check_inputs(paths: Iterable[str]) -> None:
 def read_documents(path: str, key: str = "text") -> Iterator[str]:
     """Documents of a file: `.jsonl` and `.json` have one object per line, with the text under `key`; else one document.
 
-    Empty documents are left out. Raises ValueError, naming the line, for a line that is not such an object.
+    Empty documents are left out. Raises ValueError, naming the line, for a line that is not such an object, or no UTF-8.
     """
     if Path(path).suffix not in {".jsonl", ".json"}:
-        text = Path(path).read_text(encoding="utf-8")
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _no_text(path, error) from None
         if text.strip():
             yield text
         return
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -80,9 +83,11 @@ def read_documents(path: str, key: str = "text") -> Iterator[str]:
                 yield text
 
 
-def _text_of(line: str, key: str, where: str) -> str:
+def _text_of(line: bytes, key: str, where: str) -> str:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _no_text(where, error) from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where} is not JSON ({error.msg}).\n"
@@ -96,4 +101,18 @@ def _text_of(line: str, key: str, where: str) -> str:
             f"  why: the line holds {keys}.\n"
             f"  try: --json-key NAME, with the name of the field that holds the text"
         )
-    return value[key]
+    try:
+        value[key].encode()
+    except UnicodeEncodeError as error:  # half of an escaped pair: JSON allows it, and no tokenizer takes it
+        raise _no_text(where, error) from None
+    text: str = value[key]
+    return text
+
+
+def _no_text(where: str, error: UnicodeError) -> ValueError:
+    assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
+    return ValueError(
+        f"{where} holds what is no text in UTF-8 ({error.reason}, at place {error.start}).\n"
+        f"  why: a model learns from characters.\n"
+        f"  try: iconv -f LATIN1 -t UTF-8, with the encoding that the file has; or the file without that line"
+    )

@@ -123,6 +123,23 @@ def test_lines_without_text(tmp_path: Path, line: str, problem: str):
     assert f"a.jsonl:1 {problem}" in str(error.value)
 
 
+def test_what_is_no_utf_8_is_named(tmp_path: Path):
+    """A byte, or half of an escaped pair; a mark of UTF-8 in front is none of the text."""
+    lines = {"a": b'{"text": "x"}\n{"text": "\xff"}\n', "b": b'{"text": "x"}\n{"text": "\\ud83d"}\n'}
+    for name, content in lines.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}.jsonl:2 holds what is no text .*\n  why: .*\n  try: "):
+            list(read_documents(str(tmp_path / f"{name}.jsonl")))
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(
+        ValueError, match=r"c.txt holds what is no text in UTF-8 \(.*, at place 3\).\n  why: "
+    ):
+        list(read_documents(str(tmp_path / "c.txt")))
+    for name, content in {"d.txt": "x", "e.jsonl": '{"text": "x"}\n'}.items():
+        (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+        assert list(read_documents(str(tmp_path / name))) == ["x"]
+
+
 def test_an_empty_input_is_an_error(tmp_path: Path, corpus: tuple[str, str]):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="holds no document"):

@@ -177,6 +177,7 @@ BAD = {
         {"messages": [*USER, {"role": "assistant"}]},
         "has no text under role and content in message 2",
     ),
+    "half a pair": ('{"instruction": "x", "output": "\\ud83d"}', "lines.jsonl:2 holds what is no text"),
     "tools no list": ({**CHAT, "tools": "capital"}, "lines.jsonl:2 has tools that are no list of objects"),
     "no text": ({"instruction": 3, "output": "x"}, "lines.jsonl:2 has no text under 'instruction'"),
 }

@@ -53,6 +53,10 @@ def read_conversations(path: str) -> Iterator[Conversation]:
 def _conversation(line: bytes, where: str) -> Conversation:
     try:
         record = json.loads(line.decode("utf-8-sig"))
+        json.dumps(record, ensure_ascii=False).encode()  # fails for half of an escaped pair
+    except UnicodeEncodeError as error:
+        why = "JSON allows half of an escaped pair of characters, and no tokenizer takes it"
+        raise _problem(where, f"holds what is no text ({error.reason})", why) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else f"not UTF-8: {error.reason}"
         raise _problem(where, f"is not JSON ({reason})", "every line is one JSON object") from None
