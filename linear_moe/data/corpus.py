@@ -64,7 +64,7 @@ def check_inputs(paths: Iterable[str]) -> None:
 def read_documents(path: str, key: str = "text") -> Iterator[str]:
     """Documents of a file: `.jsonl` and `.json` have one object per line, with the text under `key`; else one document.
 
-    Empty documents are left out. Raises ValueError, naming the line, for a line that is not such an object, or no UTF-8.
+    Empty documents are left out. Raises ValueError, naming the line, for one that is no such object, or no UTF-8.
     """
     if Path(path).suffix not in {".jsonl", ".json"}:
         try:
