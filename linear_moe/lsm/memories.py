@@ -17,13 +17,11 @@ from linear_moe.kernels import Segment
 from linear_moe.kernels.arriving import Arriving
 from linear_moe.kernels.grouped_linear import linear_by_group
 from linear_moe.lsm.routing import Slots
-from linear_moe.lsm.tables import Memory, MixerState, Parameter, Projection
+from linear_moe.lsm.tables import WAISTS, Memory, MixerState, Parameter, Projection
 
 if TYPE_CHECKING:
     from linear_moe.lsm.mixer import MemorySource
     from linear_moe.lsm.mom import MixtureOfMemories
-
-WAISTS = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
 
 def parameters(own: Sequence[Projection], cfg: MixtureOfMemories.Config) -> list[Parameter]:

@@ -18,6 +18,14 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+WAISTS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: _same,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+"""Activations between the two maps of a low-rank projection."""
+
+
 @dataclass(frozen=True)
 class Projection:
     """A named linear map of the layer's input, ``num_heads * width`` channels.

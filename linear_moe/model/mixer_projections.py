@@ -17,9 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from linear_moe.lsm import Projection
+from linear_moe.lsm.tables import WAISTS
 from linear_moe.model.config import LinearMoEConfig
-
-WAISTS = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
 
 def whole_sequence(
