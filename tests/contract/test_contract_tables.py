@@ -165,10 +165,24 @@ def test_parameters(name, case):
                 continue
             table.init(x)
             assert x.isfinite().all(), table.name
+            if table.per_head and not is_drawn(table.init, shape):
+                assert (x == x[:1]).all(), (
+                    f"{table.name} counts heads: every rank would start with the first ones"
+                )
     assert ("norm_weight" in names) == (mixer.cfg.output_norm != "identity")
     assert ("norm_bias" in names) == (mixer.cfg.output_norm == "groupnorm")
     assert ("conv_weight" in names) == (mixer.conv_channels > 0)
     assert ("group_conv_weight" in names) == (mixer.group_conv_channels > 0)
+
+
+def is_drawn(init, shape: tuple[int, ...]) -> bool:
+    """Whether two initialisations differ."""
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(torch.zeros(shape))
+        init(found[-1])
+    return not torch.equal(*found)
 
 
 def test_gated_delta_net_starts_as_published():
@@ -197,14 +211,19 @@ def test_dtypes_and_shapes(name, case, dtype):
 
     def gates(*arguments):
         gated = type(mixer).gates(mixer, *arguments)
-        decays.extend(x.dtype for key, x in gated.items() if key.startswith("log_decay"))
+        decays.extend(x for key, x in gated.items() if key.startswith("log_decay"))
         assert {x.dtype for x in gated.values()} <= {dtype, exact}
         return gated
 
     mixer.gates = gates
     o, state = inputs.mix()
     assert o.dtype == dtype and o.shape == (2, 5, mixer.cfg.num_heads, mixer.cfg.head_v_dim)
-    assert set(decays) <= {exact}
+    assert {x.dtype for x in decays} <= {exact}
+    half = {table.name: inputs.w[table.name] for table in mixer.parameters() if not table.keep_float32}
+    learned = [x.sum() for x in decays if x.requires_grad]
+    if half and learned and dtype != exact:
+        found = torch.autograd.grad(sum(learned), [*half.values()], allow_unused=True, retain_graph=True)
+        assert not any(x is not None for x in found), f"what a decay comes from stays float32: {list(half)}"
     shapes = [(2, mixer.cfg.num_heads, *shape) for shape in mixer.memory_shapes()]
     assert [tuple(memory.shape) for memory in state.memory] == shapes
     assert all(memory.dtype == exact for memory in state.memory)
