@@ -13,7 +13,7 @@ if cpu.needed():
     cpu.activate()  # before Megatron looks for a device
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,32 @@ def main(argv: list[str], log: type[RunLog] = RunLog) -> None:
     engine.install(
         flops=partial(step_flops, flops), training_log=run_log.wrap, evaluation=run_log.evaluation()
     )
-    if run_dir is not None and args.rank == 0:
-        write_config(run_dir, args, argv)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
-        train_valid_test_datasets,
+        _datasets(
+            partial(write_config, run_dir, args, argv) if run_dir is not None and args.rank == 0 else None
+        ),
         ModelType.encoder_or_decoder,
         forward_step,
     )
     if owns_group:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _datasets(when_loaded: Callable[[], None] | None) -> Callable[..., Any]:
+    """Megatron's dataset provider, called once the model is built and its checkpoint loaded: then ``when_loaded``.
+
+    An attempt that fails before that, with arguments that do not fit the run, leaves the run's config.json as it was.
+    """
+
+    def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:
+        if when_loaded is not None:
+            when_loaded()
+        return train_valid_test_datasets(num_samples, vp_stage)
+
+    provide.is_distributed = train_valid_test_datasets.is_distributed  # type: ignore[attr-defined]
+    return provide
 
 
 def prepare_arguments(argv: list[str]) -> Any:

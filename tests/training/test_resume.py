@@ -68,6 +68,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, kinds, gloo, 
     gloo(1, assert_equal_checkpoints, *(run / "checkpoint" / "iter_0000010" for run in (whole, parts)))
 
 
+def failure(rank: int, world: int, argv: list[str]) -> str:
+    try:
+        train(rank, world, argv)
+    except BaseException as error:  # as torch's CheckpointException is
+        return str(error)
+    return ""
+
+
+def test_an_attempt_that_cannot_resume_leaves_the_config_as_it_was(gloo, tmp_path):
+    run, small = tmp_path / "run", ["--train-iters", "1", "--lr-warmup-iters", "0"]
+    gloo(1, train, arguments(run, *small, kinds="gla"))
+    config = (run / "config.json").read_text()
+    wider = ["--train-iters", "2", "--gla-gate-rank", "5"]
+    assert gloo(1, failure, arguments(run, *wider, kinds="gla")) != [""]
+    assert (run / "config.json").read_text() == config
+    gloo(1, train, arguments(run, *small, "--train-iters", "2", kinds="gla"))
+    assert len(losses(run)) == 2 and (run / "config.json").read_text() != config
+
+
 def test_evaluations_are_in_the_metrics(gloo, tmp_path):
     """With their step, behind it, from the last stage; a run that goes on writes again what it does again."""
     run = tmp_path / "run"
