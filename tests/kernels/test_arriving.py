@@ -86,6 +86,33 @@ def test_chunked_torch_starts_first(
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "device, backend",
+    [("cpu", "chunked")]
+    + [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("chunked", "triton")],
+)
+def test_the_gradient_of_the_memory_is_first(
+    monkeypatch: pytest.MonkeyPatch, op: str, device: str, backend: str
+) -> None:
+    """Also where autograd has a thread for each device."""
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", backend)
+    inputs = make(op, "vector", num_tokens=200, num_keys=32, num_values=32).to(torch.bfloat16)
+    inputs = Inputs(op, {name: x.to(device) for name, x in inputs.tensors.items()})
+    leaves, again = inputs.differentiable(), inputs.differentiable()
+    happened = []
+
+    def arrive() -> Tensor:
+        memory = leaves.tensors["state"].clone()
+        memory.register_hook(lambda grad: happened.append("memory"))
+        return memory
+
+    leaves.tensors["v"].register_hook(lambda grad: happened.append("tokens"))
+    found, truth = outcome(leaves, *leaves.run(kernels, state=arrive)), outcome(again, *again.run(kernels))
+    assert happened == ["memory", "tokens"]
+    assert all(torch.equal(found[name], x) for name, x in truth.items())
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("named", ["", "reference"])
 def test_one_token_and_token_loops_wait(monkeypatch: pytest.MonkeyPatch, op: str, named: str) -> None:
     """What has nothing to start is given the memory itself."""
