@@ -77,7 +77,8 @@ def failure(rank: int, world: int, argv: list[str]) -> str:
 
 
 def test_an_attempt_that_cannot_resume_leaves_the_config_as_it_was(gloo, tmp_path):
-    run, small = tmp_path / "run", ["--train-iters", "1", "--lr-warmup-iters", "0"]
+    run = tmp_path / "run"
+    small = ["--train-iters", "1", "--lr-warmup-iters", "0", "--override-opt_param-scheduler"]
     gloo(1, train, arguments(run, *small, kinds="gla"))
     config = (run / "config.json").read_text()
     wider = ["--train-iters", "2", "--gla-gate-rank", "5"]
