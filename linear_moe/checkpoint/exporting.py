@@ -41,6 +41,7 @@ from linear_moe.checkpoint.torch_dist import Reader
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.inference.rebuild import shaping_arguments
 from linear_moe.inference.tokenizer import check_given
+from linear_moe.model.families import padded_vocab_size
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training.run import read_config
 
@@ -141,12 +142,12 @@ def _check_checkpoint(folder: Path, model: Blueprint, reader: Reader) -> None:
 
 
 def _origin_config(run: Path, model: Blueprint) -> dict[str, Any] | None:
-    """config.json of the model that a run was imported from, if it still describes the run."""
+    """config.json of the model that a run was imported from, if it has not got another vocabulary since."""
     path = run / ORIGIN / "config.json"
     if not path.is_file():
         return None
     config: dict[str, Any] = json.loads(path.read_text())
-    return config
+    return config if padded_vocab_size(config["vocab_size"]) == model.args.padded_vocab_size else None
 
 
 def _vocabulary(saved: dict[str, Any], tokenizer: Path | None, padded: int) -> int:
@@ -166,7 +167,7 @@ def _architecture(
     if native and any(set(model.kinds) <= set(kinds) for kinds in KINDS.values()):
         if origin is not None and origin["model_type"] != OURS:
             described = describe(origin)
-            if described.kinds == model.kinds:
+            if described.kinds == model.kinds and _is_the_same(model, origin):
                 return described.model_type, origin
         family, size = family_and_size(model)
         kind = native_type(family, size)

@@ -113,6 +113,24 @@ def test_native_config_from_our_arguments(gloo, tmp_path, name):
     torch.testing.assert_close(logits, hf_logits(tmp_path / "hf", some_tokens()), rtol=0, atol=1e-6)
 
 
+def trained_on_otherwise(rank, world, folder):
+    """Exports of a run that was imported, once as it is, and with a rotary part that a training has set there."""
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.checkpoint.importing import import_model
+
+    save_hf(folder / "hf", "qwen2")
+    import_model(folder / "hf", folder / "run")
+    config = json.loads((folder / "run" / "config.json").read_text())
+    found = [export_model(folder / "run", folder / "same").architecture]
+    more = {**config, "arguments": [*config["arguments"], "--rotary-percent", "0.5"]}
+    (folder / "run" / "config.json").write_text(json.dumps(more))
+    return [*found, export_model(folder / "run", folder / "other").architecture]
+
+
+def test_the_config_of_the_source_is_given_back_only_where_it_is_true(gloo, tmp_path):
+    assert gloo(1, trained_on_otherwise, tmp_path)[0] == ["Qwen2ForCausalLM", "LinearMoeForCausalLM"]
+
+
 def imported(rank, world, source, run, options):
     from linear_moe.checkpoint.importing import import_model
 
