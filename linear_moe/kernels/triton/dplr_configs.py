@@ -31,7 +31,7 @@ def read(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 
 def pairs(num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for the gradients of scores: blocks of V in a loop."""
-    return Cut(0, min(32, max(16, triton.next_power_of_2(num_values))), 8, 1)
+    return Cut(0, min(32 if dtype.itemsize == 2 else 16, max(16, triton.next_power_of_2(num_values))), 8, 1)
 
 
 def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:

@@ -131,10 +131,16 @@ def dplr_pairs_kernel(
 
 @triton.jit
 def of_level(pairs, number, level, x, y, factor, C: tl.constexpr):
-    """[C, BK]: what the readers x and the writers y of one of the four get of each other at a level."""
+    """[C, BK]: what the readers x and the writers y of one of the four get of each other at a level.
+
+    Only eights of pairs that have some of the level are loaded, 16 bytes at a time; a load that did not depend on the
+    level would move out of its loop, and all four be in registers.
+    """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     is_reader = ((i >> level) & 1) == 1
-    b_y = tl.load(pairs + (number * C + i) * C + j, mask=((i ^ j) >> level) == 1, other=0.0)
+    is_near = (((i >> 3) ^ (j >> 3)) >> tl.maximum(level - 3, 0)) == tl.where(level < 3, 0, 1)
+    b_y = tl.load(pairs + (number * C + i) * C + j, mask=tl.max_constancy(is_near, [1, 8]), other=0.0)
+    b_y = tl.where(((i ^ j) >> level) == 1, b_y, tl.zeros_like(b_y))
     z = (tl.where(is_reader, x, y) * factor).to(b_y.dtype)
     return tl.dot(b_y, z, input_precision="ieee")
 
@@ -173,7 +179,6 @@ def of_pairs(
         if HAS_OUTPUT:
             of_q = tl.where(is_reader, of_q * (factor * own), 0.0)
             b_dq += of_q
-            b_log += b_q * of_q
             b_c += b_q * of_q
         b_log += spread(table, level, b_c, dtype, LEVELS)
     return b_dq, b_dk, b_da, b_db, b_log
@@ -249,9 +254,8 @@ def dplr_gradient_kernel(
         b_R = b_a * b_da
         if HAS_OUTPUT:
             b_dq = b_oS * (read * own * scale)
-            b_log = b_q * b_dq
-            b_R += b_log
-        b_log += spread(table, LEVELS, b_R, dtype, LEVELS)
+            b_R += b_q * b_dq
+        b_log = spread(table, LEVELS, b_R, dtype, LEVELS)
         write = tl.exp2(sum_over(table, LEVELS + 1, high, low))
         b_db, b_dk = b_wD * write, b_vD * write
         b_log += spread(table, LEVELS + 1, b_b * b_db + b_k * b_dk, dtype, LEVELS)
@@ -259,7 +263,13 @@ def dplr_gradient_kernel(
         b_log += (total * through)[None, :]
 
         pairs += place * (4 * C * C)
-        if HAS_OUTPUT:  # a token and itself
+        b_dq, b_dk, b_da, b_db, b_log = of_pairs(
+            table, pairs, b_q, b_k, b_a, b_b, own, high, low, b_dq, b_dk, b_da, b_db, b_log,
+            LEVELS, C, HAS_OUTPUT, HAS_V,
+        )  # fmt: skip
+        if HAS_OUTPUT:
+            b_log += b_q * b_dq  # all that has own
+            # a token and itself
             own_qb = tl.load(pairs + 2 * C * C + i_C * (C + 1)).to(tl.float32)[:, None]
             b_dq += own_qb * b_b
             b_db += own_qb * b_q
@@ -267,10 +277,6 @@ def dplr_gradient_kernel(
                 own_qk = tl.load(pairs + 3 * C * C + i_C * (C + 1)).to(tl.float32)[:, None]
                 b_dq += own_qk * b_k
                 b_dk += own_qk * b_q
-        b_dq, b_dk, b_da, b_db, b_log = of_pairs(
-            table, pairs, b_q, b_k, b_a, b_b, own, high, low, b_dq, b_dk, b_da, b_db, b_log,
-            LEVELS, C, HAS_OUTPUT, HAS_V,
-        )  # fmt: skip
     if HAS_OUTPUT:
         tl.store(dq + i_d, b_dq.to(dq.dtype.element_ty), mask=m_d)
     if HAS_V:
