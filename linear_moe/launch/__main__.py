@@ -27,6 +27,7 @@ from linear_moe.launch.finetune import DEFAULTS, plan_finetune
 from linear_moe.launch.header import default_threads, header
 from linear_moe.launch.hugging_face import convert
 from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
+from linear_moe.launch.lock import hold_run
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
@@ -82,16 +83,38 @@ def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int)
 
 def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
     command, head = torchrun_command(plan), header(plan)
-    node = f"-node{plan.settings.node_rank}" if plan.settings.nnodes > 1 else ""
-    log = plan.run_dir / "log" / f"{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        with hold_run(plan):
+            log = _prepare(plan, f"{head}\n\n{shell_text(command)}\n\n")
+            return _MISTAKE if log is None else _run(plan, command, log, head, environment)
+    except PreflightError as error:
+        _announce(str(error))
+    except OSError as error:
+        _announce(
+            f"{error.filename or plan.run_dir} cannot be written: {error.strerror}.\n"
+            f"  why: the run lives in {plan.run_dir}.\n"
+            f"  try: OUTPUT_BASEPATH=<a folder of yours, on a disk with room>"
+        )
+    return _MISTAKE
+
+
+def _prepare(plan: RunPlan, first_lines: str) -> Path | None:
+    """What the run needs in its folder; its log, or None where a Hugging Face folder could not be converted."""
     if plan.tokenizer is not None:
         train = plan.instructions.train if plan.instructions is not None else None
         template = train.report.template if train is not None else None
         keep_tokenizer(plan.run_dir, Path(plan.tokenizer.path), template)
     if not convert(plan, _announce):
-        return _MISTAKE
-    log.write_text(f"{head}\n\n{shell_text(command)}\n\n")
+        return None
+    (plan.run_dir / "log").mkdir(exist_ok=True)
+    node = f"-node{plan.settings.node_rank}" if plan.settings.nnodes > 1 else ""
+    log = plan.run_dir / "log" / f"{time.strftime('%Y%m%d-%H%M%S')}{node}.log"
+    log.write_text(first_lines)
+    return log
+
+
+def _run(plan: RunPlan, command: list[str], log: Path, head: str, environment: Mapping[str, str]) -> int:
     verbose = plan.settings.verbose
     _write(
         sys.stdout, f"{head}\nlog         {log}{'' if verbose else ' (VERBOSE=true shows all of it here)'}\n"

@@ -73,8 +73,9 @@ def run_logged(
         }
         try:
             assert child.stdout is not None and child.stderr is not None
+            kept = _Log(log_file)
             targets = {child.stdout: _Lines(sys.stdout, show), child.stderr: _Lines(sys.stderr, show)}
-            _copy(targets, log_file, child)
+            _copy(targets, kept, child)
             code = child.wait()
         finally:
             for number, handler in previous.items():
@@ -128,7 +129,7 @@ def _send(child: subprocess.Popen, number: int, arrived: list[signal.Signals]) -
         child.send_signal(number)
 
 
-def _copy(streams: dict[IO[bytes], "_Lines"], log_file: IO[bytes], child: subprocess.Popen) -> None:
+def _copy(streams: dict[IO[bytes], "_Lines"], log: "_Log", child: subprocess.Popen) -> None:
     ended = None
     with selectors.DefaultSelector() as selector:
         for source, target in streams.items():
@@ -136,17 +137,17 @@ def _copy(streams: dict[IO[bytes], "_Lines"], log_file: IO[bytes], child: subpro
         while selector.get_map():
             for key, _ in selector.select(timeout=1.0):
                 piece = os.read(key.fd, 1 << 16)
-                log_file.write(piece)
+                log.write(piece)
                 key.data.take(piece)
                 if not piece:
                     selector.unregister(key.fileobj)
             if ended is None and child.poll() is not None:
                 ended = time.monotonic()
             if ended is not None and time.monotonic() > ended + _GRACE:
-                _end_holders([key.fd for key in selector.get_map().values()], log_file)
+                _end_holders([key.fd for key in selector.get_map().values()], log)
 
 
-def _end_holders(pipes: list[int], log_file: IO[bytes]) -> None:
+def _end_holders(pipes: list[int], log: "_Log") -> None:
     """Kill every process that may still write into these pipes."""
     names = {f"pipe:[{os.fstat(pipe).st_ino}]" for pipe in pipes}
     for entry in Path("/proc").iterdir():
@@ -155,9 +156,26 @@ def _end_holders(pipes: list[int], log_file: IO[bytes]) -> None:
         try:
             if names & {os.readlink(file) for file in (entry / "fd").iterdir()}:
                 os.kill(int(entry.name), signal.SIGKILL)
-                log_file.write(f"linear_moe: process {entry.name} outlived the run and was killed\n".encode())
+                log.write(f"linear_moe: process {entry.name} outlived the run and was killed\n".encode())
         except OSError:
             continue  # gone, or another person's
+
+
+class _Log:
+    """A file that may stop growing, on a full disk: the run goes on, and its person is told once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.is_whole = file, True
+
+    def write(self, piece: bytes) -> None:
+        try:
+            self.file.write(piece)
+        except OSError as error:
+            if self.is_whole:
+                sys.stderr.write(
+                    f"linear_moe: the log has a gap from here, {self.file.name}: {error.strerror}\n"
+                )
+            self.is_whole = False
 
 
 class _Lines:

@@ -14,6 +14,7 @@ import pytest
 
 from linear_moe.launch import __main__ as launcher
 from linear_moe.launch import relay
+from linear_moe.launch.lock import hold_run
 from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
 from tests.launch.plans import make_plan
 
@@ -314,6 +315,39 @@ def test_a_process_that_outlives_the_run_does_not_hold_it(tmp_path: Path, monkey
     assert time.monotonic() - started < 20
     pid, told = (tmp_path / "log").read_text().splitlines()
     assert told == f"linear_moe: process {pid} outlived the run and was killed" and not is_alive(int(pid))
+
+
+def test_a_full_disk_ends_the_log_and_not_the_run(capfd: pytest.CaptureFixture):
+    program = "for i in range(3): print('step', i, flush=True)"
+    assert run_logged(python(program), Path("/dev/full"), dict(os.environ)) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["step 0", "step 1", "step 2"]
+    assert err == "linear_moe: the log has a gap from here, /dev/full: No space left on device\n"
+
+
+def test_one_launcher_at_a_time_trains_a_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    variables = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "mine", "MODEL_SIZE": "tiny", "SEQ_LEN": "64"}
+    variables |= {"CUDA_VISIBLE_DEVICES": "", "TRAIN_ITERS": "2"}
+    (tmp_path / "mine").mkdir()
+    with hold_run(make_plan(**variables)):
+        assert launcher.main(["--family", "qwen2"], variables) == 2
+    what, why, instead = capsys.readouterr().err.splitlines()
+    assert what == f"linear_moe: run {tmp_path}/mine is being trained right now."
+    assert f"{tmp_path}/mine/.node0.lock" in why and instead == (
+        "  try: another RUN_NAME, or wait until that one has ended"
+    )
+    assert [path.name for path in (tmp_path / "mine").rglob("*")] == [".node0.lock"]
+    hold_run(make_plan(**variables)).close()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "log").touch()
+    variables = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "mine", "MODEL_SIZE": "tiny", "SEQ_LEN": "64"}
+    assert launcher.main(["--family", "qwen2"], variables | {"TRAIN_ITERS": "2"}) == 2
+    assert (
+        f"linear_moe: {tmp_path}/mine/log cannot be written: File exists.\n  why: " in capsys.readouterr().err
+    )
 
 
 def test_a_killed_launcher_takes_the_run_along(tmp_path: Path):
