@@ -8,7 +8,7 @@ Each is started by one node of autograd and waited for by the other one, in turn
 What is enqueued between the two calls runs meanwhile, and so does the backward pass of what autograd records there.
 
 Weights are replicated over the context-parallel group and Megatron averages gradients over data x context parallel
-ranks, so the backward sum is not divided here (``notes/megatron.md`` 3.3).
+ranks, so the backward sum is not divided here.
 """
 
 from __future__ import annotations
