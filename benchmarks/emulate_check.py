@@ -1,0 +1,143 @@
+"""Run the fused kernels as compiled for a GPU, without one: bfloat16, tensor cores, races, bounds.
+
+The PTX that Triton makes is run thread by thread (``emulator/``), forward and backward, on few tokens, and compared
+with chunked torch in float64. Triton's interpreter knows neither the layouts nor the barriers, copies and asynchronous
+products that this checks; what the assembler makes of the PTX is not checked.
+
+    PYTHONPATH=. python benchmarks/emulate_check.py [--ops delta_rule ...] [--kinds vector ...] [--dims 128x128 ...]
+                                                    [--dtypes bfloat16 ...] [--tokens 150] [--arch 90] [--packed]
+
+A row for each call: relative RMS errors of the results, then of the gradients, and hazards. The exit code is 1 if one
+is wrong, or there is a hazard. A call takes 1 to 60 seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+import torch
+from compile_check import KINDS  # asks for fused kernels, not interpreted
+from emulator.launch import emulated
+from torch import Tensor
+
+from linear_moe import kernels
+from linear_moe.kernels import dispatch
+
+LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HEAD_LIMIT = 5.0
+"""Times that, for the gradient of a decay of a head: one number."""
+
+
+def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: int, packed: bool) -> bool:
+    """One call; whether it is right."""
+    torch.manual_seed(0)
+    inputs = _inputs(op, kind, dims, dtype, tokens, packed)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    with mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "chunked"}):
+        expected = _results(op, wide)
+    start = time.perf_counter()
+    with emulated(arch) as hazards:
+        found = _results(op, inputs)
+    errors = {name: _error(x, expected[name]) for name, x in found.items()}
+    limits = {
+        name: LIMITS[dtype] * (HEAD_LIMIT if kind == "head" and name == "d log_decay" else 1)
+        for name in errors
+    }
+    is_right = all(error <= limits[name] for name, error in errors.items()) and not hazards
+    numbers = " ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    name = f"{op} {kind} {str(dtype).removeprefix('torch.')} {dims}{' packed' if packed else ''}"
+    print(
+        f"{name:45} {numbers} {time.perf_counter() - start:.0f} s{'' if is_right else ' <- BAD'}", flush=True
+    )
+    for hazard in sorted(hazards):
+        print(f"    {hazard}", flush=True)
+    return is_right
+
+
+def _results(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results and gradients."""
+    leaves = {name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    if op.endswith("_segment"):
+        segment = getattr(kernels, op)(**leaves)
+        outputs = {"state": segment.state, "decay": segment.decay, "log_decay": segment.log_decay}
+    else:
+        outputs = dict(zip(("o", "state"), getattr(kernels, op)(**leaves, scale=0.5)))
+    outputs = {name: x for name, x in outputs.items() if x is not None}
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs.values()]
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    grads = torch.autograd.grad(list(outputs.values()), list(wanted.values()), upstream)
+    return outputs | {f"d {name}": grad for name, grad in zip(wanted, grads)}
+
+
+def _error(x: Tensor, expected: Tensor) -> float:
+    """Infinite where one is not a number."""
+    error = (x.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    return float("inf") if error.isnan() else error.item()
+
+
+def _inputs(
+    op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, packed: bool
+) -> dict[str, Tensor]:
+    """Two heads that share q and k; packed: four documents, one of them empty, and tokens behind the last."""
+    num_keys, num_values = (int(n) for n in dims.split("x"))
+    is_dplr, heads = op.startswith("dplr"), 2
+    shape, groups = (1, tokens, heads), heads if is_dplr else 1
+    direction = torch.nn.functional.normalize(torch.randn(1, tokens, groups, num_keys), dim=-1)
+    inputs = {"k": direction, "v": torch.randn(*shape, num_values)}
+    bounds = [0, tokens // 3, tokens // 3, tokens // 2, tokens - 5] if packed else [0, tokens]
+    if not op.endswith("_segment"):
+        inputs["q"] = torch.randn(1, tokens, groups, num_keys)
+    if op.startswith("delta"):
+        inputs["beta"] = torch.rand(shape)
+    if is_dplr:
+        inputs |= {"k": direction * 0.5, "a": -direction, "b": direction * torch.rand_like(direction)}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    decays = {"head": shape[2:], "scalar": shape, "vector": (*shape, num_keys), "bonus": (*shape, num_keys)}
+    if kind in decays:
+        inputs["log_decay"] = -0.5 * torch.rand(decays[kind]).square()
+    if kind == "values":
+        inputs["log_decay_v"] = -0.5 * torch.rand(*shape, num_values).square()
+    if kind == "bonus":
+        inputs["bonus"] = torch.randn(heads, num_keys)
+    if not op.endswith("_segment"):
+        inputs["state"] = torch.randn(len(bounds) - 1, heads, num_keys, num_values)
+    return inputs | ({"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)} if packed else {})
+
+
+def main() -> int:
+    """Every combination asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ops", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", help="decays; all by default")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--dims", nargs="+", default=["128x128"], help="KxV")
+    parser.add_argument("--tokens", type=int, default=150)
+    parser.add_argument(
+        "--arch", type=int, default=90, choices=(80, 86, 89, 90, 120), help="compute capability"
+    )
+    parser.add_argument("--packed", action="store_true", help="packed documents instead of rows")
+    asked = parser.parse_args()
+    options: Any = asked.tokens, asked.arch, asked.packed
+    wrong = [
+        (op, kind)
+        for op in asked.ops
+        for kind in KINDS[op]
+        for dtype in asked.dtypes
+        for dims in asked.dims
+        if not asked.kinds or kind in asked.kinds
+        if not check(op, kind, dims, getattr(torch, dtype), *options)
+    ]
+    print(f"{len(wrong)} calls are wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
