@@ -124,11 +124,18 @@ def trained_on_otherwise(rank, world, folder):
     found = [export_model(folder / "run", folder / "same").architecture]
     more = {**config, "arguments": [*config["arguments"], "--rotary-percent", "0.5"]}
     (folder / "run" / "config.json").write_text(json.dumps(more))
-    return [*found, export_model(folder / "run", folder / "other").architecture]
+    found.append(export_model(folder / "run", folder / "other").architecture)
+    more["arguments"] = [*config["arguments"], "--use-mup", "--mup-base-hidden-size", "16"]
+    (folder / "run" / "config.json").write_text(json.dumps(more))
+    try:
+        return [*found, export_model(folder / "run", folder / "scaled").architecture]
+    except ValueError as error:
+        return [*found, str(error).splitlines()[0]]
 
 
 def test_the_config_of_the_source_is_given_back_only_where_it_is_true(gloo, tmp_path):
-    assert gloo(1, trained_on_otherwise, tmp_path)[0] == ["Qwen2ForCausalLM", "LinearMoeForCausalLM"]
+    refused = "the model cannot be exported with use_mup=True"
+    assert gloo(1, trained_on_otherwise, tmp_path)[0] == ["Qwen2ForCausalLM", "LinearMoeForCausalLM", refused]
 
 
 def imported(rank, world, source, run, options):

@@ -88,6 +88,7 @@ def test_rows_cover_every_tensor_and_give_it_back(name):
 def test_what_the_exported_model_does_not_know_is_refused_in_one_error():
     plain = {name: values[0] for name, values in PLAIN.items()}
     wrong = plain | {"normalization": "LayerNorm", "add_bias_linear": True, "activation_func": torch.relu}
+    wrong |= {"use_mup": True, "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}
     config = SimpleNamespace(**wrong, layer_kinds=["softmax"], multi_latent_attention=False)
     model = SimpleNamespace(
         transformer=config, position_embedding_type="none", seq_len_interpolation_factor=None
@@ -100,6 +101,8 @@ def test_what_the_exported_model_does_not_know_is_refused_in_one_error():
         "add_bias_linear=True",
         "relu",
         "position_embedding_type='none'",
+        "use_mup=True",
+        "moe_router_load_balancing_type='sinkhorn'",
     ):
         assert text in what
     assert why.startswith("  why: ") and instead.startswith("  try: ")

@@ -38,8 +38,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "moe_latent_size": (None,),
     "moe_apply_probs_on_input": (False,),
     "moe_router_score_function": ("softmax", "sigmoid"),
+    "use_mup": (False,),
 }
 """Options of Megatron that the exported model knows only with these values."""
+
+ROUTING = ("sinkhorn", "quantile_balancing")
+"""Ways to balance experts that choose them, too; all others only add a loss."""
 
 
 def hf_config(model: LinearMoEModelConfig, *, vocab_size: int, dtype: str) -> dict[str, Any]:
@@ -66,7 +70,14 @@ def facts(model: LinearMoEModelConfig, *, vocab_size: int, dtype: str) -> dict[s
         **{name: getattr(config, name, values[0]) for name, values in PLAIN.items()},
         **{name: getattr(model, name) for name in names},
         "activation_func": config.activation_func,
+        "routing": _routing(config),
     }
+
+
+def _routing(config: LinearMoEConfig) -> list[str]:
+    """What balances experts otherwise than by a loss."""
+    given = getattr(config, "moe_router_load_balancing_type", None) or ()
+    return [name for name in ([given] if isinstance(given, str) else given) if name in ROUTING]
 
 
 def _described(model: LinearMoEModelConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
@@ -181,6 +192,7 @@ def _refuse(model: LinearMoEModelConfig) -> None:
     config = model.transformer
     given = {name: getattr(config, name, values[0]) for name, values in PLAIN.items()}
     wrong = [f"{name}={value!r}" for name, value in given.items() if value not in PLAIN[name]]
+    wrong += [f"moe_router_load_balancing_type={name!r}" for name in _routing(config)]
     if config.activation_func is not F.silu:
         wrong.append(f"activation_func={getattr(config.activation_func, '__name__', config.activation_func)}")
     has_softmax = SOFTMAX in config.layer_kinds
