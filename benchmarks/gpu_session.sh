@@ -3,7 +3,7 @@
 # Usage: bash benchmarks/gpu_session.sh STAGE OUTPUT_FOLDER [FOLDER_OF_WHEELS]
 #   tests     the tests marked gpu
 #   kernels   fused operators against definition, softmax attention and the floor
-#   peers     flash-linear-attention beside them (its wheel among the wheels); the same OUTPUT_FOLDER goes on
+#   peers     flash-linear-attention beside them (its wheels in FOLDER_OF_WHEELS/peers); the same OUTPUT_FOLDER goes on
 #   mixers    a step of every mixer at A0.3B, bfloat16 against float32; then the recall table
 #   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile
 #   decode    time per token at ever later positions
@@ -13,10 +13,15 @@ cd -- "$(dirname -- "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
 if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
-if ! "$PYTHON" -c 'import megatron.core' 2>/dev/null && [ -d "$wheels" ]; then
-    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site "$wheels"/*.whl || exit
-    PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
-fi
+install() { # a module and its wheels, where there are some and it does not import
+    local place=/tmp/site/$1
+    if ! "$PYTHON" -c "import $1" 2>/dev/null && compgen -G "$2/*.whl" >/dev/null; then
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$place" "$2"/*.whl || exit
+        PYTHONPATH=$place${PYTHONPATH:+:$PYTHONPATH}
+    fi
+}
+install megatron.core "$wheels"
+[ "$stage" != peers ] || install fla "$wheels/peers"
 export PYTHON PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || exit
