@@ -19,7 +19,7 @@ from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.instructions import FinetuneSettings, Instructions, schedule_of
 from linear_moe.launch.plan import NULL_TOKENIZER, RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
-from linear_moe.launch.resume import checkpoint_iteration, read_config
+from linear_moe.launch.resume import check_no_iteration, checkpoint_iteration, read_config
 from linear_moe.launch.starting_model import starting_model
 
 DEFAULTS = {"LR": "1e-5", "MIN_LR": "1e-6", "PACK": "true"}
@@ -84,6 +84,8 @@ def _check_given(given: Mapping[str, str], settings: FinetuneSettings) -> None:
             "finetuning starts from the weights there.",
             "a run folder, its checkpoint/, a Hugging Face folder, or none to start from random weights",
         )
+    if start != "none":
+        check_no_iteration(Path(start))
     if settings.epochs == 0:
         raise PreflightError("EPOCHS=0 trains nothing.", "it counts passes over the samples.", "EPOCHS=1")
 

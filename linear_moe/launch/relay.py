@@ -33,6 +33,7 @@ _OUR_LINES = re.compile(
 # What a process says of a person's mistake: three lines behind the name of the exception, or argparse's one.
 _MISTAKE = re.compile(r"^\w*Error: ((?:(?!\w*Error: ).*\n){1,40}?  why: .*\n  try: .*)", re.MULTILINE)
 _EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception)\b(?!.*ChildFailedError)(?:: .*)?", re.MULTILINE)
+_KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")
 _BAD_ARGUMENT = re.compile(r"^\S+\.py: error: (.*)", re.MULTILINE)
 _RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 _SEARCHED_BYTES = 1 << 23
@@ -100,8 +101,15 @@ def mistake(log: Path) -> str | None:
 
 
 def cause(log: Path) -> str | None:
-    """The first exception of a run that failed; below it stand those of all other ranks, and torchrun's own."""
-    found = _EXCEPTION.search(_end(log))
+    """The first exception of a run that failed; below it stand those of all other ranks, and torchrun's own.
+
+    A process that a signal ended had no last words: what the others say is that it is gone.
+    """
+    text = _end(log)
+    if (killed := _KILLED.search(text)) is not None:
+        name = signal.Signals(int(killed[1])).name
+        return f"{name} ended a process{', most often for want of memory' if name == 'SIGKILL' else ''}"
+    found = _EXCEPTION.search(text)
     return found[0][:_LONGEST_CAUSE] if found is not None else None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,19 @@ def check_whole(folder: Path) -> None:
     )
 
 
+def check_no_iteration(path: Path) -> None:
+    """PRETRAIN_CHECKPOINT_PATH is a run or its ``checkpoint/``, whose tracker says which step is meant."""
+    step = re.fullmatch(r"iter_0*(\d+)", path.name)
+    if step is None:
+        return
+    folder = path.parent
+    raise PreflightError(
+        f"PRETRAIN_CHECKPOINT_PATH={path} is one step of a run.",
+        f"a run starts from the last one, {folder}/latest_checkpointed_iteration.txt says which.",
+        f"PRETRAIN_CHECKPOINT_PATH={folder}, or a copy of it whose tracker says {step[1]}",
+    )
+
+
 def is_finished(plan: RunPlan) -> bool:
     """Whether the run has done all of its steps before."""
     step = checkpoint_iteration(plan.run_dir / "checkpoint")
@@ -75,6 +89,7 @@ def check_resume(plan: RunPlan) -> None:
     if source is None or (plan.hugging_face is not None and checkpoint_iteration(source) is None):
         return
     given = f"PRETRAIN_CHECKPOINT_PATH={plan.settings.pretrain_checkpoint_path}"
+    check_no_iteration(source)
     check_whole(source)
     if checkpoint_iteration(source) is None:
         only_tokenizer = (source / "tokenizer.json").exists()

@@ -157,6 +157,11 @@ def test_mistakes(files, tmp_path):
         f"{files / 'broken.jsonl'}:17 is not JSON"
     )
     assert first(PRETRAIN_CHECKPOINT_PATH="") == "PRETRAIN_CHECKPOINT_PATH is not set."
+    step = tmp_path / "checkpoint" / "iter_0000005"
+    step.mkdir(parents=True)
+    assert (
+        first(PRETRAIN_CHECKPOINT_PATH=str(step)) == f"PRETRAIN_CHECKPOINT_PATH={step} is one step of a run."
+    )
     assert first(PRETRAIN_CHECKPOINT_PATH="absent") == "PRETRAIN_CHECKPOINT_PATH=absent does not exist."
     assert first(TOKENIZER="") == "TOKENIZER is not set."
     assert first(TOKENIZER="null") == "TOKENIZER=null reads no text."

@@ -324,6 +324,14 @@ def test_a_checkpoint_that_was_cut_off(tmp_path: Path):
         )
 
 
+def test_weights_of_one_step(tmp_path: Path):
+    finished_run(tmp_path)
+    step = tmp_path / "old" / "checkpoint" / "iter_0000005"
+    lines = message(PRETRAIN_CHECKPOINT_PATH=str(step), OUTPUT_BASEPATH=str(tmp_path)).splitlines()
+    assert lines[0] == f"PRETRAIN_CHECKPOINT_PATH={step} is one step of a run."
+    assert lines[2] == f"  try: PRETRAIN_CHECKPOINT_PATH={step.parent}, or a copy of it whose tracker says 5"
+
+
 @pytest.mark.parametrize(
     ("name", "what", "instead"),
     [

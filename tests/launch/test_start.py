@@ -246,6 +246,10 @@ def test_the_first_exception_is_told(tmp_path: Path):
         f"no Error: here\n[rank0]: {TRACEBACK}[rank0]: x.Error: {'y' * 999}\n{rest}"
     )
     assert cause(tmp_path / "log") == f"x.Error: {'y' * 999}"[:300]
+    (tmp_path / "log").write_text(
+        f"{rest}E1 api.py:986] failed (exitcode: -9) local_rank: 1 (pid: 3) of binary: p\n"
+    )
+    assert cause(tmp_path / "log") == "SIGKILL ended a process, most often for want of memory"
     (tmp_path / "log").write_text("step 1/2\n")
     assert cause(tmp_path / "log") is None
 
