@@ -222,7 +222,7 @@ class Writer:
             return self._compare(words[1], kind, operands)
         if what == "cvt":
             return self._convert(words, operands, guard)
-        if kind in ("bf16x2", "f16x2"):
+        if kind in ("bf16x2", "f16x2", "f32x2"):
             return self._two_halves(what, kind.removesuffix("x2"), operands, guard)
         if what == "selp":
             size, condition = size_of(kind), self._value(operands[3], "pred")
@@ -263,7 +263,9 @@ class Writer:
         if what in FUNCTIONS:
             return FUNCTIONS[what].format(*x)
         if what in ("mul", "mad", "fma"):
-            assert "hi" not in words, words
+            if "hi" in words:
+                wide, bits = f"np.{_name(kind[0] + str(2 * int(kind[1:])))}", int(kind[1:])
+                return f"(({x[0]}.astype({wide}) * {x[1]}.astype({wide})) >> {wide}({bits})).astype(np.{_name(kind)})"
             if what == "fma" and kind == "f32":
                 return f"({x[0]}.astype(np.float64) * {x[1]} + {x[2]}).astype(np.float32)"
             return f"{x[0]} * {x[1]}" + (f" + {x[2]}" if len(x) > 2 else "")
@@ -322,11 +324,13 @@ class Writer:
         return self._set_value(operands[0], f"np.asarray({value}).astype(np.{number})", target, guard)
 
     def _two_halves(self, what: str, kind: str, operands: list[str], guard: str | None) -> list[str]:
+        size = 8 if kind == "f32" else 4
         found = []
         for n in range(2):
-            values = [f"as_type(halves({self._bits(x, 4)})[{n}], {kind!r})" for x in operands[1:]]
-            found.append(f"as_bits({self._expression([what, kind], values)}, {kind!r})")
-        return self._set(operands[0], f"joined({found[0]}, {found[1]})", guard)
+            parts = (f"({self._bits(x, size)} >> np.uint{8 * size}({4 * size * n}))" for x in operands[1:])
+            values = [f"as_type({part}, {kind!r})" for part in parts]
+            found.append(f"cut(as_bits({self._expression([what, kind], values)}, {kind!r}), {size})")
+        return self._set(operands[0], f"{found[0]} | ({found[1]} << np.uint{8 * size}({4 * size}))", guard)
 
 
 def _name(kind: str) -> str:
