@@ -9,7 +9,7 @@ import torch
 
 from tests.checkpoint.hf_models import MODELS, VOCAB, hf_logits, hf_model, on_cpu, save_hf, some_tokens
 from tests.inference.models import argv, whole_forward
-from tests.training.tiny import losses, train, whole
+from tests.training.tiny import EXPERTS, losses, train, whole
 
 
 def there_and_back(rank, world, folder, name, dtype):
@@ -221,10 +221,17 @@ def exported(rank, world, run, target):
     return whole_forward(load_model(run).model, tokens), architecture
 
 
+ONE_OF_SIGMOIDS = [flag for flag in EXPERTS if flag != "--moe-router-pre-softmax"]
+ONE_OF_SIGMOIDS += ["--moe-router-score-function", "sigmoid", "--moe-router-topk", "1"]
+ONE_OF_SIGMOIDS += ["--moe-shared-expert-intermediate-size", "40", "--moe-shared-expert-gate"]
+"""Experts like Qwen2's, with a router that Megatron does not build as Qwen2's: a softmax over one."""
+
+
 @pytest.mark.parametrize(
     ("flags", "architecture"),
     [
         ([], "Qwen2ForCausalLM"),
+        (ONE_OF_SIGMOIDS, "LinearMoeForCausalLM"),
         (["--qk-layernorm"], "LinearMoeForCausalLM"),
         (["--rotary-percent", "0.5"], "LinearMoeForCausalLM"),
     ],
