@@ -199,7 +199,7 @@ def _exported_by_us(folder: Path, config: Mapping[str, Any]) -> Described:
         raise ValueError(
             f"{folder} has no {RUN_FILE} that can be read: {type(error).__name__}: {error}\n"
             f"  why: export writes the arguments of the model there, and import builds it from them\n"
-            f"  try: the folder as it was exported"
+            f"  try: copy that file from the exported folder, if save_pretrained() wrote this one"
         ) from None
     size = size_of(arguments)
     assert size is not None, arguments
