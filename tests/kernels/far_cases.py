@@ -1,0 +1,123 @@
+"""Tensors whose offsets do not fit 32 bits, as in sequences of a million tokens; interpreted as the others.
+
+The elements lie 20 million apart in memory that is reserved but never touched between them. A result must be, bit for
+bit, that of the same numbers side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from interpreted_cases import Cases, Errors
+from torch import Tensor
+
+from linear_moe import kernels
+
+TOKENS, APART, WIDTH = 130, 20_000_000, 16
+BUFFER = torch.from_numpy(np.empty(TOKENS * APART, np.float16))
+
+CASES = Cases()
+
+
+def far(x: Tensor, place: int) -> Tensor:
+    """``[T, ...]`` with 20 million elements from token to token; several ``place``s share the buffer, like slices."""
+    there = BUFFER.as_strided(x.shape, (APART, *x.contiguous().stride()[1:]), place * 1024)
+    return there.copy_(x)
+
+
+@CASES.add("diagonal decay", "diag_decay", ("q", "k", "v"), log_decay=(TOKENS, 1))
+@CASES.add("vector decay", "diag_decay", ("q", "k", "v"), log_decay=(TOKENS, 1, WIDTH))
+@CASES.add("decay of columns", "diag_decay", ("q", "k", "v"), log_decay_v=(TOKENS, 1, WIDTH))
+@CASES.add("delta rule", "delta_rule", ("q", "k", "v"), beta=(TOKENS, 1), log_decay=(TOKENS, 1))
+@CASES.add(
+    "delta rule, vector decay", "delta_rule", ("q", "k", "v"), beta=(TOKENS, 1), log_decay=(TOKENS, 1, WIDTH)
+)
+@CASES.add("segment", "diag_decay_segment", ("k", "v"), log_decay=(TOKENS, 1, WIDTH))
+@CASES.add("delta segment", "delta_rule_segment", ("k", "v"), beta=(TOKENS, 1))
+def scan(op: str, wide: tuple[str, ...], **others: tuple[int, ...]) -> Errors:
+    """Everything of the call lies far apart."""
+    inputs = {name: torch.randn(TOKENS, 1, WIDTH).half() * 0.3 for name in wide}
+    for name, shape in others.items():
+        inputs[name] = torch.rand(shape).half() * (-0.1 if name.startswith("log_decay") else 1)
+    return compared(lambda **x: results(getattr(kernels, op)(**{n: y[None] for n, y in x.items()})), inputs)
+
+
+@CASES.add("short convolution")
+def short_conv() -> Errors:
+    """Of 16 channels."""
+    weight = torch.randn(WIDTH, 4).half()
+    return compared(
+        lambda x: results(kernels.short_conv(x[None], weight)), {"x": torch.randn(TOKENS, WIDTH).half()}
+    )
+
+
+@CASES.add("gated norm")
+def gated_norm() -> Errors:
+    """With a gate."""
+    inputs = {name: torch.randn(TOKENS, 1, WIDTH).half() for name in ("x", "gate")}
+    return compared(lambda x, gate: [kernels.gated_rms_norm(x[None], gate=gate[None])], inputs)
+
+
+@CASES.add("rows")
+def rows() -> Errors:
+    """Spread to two slots each."""
+    order = torch.randperm(2 * TOKENS)
+    place = torch.argsort(order).view(TOKENS, 2)
+    return compared(
+        lambda x: [kernels.spread_rows(x, order, place)], {"x": torch.randn(TOKENS, WIDTH).half()}
+    )
+
+
+@CASES.add("gated unit")
+def swiglu() -> Errors:
+    """Of width 8."""
+    weight = torch.rand(TOKENS)
+    return compared(lambda x: [kernels.weighted_swiglu(x, weight)], {"x": torch.randn(TOKENS, WIDTH).half()})
+
+
+@CASES.add("cross entropy")
+def cross_entropy() -> Errors:
+    """Losses, and the gradient that overwrites the logits."""
+    logits, labels = torch.randn(TOKENS, WIDTH).half(), torch.randint(0, WIDTH, (TOKENS,))
+    there = far(logits, 0)
+    found = kernels.cross_entropy_(there, labels, torch.ones(TOKENS))
+    expected = kernels.cross_entropy_(logits, labels, torch.ones(TOKENS))
+    return {"loss": differs(found, expected), "gradient": differs(there, logits)}
+
+
+def compared(call: Any, inputs: dict[str, Tensor]) -> Errors:
+    """Results and gradients of far tensors, against those of near ones."""
+    found, expected = (
+        outcome(call, {name: (far(x, n) if is_far else x) for n, (name, x) in enumerate(inputs.items())})
+        for is_far in (True, False)
+    )
+    return {str(n): differs(a, b) for n, (a, b) in enumerate(zip(found, expected, strict=True))}
+
+
+def outcome(call: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Results, and gradients of their sum."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outputs = call(**leaves)
+    total = sum((x.float().sum() for x in outputs), torch.zeros(()))
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, list(leaves.values())))
+
+
+def results(found: Any) -> list[Tensor]:
+    """Of operations with several; a segment's too."""
+    if isinstance(found, tuple):
+        return list(found)
+    return [x for x in (found.state, found.decay, found.log_decay) if x is not None]
+
+
+def differs(a: Tensor, b: Tensor) -> float:
+    """1 where any bit does."""
+    return float(not torch.equal(a, b))
+
+
+def fused(name: str) -> Errors:
+    """The case, with the same numbers every time."""
+    torch.manual_seed(0)
+    found: Errors = CASES.run(name)
+    return found
