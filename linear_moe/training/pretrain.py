@@ -27,6 +27,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from linear_moe.lsm.mom import Memories
 from linear_moe.model.builder import padded_vocab_size
@@ -35,6 +36,7 @@ from linear_moe.model.memory_balance import set_loss_scale
 from linear_moe.model.output_loss import loss_in_chunks
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training import arguments, engine, finetune
+from linear_moe.training.damage import cannot_be_loaded
 from linear_moe.training.data import get_batch, train_valid_test_datasets
 from linear_moe.training.flops import FlopsPerToken, flops_per_token
 from linear_moe.training.memory_load import MemoryLoad
@@ -58,28 +60,37 @@ def main(argv: list[str], log: type[RunLog] = RunLog) -> None:
     engine.install(
         flops=partial(step_flops, flops), training_log=run_log.wrap, evaluation=run_log.evaluation()
     )
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        _datasets(
-            partial(write_config, run_dir, args, argv) if run_dir is not None and args.rank == 0 else None
-        ),
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    loaded = []
+
+    def when_loaded() -> None:
+        loaded.append(True)
+        if run_dir is not None and args.rank == 0:
+            write_config(run_dir, args, argv)
+
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            _datasets(when_loaded),
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    except CheckpointException as error:
+        if loaded:
+            raise
+        raise cannot_be_loaded(args, error) from error
     if owns_group:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _datasets(when_loaded: Callable[[], None] | None) -> Callable[..., Any]:
+def _datasets(when_loaded: Callable[[], None]) -> Callable[..., Any]:
     """Megatron's dataset provider, called once the model is built and its checkpoint loaded: then ``when_loaded``.
 
     An attempt that fails before that, with arguments that do not fit the run, leaves the run's config.json as it was.
     """
 
     def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:
-        if when_loaded is not None:
-            when_loaded()
+        when_loaded()
         return train_valid_test_datasets(num_samples, vp_stage)
 
     provide.is_distributed = train_valid_test_datasets.is_distributed  # type: ignore[attr-defined]

@@ -71,7 +71,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, kinds, gloo, 
 def failure(rank: int, world: int, argv: list[str]) -> str:
     try:
         train(rank, world, argv)
-    except BaseException as error:  # as torch's CheckpointException is
+    except ValueError as error:
         return str(error)
     return ""
 
@@ -82,7 +82,10 @@ def test_an_attempt_that_cannot_resume_leaves_the_config_as_it_was(gloo, tmp_pat
     gloo(1, train, arguments(run, *small, kinds="gla"))
     config = (run / "config.json").read_text()
     wider = ["--train-iters", "2", "--gla-gate-rank", "5"]
-    assert gloo(1, failure, arguments(run, *wider, kinds="gla")) != [""]
+    (told,) = gloo(1, failure, arguments(run, *wider, kinds="gla"))
+    what, why, instead = told.splitlines()
+    assert what.startswith(f"step 1 of {run}/checkpoint cannot be loaded: ") and "low_rank" in what
+    assert why.startswith("  why: ") and instead == "  try: a copy of it, or another RUN_NAME"
     assert (run / "config.json").read_text() == config
     gloo(1, train, arguments(run, *small, "--train-iters", "2", kinds="gla"))
     assert len(losses(run)) == 2 and (run / "config.json").read_text() != config
