@@ -125,6 +125,12 @@ def _same_optimizer(plan: RunPlan) -> None:
             "Megatron stores the state of the distributed optimizer in another form.",
             f"DO={there}, or {anew}",
         )
+    if "--no-save-optim" in arguments and "--no-load-optim" not in plan.extra_args:
+        raise PreflightError(
+            f"run {plan.run_dir} was saved with --no-save-optim.",
+            "there are no moments of its weights to go on with.",
+            f"EXTRA_ARGS with --no-load-optim to begin them anew, or {anew}",
+        )
     before, now = (last_value(words, "--optimizer") or "adam" for words in (arguments, plan.extra_args))
     if before != now:
         raise PreflightError(

@@ -295,6 +295,13 @@ def test_resume_with_adam_after_sgd(tmp_path: Path):
     )
 
 
+def test_resume_without_moments(tmp_path: Path):
+    finished_run(tmp_path, EXTRA_ARGS="--no-save-optim")
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
+    assert message(**again).startswith(f"run {tmp_path}/old was saved with --no-save-optim.\n")
+    assert message(**again, EXTRA_ARGS="--no-load-optim") == ""
+
+
 def test_a_finished_run_is_not_saved_over_itself(tmp_path: Path):
     finished_run(tmp_path)
     again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
