@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
 def folder(tmp_path_factory) -> Iterator[Path]:
     """A copy of the repository by links, so that what the commands write stays out of it, with a user's two files."""
     made = tmp_path_factory.mktemp("repository")
-    for name in ("docs", "eval", "examples", "linear_moe", "tools"):
+    for name in ("docs", "eval", "examples", "linear_moe", "scripts", "tools"):
         (made / name).symlink_to(REPOSITORY / name)
     python = made / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
