@@ -17,6 +17,8 @@ CASES: dict[str, dict[str, Any]] = {
     "many": dict(tokens=4, logits=1500),
     "far apart": dict(tokens=4, logits=300, spread=60.0),
     "one block": dict(tokens=2, logits=256),
+    "none in the first block": dict(tokens=3, logits=600, forbidden=300),
+    "strided labels and weights": dict(tokens=5, logits=20, strided=True),
 }
 
 
@@ -26,10 +28,15 @@ def make(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(len(name))
     size = case["tokens"], case["logits"]
     logits = torch.randn(size, generator=generator, dtype=torch.float64) * case.get("spread", 3.0)
-    labels = torch.randint(0, size[1], size[:1], generator=generator)
+    forbidden = case.get("forbidden", 0)
+    logits[:, :forbidden] = float("-inf")
+    labels = torch.randint(forbidden, size[1], size[:1], generator=generator)
     weight = torch.rand(size[0], generator=generator, dtype=torch.float64)
     weight[1] = 0.0
-    return logits.to(dtype), labels, weight.to(dtype)
+    weight = weight.to(dtype)
+    if case.get("strided"):
+        labels, weight = (torch.stack([x, x + 1], -1)[:, 0] for x in (labels, weight))
+    return logits.to(dtype), labels, weight
 
 
 def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[float]:

@@ -16,6 +16,7 @@ CASES: dict[str, dict[str, Any]] = {
     "three slots, heads": dict(tokens=6, slots=3, shape=(2, 9)),
     "slice of wider rows": dict(tokens=4, slots=2, shape=(12,), wide=True),
     "more channels than a block": dict(tokens=2, slots=2, shape=(1100,)),
+    "places slot by slot in memory": dict(tokens=4, slots=3, shape=(7,), turned=True),
 }
 
 
@@ -37,7 +38,9 @@ def make(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         slots=normal(tokens * slots, *case["shape"]),
         weight=torch.rand(tokens, slots, generator=generator, dtype=torch.float64).to(dtype),
         order=torch.argsort(place),
-        place=place.view(tokens, slots),
+        place=place.view(tokens, slots).t().contiguous().t()
+        if case.get("turned")
+        else place.view(tokens, slots),
     )
 
 

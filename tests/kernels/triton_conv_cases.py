@@ -41,6 +41,14 @@ def plain() -> float:
     return _largest(exact, "silu")
 
 
+@case("filters tap by tap, biases apart in memory")
+def turned() -> float:
+    exact = make()
+    exact["weight"] = exact["weight"].detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
+    exact["bias"] = torch.stack([exact["bias"].detach()] * 2, -1)[..., 0].requires_grad_()
+    return _largest(exact, "silu")
+
+
 def _largest(exact: dict[str, Any], activation: str | None) -> float:
     from linear_moe.kernels.triton import short_conv
 

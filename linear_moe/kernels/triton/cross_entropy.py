@@ -35,15 +35,23 @@ def cross_entropy_(
 def _statistics(logits: Tensor, labels: Tensor) -> Statistics:
     found = logits.new_empty(3, logits.shape[0], dtype=torch.float32)
     read_kernel[(logits.shape[0],)](
-        logits, labels, found, logits.shape[0], logits.shape[1], logits.stride(0), BLOCK=BLOCK, num_warps=8
+        logits,
+        labels.contiguous(),
+        found,
+        logits.shape[0],
+        logits.shape[1],
+        logits.stride(0),
+        BLOCK=BLOCK,
+        num_warps=8,
     )
     return found[0], found[1], found[2]
 
 
 def _gradient_(logits: Tensor, labels: Tensor, log_sum: Tensor, weight: Tensor) -> None:
     write_kernel[(logits.shape[0],)](
-        logits, labels, log_sum, weight, logits.shape[1], logits.stride(0), BLOCK=BLOCK, num_warps=8
-    )
+        logits, labels.contiguous(), log_sum.contiguous(), weight.contiguous(), logits.shape[1], logits.stride(0),
+        BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -56,7 +64,8 @@ def read_kernel(logits, labels, found, num_tokens, num_logits, stride, BLOCK: tl
         i_V = first + tl.arange(0, BLOCK)
         b_x = tl.load(logits + i_V, mask=i_V < num_logits, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(b_x, 0))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(b_x - larger), 0)
+        base = tl.where(larger == float("-inf"), 0.0, larger)  # while all are -inf
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(b_x - base), 0)
         largest = larger
     label = tl.load(labels + row)
     is_here = (label >= 0) & (label < num_logits)

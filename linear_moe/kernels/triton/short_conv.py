@@ -130,8 +130,8 @@ class _Call:
         return cls(
             tensors=(
                 x,
-                weight.reshape(-1, width),
-                x if bias is None else bias.reshape(-1),
+                weight.reshape(-1, width).contiguous(),
+                x if bias is None else bias.reshape(-1).contiguous(),
                 x if state is None else state.contiguous(),
                 cu,
                 document,
