@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from linear_moe.kernels.triton import delta_configs
+from linear_moe.kernels.triton import configs, delta_configs
 from linear_moe.kernels.triton.delta_configs import Cut
 
 
@@ -31,7 +31,8 @@ def read(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 
 def pairs(num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for the gradients of scores: blocks of V in a loop."""
-    return Cut(0, min(32 if dtype.itemsize == 2 else 16, max(16, triton.next_power_of_2(num_values))), 8, 1)
+    widest = 32 if dtype.itemsize == 2 and configs.has_wgmma() else 16
+    return Cut(0, min(widest, max(16, triton.next_power_of_2(num_values))), 8, 1)
 
 
 def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
