@@ -179,7 +179,7 @@ def pick(
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}={asked} names no backend\n"
             f"  why: the backends are {', '.join(NAMES)}\n"
-            f"  try: unset it, or {ENVIRONMENT_VARIABLE}={NAMES[-1]}"
+            f"  try: unset it, or {ENVIRONMENT_VARIABLE}={NAMES[0]}"
         )
     for backend in sorted(BACKENDS[op], key=lambda backend: backend.name != asked):
         is_available, reason = backend.available(device, dtype)

@@ -284,7 +284,7 @@ def check_devices(plan: RunPlan) -> None:
             raise PreflightError(
                 "TE=true, but Transformer Engine is not installed.",
                 "it is optional: everything also runs without it.",
-                "TE=auto, or pip install 'linear_moe[te]'",
+                "TE=auto, or pip install -e '.[te]' in the repository",
             )
 
 

@@ -122,6 +122,6 @@ def make_backend(transformer_impl: str, sequential_experts: bool = False) -> Lin
         raise ValueError(
             "Transformer Engine is not installed\n"
             "  why: --transformer-impl transformer_engine builds its layers from it\n"
-            "  try: --transformer-impl local, or pip install 'linear_moe[te]'"
+            "  try: --transformer-impl local, or pip install -e '.[te]' in the repository"
         )
     return TransformerEngineBackend(sequential_experts)

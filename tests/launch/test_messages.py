@@ -469,7 +469,7 @@ CASES = [
         "transformer_engine",
         """TE=true, but Transformer Engine is not installed.
   why: it is optional: everything also runs without it.
-  try: TE=auto, or pip install 'linear_moe[te]'""",
+  try: TE=auto, or pip install -e '.[te]' in the repository""",
         TE="true",
     ),
     case(
