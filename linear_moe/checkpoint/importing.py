@@ -37,7 +37,7 @@ from linear_moe.checkpoint.folders import (
 from linear_moe.checkpoint.hf_config import Described, describe_folder
 from linear_moe.checkpoint.hf_folder import Stored, stored_tensors
 from linear_moe.checkpoint.linearise import start_layer, start_tables
-from linear_moe.checkpoint.options import linear_options, model_arguments
+from linear_moe.checkpoint.options import check_options, linear_options, model_arguments
 from linear_moe.checkpoint.origins import Origin
 from linear_moe.checkpoint.parts import joined, split
 from linear_moe.checkpoint.report import differences
@@ -103,9 +103,10 @@ def import_model(
     source, target = Path(source), Path(target)
     refuse_existing(target)
     arguments.import_mixer_modules(list(extra_args))
+    check_options(extra_args)
     described = describe_folder(source)
     stored = stored_tensors(source, allow_pickle=allow_pickle)
-    kinds = tuple(kinds or _kinds(described, la_module, layer_type_list))
+    kinds = _kinds(described, kinds, la_module, layer_type_list)
     tokenizer, warnings = _tokenizer_arguments(source, described, target)
     warnings += described.warnings
     left_out = [name for name in stored if re.match(LEFT_OUT, name)]
@@ -128,11 +129,19 @@ def import_model(
     return Imported(target, described, kinds, origins, warnings)
 
 
-def _kinds(described: Described, la_module: str | None, layer_type_list: str | None) -> tuple[str, ...]:
+def _kinds(
+    described: Described, kinds: Sequence[str] | None, la_module: str | None, layer_type_list: str | None
+) -> tuple[str, ...]:
     from linear_moe import lsm
 
-    if la_module is None and layer_type_list is None:
-        return described.kinds
+    if kinds and (la_module or layer_type_list):
+        raise ValueError(
+            "--layer-kinds and --la-module or --layer-type-list are given\n"
+            "  why: either says which mixer each layer gets\n"
+            "  try: one of them"
+        )
+    if kinds or (la_module is None and layer_type_list is None):
+        return tuple(kinds or described.kinds)
     return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Collection, Sequence
 
 from linear_moe.checkpoint.hf_config import Described
@@ -71,6 +72,25 @@ def _of_a_training(described: Described) -> list[str]:
     argv = ["--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
     argv += {"bfloat16": ["--bf16"], "float16": ["--fp16"], "float32": []}[described.dtype]
     return [*argv, "--padded-vocab-size", str(padded_vocab_size(described.size.vocab_size))]
+
+
+def check_options(given: Sequence[str]) -> None:
+    """``ValueError`` where arguments of the user are not of mixers: all else of a model is its source's."""
+    from linear_moe.model.mixer_options import add_mixer_options
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_mixer_options(parser)
+    parser.add_argument("--mixer-module")
+    try:
+        others = parser.parse_known_args(list(given))[1]
+    except argparse.ArgumentError:  # a value of a mixer's option: told when the model is built
+        return
+    if others:
+        raise ValueError(
+            f"--extra-args has {' '.join(others)}, which is no option of a mixer\n"
+            f"  why: an import is the model of its config.json, but for its mixers\n"
+            f"  try: python -m linear_moe.training.pretrain --help, which lists theirs; others when training from it"
+        )
 
 
 def linear_options(kinds: Collection[str], given: Sequence[str]) -> list[str]:

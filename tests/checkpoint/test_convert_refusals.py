@@ -216,6 +216,13 @@ def test_no_config(folder, refused):
 def test_patterns(folder, refused):
     refused(folder, "unknown mixer 'glu'", la_module="glu")
     refused(folder, "does not fit 2 layers", la_module="gla", layer_type_list="LLN")
+    refused(folder, "--layer-kinds and --la-module", la_module="gla", kinds=["softmax", "softmax"])
+
+
+def test_an_import_is_its_source_but_for_mixers(folder, refused):
+    other = "--extra-args has --norm-epsilon 0.1, which is no option of a mixer"
+    refused(folder, other, la_module="gla", extra_args=["--norm-epsilon", "0.1", "--gla-gate-rank", "8"])
+    refused(folder, "--gla-gate-rank", la_module="gla", extra_args=["--gla-gate-rank", "x"])
 
 
 def test_targets(source, refused, gloo, tmp_path):
@@ -257,11 +264,8 @@ def test_what_no_folder_can_hold(gloo, refused, tmp_path):
     """A model with multi-token prediction."""
     run = tmp_path / "run"
     folders = ["--run-dir", str(run), "--save", str(run / "checkpoint"), "--train-iters", "1"]
-    gloo(
-        1,
-        train,
-        argv(["softmax"] * 2, *folders, "--lr-warmup-iters", "0", "--mtp-num-layers", "1", moe=False),
-    )
+    folders += ["--lr-warmup-iters", "0", "--mtp-num-layers", "1"]
+    gloo(1, train, argv(["softmax"] * 2, *folders, moe=False))
     refused(run, "tensors that cannot be exported", "mtp.", direction="export")
 
 
@@ -383,16 +387,8 @@ def test_the_tool(source, gloo, tmp_path):
 
 def test_the_tool_names_its_options(source, gloo, tmp_path):
     for size in ("-1", "0", "nan", "inf"):
-        arguments = [
-            "export",
-            "--load",
-            str(source / "run"),
-            "--hf",
-            str(tmp_path / "hf"),
-            "--shard-gb",
-            size,
-        ]
-        code, _, err = gloo(1, tool, *arguments)[0]
+        folders = ["--load", str(source / "run"), "--hf", str(tmp_path / "hf")]
+        code, _, err = gloo(1, tool, "export", *folders, "--shard-gb", size)[0]
         assert code == 2 and err.startswith(f"linear_moe: --shard-gb is {size}\n  why: "), err
     arguments = ["import", "--hf", str(source / "hf"), "--save", str(tmp_path / "run")]
     code, _, err = gloo(1, tool, *arguments, "--la-module", "glaa")[0]
