@@ -6,6 +6,7 @@ mistake in the variables, with one message; otherwise torchrun's. LINEAR_MOE_DRY
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TextIO
 
+from linear_moe.launch.check_network import check_network
 from linear_moe.launch.cluster import RETIRED, cuda_device_count, retired_variables, with_cluster
 from linear_moe.launch.environment import (
     RunSettings,
@@ -37,6 +39,8 @@ from linear_moe.launch.starting_model import starting_model
 from linear_moe.model.families import FAMILIES
 
 _MISTAKE = 2
+_FULL = 1 << 20
+"""Free bytes of a disk that holds no more."""
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
@@ -84,6 +88,7 @@ def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int)
 def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
     command, head = torchrun_command(plan), header(plan)
     try:
+        check_network(plan)
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         with hold_run(plan):
             log = _prepare(plan, f"{head}\n\n{shell_text(command)}\n\n")
@@ -138,6 +143,14 @@ def _report_failure(plan: RunPlan, log: Path, code: int, received: list[signal.S
             else f"step {step} is kept, and the same command goes on from there"
         )
         _announce(f"stopped by {stopped[0].name}: {kept}.")
+    elif shutil.disk_usage(plan.run_dir).free < _FULL:
+        step = checkpoint_iteration(plan.run_dir / "checkpoint")
+        _announce(
+            f"the disk of {plan.run_dir} is full.\n"
+            f"  why: checkpoints, metrics and the log are written there; "
+            f"{'none of the first is whole' if step is None else f'the last whole step is {step}'}.\n"
+            f"  try: make room, and the same command goes on"
+        )
     elif (told := mistake(log)) is not None:
         _announce(told)
     elif not plan.settings.verbose:

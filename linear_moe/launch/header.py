@@ -3,6 +3,7 @@
 from linear_moe.launch.check_layout import draw_stages
 from linear_moe.launch.cluster import cpu_cores
 from linear_moe.launch.environment import default_mixer
+from linear_moe.launch.megatron_args import DEFAULT_PORT
 from linear_moe.launch.plan import MOCK_DATA, RunPlan, registered_mixers
 from linear_moe.launch.resume import (
     checkpoint_iteration,
@@ -50,6 +51,11 @@ def notes(plan: RunPlan) -> list[str]:
         found.append(f"another tokenizer than {source.parent}/tokenizer: these weights know other tokens.")
     if plan.sequence_parallel and not s.sp:
         found.append("SP is on: Megatron trains experts under TP with sequence parallel only.")
+    if s.nnodes > 1:
+        port = s.master_port or DEFAULT_PORT
+        found.append(
+            f"{s.nnodes} nodes meet at {s.master_addr}:{port}: no step is done before all are there."
+        )
     if s.sp and s.tp == 1:
         found.append("SP=true does nothing with TP=1.")
     if plan.on_cpu and s.etp is None and s.ep > 1 and s.tp > 1:

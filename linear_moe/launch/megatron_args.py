@@ -14,6 +14,9 @@ from linear_moe.launch.plan import MOCK_DATA, RunPlan
 from linear_moe.launch.resume import is_finished, pretrained_folder
 from linear_moe.model.families import megatron_arguments
 
+DEFAULT_PORT = 29500
+"""Where several nodes meet when MASTER_PORT is not set."""
+
 _FIXED = [
     *("--optimizer", "adam", "--adam-beta1", "0.9", "--adam-beta2", "0.95"),
     *(
@@ -181,7 +184,7 @@ def torchrun_command(plan: RunPlan) -> list[str]:
         command += [
             f"--node-rank={s.node_rank}",
             f"--master-addr={address}",
-            f"--master-port={s.master_port or 29500}",
+            f"--master-port={s.master_port or DEFAULT_PORT}",
         ]
     return [*command, "-m", "linear_moe.training.pretrain", *training_arguments(plan)]
 

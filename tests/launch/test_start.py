@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -294,7 +295,9 @@ def test_signals_reach_the_run_and_its_end_is_reported(tmp_path: Path, number: i
     assert not is_alive(child)
 
 
-def test_a_run_that_was_stopped_has_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_run_that_was_stopped_has_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "log").write_text(TRACEBACK + "RuntimeError: connection closed by peer\n")
     plan = make_plan(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="mine")
     launcher._report_failure(plan, tmp_path / "log", 1, [signal.SIGINT])
@@ -302,8 +305,12 @@ def test_a_run_that_was_stopped_has_no_traceback(tmp_path: Path, capsys: pytest.
         "linear_moe: stopped by SIGINT: no checkpoint yet.",
         f"linear_moe: the run ended with exit code 1; all of its output is in {tmp_path}/log",
     ]
+    plan.run_dir.mkdir()
     launcher._report_failure(plan, tmp_path / "log", 1, [])
     assert capsys.readouterr().err.splitlines()[-2] == "linear_moe: RuntimeError: connection closed by peer"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    launcher._report_failure(plan, tmp_path / "log", 1, [])
+    assert capsys.readouterr().err.startswith(f"linear_moe: the disk of {tmp_path}/mine is full.\n  why: ")
 
 
 def test_a_process_that_outlives_the_run_does_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -342,6 +349,30 @@ def test_one_launcher_at_a_time_trains_a_run(tmp_path: Path, capsys: pytest.Capt
     )
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == [".node0.lock"]
     hold_run(make_plan(**variables)).close()
+
+
+def test_the_place_where_nodes_meet(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = {
+            "OUTPUT_BASEPATH": str(tmp_path),
+            "MODEL_SIZE": "tiny",
+            "SEQ_LEN": "64",
+            "TRAIN_ITERS": "2",
+        }
+        for more, what in (
+            ({"MASTER_PORT": str(port)}, f"MASTER_PORT={port} is taken on this node."),
+            (
+                {"NNODES": "2", "MASTER_ADDR": "no-host.invalid"},
+                "MASTER_ADDR=no-host.invalid is no host that",
+            ),
+        ):
+            assert launcher.main(["--family", "qwen2"], variables | more) == 2
+            told = capsys.readouterr().err
+            assert told.startswith(f"linear_moe: {what}") and told.count("\n") == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture):
