@@ -5,7 +5,6 @@ python eval/hugging_face_folder.py mine-hf                       mine-hf
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -33,8 +32,10 @@ def hugging_face_folder(given: str, tokenizer: str | None) -> Path:
             f"  why: a model is scored from its run, its checkpoint or its Hugging Face folder\n"
             f"  try: sh lm_eval_linear_moe.sh runs/NAME"
         )
+    from linear_moe.checkpoint.hf_config import is_hf_folder  # without torch
+
     path = Path(given)
-    if is_hugging_face(path):
+    if is_hf_folder(path):
         return path
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the conversion runs on the CPU, whatever is there
     from linear_moe.inference.quiet import no_messages, no_output
@@ -61,15 +62,6 @@ def hugging_face_folder(given: str, tokenizer: str | None) -> Path:
             f"  try: TOKENIZER=<folder with tokenizer.json>, after removing {target}"
         )
     return target
-
-
-def is_hugging_face(path: Path) -> bool:
-    """Whether ``transformers`` opens it."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def refuse_stale(target: Path, checkpoint: Path) -> None:
