@@ -21,7 +21,8 @@ def hold_run(plan: RunPlan) -> IO[str]:
         raise PreflightError(
             f"run {plan.run_dir} is being trained right now.",
             f"another process holds {path}; both would write the same checkpoints and metrics.",
-            "another RUN_NAME, or wait until that one has ended",
+            "another RUN_NAME, or wait until that one has ended"
+            + (", or another NODE_RANK on this node" if plan.settings.nnodes > 1 else ""),
         ) from None
     except OSError:
         pass

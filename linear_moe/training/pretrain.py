@@ -36,6 +36,7 @@ from linear_moe.model.memory_balance import set_loss_scale
 from linear_moe.model.output_loss import loss_in_chunks
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training import arguments, engine, finetune
+from linear_moe.training.agreement import check_same_arguments
 from linear_moe.training.damage import cannot_be_loaded
 from linear_moe.training.data import get_batch, train_valid_test_datasets
 from linear_moe.training.flops import FlopsPerToken, flops_per_token
@@ -54,7 +55,8 @@ def main(argv: list[str], log: type[RunLog] = RunLog) -> None:
     config = arguments.model_config(args)
     flops = flops_per_token(config.transformer, padded_vocab_size(config))
     loads = _loads(config.transformer)
-    config.pre_wrap_hooks.append(partial(_watch, loads))
+    # Where the model has been made on every rank, and nothing has been exchanged.
+    config.pre_wrap_hooks += [partial(_agree, argv), partial(_watch, loads)]
     run_dir = Path(args.run_dir) if args.run_dir else None
     run_log = log(run_dir, flops, loads)
     engine.install(
@@ -128,6 +130,11 @@ def _loads(config: LinearMoEConfig) -> list[ExpertLoad | MemoryLoad]:
         if isinstance(options, Memories):
             mixtures[layer] = options.num_memories
     return [*loads, MemoryLoad(config.num_layers, mixtures)] if mixtures else loads
+
+
+def _agree(argv: list[str], model: list[nn.Module]) -> list[nn.Module]:
+    check_same_arguments(argv)
+    return model
 
 
 def _watch(loads: list[ExpertLoad | MemoryLoad], model: list[nn.Module]) -> list[nn.Module]:

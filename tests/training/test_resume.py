@@ -76,6 +76,24 @@ def failure(rank: int, world: int, argv: list[str]) -> str:
     return ""
 
 
+def other_variables(rank: int, world: int, argv: list[str]) -> str:
+    mine = ["--tensorboard-dir", f"{argv[-1]}/{rank}/here"]
+    return failure(rank, world, [*argv, *mine, *(["--lr", "2e-4", "--log-params-norm"] if rank == 1 else [])])
+
+
+def test_nodes_with_other_variables_are_refused(gloo, tmp_path):
+    for told in gloo(2, other_variables, arguments(tmp_path / "run", kinds="gla")):
+        what, why, instead = told.splitlines()
+        assert what == (
+            "process 1 was started with other variables than process 0: "
+            "--lr: 1e-4 -> 2e-4; --log-params-norm: not set -> on"
+        )
+        assert why.startswith("  why: ") and instead.startswith(
+            "  try: the same script and variables on every node"
+        )
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_an_attempt_that_cannot_resume_leaves_the_config_as_it_was(gloo, tmp_path):
     run = tmp_path / "run"
     small = ["--train-iters", "1", "--lr-warmup-iters", "0", "--override-opt_param-scheduler"]
