@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -36,7 +37,37 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    try:
+        draw(metrics, read_records(metrics), args.data, output)
+    except ValueError as error:
+        print(f"linear_moe: {error}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """All lines but one that is being written, or that a run which was killed has left unfinished."""
+    *lines, _ = metrics.read_text().split("\n")
+    try:
+        records = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{metrics} cannot be read: {error}\n"
+            f"  why: every line of it is one JSON object\n"
+            f"  try: the file as the run wrote it"
+        ) from None
+    if not any("lm_loss" in record for record in records):
+        raise ValueError(
+            f"{metrics} has no step\n"
+            f"  why: a run writes a line after each step, and none has been finished\n"
+            f"  try: again later; RUN/log says what the run does"
+        )
+    return records
+
+
+def draw(metrics: Path, records: list[dict[str, Any]], data: str | None, output: Path) -> None:
+    """The loss of every step, its average, evaluations, and the entropy of single tokens of ``data``."""
     steps = [record for record in records if "lm_loss" in record]
     tokens, total = [], 0
     for step in steps:
@@ -54,8 +85,8 @@ def main() -> int:
     ]
     if held_out:
         axes.plot(*zip(*held_out), "o", color="#b07030", markersize=4, label="validation")
-    if args.data:
-        entropy = unigram_entropy(args.data)
+    if data:
+        entropy = unigram_entropy(data)
         axes.axhline(entropy, color="#b03030", linestyle="--", linewidth=1)
         axes.text(
             tokens[-1],
@@ -72,8 +103,6 @@ def main() -> int:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(output, dpi=150)
-    print(output)
-    return 0
 
 
 def _smooth(values: list[float]) -> list[float]:

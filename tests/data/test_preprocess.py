@@ -227,7 +227,12 @@ def test_the_tools_from_text_to_token_files(
     metrics = tmp_path / "metrics.jsonl"
     records = [{"iteration": i, "lm_loss": 6 - i / 10, "tokens": 1000} for i in range(30)]
     records += [{"iteration": 29, "validation_loss": 4.0, "validation_perplexity": 54.6}]
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    metrics.write_text('{"iteration": 0, "lm_')
+    assert f"{metrics} has no step\n  why: " in run("plot_loss.py", str(metrics), code=2)
+    metrics.write_text("x\n")
+    assert f"{metrics} cannot be read: " in run("plot_loss.py", str(metrics), code=2)
+    unfinished = '{"iteration": 30, "lm_loss": 2.9'
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records) + unfinished)
     assert f"no {tmp_path / 'absent'}\n  why: " in run("plot_loss.py", str(tmp_path / "absent"), code=2)
     assert "no absent.bin\n  why: " in run("plot_loss.py", str(metrics), "--data", "absent", code=2)
     run("plot_loss.py", str(metrics), "--data", f"{prefix}_text_document")
