@@ -222,12 +222,12 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise ValueError(
             f"--batch-size is {args.batch_size}\n  why: it counts prompts\n  try: --batch-size 16"
         )
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise ValueError(
-            f"--output {args.output} cannot be written\n"
-            f"  why: there is no folder {Path(args.output).absolute().parent}\n"
-            f"  try: mkdir -p {Path(args.output).parent}"
-        )
+    if args.output is not None:
+        output = Path(args.output).absolute()
+        if output.is_dir() or not output.parent.is_dir():
+            why = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+            instead = "the name of a file" if output.is_dir() else f"mkdir -p {Path(args.output).parent}"
+            raise ValueError(f"--output {args.output} cannot be written\n  why: {why}\n  try: {instead}")
     for flag, is_given in (("--system", args.system), ("--chat-template", args.chat_template)):
         if is_given and not args.chat:
             raise ValueError(

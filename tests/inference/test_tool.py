@@ -201,6 +201,7 @@ def test_ends_and_prompts_of_a_chat(run):
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "", "--step", "9"], "no checkpoint of step 9"),
         (["--prompt", "a", "--output", "/nowhere/x.jsonl"], "--output /nowhere/x.jsonl cannot be written"),
+        (["--prompt", "a", "--output", "/tmp"], "--output /tmp cannot be written\n  why: it is a folder"),
         (["--prompt", "a", "--system", "be brief"], "--system says how a chat goes, and there is none"),
         ([], "there is no prompt"),
     ],
