@@ -30,7 +30,7 @@ from linear_moe.bench.plans import plan_model
 from linear_moe.bench.record import Record, Row, say, versions
 from linear_moe.inference.decoder import Decoder
 from linear_moe.inference.generate import LOOK_EVERY
-from linear_moe.inference.load import LoadedModel, join_single_process
+from linear_moe.inference.load import LoadedModel, for_inference, join_single_process
 from linear_moe.inference.loop import Loop
 from linear_moe.inference.rebuild import single_process_arguments
 from linear_moe.inference.sampling import Sampling
@@ -120,7 +120,7 @@ def build(plan: RunPlan, dtype: torch.dtype) -> LoadedModel:
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = LinearMoEBuilder(config).build_model(groups, pre_process=True, post_process=True)
-    return LoadedModel(model.to(dtype).eval().requires_grad_(False), None, config, 0, rows, None)
+    return LoadedModel(for_inference(model, dtype), None, config, 0, rows, None)
 
 
 def measure(name: str, plan: RunPlan, args: argparse.Namespace, until: float) -> Iterator[Row]:

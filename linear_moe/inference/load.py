@@ -126,7 +126,7 @@ def _load_run(
     join_tensor_parallel(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = LinearMoEBuilder(config).build_model(groups, pre_process=True, post_process=True)
-    model = model.to(args.params_dtype).eval().requires_grad_(False)
+    model = for_inference(model, args.params_dtype)
     load_weights(model, folder, groups.dp_cp)
     return LoadedModel(
         model=model,
@@ -137,6 +137,11 @@ def _load_run(
         max_sequence_length=limit,
         warning=warning,
     )
+
+
+def for_inference(model: GPTModel, dtype: torch.dtype) -> GPTModel:
+    """All of it on the device (Megatron makes the gate of shared experts on the CPU), in `dtype`, without gradients."""
+    return model.cuda().to(dtype).eval().requires_grad_(False)
 
 
 def world_size() -> int:

@@ -37,7 +37,7 @@ def random_weights(words: list[str], dtype: torch.dtype) -> Any:
     """A model of a training's command line."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from linear_moe.inference.load import LoadedModel, join_single_process
+    from linear_moe.inference.load import LoadedModel, for_inference, join_single_process
     from linear_moe.inference.rebuild import single_process_arguments
     from linear_moe.model.builder import LinearMoEBuilder
     from linear_moe.training import arguments
@@ -51,8 +51,7 @@ def random_weights(words: list[str], dtype: torch.dtype) -> Any:
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    model = model.to(dtype).eval().requires_grad_(False)
-    return LoadedModel(model, None, config, 0, VOCAB, None)
+    return LoadedModel(for_inference(model, dtype), None, config, 0, VOCAB, None)
 
 
 def whole_forward(model: Any, tokens: list[list[int]]) -> torch.Tensor:

@@ -46,8 +46,9 @@ def test_graphs_change_no_token(kinds, draw):
         assert generation.decoder.context.growths >= 2, "the cache has to move within this test"
 
 
-def test_latent_attention():
-    loaded = random_family("deepseek_v2", "A2.4B", ["gla", "softmax", "softmax"], dtype=torch.bfloat16)
+@pytest.mark.parametrize(("family", "size"), [("deepseek_v2", "A2.4B"), ("qwen3_next", "80B-A3B")])
+def test_latent_attention_and_gates_of_shared_experts(family, size):
+    loaded = random_family(family, size, ["gla", "softmax", "softmax"], dtype=torch.bfloat16)
     captured, plain, _ = both_ways(loaded)
     assert captured == plain
 

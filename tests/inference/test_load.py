@@ -103,6 +103,17 @@ def test_loading_where_training_just_ran(gloo, tmp_path):
     assert gloo(1, continuation, run)[0] == text
 
 
+def test_every_weight_goes_to_the_device(monkeypatch):
+    """Megatron makes the gate of shared experts on the CPU, and only its own training moves it."""
+    from linear_moe.inference.load import for_inference
+
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x, *device: moved.append(tuple(x.shape)) or x)
+    model = for_inference(torch.nn.Linear(2, 3), torch.bfloat16)
+    assert sorted(moved) == [(3,), (3, 2)]
+    assert all(x.dtype == torch.bfloat16 and not x.requires_grad for x in model.parameters())
+
+
 def test_vocabulary_padded_for_another_layout(gloo, tmp_path):
     """Megatron pads 127 tokens to 256 rows for TP2 and to 128 for one process; config.json says what they were."""
     run = tmp_path / "run"
