@@ -10,6 +10,7 @@ Everything is checked before anything is written.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.checkpoint import torch_dist
+from linear_moe.checkpoint import remote, torch_dist
 from linear_moe.checkpoint.blueprint import CONTENT, Blueprint, blueprint
 from linear_moe.checkpoint.folders import (
     ORIGIN,
@@ -34,7 +35,7 @@ from linear_moe.checkpoint.folders import (
     refuse_existing,
     silent,
 )
-from linear_moe.checkpoint.hf_config import Described, describe_folder
+from linear_moe.checkpoint.hf_config import OURS, RUN_FILE, Described, describe_folder, read_config
 from linear_moe.checkpoint.hf_folder import Stored, stored_tensors
 from linear_moe.checkpoint.linearise import start_layer, start_tables
 from linear_moe.checkpoint.options import check_options, linear_options, model_arguments
@@ -55,6 +56,10 @@ ITERATION = 1
 
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
 """Tensors that old versions saved although they follow from the config."""
+
+NO_FUNCTION = ("architectures", "auto_map", "dtype", "vocab_size", "use_cache", "initializer_range")
+NO_FUNCTION += ("max_position_embeddings",)
+"""Fields of our config.json that may be others than the arguments make."""
 
 EMBEDDINGS = ("model.embed_tokens.weight", "backbone.embeddings.weight")
 
@@ -184,6 +189,8 @@ def _pieces(
     source: Path, described: Described, model: Blueprint, stored: Mapping[str, Stored]
 ) -> tuple[list[Piece], list[Origin]]:
     before = source_model(model, described)
+    if described.model_type == OURS:
+        _check_config(source, before)
     carried, unknown = rows(described.model_type, before.shape(described.size.vocab_size), before.tensors)
     assert not unknown, unknown
     parts = {name: size for row in carried for name, size in _their_shapes(row, before.tensors[row.key])}
@@ -214,6 +221,27 @@ def _pieces(
     pieces += start_tables(model, set(model.kinds) - set(described.kinds), origins)
     _check_complete(model, pieces)
     return pieces, list(origins.values())
+
+
+def _check_config(source: Path, before: Blueprint) -> None:
+    """What transformers reads of one of our folders has to be what its arguments make."""
+    config = read_config(source)
+    made = remote.hf_config(before.config, vocab_size=config["vocab_size"], dtype=str(config.get("dtype")))
+    made = {name: value for name, value in json.loads(json.dumps(made)).items() if name not in NO_FUNCTION}
+    wrong = [name for name, value in made.items() if name in config and not _agree(value, config[name])]
+    if wrong:
+        raise ValueError(
+            f"{source} has other values of {', '.join(wrong)} in config.json than {RUN_FILE} makes\n"
+            f"  why: transformers reads the one and an import the other, and they are of two models\n"
+            f"  try: config.json as it was exported"
+        )
+
+
+def _agree(made: Any, given: Any) -> bool:
+    """Transformers adds fields to those of fields."""
+    if isinstance(made, dict) and isinstance(given, dict):
+        return all(_agree(value, given[name]) for name, value in made.items() if name in given)
+    return bool(made == given)
 
 
 def _check_tied(source: Path, stored: Mapping[str, Stored]) -> None:

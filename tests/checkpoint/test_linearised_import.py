@@ -1,6 +1,7 @@
 """A softmax model whose layers become mixers: what is carried over is equal, the rest neutral, and it trains."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,8 @@ def test_it_trains(gloo, tmp_path):
 
 def there_and_back(rank, world, folder):
     """A folder with our code: imported as it is, with one more layer replaced, and with a mixer replaced (refused)."""
+    import transformers
+
     from linear_moe.checkpoint.exporting import export_model
     from linear_moe.checkpoint.hf_folder import stored_tensors
     from linear_moe.checkpoint.importing import import_model
@@ -217,14 +220,28 @@ def there_and_back(rank, world, folder):
     assert hows[prefix + "norm_weight", 1] == "started" and hows[prefix + "norm_weight", 0] == "carried"
     assert hows["hgrn2_tables.lower_bounds",] == "carried"
     assert whole_forward(load_model(folder / "more").model, some_tokens()).isfinite().all()
-    try:
-        import_model(folder / "ours", folder / "none", la_module="gla")
-    except ValueError as error:
-        return str(error), [(folder / p / "config.json").read_text() for p in ("ours", "back")]
+    refusals = []
+    saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours", trust_remote_code=True)
+    saved.save_pretrained(folder / "saved")
+    shutil.copy(folder / "ours" / "linear_moe_run.json", folder / "saved")
+    import_model(folder / "saved", folder / "from saved")
+    config = json.loads((folder / "saved" / "config.json").read_text())
+    config["mixers"]["hgrn2"]["expand_ratio"], config["rms_norm_eps"] = 8, 0.1
+    (folder / "saved" / "config.json").write_text(json.dumps(config))
+    for name, options in (("ours", {"la_module": "gla"}), ("saved", {})):
+        try:
+            import_model(folder / name, folder / "none", **options)
+        except ValueError as error:
+            refusals.append(str(error))
+    return refusals, [(folder / p / "config.json").read_text() for p in ("ours", "back")]
 
 
 def test_our_own_folders_come_back(gloo, tmp_path):
     gloo(1, source_model, str(tmp_path / "hf"))
-    refusal, configs = gloo(1, there_and_back, str(tmp_path))[0]
-    assert "layer 0 of the model is hgrn2, not softmax" in refusal
+    refusals, configs = gloo(1, there_and_back, str(tmp_path))[0]
+    assert "layer 0 of the model is hgrn2, not softmax" in refusals[0]
+    assert (
+        "has other values of mixers, rms_norm_eps in config.json than linear_moe_run.json makes"
+        in refusals[1]
+    )
     assert configs[0] == configs[1]
