@@ -3,9 +3,10 @@
 from linear_moe.launch.check_layout import draw_stages
 from linear_moe.launch.cluster import cpu_cores
 from linear_moe.launch.environment import default_mixer
-from linear_moe.launch.megatron_args import DEFAULT_PORT
+from linear_moe.launch.megatron_args import DEFAULT_PORT, training_arguments
 from linear_moe.launch.plan import MOCK_DATA, RunPlan, registered_mixers
 from linear_moe.launch.resume import (
+    changes_since,
     checkpoint_iteration,
     has_another_tokenizer,
     is_finished,
@@ -38,6 +39,8 @@ def notes(plan: RunPlan) -> list[str]:
         found.append(
             "nothing is left to train, and nothing will be saved: TRAIN_ITERS goes on, another RUN_NAME begins anew."
         )
+    if changed := changes_since(plan, training_arguments(plan)):
+        found.append(f"changed since this run was saved: {'; '.join(changed)}. Another RUN_NAME begins anew.")
     if plan.from_checkpoint:
         found.append(f"those of PRETRAIN_CHECKPOINT_PATH: {', '.join(plan.from_checkpoint)}.")
     if s.vocab_size is not None and plan.tokenizer is not None and "VOCAB_SIZE" not in plan.from_checkpoint:

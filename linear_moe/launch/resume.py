@@ -229,5 +229,43 @@ def last_value(arguments: Sequence[str], flag: str) -> str | None:
     return dict(itertools.pairwise(words)).get(flag)
 
 
+_TOLD_WHEN_CHANGED = (
+    *(
+        "--lr",
+        "--min-lr",
+        "--lr-warmup-iters",
+        "--global-batch-size",
+        "--seq-length",
+        "--seed",
+        "--bf16",
+        "--fp16",
+    ),
+    *("--data-path", "--mock-data", "--instruction-data", "--weight-decay"),
+)
+
+
+def changes_since(plan: RunPlan, arguments: Sequence[str]) -> list[str]:
+    """What a run that goes on does otherwise than before, of what may change and matters: `--lr: 0.0001 -> 0.001`."""
+    saved = read_config(plan.run_dir).get("arguments")
+    if saved is None or checkpoint_iteration(plan.run_dir / "checkpoint") is None:
+        return []
+    before, now = values_of(saved), values_of(arguments)
+    return [
+        f"{name}: {before.get(name, 'not set')} -> {now.get(name, 'not set')}"
+        for name in _TOLD_WHEN_CHANGED
+        if before.get(name) != now.get(name)
+    ]
+
+
+def values_of(arguments: Sequence[str]) -> dict[str, str]:
+    """Each flag of a command line and the words behind it, "on" for none; of one that comes twice, the last."""
+    starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
+    found = {}
+    for first, end in itertools.pairwise([*starts, len(arguments)]):
+        flag, _, value = arguments[first].partition("=")
+        found[flag] = value or " ".join(arguments[first + 1 : end]) or "on"
+    return found
+
+
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

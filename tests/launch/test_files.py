@@ -183,6 +183,19 @@ def test_resume_with_the_same_model(tmp_path: Path):
     assert "resumed at step 5 of 10" in header(make_plan(**again))
 
 
+def test_what_a_run_does_otherwise_is_told(data: dict[str, str], tmp_path: Path):
+    finished_run(tmp_path)
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old", "TRAIN_ITERS": "20"}
+    saved = training_arguments(make_plan(**again))
+    config = json.loads((tmp_path / "old" / "config.json").read_text()) | {"arguments": saved}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert "changed since" not in header(make_plan(**again, TP="2", GPUS_PER_NODE="2"))
+    assert (
+        f"changed since this run was saved: --lr: 0.0001 -> 0.001; --data-path: not set -> {data['DATASET_PATH']}; "
+        f"--mock-data: on -> not set. Another RUN_NAME begins anew."
+    ) in header(make_plan(**again, **data, LR="1e-3"))
+
+
 def test_resume_with_another_tokenizer(data: dict[str, str], tmp_path: Path):
     finished_run(tmp_path, **data)
     keep_tokenizer(tmp_path / "old", Path(data["TOKENIZER"]), None)
