@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,6 +83,23 @@ class Configuration:
         return re.sub(r"[^A-Za-z0-9.]+", "_", f"{self.label}_{self.seq_len}")
 
 
+def models_of(words: Sequence[str]) -> list[str]:
+    """Models as they are typed: words, or a list with commas. With digits in a pattern, commas part its mixers."""
+    found = []
+    for word in words:
+        is_one = re.fullmatch(r"[^:]+:\w*\d\w*", word)
+        found += [word] if is_one else [name for name in word.split(",") if name] or [word]
+    return found
+
+
+def refuse_less(flag: str, number: int, least: int, counted: str, example: int) -> None:
+    """PreflightError for a number that counts nothing."""
+    if number < least:
+        raise PreflightError(
+            f"{flag} {number} is less than {least}.", f"it counts {counted}.", f"{flag} {example}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What the command line asks for; see ``step.parser``."""
@@ -108,16 +126,12 @@ class Sweep:
             ("--steps", [given.steps], 1, 20),
             ("--warm-up", [given.warm_up], 0, 5),
         ):
-            if min(numbers) < least:
-                raise PreflightError(
-                    f"{name} {min(numbers)} is less than {least}.",
-                    f"it counts {'steps' if name in ('--steps', '--warm-up') else 'tokens'}.",
-                    f"{name} {example}",
-                )
+            counted = "steps" if name in ("--steps", "--warm-up") else "tokens"
+            refuse_less(name, min(numbers), least, counted, example)
         return cls(
             family=given.family,
             size=given.size,
-            models=given.models,
+            models=models_of(given.models),
             seq_lens=given.seq_lens,
             tokens=given.tokens,
             micro_tokens=given.micro_tokens,

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from linear_moe.bench import decode_report
-from linear_moe.bench.configurations import SOFTMAX
+from linear_moe.bench.configurations import SOFTMAX, models_of, refuse_less
 from linear_moe.bench.plans import plan_model
 from linear_moe.bench.record import Record, Row, say, versions
 from linear_moe.inference.decoder import Decoder
@@ -41,6 +41,7 @@ from linear_moe.model.builder import LinearMoEBuilder
 from linear_moe.model.families import FAMILIES
 from linear_moe.training import arguments
 
+MODELS = ["softmax", "gated_deltanet:LLLN", "gated_deltanet:L"]
 POSITIONS = [1024 * 2**i for i in range(8)]
 """1k to 128k."""
 WARM = 3
@@ -59,10 +60,10 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--family", default="qwen2", choices=list(FAMILIES), help="model family")
     add("--size", default="A0.3B", help="model size")
-    models = "softmax,gated_deltanet:LLLN,gated_deltanet:L"
-    add("--models", default=models, help="softmax, or MIXER:PATTERN with L the mixer and N softmax")
+    models = "softmax, or MIXER:PATTERN with L the mixer and N softmax"
+    add("--models", nargs="+", default=MODELS, metavar="MODEL", help=models)
     add("--batch", type=int, default=16, help="rows")
-    add("--positions", default=",".join(map(str, POSITIONS)), help="tokens before the measured ones")
+    add("--positions", nargs="+", default=POSITIONS, metavar="P", help="tokens before the measured ones")
     add("--steps", type=int, default=32, help="measured steps at a position")
     add("--minutes", type=float, default=10.0, help="begin nothing after this")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weights")
@@ -76,7 +77,10 @@ def main(argv: Sequence[str]) -> int:
     """Measure every model and write the report; returns 0, or 2 for a mistake."""
     args = parser().parse_args(argv)
     try:
-        plans = {name: plan_of(name, args) for name in args.models.split(",")}
+        positions = positions_of(args.positions)
+        refuse_less("--batch", args.batch, 1, "rows", 16)
+        refuse_less("--steps", args.steps, 1, "steps", 32)
+        plans = {name: plan_of(name, args) for name in models_of(args.models)}
     except PreflightError as error:
         sys.stderr.write(f"linear_moe.bench: {error}\n")
         return 2
@@ -90,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         "versions": versions("torch", "triton", "megatron-core"),
     }
     for name, plan in plans.items():
-        for row in measure(name, plan, args, until):
+        for row in measure(name, plan, positions, args, until):
             say(f"{name} at {row['position']}: {decode_report.line(row)}")
             record.put({**about, **row}, ("model", "position", *SETTINGS))
         decode_report.write(record)
@@ -99,6 +103,19 @@ def main(argv: Sequence[str]) -> int:
     for path in decode_report.write(record):
         say(f"wrote {path}")
     return 0
+
+
+def positions_of(given: Sequence[str | int]) -> list[int]:
+    """From near to far, of words or of a list with commas; PreflightError for one that is no number of tokens."""
+    words = [word for word in ",".join(map(str, given)).split(",") if word]
+    wrong = [word for word in words if not (word.isdecimal() and int(word))]
+    if wrong or not words:
+        raise PreflightError(
+            f"--positions {wrong[0] if wrong else 'without a number'} is no position.",
+            "it is how many tokens stand before the measured ones, 1 or more.",
+            "--positions 1024 8192",
+        )
+    return sorted({int(word) for word in words})
 
 
 def plan_of(name: str, args: argparse.Namespace) -> RunPlan:
@@ -123,9 +140,10 @@ def build(plan: RunPlan, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(for_inference(model, dtype), None, config, 0, rows, None)
 
 
-def measure(name: str, plan: RunPlan, args: argparse.Namespace, until: float) -> Iterator[Row]:
+def measure(
+    name: str, plan: RunPlan, positions: list[int], args: argparse.Namespace, until: float
+) -> Iterator[Row]:
     """All positions of one model that memory and time allow."""
-    positions = [int(position) for position in args.positions.split(",")]
     loaded = build(plan, getattr(torch, args.dtype))
     weights = allocated()
     each = WARM + args.steps

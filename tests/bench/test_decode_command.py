@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from linear_moe.bench import decode_report
+from linear_moe.bench import decode_report, step
+from linear_moe.bench.configurations import Sweep, models_of
 
-TINY = ["--size", "tiny", "--dtype", "float32", "--batch", "2", "--positions", "8,64", "--steps", "8"]
+TINY = ["--size", "tiny", "--dtype", "float32", "--batch", "2", "--positions", "8", "64", "--steps", "8"]
 
 
 def decode(rank: int, world: int, argv: list[str]) -> int:
@@ -19,8 +22,15 @@ def decode(rank: int, world: int, argv: list[str]) -> int:
     return main(argv)
 
 
+def decode_told(rank: int, world: int, argv: list[str]) -> tuple[int, str]:
+    from linear_moe.bench.decode import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        return main(argv), told.getvalue()
+
+
 def test_two_models(gloo: Callable, tmp_path: Path) -> None:
-    argv = [*TINY, "--models", "softmax,gla:LLLN,gla", "--output", str(tmp_path)]
+    argv = [*TINY, "--models", "softmax", "gla:LLLN", "gla", "--output", str(tmp_path)]
     assert gloo(1, decode, argv) == [0]
     rows = json.loads((tmp_path / "decode.json").read_text())["results"]
     by = {(row["model"], row["position"]): row for row in rows}
@@ -36,10 +46,43 @@ def test_two_models(gloo: Callable, tmp_path: Path) -> None:
     assert len(rows) == 9 and rows[-1]["error"] == "the time was over"
 
 
-@pytest.mark.parametrize("options", [["--models", "gal:L"], ["--size", "A9"], ["--models", "gla:LLLNN"]])
-def test_a_mistake_is_three_lines(gloo: Callable, options: list[str], tmp_path: Path) -> None:
-    assert gloo(1, decode, [*TINY, "--output", str(tmp_path / "out"), *options]) == [2]
+MISTAKES = {
+    "--models gal:L": "unknown mixer 'gal'; ",
+    "--size A9": "unknown MODEL_SIZE=A9 ",
+    "--models gla:LLLNN": "LAYER_TYPE_LIST=LLLNN ",
+    "--positions 8 x": "--positions x is no position.",
+    "--positions 0,8": "--positions 0 is no position.",
+    "--positions ,": "--positions without a number is no position.",
+    "--steps 0": "--steps 0 is less than 1.",
+    "--batch -1": "--batch -1 is less than 1.",
+}
+
+
+@pytest.mark.parametrize("options", MISTAKES)
+def test_a_mistake_is_three_lines(gloo: Callable, options: str, tmp_path: Path) -> None:
+    argv = [*TINY, "--output", str(tmp_path / "out"), *options.split()]
+    code, told = gloo(1, decode_told, argv)[0]
+    what, why, instead = told.splitlines()
+    assert code == 2 and what.startswith(f"linear_moe.bench: {MISTAKES[options]}"), told
+    assert why.startswith("  why: ") and instead.startswith("  try: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "models"),
+    [
+        ("softmax mamba2:LLLN gla", ["softmax", "mamba2:LLLN", "gla"]),
+        ("softmax,mamba2:LLLN,gla", ["softmax", "mamba2:LLLN", "gla"]),
+        ("softmax,rwkv6", ["softmax", "rwkv6"]),
+        ("softmax, gla", ["softmax", "gla"]),
+        ("gla,mamba2:12N gla,kda", ["gla,mamba2:12N", "gla", "kda"]),
+    ],
+)
+def test_commands_read_one_form_of_models(words: str, models: list[str]) -> None:
+    """And the earlier one of ``decode``, with commas; several mixers of one model have digits in their pattern."""
+    assert models_of(words.split()) == models
+    given = step.parser().parse_args(["--models", *words.split()])
+    assert Sweep.of(given).models == models
 
 
 def test_where_they_cross() -> None:
