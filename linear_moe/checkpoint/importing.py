@@ -57,8 +57,10 @@ ITERATION = 1
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
 """Tensors that old versions saved although they follow from the config."""
 
-NO_FUNCTION = ("architectures", "auto_map", "dtype", "vocab_size", "use_cache", "initializer_range")
-NO_FUNCTION += ("max_position_embeddings",)
+NO_FUNCTION = (
+    *("architectures", "auto_map", "dtype", "vocab_size"),
+    *("use_cache", "initializer_range", "max_position_embeddings"),
+)
 """Fields of our config.json that may be others than the arguments make."""
 
 EMBEDDINGS = ("model.embed_tokens.weight", "backbone.embeddings.weight")
