@@ -54,9 +54,12 @@ set -- "$@" ${TASK_PATH:+--include_path "$TASK_PATH"}
 if [ -n "$DATA_PATH" ]; then
     export HF_HUB_CACHE="$DATA_PATH/hub" HF_DATASETS_CACHE="$DATA_PATH/datasets" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 fi
-if [ "${LINEAR_MOE_DRY_RUN:-0}" = 1 ]; then
-    echo "$PYTHON -m lm_eval $* $EXTRA_ARGS"
-    exit 0
-fi
+case ${LINEAR_MOE_DRY_RUN:-0} in
+    0 | false | no | off) ;;
+    *)
+        echo "$PYTHON -m lm_eval $* $EXTRA_ARGS"
+        exit 0
+        ;;
+esac
 # shellcheck disable=SC2086  # EXTRA_ARGS is several words
 exec "$PYTHON" -m lm_eval "$@" $EXTRA_ARGS

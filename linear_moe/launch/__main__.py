@@ -20,6 +20,7 @@ from linear_moe.launch.cluster import RETIRED, cuda_device_count, retired_variab
 from linear_moe.launch.environment import (
     RunSettings,
     default_mixer,
+    is_true,
     misspelt_variables,
     read_environment,
     variables,
@@ -55,6 +56,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     parser.add_argument("--finetune", action="store_true", help="learn the answers of JSONL conversations")
     task = parser.parse_args(arguments)
     try:
+        is_dry = is_true(environment, "LINEAR_MOE_DRY_RUN")
         variables_given, devices = with_cluster(environment), cuda_device_count()
         if task.finetune:
             plan = plan_finetune(variables_given, task.family, devices, _announce)
@@ -67,7 +69,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     known = {*variables(RunSettings), *variables(FinetuneSettings), *RETIRED}
     for line in retired_variables(environment) + misspelt_variables(environment, known):
         _announce(line)
-    if environment.get("LINEAR_MOE_DRY_RUN") == "1":
+    if is_dry:
         _write(sys.stdout, shell_text(torchrun_command(plan)))
         return 0
     return _start(plan, environment)

@@ -189,6 +189,16 @@ def read_environment(environment: Mapping[str, str], family: str) -> RunSettings
     return settings
 
 
+def is_true(environment: Mapping[str, str], name: str) -> bool:
+    """A variable that is no setting of a run: 1 or true, 0 or false; not set: false. PreflightError for another."""
+    text = environment.get(name, "").strip().lower() or "false"
+    if text not in _WORDS:
+        raise PreflightError(
+            f"{name}={text} is not true or false.", "nothing is started by guess.", f"{name}=1"
+        )
+    return _WORDS[text]
+
+
 def misspelt_variables(environment: Mapping[str, str], known: Collection[str]) -> list[str]:
     """One line for each variable that is set and is all but one of the ``known`` ones."""
     long = [name for name in known if len(name) > 4]

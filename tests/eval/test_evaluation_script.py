@@ -83,7 +83,7 @@ def test_every_variable_arrives(call, folder):
 
 
 def test_variables_that_described_the_model_change_nothing_and_say_so(call, folder):
-    code, told, _, messages = call(folder, LA_MODULE="gla", MODEL_SIZE="A1B", LINEAR_MOE_DRY_RUN="1")
+    code, told, _, messages = call(folder, LA_MODULE="gla", MODEL_SIZE="A1B", LINEAR_MOE_DRY_RUN="true")
     assert code == 0
     assert "-m lm_eval --model hf" in told and "gla" not in told
     assert messages.count("changes nothing") == 2 and "LA_MODULE" in messages and "MODEL_SIZE" in messages

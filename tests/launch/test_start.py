@@ -375,6 +375,16 @@ def test_the_place_where_nodes_meet(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("word", ["1", "true", "YES"])
+def test_words_for_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture, word: str):
+    variables = {"OUTPUT_BASEPATH": str(tmp_path), "MODEL_SIZE": "tiny", "SEQ_LEN": "64", "TRAIN_ITERS": "2"}
+    assert launcher.main(["--family", "qwen2"], variables | {"LINEAR_MOE_DRY_RUN": word}) == 0
+    assert "linear_moe.training.pretrain" in capsys.readouterr().out
+    assert launcher.main(["--family", "qwen2"], variables | {"LINEAR_MOE_DRY_RUN": "please"}) == 2
+    assert "LINEAR_MOE_DRY_RUN=please is not true or false." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "log").touch()
