@@ -16,6 +16,8 @@ Letters: M tokens, E experts, I and O sizes of the input and output.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,7 +71,18 @@ def linear_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight = F.pad(weight, (0, 0, 0, -width % 8))  # rows of whole words
     if can_group(x, weight):
         return grouped_linear(x, weight, ends)[:, :width]
+    if x.is_cuda:
+        _warn_of_loop_once(x.dtype, x.shape[1])
     return looped_linear(x, weight, F.pad(ends, (1, 0)).diff().tolist())[:, :width]
+
+
+@cache
+def _warn_of_loop_once(dtype: torch.dtype, width: int) -> None:
+    warnings.warn(
+        f"experts, or the memories of a mixture, run one after the other, with a device sync per product: grouped GEMM "
+        f"needs bf16 and rows that are multiples of 8, got {dtype} and {width}",
+        stacklevel=3,
+    )
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Stacked experts against a loop over tokens, and against Megatron's ``SequentialMLP`` inside its MoE layer."""
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +159,23 @@ def test_only_aligned_bf16_on_cuda_is_grouped():
     assert grouped_linear.can_group(tensor(), tensor())
     for odd in ({"shape": (4, 12)}, {"dtype": torch.float16}, {"address": 8}, {"is_cuda": False}):
         assert not grouped_linear.can_group(tensor(), tensor(**odd))
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says otherwise."""
+
+    is_cuda = True
+
+
+def test_groups_that_run_in_a_loop_on_a_gpu_say_so_once():
+    x, weight, ends = torch.ones(4, 8), torch.ones(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [grouped_linear.linear_by_group(y, weight, ends) for y in (x, *[x.as_subclass(OnCuda)] * 2)]
+    assert torch.equal(found[0], found[1].as_subclass(torch.Tensor))
+    assert len(caught) == 1 and "one after the other, with a device sync per product" in str(
+        caught[0].message
+    )
 
 
 # ---- inside Megatron's MoE layer, over ranks ----
