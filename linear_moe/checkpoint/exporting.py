@@ -112,12 +112,7 @@ def export_model(
     tensors = _planned(table, reader)
     files = shards(tensors, shard_bytes)
     check_room(target, sum(planned.size for planned in tensors.values()) + 10_000_000)
-    plan = {
-        file: {name: [str(tensors[name].dtype), *tensors[name].shape] for name in files[file]}
-        for file in files
-    }
-    task = {"source": str(folder), "files": fingerprint(list(folder.iterdir())), "to": [kind, plan]}
-    part = begin(target, task)
+    part = begin(target, _task(folder, kind, files, tensors))
     _write_tensors(part, files, tensors, _Parts(table, reader), progress)
     _write_rest(part, run, config, texts, is_native=kind != OURS)
     if kind == OURS:
@@ -126,6 +121,17 @@ def export_model(
     finish(part, target)
     architecture = config["architectures"][0]
     return Exported(target, architecture, kind != OURS, iteration, len(tensors), warnings)
+
+
+def _task(
+    folder: Path, kind: str, files: dict[str, list[str]], tensors: dict[str, Planned]
+) -> dict[str, Any]:
+    """What another call has to do, too, to go on with the files of a stopped one."""
+    plan = {
+        file: {name: [str(tensors[name].dtype), *tensors[name].shape] for name in names}
+        for file, names in files.items()
+    }
+    return {"source": str(folder), "files": fingerprint(list(folder.iterdir())), "to": [kind, plan]}
 
 
 def _check_checkpoint(folder: Path, model: Blueprint, reader: Reader) -> None:

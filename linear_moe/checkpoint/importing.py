@@ -115,10 +115,7 @@ def import_model(
     stored = stored_tensors(source, allow_pickle=allow_pickle)
     kinds = _kinds(described, kinds, la_module, layer_type_list)
     tokenizer, warnings = _tokenizer_arguments(source, described, target)
-    warnings += described.warnings
-    left_out = [name for name in stored if re.match(LEFT_OUT, name)]
-    if left_out and described.model_type == "qwen3_next":
-        warnings.append(f"{len(left_out)} tensors of multi-token prediction (mtp) are left out")
+    warnings += [*described.warnings, *_left_out(described, stored)]
     argv = [*model_arguments(described, kinds), *tokenizer]
     argv += [*linear_options(set(kinds) - set(described.kinds), extra_args), *extra_args]
     model = _built(source, argv, padded_vocab_size(described.size.vocab_size))
@@ -150,6 +147,13 @@ def _kinds(
     if kinds or (la_module is None and layer_type_list is None):
         return tuple(kinds or described.kinds)
     return layer_kinds(layer_type_list, la_module, described.size.num_layers, known=lsm.names())
+
+
+def _left_out(described: Described, stored: Mapping[str, Stored]) -> list[str]:
+    count = sum(re.match(LEFT_OUT, name) is not None for name in stored)
+    if not count or described.model_type != "qwen3_next":
+        return []
+    return [f"{count} tensors of multi-token prediction (mtp) are left out"]
 
 
 def _built(source: Path, argv: list[str], rows: int) -> Blueprint:
