@@ -1,7 +1,6 @@
 """A softmax model whose layers become mixers: what is carried over is equal, the rest neutral, and it trains."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -223,8 +222,11 @@ def there_and_back(rank, world, folder):
     refusals = []
     saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours", trust_remote_code=True)
     saved.save_pretrained(folder / "saved")
-    shutil.copy(folder / "ours" / "linear_moe_run.json", folder / "saved")
     import_model(folder / "saved", folder / "from saved")
+    again = transformers.AutoConfig.from_pretrained(folder / "saved", trust_remote_code=True)
+    again.save_pretrained(folder / "saved")  # onto itself
+    files = [(folder / p / "linear_moe_run.json").read_text() for p in ("ours", "saved")]
+    assert files[0] == files[1]
     config = json.loads((folder / "saved" / "config.json").read_text())
     config["mixers"]["hgrn2"]["expand_ratio"], config["rms_norm_eps"] = 8, 0.1
     (folder / "saved" / "config.json").write_text(json.dumps(config))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -19,6 +22,8 @@ SOFTMAX = "softmax"
 """Kind of a softmax attention layer; every other kind is a mixer's name."""
 LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 AS_EXPORTED = "config.json as linear_moe exported it"
+RUN_FILE = "linear_moe_run.json"
+"""What linear_moe imports the folder from."""
 
 Check = tuple[bool, str, str, str]
 """What must hold; and, where it does not, what is wrong, why, and what to try."""
@@ -128,6 +133,17 @@ class LinearMoeConfig(PreTrainedConfig):
         for holds, what, why, instead in self._checks():
             if not holds:
                 raise ValueError(f"{what}\n  why: {why}\n  try: {instead}")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """And ``linear_moe_run.json``, of the folder that this was opened from: with it linear_moe trains on."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        if not self.name_or_path:
+            return
+        source, target = Path(self.name_or_path, RUN_FILE), Path(save_directory, RUN_FILE)
+        if source.is_file() and not (target.exists() and target.samefile(source)):
+            shutil.copyfile(source, target)
 
     @property
     def is_latent(self) -> bool:
