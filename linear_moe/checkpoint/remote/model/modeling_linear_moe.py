@@ -186,19 +186,33 @@ class LinearMoeModel(LinearMoePreTrainedModel):
             past_key_values = LinearMoeCache(self.config)
         options: dict[str, Any] = {"past_key_values": past_key_values, "padding": padding}
         if SOFTMAX in (self.config.layer_kinds or []):
-            if position_ids is None:
-                position_ids = positions(attention_mask, batch, columns, past, inputs_embeds.device)
-            options["rotation"] = rotation_of(self.config, position_ids, inputs_embeds.dtype)
-            options["attention_mask"] = create_causal_mask(
+            options |= self._for_softmax(inputs_embeds, attention_mask, position_ids, past_key_values, past)
+        hidden_BTD = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
+        hidden_BTD = self.norm(self._run(hidden_BTD, options))
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=past_key_values)
+
+    def _for_softmax(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: LinearMoeCache | None,
+        past: int,
+    ) -> dict[str, Any]:
+        """What layers of softmax attention take besides: where the tokens are, and which of them they see."""
+        if position_ids is None:
+            batch, columns = inputs_embeds.shape[:2]
+            position_ids = positions(attention_mask, batch, columns, past, inputs_embeds.device)
+        return {
+            "rotation": rotation_of(self.config, position_ids, inputs_embeds.dtype),
+            "attention_mask": create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
-            )
-        hidden_BTD = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
-        hidden_BTD = self.norm(self._run(hidden_BTD, options))
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=past_key_values)
+            ),
+        }
 
     def _run(self, hidden_BTD: Tensor, options: dict[str, Any]) -> Tensor:
         first_values: dict[str, Tensor | None] = {}
