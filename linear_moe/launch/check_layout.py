@@ -148,6 +148,12 @@ def check_routing(plan: RunPlan) -> None:
     """A token finds as many experts as it visits, and the experts have room for tokens."""
     size, s = plan.size, plan.settings
     if size.num_experts is None:
+        if s.token_dropping:
+            raise PreflightError(
+                f"TOKEN_DROPPING=true, but {plan.family.name} {plan.size_name} has no experts.",
+                "it is experts that drop tokens for which they have no room.",
+                "TOKEN_DROPPING=false, or a model with experts (MOE, MODEL_SIZE)",
+            )
         return
     experts, open_groups = size.num_experts, size.moe_router_group_topk or 1
     groups = (size.moe_router_group_topk and size.moe_router_num_groups) or 1  # one, and open: no limit

@@ -314,6 +314,14 @@ CASES = [
         TRAIN_CAPACITY_FACTOR="0",
     ),
     case(
+        "capacity_of_a_dense_model",
+        """TOKEN_DROPPING=true, but qwen2 tiny has no experts.
+  why: it is experts that drop tokens for which they have no room.
+  try: TOKEN_DROPPING=false, or a model with experts (MOE, MODEL_SIZE)""",
+        MOE="false",
+        TOKEN_DROPPING="true",
+    ),
+    case(
         "world",
         """1 node(s) x 6 = 6 process(es) cannot hold TP 2 x PP 2 x CP 1 = 4.
   why: the number of processes has to be a multiple of that product; what is left over is data parallel.
