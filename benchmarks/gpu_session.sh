@@ -5,7 +5,7 @@
 #   kernels   fused operators against definition, softmax attention and the floor
 #   peers     flash-linear-attention beside them (its wheels in FOLDER_OF_WHEELS/peers); the same OUTPUT_FOLDER goes on
 #   mixers    a step of every mixer at A0.3B, bfloat16 against float32; then the recall table
-#   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile
+#   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile; 105 GiB, so an H200
 #   decode    time per token at ever later positions
 # Order: as listed; what is right and faster than chunked torch then becomes the default (kernels/dispatch.py).
 set -uo pipefail
