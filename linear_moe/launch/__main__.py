@@ -33,7 +33,7 @@ from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.lock import hold_run
 from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
-from linear_moe.launch.preflight import preflight
+from linear_moe.launch.preflight import check_kernels, preflight
 from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
 from linear_moe.launch.resume import checkpoint_iteration
 from linear_moe.launch.starting_model import starting_model
@@ -57,6 +57,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     task = parser.parse_args(arguments)
     try:
         is_dry = is_true(environment, "LINEAR_MOE_DRY_RUN")
+        check_kernels(environment)
         variables_given, devices = with_cluster(environment), cuda_device_count()
         if task.finetune:
             plan = plan_finetune(variables_given, task.family, devices, _announce)

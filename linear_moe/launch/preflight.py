@@ -3,7 +3,10 @@
 Each `check_*` takes the plan and raises PreflightError; they run in the order in which one explains the next.
 """
 
-from collections.abc import Callable
+import ast
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from linear_moe.launch.check_files import check_data, check_output, check_run_name
 from linear_moe.launch.check_layout import (
@@ -96,6 +99,26 @@ def check_mixer_options(plan: RunPlan) -> None:
                 "leave it out"
                 + (f", or {flag.replace(owner, here)} if there is such an option" if here else ""),
             )
+
+
+def check_kernels(environment: Mapping[str, str]) -> None:
+    """LINEAR_MOE_KERNELS names a backend, which the trainer would ask for ten seconds later."""
+    name, names = environment.get("LINEAR_MOE_KERNELS"), kernel_backends()
+    if name and name not in names:
+        raise PreflightError(
+            f"LINEAR_MOE_KERNELS={name} names no backend.",
+            f"the backends are {', '.join(names)}.",
+            f"LINEAR_MOE_KERNELS= (empty), or LINEAR_MOE_KERNELS={names[0]}",
+        )
+
+
+def kernel_backends() -> tuple[str, ...]:
+    """`linear_moe.kernels.dispatch.NAMES`, read from the source: importing it would import torch."""
+    source = Path(__file__).parent.parent / "kernels" / "dispatch.py"
+    found = re.search(r"^NAMES = (.*)$", source.read_text(), re.MULTILINE)
+    assert found is not None, source
+    names: tuple[str, ...] = ast.literal_eval(found[1])
+    return names
 
 
 CHECKS: tuple[Callable[[RunPlan], None], ...] = (

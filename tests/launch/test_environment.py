@@ -1,9 +1,11 @@
 """Variables to settings: defaults, types, and numbers derived from them; the script and the table say the same."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from linear_moe.launch import __main__ as launcher
 from linear_moe.launch.cluster import first_node, retired_variables, with_cluster
 from linear_moe.launch.environment import (
     RunSettings,
@@ -13,6 +15,7 @@ from linear_moe.launch.environment import (
     variables,
 )
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.preflight import kernel_backends
 from linear_moe.model.families import FAMILIES
 from tests.launch.plans import SCRIPTS
 
@@ -159,3 +162,21 @@ def test_the_container_service_of_the_earlier_scripts():
 )
 def test_first_node(nodes: str, first: str):
     assert first_node(nodes) == first
+
+
+def test_backends_of_kernels_are_known_before_the_start(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Nothing is written where LINEAR_MOE_KERNELS names none; the names are those of the kernels."""
+    from linear_moe.kernels.dispatch import NAMES
+
+    assert kernel_backends() == NAMES
+    given = {"OUTPUT_BASEPATH": str(tmp_path), "MODEL_SIZE": "tiny", "LINEAR_MOE_DRY_RUN": "true"}
+    for name in ("", *NAMES):
+        assert launcher.main(["--family", "qwen2"], given | {"LINEAR_MOE_KERNELS": name}) == 0
+    for more in ([], ["--finetune"]):
+        assert launcher.main(["--family", "qwen2", *more], given | {"LINEAR_MOE_KERNELS": "cuda"}) == 2
+        assert capsys.readouterr().err == (
+            "linear_moe: LINEAR_MOE_KERNELS=cuda names no backend.\n"
+            "  why: the backends are chunked, reference, triton.\n"
+            "  try: LINEAR_MOE_KERNELS= (empty), or LINEAR_MOE_KERNELS=chunked\n"
+        )
+    assert list(tmp_path.iterdir()) == []

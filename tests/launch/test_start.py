@@ -146,7 +146,8 @@ def test_an_interpreter_that_cannot_run_this(tmp_path: Path, shell: str, body: s
 def test_mistakes_are_found_without_torch():
     code = (
         "import sys; from linear_moe.launch.__main__ import main; "
-        "code = main(['--family', 'qwen2'], {'TP': '3', 'DATASET_PATH': '/x', 'TOKENIZER': '/y'}); "
+        "given = {'TP': '3', 'DATASET_PATH': '/x', 'TOKENIZER': '/y', 'LINEAR_MOE_KERNELS': 'triton'}; "
+        "code = main(['--family', 'qwen2'], given); "
         "heavy = {'torch', 'megatron', 'transformers', 'tokenizers'} & set(sys.modules); "
         "sys.exit(code if not heavy else str(heavy))"
     )
