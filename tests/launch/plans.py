@@ -1,6 +1,9 @@
 """Plans and error messages from a few variables, without touching the real environment."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from linear_moe.launch.cluster import with_cluster
 from linear_moe.launch.environment import read_environment
@@ -39,3 +42,8 @@ def message(cuda: int = 0, *, family: str = "qwen2", **variables: str) -> str:
     except PreflightError as error:
         return str(error)
     return ""
+
+
+def case(name: str, text: str, cuda: int = 0, **variables: str) -> Any:
+    """A mistake: its name, the whole message, the devices of the machine, and the variables."""
+    return pytest.param(cuda, variables, text, id=name)
