@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--sequential-experts", action="store_true", help="Megatron's loop over experts")
     finetune.add_arguments(group)
     add_mixer_options(parser.add_argument_group("mixer options"))
+    # Megatron's look at every gradient waits for the device, and its repeated steps for all ranks, in every step; here
+    # the gradient norm, which the host reads anyway, tells (linear_moe.training.metrics).
+    parser.set_defaults(check_for_nan_in_loss_and_grad=False, rerun_mode="disabled")
     parser.set_defaults(**engine.defaults_without_te())
     for action in parser._actions:  # a help text of Megatron 0.19.2 says "10%", at which --help would stop
         action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be loaded, in three lines: torch says it once for every rank, in a hundred."""
+"""What ends a run, in three lines: a checkpoint that cannot be loaded, a step that is not a number."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
+def not_a_number(step: int, what: str, value: float) -> ValueError:
+    """What to tell a person whose weights are spoiled by a step; ``what`` is the value that shows it."""
+    return ValueError(
+        f"step {step} has a {what} of {value}, and the weights after it are of no use\n"
+        f"  why: training diverged, most often by a learning rate that is too high or a warm-up that is too short\n"
+        f"  try: a lower LR, from the last step that was saved (the same command goes on from there, this step was not "
+        f"saved) or under another RUN_NAME"
+    )
+
+
 def cannot_be_loaded(args: argparse.Namespace, error: CheckpointException) -> ValueError:
-    """What to tell a person whose run cannot go on from, or start from, its checkpoint."""
+    """The same where a run cannot go on from, or start from, its checkpoint: torch says it in a hundred lines."""
     trackers = [Path(folder) / _TRACKER for folder in (args.load, args.pretrained_checkpoint) if folder]
     tracker = next((path for path in trackers if path.exists()), trackers[0])
     step = tracker.read_text().strip() if tracker.exists() else ""

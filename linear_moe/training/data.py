@@ -104,8 +104,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Ba
             sample["cu_seqlens"] = trim_boundaries(sample["cu_seqlens"]).long()
     integers = ["tokens", "labels", "position_ids"] + (["cu_seqlens"] if packed else [])
     integers += ["num_tokens"] if instructions else []
-    received = tensor_parallel.broadcast_data(integers, sample, torch.int64)
-    received |= tensor_parallel.broadcast_data(["loss_mask"], sample, torch.float32)
+    received = _received(sample, integers, torch.int64) | _received(sample, ["loss_mask"], torch.float32)
     cu_seqlens = received.pop("cu_seqlens").int() if packed else None
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff(dim=1).flatten()
@@ -122,6 +121,14 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Ba
     if packed_seq_params is not None and instructions:
         mark_padding(packed_seq_params, local["padding_mask"])
     return Batch(**local, packed_seq_params=packed_seq_params)
+
+
+def _received(sample: dict[str, Tensor], names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """On this device. Megatron's broadcast also sends the shapes, and waits for them until the device is idle."""
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        return tensor_parallel.broadcast_data(names, sample, dtype)
+    device = torch.cuda.current_device()
+    return {name: sample[name].to(device, dtype, non_blocking=True) for name in names}
 
 
 def trim_boundaries(cu_seqlens: Tensor) -> Tensor:

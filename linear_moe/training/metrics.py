@@ -25,6 +25,7 @@ from megatron.training import get_args, get_timers
 from torch import Tensor, nn
 
 from linear_moe.training import cpu
+from linear_moe.training.damage import not_a_number
 from linear_moe.training.flops import FlopsPerToken
 from linear_moe.training.memory_load import MemoryLoad
 
@@ -132,6 +133,8 @@ class RunLog:
             step |= _moe_losses(total_loss_dict)
             if skipped_iter:
                 step["skipped"] = True
+            else:
+                _check(step)
             total_loss_dict.clear()
             if dist.get_rank() == dist.get_world_size() - 1:
                 self._write(step)
@@ -272,6 +275,14 @@ def progress_line(step: dict[str, Any], train_iters: int, world_size: int) -> st
 
 def _mean(value: Tensor) -> float:
     return float(value.float().mean())
+
+
+def _check(step: dict[str, Any]) -> None:
+    """Stop a run before its spoiled weights are saved: on all ranks, if the gradient norm is known to them."""
+    for name, what in (("grad_norm", "gradient norm"), ("lm_loss", "loss")):
+        value = step.get(name)
+        if value is not None and not math.isfinite(value):
+            raise not_a_number(step["iteration"], what, value)
 
 
 def _packed(kwargs: dict[str, Any]) -> dict[str, float | None]:

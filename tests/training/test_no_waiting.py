@@ -6,6 +6,7 @@ As in tests/inference/test_capture.py: every operation is looked at, and the gro
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from linear_moe import lsm
 from tests.inference.test_capture import FORBIDDEN, WAITING, Seen, everywhere
 from tests.regression.whole_models import build, random_tokens
+from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, train
 
 NAMES = lsm.names()
 DOCUMENTS = (0, 3, 4, 40, 64)
@@ -77,6 +79,45 @@ def operations(rank: int, world: int, kinds: list[str], packed: bool, flags: tup
             seen.names.clear()
             step(24)
     return sorted(names | seen.names)
+
+
+def reads_of_megatron(rank: int, world: int, argv: list[str]) -> list[str]:
+    """Where Megatron reads a tensor on the host, from a step's first forward pass to its optimizer."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    from linear_moe.training import pretrain
+
+    inside, found = [False], []
+
+    def spied(read: Any) -> Any:
+        def method(tensor: torch.Tensor, *args: Any) -> Any:
+            caller = sys._getframe(1)
+            if inside[0] and "/megatron/" in caller.f_code.co_filename:
+                found.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+            return read(tensor, *args)
+
+        return method
+
+    def switches(now: bool, function: Any) -> Any:
+        def switched(*args: Any, **kwargs: Any) -> Any:
+            inside[0] = now
+            return function(*args, **kwargs)
+
+        return switched
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WAITING:
+            patch.setattr(torch.Tensor, name, spied(getattr(torch.Tensor, name)))
+        patch.setattr(pretrain, "forward_step", switches(True, pretrain.forward_step))
+        patch.setattr(ChainedOptimizer, "step", switches(False, ChainedOptimizer.step))
+        train(rank, world, argv)
+    assert not inside[0], "the optimizer was not seen"
+    return found
+
+
+def test_megatron_reads_nothing_of_a_step_on_the_host(gloo: Any) -> None:
+    flags = ("--layer-kinds", "gla,gated_deltanet,softmax,mom_gla", "--train-iters", "2")
+    assert gloo(1, reads_of_megatron, [*ARGUMENTS, *EXPERTS, *DISTRIBUTED_OPTIMIZER, *flags]) == [[]]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])

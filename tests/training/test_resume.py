@@ -109,6 +109,18 @@ def test_an_attempt_that_cannot_resume_leaves_the_config_as_it_was(gloo, tmp_pat
     assert len(losses(run)) == 2 and (run / "config.json").read_text() != config
 
 
+def test_a_run_that_diverges_says_so_and_saves_nothing_of_it(gloo, tmp_path):
+    run = tmp_path / "run"
+    rate = ["--lr", "1e30", "--min-lr", "1e30", "--save-interval", "1"]
+    told = gloo(2, failure, arguments(run, *LAYOUTS["pp2"][1], *rate, kinds="gla,softmax"))
+    assert told[0] == told[1]
+    what, why, instead = told[0].splitlines()
+    assert what.startswith("step 3 has a gradient norm of nan") and why.startswith("  why: ")
+    assert instead.startswith("  try: a lower LR")
+    assert [step["iteration"] for step in records(run)] == [1, 2]
+    assert (run / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
 def test_evaluations_are_in_the_metrics(gloo, tmp_path):
     """With their step, behind it, from the last stage; a run that goes on writes again what it does again."""
     run = tmp_path / "run"
