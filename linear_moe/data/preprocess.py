@@ -1,4 +1,6 @@
-"""Text to Megatron's token files: tokenize every document, end it with its own token, write all or nothing.
+"""Text to Megatron's token files: tokenize every document, mark where it begins and ends, write all or nothing.
+
+It ends with the end of a document, and begins with what the tokenizer puts before any text, if it does.
 
 The files are `PREFIX_text_document.{bin,idx,json}`, named as Megatron's own tool names them. They appear under their
 names only when they are whole: a killed run leaves no half-written data set behind.
@@ -8,6 +10,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,6 +104,13 @@ def _tokenize(documents: Iterable[str], folder: str, eod: int) -> Iterator[np.nd
 
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a document that spells out <|endoftext|> does not end there
+    first = _first_tokens(tokenizer)
     for batch in itertools.batched(documents, _BATCH):
         for encoding in tokenizer.encode_batch_fast(list(batch), add_special_tokens=False):
-            yield np.asarray([*encoding.ids, eod], dtype=np.int64)
+            yield np.asarray([*first, *encoding.ids, eod], dtype=np.int64)
+
+
+def _first_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text (Llama, Mixtral), and so before every prompt and scored text."""
+    text = tokenizer.encode("a")
+    return text.ids[: text.special_tokens_mask.index(0)]

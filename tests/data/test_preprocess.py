@@ -8,12 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from linear_moe.data import preprocess as module
 from linear_moe.data.corpus import python_documents, read_documents
 from linear_moe.data.indexed import read_manifest, read_tokens
 from linear_moe.data.preprocess import preprocess
-from linear_moe.data.tokenizer import END_OF_DOCUMENT, TokenizerError, describe_tokenizer, train_tokenizer
+from linear_moe.data.tokenizer import (
+    END_OF_DOCUMENT,
+    PADDING,
+    TokenizerError,
+    describe_tokenizer,
+    train_tokenizer,
+)
 from tests.data.token_files import write_tokenizer
 
 TEXTS = [
@@ -37,7 +44,6 @@ def corpus(tmp_path: Path) -> tuple[str, str]:
 
 def decoded(prefix: str, tokenizer: str) -> list[str]:
     """The documents of token files, as text."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from tokenizers import Tokenizer
 
     decoder, data = Tokenizer.from_file(f"{tokenizer}/tokenizer.json"), IndexedDataset(prefix)
@@ -53,6 +59,27 @@ def test_round_trip(tmp_path: Path, corpus: tuple[str, str]):
     assert read_manifest(prefix) == manifest
     assert (manifest.num_documents, manifest.num_tokens) == (5, len(read_tokens(prefix)))
     assert manifest.vocab_size == 300 and manifest.source == [corpus[0]]
+
+
+def test_a_document_begins_as_a_prompt_does(tmp_path: Path, corpus: tuple[str, str]):
+    """Generation and evaluation give text to the tokenizer as it is: what it puts in front has to be known."""
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoTokenizer
+
+    eod, file = describe_tokenizer(corpus[1]).eod, f"{corpus[1]}/tokenizer.json"
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{PADDING} $A", special_tokens=[(PADDING, 1)]),
+        ]
+    )
+    tokenizer.save(file)
+    prefix, _ = preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1])
+    documents = IndexedDataset(prefix)
+    called = AutoTokenizer.from_pretrained(corpus[1])
+    assert [list(documents[i]) for i in (0, 4)] == [[*called(TEXTS[i]).input_ids, eod] for i in (0, 4)]
+    assert documents[4][0] == 1 and 1 not in documents[0][1:]
 
 
 def test_plain_text_is_one_document(tmp_path: Path, corpus: tuple[str, str]):
