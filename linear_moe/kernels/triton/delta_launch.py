@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from linear_moe.kernels.triton import configs, delta_configs
+from linear_moe.kernels.triton import delta_configs
+from linear_moe.kernels.triton.chunk_launch import ChunkLaunch, Scan, plan_chunks
 from linear_moe.kernels.triton.decay_sums import sums_kernel
 from linear_moe.kernels.triton.delta_chunk import solve_kernel
 from linear_moe.kernels.triton.delta_gradient import gradient_kernel
@@ -22,7 +23,6 @@ from linear_moe.kernels.triton.delta_output import output_kernel
 from linear_moe.kernels.triton.delta_scan import backward_kernel, forward_kernel
 from linear_moe.kernels.triton.delta_vector_gradient import vector_gradient_kernel
 from linear_moe.kernels.triton.diag_levels import level_sums
-from linear_moe.kernels.triton.layout import Layout, lay_out
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY, KEY_DECAY = 0, 1, 2, 3
 
@@ -49,67 +49,37 @@ class Solved:
         return self.inverse, self.scores, self.q_read, self.k_read, self.k_write, self.totals
 
 
-def carried(maps: Tensor, written: Tensor | None, initial: Tensor | None) -> Tensor:
-    """The memory before every piece ``[B, pieces, H, K, V]``, from M ``[B, pieces, H, K, K]`` and N of each.
-
-    ``None`` for all N or for the initial memory is zeros, not for both.
-    """
-    if initial is None:
-        assert written is not None
-        initial = torch.zeros_like(written[:, 0])
-    before = [initial]
-    with torch.autocast(maps.device.type, enabled=False):
-        for piece in range(maps.shape[1] - 1):
-            memory = maps[:, piece] @ before[-1]
-            before.append(memory if written is None else memory + written[:, piece])
-    return torch.stack(before, 1)
-
-
 @dataclass(frozen=True)
-class DeltaChunks:
+class DeltaChunks(ChunkLaunch):
     """Everything that the kernels of one call share."""
 
-    layout: Layout
-    """Its segments are chunks."""
-    num_heads: int
-    num_keys: int
-    num_values: int
-    dtype: torch.dtype
-    scale: float
-    chunk: int
     decay: int
     log_decay: Tensor
     sums: Tensor
     """Of scalar decays; for decays per row the table that sums them."""
-    pieces: int
-    """Of a row, for the scans."""
 
     @classmethod
     def plan(
         cls, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float
     ) -> DeltaChunks:
         """Chunks of all documents, and the sums of log decays in them."""
-        rows, num_tokens, num_heads, num_values = v.shape
-        chunk = configs.chunk_size(v.dtype, k.shape[-1])
-        layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
-        common = layout, num_heads, k.shape[-1], num_values, v.dtype, scale, chunk
-        cut = delta_configs.forward_scan(k.shape[-1], num_values, v.dtype)
-        programs = rows * num_heads * triton.cdiv(num_values, cut.values)
-        pieces = delta_configs.pieces(programs, layout.segments_per_row, configs.num_processors(v.device))
+        chunks = plan_chunks(k, v, cu_seqlens, scale, delta_configs.forward_scan)
+        common, layout, chunk, num_heads = vars(chunks), chunks.layout, chunks.chunk, chunks.num_heads
         if log_decay is None:
-            return cls(*common, NO_DECAY, v, v, pieces)
+            return cls(**common, decay=NO_DECAY, log_decay=v, sums=v)
         if log_decay.ndim == 1:
-            return cls(*common, HEAD_DECAY, log_decay.contiguous(), v, pieces)
+            return cls(**common, decay=HEAD_DECAY, log_decay=log_decay.contiguous(), sums=v)
         if log_decay.ndim == 4:
-            return cls(*common, KEY_DECAY, log_decay, level_sums(chunk, False, v.dtype, v.device), pieces)
+            table = level_sums(chunk, False, v.dtype, v.device)
+            return cls(**common, decay=KEY_DECAY, log_decay=log_decay, sums=table)
         sums = torch.empty(2, num_heads, layout.num_all, dtype=torch.float32, device=v.device)
         heads = min(16, triton.next_power_of_2(num_heads))
         sums_kernel[(layout.num_segments, triton.cdiv(num_heads, heads))](
-            log_decay, sums, layout.plan, num_tokens, layout.num_all, num_heads, chunk,
+            log_decay, sums, layout.plan, layout.num_tokens, layout.num_all, num_heads, chunk,
             layout.segments_per_row, layout.num_documents, 1, *log_decay.stride(),
             BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
         )  # fmt: skip
-        return cls(*common, TOKEN_DECAY, log_decay, sums, pieces)
+        return cls(**common, decay=TOKEN_DECAY, log_decay=log_decay, sums=sums)
 
     def solve(self, q: Tensor | None, k: Tensor, beta: Tensor) -> Solved:
         """The triangular system of every chunk, and its scores, if there is a q."""
@@ -155,34 +125,14 @@ class DeltaChunks:
 
         ``actions``: of pieces, if there are several.
         """
-        states, errors = self.new_states(), self.new_values()
-        if actions is None:
-            final = self.scan(solved, v, beta, initial, states, errors)
-            return states, errors, final, None
-        maps, written = actions
-        before = carried(maps, written, initial).flatten(0, 1)
-        final = self.scan(solved, v, beta, before, states, errors).view_as(written)[:, -1]
-        return states, errors, final.contiguous(), maps
+        return self.in_pieces(self._scan_of(solved, beta), v, initial, actions)
 
     def actions(self, solved: Solved, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """What every piece of every document does to a memory: M ``[N, pieces, H, K, K]`` and N ``[.., V]``."""
-        shape = self.layout.num_documents, self.pieces, self.num_heads, self.num_keys
-        maps = self.scan(solved, None, beta, self.identity().flatten(0, 1).contiguous(), None, None)
-        written = self.scan(solved, v, beta, None, None, None)
-        return maps.view(*shape, self.num_keys), written.view(*shape, self.num_values)
+        return self.of_pieces(self._scan_of(solved, beta), v)
 
-    def identity(self) -> Tensor:
-        """``[N, pieces, H, K, K]``, expanded."""
-        identity = torch.eye(self.num_keys, dtype=torch.float32, device=self.sums.device)
-        return identity.expand(self.layout.num_documents, self.pieces, self.num_heads, -1, -1)
-
-    def new_states(self) -> Tensor:
-        """``[S, H, K, V]``, room for a memory of every chunk."""
-        return self._empty(self.layout.num_segments, self.num_heads, self.num_keys, self.num_values)
-
-    def new_values(self) -> Tensor:
-        """``[B, T, H, V]``."""
-        return self._empty(*self._tokens(), self.num_values)
+    def _scan_of(self, solved: Solved, beta: Tensor) -> Scan:
+        return lambda v, initial, states, errors: self.scan(solved, v, beta, initial, states, errors)
 
     def scan(
         self,
@@ -227,14 +177,12 @@ class DeltaChunks:
         self, solved: Solved, do: Tensor, beta: Tensor, d_final: Tensor | None, maps: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the memory after every chunk, of v, and of the initial memory."""
-        d_states, dv = self.new_states(), self.new_values()
-        if maps is None:
-            return d_states, dv, self.scan_back(solved, do, beta, d_final, d_states, dv)
-        shape = self.layout.num_rows, self.pieces, self.num_heads, self.num_keys, self.num_values
-        read = self.scan_back(solved, do, beta, None, None, None).view(shape)
-        after = carried(maps.mT.flip(1), read.flip(1), d_final).flip(1).flatten(0, 1).contiguous()
-        d_initial = self.scan_back(solved, do, beta, after, d_states, dv).view(shape)[:, 0]
-        return d_states, dv, d_initial.contiguous()
+        return self.back_in_pieces(
+            lambda do, after, d_states, dv: self.scan_back(solved, do, beta, after, d_states, dv),
+            do,
+            d_final,
+            maps,
+        )
 
     def scan_back(
         self,
@@ -312,23 +260,8 @@ class DeltaChunks:
         d_decay = d_decay.sum((0, 1, 2) if self.decay == HEAD_DECAY else 0)
         return dq, dk, d_beta.sum(0), d_decay.to(self.log_decay.dtype)
 
-    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device=self.sums.device)
-
-    def _tokens(self) -> tuple[int, int, int]:
-        return self.layout.num_rows, self.layout.num_tokens, self.num_heads
-
-    def _places(self) -> int:
-        return self.layout.num_segments * self.num_heads
-
     def _blocks_of_values(self, cut: delta_configs.Cut) -> int:
         return triton.cdiv(self.num_values, cut.values)
-
-    def _sharing(self, k: Tensor) -> int:
-        return self.num_heads // k.shape[2]
-
-    def _levels(self) -> int:
-        return self.chunk.bit_length() - 1
 
     def _sizes(self) -> tuple[int, int, int, int]:
         layout = self.layout

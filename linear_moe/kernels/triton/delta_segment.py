@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.segment import Segment
-from linear_moe.kernels.triton.delta_launch import DeltaChunks, Solved, carried
+from linear_moe.kernels.triton.chunk_launch import carried
+from linear_moe.kernels.triton.delta_launch import DeltaChunks, Solved
 from linear_moe.kernels.triton.layout import of_groups, rows_together
 
 

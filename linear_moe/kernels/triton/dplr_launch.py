@@ -7,19 +7,19 @@ documents, C tokens in a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from linear_moe.kernels.triton import configs, delta_configs, dplr_configs
-from linear_moe.kernels.triton.delta_launch import carried
+from linear_moe.kernels.triton import dplr_configs
+from linear_moe.kernels.triton.chunk_launch import ChunkLaunch, plan_chunks
 from linear_moe.kernels.triton.diag_levels import level_sums
 from linear_moe.kernels.triton.dplr_chunk import dplr_solve_kernel
 from linear_moe.kernels.triton.dplr_gradient import dplr_gradient_kernel, dplr_pairs_kernel
 from linear_moe.kernels.triton.dplr_scan import dplr_read_kernel, dplr_scan_kernel
-from linear_moe.kernels.triton.layout import Layout, lay_out
 
 
 @dataclass(frozen=True)
@@ -59,33 +59,17 @@ def per_row(log_decay: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DplrChunks:
+class DplrChunks(ChunkLaunch):
     """Everything that the kernels of one call share."""
 
-    layout: Layout
-    """Its segments are chunks."""
-    num_heads: int
-    num_keys: int
-    num_values: int
-    dtype: torch.dtype
-    scale: float
-    chunk: int
     table: Tensor
     """Sums log decays."""
-    pieces: int
-    """Of a row, for the scans."""
 
     @classmethod
     def plan(cls, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float) -> DplrChunks:
         """Chunks of all documents."""
-        rows, num_tokens, num_heads, num_values = v.shape
-        chunk = configs.chunk_size(v.dtype, k.shape[-1])
-        layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
-        cut = dplr_configs.scan(k.shape[-1], num_values, v.dtype)
-        programs = rows * num_heads * triton.cdiv(num_values, cut.values)
-        pieces = delta_configs.pieces(programs, layout.segments_per_row, configs.num_processors(v.device))
-        table = level_sums(chunk, True, v.dtype, v.device)
-        return cls(layout, num_heads, k.shape[-1], num_values, v.dtype, scale, chunk, table, pieces)
+        chunks = plan_chunks(k, v, cu_seqlens, scale, dplr_configs.scan)
+        return cls(**vars(chunks), table=level_sums(chunks.chunk, True, v.dtype, v.device))
 
     def solve(self, q: Tensor | None, k: Tensor, a: Tensor, b: Tensor, log_decay: Tensor) -> Solved:
         """The triangular system of every chunk, and its scores, those of q if there is one."""
@@ -115,46 +99,17 @@ class DplrChunks:
 
         ``actions`` of the pieces, where there are several.
         """
-        states, w = self.new_states(), self.new_values()
-        if actions is None:
-            return states, w, self.scan(solved, v, initial, states, w), None
-        maps, written = actions
-        before = carried(maps, written, initial).flatten(0, 1)
-        final = self.scan(solved, v, before, states, w).view_as(written)[:, -1]
-        return states, w, final.contiguous(), maps
+        return self.in_pieces(partial(self.scan, solved), v, initial, actions)
 
     def backward(
         self, solved: Solved, do: Tensor, d_final: Tensor | None, maps: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the memory after every chunk, of w before the chunk is solved, of the initial memory."""
-        d_states, z = self.new_states(), self.new_values()
-        if maps is None:
-            return d_states, z, self.scan(solved, do, d_final, d_states, z, reverse=True)
-        shape = self.layout.num_rows, self.pieces, self.num_heads, self.num_keys, self.num_values
-        read = self.scan(solved, do, None, None, None, reverse=True).view(shape)
-        after = carried(maps.mT.flip(1), read.flip(1), d_final).flip(1).flatten(0, 1).contiguous()
-        d_initial = self.scan(solved, do, after, d_states, z, reverse=True).view(shape)[:, 0]
-        return d_states, z, d_initial.contiguous()
+        return self.back_in_pieces(partial(self.scan, solved, reverse=True), do, d_final, maps)
 
     def actions(self, solved: Solved, v: Tensor) -> tuple[Tensor, Tensor]:
         """What every piece of every document does to a memory: M ``[N, pieces, H, K, K]`` and N ``[.., V]``."""
-        shape = self.layout.num_documents, self.pieces, self.num_heads, self.num_keys
-        maps = self.scan(solved, None, self.identity().flatten(0, 1).contiguous(), None, None)
-        written = self.scan(solved, v, None, None, None)
-        return maps.view(*shape, self.num_keys), written.view(*shape, self.num_values)
-
-    def identity(self) -> Tensor:
-        """``[N, pieces, H, K, K]``, expanded."""
-        identity = torch.eye(self.num_keys, dtype=torch.float32, device=self.table.device)
-        return identity.expand(self.layout.num_documents, self.pieces, self.num_heads, -1, -1)
-
-    def new_states(self) -> Tensor:
-        """``[S, H, K, V]``, room for a memory of every chunk."""
-        return self._empty(self.layout.num_segments, self.num_heads, self.num_keys, self.num_values)
-
-    def new_values(self) -> Tensor:
-        """``[B, T, H, V]``."""
-        return self._empty(*self._tokens(), self.num_values)
+        return self.of_pieces(partial(self.scan, solved), v)
 
     def scan(
         self,
@@ -246,21 +201,6 @@ class DplrChunks:
             BV=cut.values, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
         return pairs
-
-    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device=self.table.device)
-
-    def _tokens(self) -> tuple[int, int, int]:
-        return self.layout.num_rows, self.layout.num_tokens, self.num_heads
-
-    def _places(self) -> int:
-        return self.layout.num_segments * self.num_heads
-
-    def _sharing(self, k: Tensor) -> int:
-        return self.num_heads // k.shape[2]
-
-    def _levels(self) -> int:
-        return self.chunk.bit_length() - 1
 
     def _sizes(self) -> tuple[int, int, int]:
         return self.layout.num_tokens, self.num_heads, self.layout.segments_per_row

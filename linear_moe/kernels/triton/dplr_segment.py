@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.segment import Segment
-from linear_moe.kernels.triton.delta_launch import carried
+from linear_moe.kernels.triton.chunk_launch import carried
 from linear_moe.kernels.triton.delta_segment import after_pieces, sum_of_parts
 from linear_moe.kernels.triton.dplr_launch import DplrChunks, Solved, per_row
 from linear_moe.kernels.triton.layout import of_groups, rows_together
