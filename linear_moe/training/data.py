@@ -1,5 +1,9 @@
 """Training data: Megatron's datasets, and the micro-batch that each rank sees of them.
 
+Every tensor-parallel rank reads its own copy, as every context-parallel rank does: the datasets are indexed and
+shuffled by a seed, so all get the same. Megatron would read on one of them and broadcast shapes before tensors, for
+which the host waits in every micro-batch until the device is idle.
+
 With ``--dataloader-inter-document-masking`` a sequence holds several documents that never see each other. Their
 boundaries travel as ``[B, N + 1]`` in ``PackedSeqParams`` of format ``sbhd``: the batch keeps its shape, rotary
 positions run on (they are relative, so the document mask makes that exact), and mixers and attention read them.
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import mpu, tensor_parallel
+from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -79,33 +83,24 @@ train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def needs_data(args: argparse.Namespace, vp_stage: int | None = None) -> bool:
-    """Whether this rank reads data: one rank of each tensor-parallel group, on stages that look at it."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and stage_sees_batch(args, vp_stage)
-
-
-def stage_sees_batch(args: argparse.Namespace, vp_stage: int | None = None) -> bool:
-    """The first and the last stage see tokens; with packed documents every stage sees their boundaries."""
+    """Whether this stage reads data: the first and the last see tokens, and all see boundaries of packed documents."""
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     return first or last or args.dataloader_inter_document_masking
 
 
 def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Batch:
-    """The next micro-batch, broadcast over tensor-parallel ranks and cut for this context-parallel rank."""
+    """The next micro-batch, cut for this context-parallel rank."""
     args = get_args()
-    if not stage_sees_batch(args, vp_stage):
+    if not needs_data(args, vp_stage):
         return Batch()
+    assert data_iterator is not None
     packed, instructions = args.dataloader_inter_document_masking, args.instruction_data is not None
-    sample: dict[str, Tensor] = {}
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        assert data_iterator is not None
-        sample = dict(next(data_iterator))
-        if packed:
-            sample["cu_seqlens"] = trim_boundaries(sample["cu_seqlens"]).long()
-    integers = ["tokens", "labels", "position_ids"] + (["cu_seqlens"] if packed else [])
-    integers += ["num_tokens"] if instructions else []
-    received = _received(sample, integers, torch.int64) | _received(sample, ["loss_mask"], torch.float32)
-    cu_seqlens = received.pop("cu_seqlens").int() if packed else None
+    sample, device = next(data_iterator), torch.cuda.current_device()
+    names = ["tokens", "labels", "loss_mask", "position_ids"] + (["num_tokens"] if instructions else [])
+    # The loader pins what it gives: nobody waits for these copies.
+    received = {name: sample[name].to(device, non_blocking=True) for name in names}
+    cu_seqlens = trim_boundaries(sample["cu_seqlens"], device) if packed else None
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff(dim=1).flatten()
         update_seqlen_stats_from_cu_seqlens(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
@@ -123,18 +118,10 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> Ba
     return Batch(**local, packed_seq_params=packed_seq_params)
 
 
-def _received(sample: dict[str, Tensor], names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """On this device. Megatron's broadcast also sends the shapes, and waits for them until the device is idle."""
-    if mpu.get_tensor_model_parallel_world_size() > 1:
-        return tensor_parallel.broadcast_data(names, sample, dtype)
-    device = torch.cuda.current_device()
-    return {name: sample[name].to(device, dtype, non_blocking=True) for name in names}
-
-
-def trim_boundaries(cu_seqlens: Tensor) -> Tensor:
-    """Drop the padding that no sequence of the batch needs: ``[B, S + 1]`` to ``[B, max N + 1]``."""
+def trim_boundaries(cu_seqlens: Tensor, device: torch.device | int | None = None) -> Tensor:
+    """Drop the padding that no sequence of the batch needs: ``[B, S + 1]`` of the host to ``[B, max N + 1]``."""
     most = int((cu_seqlens.diff(dim=1) > 0).sum(dim=1).max())
-    return cu_seqlens[:, : most + 1].contiguous()
+    return cu_seqlens.to(device, non_blocking=True)[:, : most + 1].contiguous()
 
 
 def documents(cu_seqlens: Tensor | None, seq_length: int) -> PackedSeqParams | None:

@@ -1,4 +1,4 @@
-"""The micro-batch of each rank: broadcast, cut, packed, and what of it is in the loss."""
+"""The micro-batch of each rank: read, cut, packed, and what of it is in the loss."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ def sample() -> dict[str, Tensor]:
 
 
 def received(rank: int, world: int, argv: list[str], tp: int, pp: int, cp: int) -> list[dict[str, Any]]:
-    """Two micro-batches of this rank; only the first tensor-parallel rank has a loader."""
+    """Two micro-batches of this rank, from a loader where the stage has one."""
     import megatron.training.training as training
     from megatron.core import mpu
 
@@ -148,7 +148,6 @@ def test_trimming_keeps_every_document(rows):
 
 def loaded(rank: int, world: int, argv: list[str], count: int) -> dict[str, Any]:
     """The first batches of the training set that the provider makes, through Megatron's loader."""
-    from megatron.core import mpu
     from megatron.training import get_tokenizer
     from megatron.training.training import build_train_valid_test_data_iterators
 
@@ -160,7 +159,7 @@ def loaded(rank: int, world: int, argv: list[str], count: int) -> dict[str, Any]
     args.consumed_train_samples = args.consumed_valid_samples = 0
     with with_model_parallel(tp=world):
         train, _, _ = build_train_valid_test_data_iterators(train_valid_test_datasets)
-        assert (train is not None) == (mpu.get_tensor_model_parallel_rank() == 0)
+        assert train is not None
         batches = [get_batch(train) for _ in range(count)]
         tokenizer = get_tokenizer()
         return {
