@@ -2,7 +2,7 @@
 
 from linear_moe.launch.check_layout import draw_stages
 from linear_moe.launch.cluster import cpu_cores
-from linear_moe.launch.environment import default_mixer
+from linear_moe.launch.environment import RunSettings, default_mixer
 from linear_moe.launch.megatron_args import DEFAULT_PORT, training_arguments
 from linear_moe.launch.plan import MOCK_DATA, RunPlan, registered_mixers
 from linear_moe.launch.resume import (
@@ -48,6 +48,7 @@ def notes(plan: RunPlan) -> list[str]:
     if _has_idle_mixer(plan):
         pattern = s.hybrid_override_pattern or s.layer_type_list
         found.append(f"LA_MODULE={s.la_module} does nothing: no layer of {pattern} asks for it.")
+    found += _idle_variables_of_experts(plan)
     source = pretrained_folder(plan)
     is_new = checkpoint_iteration(plan.run_dir / "checkpoint") is None
     if is_new and source is not None and has_another_tokenizer(plan, source.parent):
@@ -72,6 +73,24 @@ def notes(plan: RunPlan) -> list[str]:
     if plan.on_cpu and plan.size.hidden_size > 512:
         found.append(f"{plan.size_name} on a CPU takes minutes per step; MODEL_SIZE=demo is made for it.")
     return found
+
+
+def _idle_variables_of_experts(plan: RunPlan) -> list[str]:
+    """Variables of experts of which nothing follows; only what is not the default, which every run script sets."""
+    s = plan.settings
+    model = f"{plan.family.name} {plan.size_name} has no experts"
+    idle = {} if plan.size.is_moe else {"USE_GEMM": model, "ETP": model, "MOE_AUX_LOSS_COEFF": model}
+    if not s.token_dropping:
+        idle["TRAIN_CAPACITY_FACTOR"] = "it is the room of an expert with TOKEN_DROPPING=true"
+    return [
+        f"{name}={_text(value)} does nothing: {why}."
+        for name, why in idle.items()
+        if (value := getattr(s, name.lower())) != getattr(RunSettings, name.lower())
+    ]
+
+
+def _text(value: float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def _has_idle_mixer(plan: RunPlan) -> bool:

@@ -36,3 +36,33 @@ def test_a_vocabulary_beside_a_tokenizer(tmp_path: Path):
     assert idle(VOCAB_SIZE="5000") == idle(TOKENIZER=str(tmp_path / "tok")) == []
     (note,) = idle(VOCAB_SIZE="5000", TOKENIZER=str(tmp_path / "tok"))
     assert note == "VOCAB_SIZE=5000 does nothing: TOKENIZER has 258 tokens."
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"USE_GEMM": "false", "ETP": "1", "MOE_AUX_LOSS_COEFF": "0"}, []),
+        (
+            {
+                "MOE": "false",
+                "USE_GEMM": "true",
+                "MOE_AUX_LOSS_COEFF": "0.01",
+                "TRAIN_CAPACITY_FACTOR": "1.25",
+            },
+            [],
+        ),
+        ({"MOE": "false", "USE_GEMM": "false"}, ["USE_GEMM=false does nothing: qwen2 tiny has no experts."]),
+        ({"MOE": "false", "ETP": "1"}, ["ETP=1 does nothing: qwen2 tiny has no experts."]),
+        (
+            {"MOE": "false", "MOE_AUX_LOSS_COEFF": "0"},
+            ["MOE_AUX_LOSS_COEFF=0 does nothing: qwen2 tiny has no experts."],
+        ),
+        ({"TOKEN_DROPPING": "true", "TRAIN_CAPACITY_FACTOR": "2"}, []),
+        (
+            {"TRAIN_CAPACITY_FACTOR": "2"},
+            ["TRAIN_CAPACITY_FACTOR=2 does nothing: it is the room of an expert with TOKEN_DROPPING=true."],
+        ),
+    ],
+)
+def test_variables_of_experts_that_are_idle(variables: dict[str, str], found: list[str]):
+    assert idle(**variables) == found
