@@ -93,7 +93,7 @@ def _start(plan: RunPlan, environment: Mapping[str, str]) -> int:
     try:
         check_network(plan)
         plan.run_dir.mkdir(parents=True, exist_ok=True)
-        with hold_run(plan):
+        with hold_run(plan, _announce):
             log = _prepare(plan, f"{head}\n\n{shell_text(command)}\n\n")
             return _MISTAKE if log is None else _run(plan, command, log, head, environment)
     except PreflightError as error:

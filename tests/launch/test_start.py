@@ -1,5 +1,7 @@
 """The launcher as a process: exit codes, what appears on disk, how fast a mistake is reported."""
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -7,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,7 +169,8 @@ def test_one_launcher_at_a_time_trains_a_run(tmp_path: Path, capsys: pytest.Capt
     variables = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "mine", "MODEL_SIZE": "tiny", "SEQ_LEN": "64"}
     variables |= {"CUDA_VISIBLE_DEVICES": "", "TRAIN_ITERS": "2"}
     (tmp_path / "mine").mkdir()
-    with hold_run(make_plan(**variables)):
+    told: list[str] = []
+    with hold_run(make_plan(**variables), told.append):
         assert launcher.main(["--family", "qwen2"], variables) == 2
     what, why, instead = capsys.readouterr().err.splitlines()
     assert what == f"linear_moe: run {tmp_path}/mine is being trained right now."
@@ -174,7 +178,22 @@ def test_one_launcher_at_a_time_trains_a_run(tmp_path: Path, capsys: pytest.Capt
         "  try: another RUN_NAME, or wait until that one has ended"
     )
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == [".node0.lock"]
-    hold_run(make_plan(**variables)).close()
+    hold_run(make_plan(**variables), told.append).close()
+    assert told == []
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / "mine").mkdir()
+    told: list[str] = []
+    hold_run(make_plan(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="mine"), told.append).close()
+    assert told == [
+        f"{tmp_path}/mine is on a file system without locks (No locks available): nothing keeps a second launcher "
+        f"from this run, and both would write the same checkpoints and metrics."
+    ]
 
 
 def test_the_place_where_nodes_meet(tmp_path: Path, capsys: pytest.CaptureFixture):
