@@ -47,7 +47,13 @@ if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
 fi
 model=$("$PYTHON" "$repository/eval/hugging_face_folder.py" "$CHECKPOINT_PATH" ${TOKENIZER:+--tokenizer "$TOKENIZER"})
 
-set -- --model hf --model_args "pretrained=$model,trust_remote_code=True,dtype=$DTYPE,max_length=$MAX_LENGTH"
+# As JSON: lm_eval splits name=value at the commas of a path, and takes its quotes and brackets for its own.
+model_args=$("$PYTHON" -c 'import json, sys
+path, dtype, length = sys.argv[1:]
+print(json.dumps(dict(pretrained=path, trust_remote_code=True, dtype=dtype, max_length=int(length) if length.isdigit() else length)))
+' "$model" "$DTYPE" "$MAX_LENGTH")
+
+set -- --model hf --model_args "$model_args"
 set -- "$@" --tasks "$TASKS" --batch_size "$BATCH_SIZE" --output_path "$OUTPUT_PATH"
 set -- "$@" ${DEVICE:+--device "$DEVICE"} ${NUM_FEWSHOT:+--num_fewshot "$NUM_FEWSHOT"} ${LIMIT:+--limit "$LIMIT"}
 set -- "$@" ${TASK_PATH:+--include_path "$TASK_PATH"}
@@ -57,9 +63,9 @@ fi
 case ${LINEAR_MOE_DRY_RUN:-0} in
     0 | false | no | off) ;;
     *)
-        echo "$PYTHON -m lm_eval $* $EXTRA_ARGS"
-        exit 0
+        # shellcheck disable=SC2086  # EXTRA_ARGS is several words
+        exec "$PYTHON" -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$PYTHON" -m lm_eval "$@" $EXTRA_ARGS
         ;;
 esac
-# shellcheck disable=SC2086  # EXTRA_ARGS is several words
+# shellcheck disable=SC2086
 exec "$PYTHON" -m lm_eval "$@" $EXTRA_ARGS

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -56,8 +57,12 @@ def test_a_path_is_enough(call, folder):
     code, told, seen, messages = call(folder)
     assert code == 0 and messages == ""
     asked = options(told)
-    model = f"pretrained={folder},trust_remote_code=True,dtype=float32,max_length=2048"
-    assert asked["--model"] == "hf" and asked["--model_args"] == model
+    assert asked["--model"] == "hf" and json.loads(asked["--model_args"]) == {
+        "pretrained": str(folder),
+        "trust_remote_code": True,
+        "dtype": "float32",
+        "max_length": 2048,
+    }
     assert asked["--batch_size"] == "16" and asked["--output_path"] == "lm_eval_result"
     for task in ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "mmlu", "wikitext"):
         assert task in asked["--tasks"].split(",")
@@ -75,7 +80,8 @@ def test_every_variable_arrives(call, folder):
     assert code == 0 and told[-3:] == ["--log_samples", "--seed", "3"]
     asked = options(told[:-3])
     assert asked["--tasks"] == "fda,swde,squad_completion,nq_open,triviaqa,drop"
-    assert asked["--model_args"].endswith("dtype=bfloat16,max_length=512")
+    model = json.loads(asked["--model_args"])
+    assert model["dtype"] == "bfloat16" and model["max_length"] == 512
     named = ("--num_fewshot", "--limit", "--device", "--batch_size", "--include_path", "--output_path")
     assert [asked[name] for name in named] == ["2", "10", "cpu", "4", "my tasks", "out"]
     assert seen["HF_HUB_CACHE"] == "/data/hub" and seen["HF_DATASETS_CACHE"] == "/data/datasets"
@@ -86,6 +92,7 @@ def test_variables_that_described_the_model_change_nothing_and_say_so(call, fold
     code, told, _, messages = call(folder, LA_MODULE="gla", MODEL_SIZE="A1B", LINEAR_MOE_DRY_RUN="true")
     assert code == 0
     assert "-m lm_eval --model hf" in told and "gla" not in told
+    assert f'"pretrained": "{folder}"' in " ".join(shlex.split(told)), "a command to type"
     assert messages.count("changes nothing") == 2 and "LA_MODULE" in messages and "MODEL_SIZE" in messages
 
 
@@ -110,7 +117,8 @@ def test_a_run_is_converted_once(call, tmp_path, _pool, monkeypatch):
     code, told, _, messages = call(run / "checkpoint" / "iter_0000001", TOKENIZER=str(tokenizer))
     target = run / "hf" / "iter_0000001"
     assert code == 0, messages
-    assert f"pretrained={target}," in options(told)["--model_args"] and "converted to" in messages
+    assert json.loads(options(told)["--model_args"])["pretrained"] == str(target)
+    assert "converted to" in messages
     assert (target / "modeling_linear_moe.py").is_file() and (target / "tokenizer.json").is_file()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     script = in_this_process()
