@@ -132,7 +132,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        # The GEMM adds to what is there; a product of its own would be written, read and added.
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 

@@ -13,6 +13,7 @@ from linear_moe.kernels import grouped_linear
 from linear_moe.model.attention import CoreAttention, _allowed
 from linear_moe.model.experts import _warn_of_loop_once
 from linear_moe.model.norm import RMSNorm
+from linear_moe.model.output_loss import _add_product
 from linear_moe.parallel.layout import SequenceLayout
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +123,19 @@ def test_norm():
     x = (torch.randn(100, 64) * 300).bfloat16()
     true = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
     close(RMSNorm(config, 64, 1e-5)(x.to(DEVICE)), true, torch.bfloat16)
+
+
+def test_a_product_is_added_to_float32():
+    torch.manual_seed(0)
+    logits, x = (torch.randn(200, n, device=DEVICE).bfloat16() for n in (96, 64))
+    total = torch.randn(96, 64, device=DEVICE)
+    true = total.double() + logits.double().t() @ x.double()
+    _add_product(torch.zeros_like(total), logits.t(), x)  # cuBLAS takes its workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    _add_product(total, logits.t(), x)
+    assert torch.cuda.max_memory_allocated() == before, "a product of its own"
+    assert ((total - true).norm() / true.norm()).item() < 1e-6
 
 
 def test_the_loop_is_announced_once():
