@@ -1,8 +1,8 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
 ``install`` makes six kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
-Engine and Apex and with expert parallelism; Adam's step is one kernel then, too; the first loss of a run is logged
-once; a step is logged with the learning rate that it used; FLOPs and metrics are ours.
+Engine and Apex and with expert parallelism; gradient norm, clipping and Adam's step are a few kernels then, too; the
+first loss of a run is logged once; a step is logged with the learning rate that it used; FLOPs and metrics are ours.
 ``defaults_without_te`` is the other half: the flags that a run must set where Transformer Engine or a CUDA device is
 missing.
 """
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from linear_moe.training import cpu
+from linear_moe.training import cpu, optimizer_step
+from linear_moe.training.optimizer_step import ADAM
 
 SUPPORTED = (0, 19)
 """Megatron-Core (major, minor) that the assignments below were written against."""
@@ -30,8 +31,6 @@ OPTIONAL_MODULES = (
 
 EXPERTS_RNG = "linear_moe_rng_of_experts"
 """Key, in a checkpoint's RNG state, of the experts' states by data-parallel rank."""
-
-ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 _originals: dict[tuple[Any, str], Any] = {}
 
@@ -57,6 +56,7 @@ def install(
     """
     import megatron.core.datasets.utils as datasets
     import megatron.core.optimizer as optimizers
+    import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.training.checkpointing as checkpointing
     import megatron.training.training as training
@@ -71,7 +71,9 @@ def install(
         _assign(optimizer, "state_dict", _state_dict_of_a_fresh_optimizer)
         _assign(optimizer, "load_state_dict", _load_state_dict_with_own_steps)
         _assign(optimizer, "_set_main_param_and_optimizer_states", _set_states_but_the_step)
-        _assign(optimizers, "_get_megatron_optimizer_based_on_param_groups", _fuse_adam)
+        _assign(optimizers, "_get_megatron_optimizer_based_on_param_groups", optimizer_step.fuse_adam)
+        _assign(clip_grads, "l2_norm_impl", optimizer_step.norm_of_all)
+        _assign(clip_grads, "multi_tensor_scale_impl", optimizer_step.scale_all)
     _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
     _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
     _assign(training, "train_step", _note_learning_rate)
@@ -241,37 +243,6 @@ def _set_states_but_the_step(original: Callable) -> Callable:
         original(self, model_param, {**tensors, "step": None})  # it skips what is not a tensor
 
     return set_states
-
-
-def _fuse_adam(original: Callable) -> Callable:
-    """Megatron builds torch's Adam as one kernel per operation: 10 of them read and write every state.
-
-    Fused, it is one. The choice is made before every step anew: loading a checkpoint brings that of the saved run,
-    and steps that are counted on the other device.
-    """
-
-    @functools.wraps(original)
-    def build(*args: Any, **kwargs: Any) -> Any:
-        optimizer = original(*args, **kwargs)
-        inner = getattr(optimizer, "optimizer", None)
-        if isinstance(inner, ADAM):
-            inner.register_step_pre_hook(_choose_fused)
-        return optimizer
-
-    return build
-
-
-def _choose_fused(inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for group in inner.param_groups:
-        group["fused"] = all(_can_fuse(param) for param in group["params"])
-        for param in group["params"]:
-            state = inner.state.get(param, {})
-            if "step" in state:  # a fused step counts where the weights are
-                state["step"] = state["step"].to(param.device if group["fused"] else "cpu")
-
-
-def _can_fuse(param: torch.Tensor) -> bool:
-    return param.is_cuda
 
 
 # Resuming with expert parallelism: a checkpoint holds the RNG states of one data-parallel rank, since the others have

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from linear_moe.training import cpu, engine
+from linear_moe.training import cpu, engine, optimizer_step
 from tests.training.stock_gpt import MOE, pretrain_tiny
 from tests.workers import with_model_parallel
 
@@ -147,7 +147,7 @@ def fused_adam(rank: int, world_size: int) -> None:
     with with_model_parallel(gloo_groups=True):
         plain, fused = (small_optimizer((3, 200)) for _ in range(2))
         plain.step()
-        with mock.patch.object(engine, "_can_fuse", lambda param: True):
+        with mock.patch.object(optimizer_step, "_can_fuse", lambda param: True):
             fused.step()
             fused.load_state_dict(plain.state_dict())
             for ours, theirs in zip(params(fused), params(plain), strict=True):
