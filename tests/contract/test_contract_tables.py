@@ -56,6 +56,11 @@ BAD = {
     "feature_dim": (0, -1, 24),
     "eps": (0.0, -1e-6),
     "lower_bound": (0.0, 0.5, -6.0),
+    "values_per_key": (0, -1),
+    "num_memories": (0, -1, 1),
+    "topk": (0, -1, 5),
+    "capacity": (0.0, -0.5),
+    "aux_loss_coeff": (-1e-3,),
 }
 """Values of the right type that cannot work; others are made from the type."""
 
@@ -109,6 +114,7 @@ def test_bad_options_are_refused_with_what_to_do(name):
     config = mixer_class(name).Config
     for field, kind in fields(name):
         kinds = typing.get_args(kind) or (kind,)
+        assert field in BAD or not {int, float} & set(kinds), f"no value of {field} is known that cannot work"
         wrong = [v for k in kinds for v in OF_TYPE.get(k, ()) if type(None) not in kinds or v is not None]
         values = [*BAD.get(field, ()), *(wrong if kinds[0] in OF_TYPE else ())]
         values += ["nonsense"] if str in kinds else []
