@@ -110,8 +110,8 @@ def check_diag_extras(k: Tensor, v: Tensor, log_decay_v: Tensor | None, bonus: T
 
 
 def check_decay(name: str, log_decay: Tensor) -> None:
-    """A logarithm of decay is at most 0; looked at on the CPU only. (Not a number is let through, as anywhere.)"""
-    if log_decay.device.type == "cpu" and (largest := log_decay.detach().max().item()) > _POSITIVE:
+    """A logarithm of decay is at most 0; looked at where `_has_values`. (Not a number is let through, as anywhere.)"""
+    if _has_values(log_decay) and (largest := log_decay.detach().max().item()) > _POSITIVE:
         why = "it is the logarithm of a factor of at most 1; a larger one makes the memory grow without bound"
         _fail(
             name, f"has positive values, up to {largest:.3g}", why, f"-{name}, or the logarithm of the decay"
@@ -214,7 +214,7 @@ def check_swiglu(x: Tensor, weight: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> int:
-    """Returns the number of documents. Values are looked at on the CPU only."""
+    """Returns the number of documents. Values are looked at where `_has_values`."""
     if cu_seqlens is None:
         return batch
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
@@ -228,13 +228,18 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, dev
         _fail(
             "cu_seqlens", f"is given with B = {batch}", why, "x.flatten(0, 1)[None] for every x [B, T, ...]"
         )
-    if cu_seqlens.device.type == "cpu":
+    if _has_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] > num_tokens or bounds != sorted(bounds):
             found = f"runs from {bounds[0]} to {bounds[-1]}"
             why = "each document ends where the next one starts"
             _fail("cu_seqlens", found, why, f"non-decreasing offsets from 0 to at most T = {num_tokens}")
     return len(cu_seqlens) - 1
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device: on the CPU, where nobody traces (torch.export)."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_float(name: str, x: Tensor, device: torch.device) -> None:

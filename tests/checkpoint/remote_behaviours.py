@@ -244,6 +244,14 @@ def fused_kernels_that_are_not_there_are_a_warning(folder: Path) -> None:
     assert len({text.split()[0] for text in texts[0]}) == len(texts[0]) and not texts[1], texts
 
 
+def without_experts_it_is_one_graph(folder: Path) -> None:
+    """``torch.export``, which traces as ``torch.compile`` does with ``fullgraph=True``."""
+    model, ids = opened(folder.parent / "qwen2_dense").eval(), some_tokens()
+    with torch.no_grad():
+        graph = torch.export.export(model, (ids,), {"use_cache": False}, strict=True).module()
+        assert graph(ids, use_cache=False).logits.equal(model(ids, use_cache=False).logits)
+
+
 def installed_kernels_are_used(folder: Path) -> None:
     """Where linear_moe can be imported, its kernels compute: comes last, since it lets it in."""
     sys.modules.pop("linear_moe", None)
@@ -273,5 +281,6 @@ BEHAVIOURS = [
     folders_of_one_name_are_two_models,
     it_refuses,
     fused_kernels_that_are_not_there_are_a_warning,
+    without_experts_it_is_one_graph,
     installed_kernels_are_used,
 ]
