@@ -3,8 +3,8 @@
     y[rows of e] = x[rows of e] @ weight[e]^T
 
 ``torch.nn.functional.grouped_mm`` has two gaps that matter here: an expert without tokens gets a weight gradient that
-is not zero on Blackwell (github.com/pytorch/pytorch/issues/172439), and gradients must be dense. Hence the autograd
-function.
+is not zero on Blackwell, where Hopper's is (github.com/pytorch/pytorch/issues/172439), and gradients must be dense.
+Hence the autograd function.
 
 A weight's gradient is summed over a micro-batch in float32 and leaves in the weight's dtype, as those of Megatron's own
 layers do without Apex and Transformer Engine; Megatron adds it to a float32 buffer. ``grouped_mm`` of torch 2.11 gives
@@ -104,6 +104,13 @@ class _GroupedLinear(torch.autograd.Function):
             grad_x = F.grouped_mm(grad, weight, offs=ends)
         if ctx.needs_input_grad[1]:
             grad_weight = F.grouped_mm(grad.t(), x.contiguous(), offs=ends)
-            is_empty = F.pad(ends, (1, 0)).diff() == 0
-            grad_weight.masked_fill_(is_empty[:, None, None], 0.0)
+            if not _clears_empty(grad_weight.device):
+                is_empty = F.pad(ends, (1, 0)).diff() == 0
+                grad_weight.masked_fill_(is_empty[:, None, None], 0.0)
         return grad_x, grad_weight, None
+
+
+@cache
+def _clears_empty(device: torch.device) -> bool:
+    """Whether the gradient of an expert without tokens is zero as it comes: else all are read and written again."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
