@@ -69,26 +69,33 @@ def _convolved(
     weight, bias = taps
     first = [p for p in table if p.conv] if weight is not None else []
     plain = [p for p in table if p not in first]
-    views, tail = [], None
+    views, tail = _parts(x_BTHW, first, plain), None
     if weight is not None:
-        width = sum(p.width for p in first)
         head, tail = short_conv(
-            conv_input(first, x_BTHW[..., :width], w),
+            conv_input(first, views[0], w),
             weight,
             bias,
             activation=activation,
             state=state,
             cu_seqlens=cu_seqlens,
         )
-        views += head.split([p.width for p in first], dim=-1)
-        x_BTHW = x_BTHW[..., width:]
-    if plain:
-        views += x_BTHW.split([p.width for p in plain], dim=-1)
+        views[:1] = head.split([p.width for p in first], dim=-1)
     named = dict(zip([p.name for p in (*first, *plain)], views, strict=True))
     for p in plain:
         if p.bias:
             named[p.name] = named[p.name] + w[f"{p.name}_bias"]
     return named, tail
+
+
+def _parts(x_BTHW: Tensor, together: list[Projection], apart: list[Projection]) -> list[Tensor]:
+    """Views of channels: first those of several projections, if there are any, then of one each.
+
+    One split, so that their gradients are laid side by side once; and of time first, as Megatron has it in memory, so
+    that what comes of it needs no copy.
+    """
+    widths = [sum(p.width for p in together)] if together else []
+    widths += [p.width for p in apart]
+    return [part.transpose(0, 1) for part in x_BTHW.transpose(0, 1).split(widths, dim=-1)]
 
 
 def positions(x_BTHW: Tensor, length_N: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
