@@ -195,7 +195,7 @@ def _exported_by_us(folder: Path, config: Mapping[str, Any]) -> Described:
     try:
         run = json.loads((folder / RUN_FILE).read_text())
         architecture, arguments = run["architecture"], run["arguments"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} has no {RUN_FILE} that can be read: {type(error).__name__}: {error}\n"
             f"  why: export writes the arguments of the model there, and import builds it from them\n"

@@ -108,9 +108,10 @@ def check_resume(plan: RunPlan) -> None:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """``config.json`` of a run folder; empty when it is none."""
     try:
-        return json.loads((run_dir / "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return {}  # saved by another tool: loading will tell
+        config = json.loads((run_dir / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        config = None  # saved by another tool: loading will tell
+    return config if isinstance(config, dict) else {}
 
 
 def _same_optimizer(plan: RunPlan) -> None:

@@ -76,15 +76,16 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        found = config["format"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} cannot be read: {error}\n"
+            f"{path} cannot be read: {type(error).__name__}: {error}\n"
             f"  why: the file was cut short or edited\n"
             f"  try: a copy of it, or start the run again for one step: it writes the file anew"
         ) from error
-    if config["format"] != FORMAT:
+    if found != FORMAT:
         raise ValueError(
-            f"{path} has format {config['format']}, this version reads {FORMAT}\n"
+            f"{path} has format {found}, this version reads {FORMAT}\n"
             f"  why: it was written by another version of linear_moe\n"
             f"  try: that version ({config.get('versions')})"
         )

@@ -18,6 +18,7 @@ MARKED = (
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
 )
+USER = [{"role": "user", "content": "Peru"}]
 CHAT = {"messages": [{"role": "user", "content": "Peru"}, {"role": "assistant", "content": "Lima"}]}
 
 
@@ -102,14 +103,42 @@ def test_tools_are_in_the_prompt(tokenizer, tmp_path):
         of_lines(tmp_path, tokenizer, [record])
 
 
+def test_a_call_without_words_is_an_answer(tokenizer, tmp_path):
+    """Its content is null in what OpenAI's interface writes; nothing to learn and no call is an empty answer."""
+    template = WITH_TOOLS.replace(
+        "message['content']",
+        "message['content'] + (message.tool_calls[0].name if message.tool_calls else '')",
+    )
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "capital"}]}
+    samples = of_lines(
+        tmp_path, tokenizer, [{"messages": [*USER, calls], "tools": [{"name": "capital"}]}], template=template
+    )
+    assert learned_text(samples, tokenizer) == ["capital<|im_end|>"] and samples.report.empty_answers == 0
+    silent = {"role": "assistant", "content": "", "tool_calls": []}
+    assert of_lines(tmp_path, tokenizer, [CHAT, {"messages": [*USER, silent]}]).report.empty_answers == 1
+
+
+def test_answers_one_behind_the_other_are_one_sample(tokenizer, tmp_path):
+    """By a template without marks the second one's prompt ends where the first answer does; and nobody has to ask."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    answers = [{"role": "assistant", "content": text} for text in ("Lima", "Rome")]
+    samples = of_lines(tmp_path, tokenizer, [{"messages": [*USER, *answers]}], template=template)
+    assert (samples.report.samples, samples.report.split) == (1, 0)
+    assert learned_text(samples, tokenizer) == ["LimaRome<|im_end|>"]
+    samples = of_lines(tmp_path, tokenizer, [{"messages": [answers[0], *USER, answers[1]]}])
+    first, second = learned_text(samples, tokenizer)
+    assert first.endswith("Lima<|im_end|>") and second == "Rome<|im_end|>"
+
+
 def test_an_instruction_is_a_question_and_its_answer(tokenizer, tmp_path):
     same = [
         {"instruction": "Add.", "input": "2 2", "output": "4"},
         {"messages": [{"role": "user", "content": "Add.\n\n2 2"}, {"role": "assistant", "content": "4"}]},
         {"instruction": "Add.\n\n2 2", "input": "", "output": "4"},
+        {"instruction": "Add.\n\n2 2", "input": None, "output": "4"},
     ]
     samples = of_lines(tmp_path, tokenizer, same)
-    assert len({tuple(samples.sample(i).tokens.tolist()) for i in range(3)}) == 1
+    assert len({tuple(samples.sample(i).tokens.tolist()) for i in range(4)}) == 1
     assert learned_text(samples, tokenizer) == ["4<|im_end|>"] and samples.report.template is None
 
 
@@ -165,7 +194,6 @@ def test_empty_answers_are_counted(tokenizer, tmp_path):
     assert samples.report.notes(256) == ["lines.jsonl: 1 of 2 samples have an empty answer and are left out."]
 
 
-USER = [{"role": "user", "content": "Peru"}]
 BAD = {
     "not JSON": ('{"messages": ', "lines.jsonl:2 is not JSON"),
     "no object": ("[1]", "lines.jsonl:2 is no sample"),

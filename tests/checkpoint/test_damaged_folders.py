@@ -1,0 +1,173 @@
+"""Folders to convert that are damaged, or have no room: what is told of each."""
+
+import json
+import re
+import shutil
+import struct
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from linear_moe.checkpoint import folders
+from linear_moe.checkpoint.hf_config import describe_folder, read_config
+from linear_moe.checkpoint.hf_folder import stored_tensors
+
+TENSORS = {"a": torch.arange(12.0).reshape(4, 3), "b": torch.arange(5, dtype=torch.float16)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files and their index."""
+    for name, tensor in TENSORS.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in TENSORS}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def with_header(path: Path, header: bytes) -> None:
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+
+
+def refused(function: Any, *arguments: Any) -> str:
+    with pytest.raises(ValueError) as error:
+        function(*arguments)
+    text = str(error.value)
+    assert re.fullmatch(r"(?s)[^\n]+\n  why: [^\n]+\n  try: [^\n]+", text), text
+    return text
+
+
+def test_whole_files_are_read(folder: Path):
+    found = stored_tensors(folder)
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        again = found[name].read(name)
+        assert again.dtype == tensor.dtype and torch.equal(again, tensor)
+        assert found[name].size == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("header", [b"{", b"\xff\xff", b'{"a": '])
+def test_a_header_that_is_no_json(folder: Path, header: bytes):
+    with_header(folder / "a.safetensors", header)
+    assert "a.safetensors is damaged: its header is no JSON" in refused(stored_tensors, folder)
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_a_file_without_a_header(folder: Path, size: int):
+    (folder / "a.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:size])
+    assert "its header is cut short" in refused(stored_tensors, folder)
+
+
+def test_bytes_that_are_not_those_of_the_shape(folder: Path):
+    header = header_of(folder / "a.safetensors")
+    header["a"]["shape"] = [4, 2]
+    with_header(folder / "a.safetensors", json.dumps(header).encode())
+    assert "a has 48 bytes instead of 32" in refused(stored_tensors, folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weights": {}}', '{"weight_map": 3}'])
+def test_an_index_that_is_none(folder: Path, text: str):
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json is damaged" in refused(stored_tensors, folder)
+
+
+def test_tensors_and_files_that_the_index_has_alone(folder: Path):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["c"] = "b.safetensors"
+    path.write_text(json.dumps(index))
+    assert "lacks 1 tensors that" in refused(stored_tensors, folder)
+    (folder / "b.safetensors").unlink()
+    assert "lacks 1 of its 2 files: b.safetensors" in refused(stored_tensors, folder)
+
+
+def test_a_file_that_is_cut_while_it_is_read(folder: Path):
+    """The headers were checked an hour ago: zeros must not take the place of what is not there any more."""
+    stored = stored_tensors(folder)["a"]
+    path = folder / "a.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "a ends after 44 of 48 bytes" in refused(stored.read, "a")
+
+
+def test_a_config_is_an_object(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[]")
+    assert "config.json holds a list" in refused(read_config, tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    assert "config.json cannot be read" in refused(read_config, tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"arguments": []}', "[]"])
+def test_a_folder_of_ours_without_its_arguments(tmp_path: Path, text: str | None):
+    (tmp_path / "config.json").write_text('{"model_type": "linear_moe"}')
+    if text is not None:
+        (tmp_path / "linear_moe_run.json").write_text(text)
+    assert "has no linear_moe_run.json that can be read" in refused(describe_folder, tmp_path)
+
+
+def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What an unfinished folder holds already counts; a folder to be made counts as its parents' disk."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 3 * 10**9))
+    target = tmp_path / "not yet" / "target"
+    folders.check_room(target, 3 * 10**9)
+    text = refused(folders.check_room, target, 3 * 10**9 + 1000)
+    assert text.startswith(f"{tmp_path} has 3.0 GB free, target needs 3.0 GB\n")
+    part = folders.part_of(target) / "inside"
+    part.mkdir(parents=True)
+    (part / "file").write_bytes(bytes(1000))
+    folders.check_room(target, 3 * 10**9 + 1000)
+    refused(folders.check_room, target, 3 * 10**9 + 1001)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != target.parent)
+    assert refused(folders.check_room, target, 1).startswith(f"cannot write to {target.parent}\n")
+
+
+def test_an_unfinished_folder_of_another_task_is_not_kept(tmp_path: Path):
+    target = tmp_path / "target"
+    part = folders.begin(target, {"source": "a", "shard": 1})
+    (part / "file").write_text("of a")
+    assert (folders.begin(target, {"shard": 1, "source": "a"}) / "file").exists(), "the same task"
+    assert not (folders.begin(target, {"source": "b", "shard": 1}) / "file").exists()
+    (part / "file").write_text("of b")
+    target.mkdir()
+    folders.refuse_existing(target)  # it is empty
+    folders.finish(part, target)
+    assert [path.name for path in target.iterdir()] == ["file"] and not part.exists()
+    (tmp_path / "a file").touch()
+    assert "a file exists" in refused(folders.refuse_existing, tmp_path / "a file")
+
+
+def test_another_state_of_a_file_is_another_task(tmp_path: Path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("1234")
+    b.write_text("1234")
+    before = folders.fingerprint([a, b])
+    assert folders.fingerprint([b, a, a]) == before != folders.fingerprint([a])
+    b.write_text("12345")
+    assert folders.fingerprint([a, b]) != before
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoint", "checkpoint/iter_0000007", "checkpoint/iter_0000012"])
+def test_a_run_or_what_is_in_it(tmp_path: Path, inside: str):
+    """A folder of one iteration is that one, whichever is the latest."""
+    for step in (7, 12):
+        (tmp_path / "checkpoint" / f"iter_{step:07d}").mkdir(parents=True)
+        (tmp_path / "checkpoint" / f"iter_{step:07d}" / ".metadata").touch()
+        (tmp_path / "checkpoint" / f"iter_{step:07d}" / "metadata.json").write_text(
+            '{"sharded_backend": "torch_dist"}'
+        )
+    (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("12")
+    (tmp_path / "config.json").write_text("{}")
+    step = 7 if inside.endswith("7") else 12
+    found = folders.run_and_iteration(tmp_path / inside)
+    assert found == (tmp_path, tmp_path / "checkpoint" / f"iter_{step:07d}", step)
