@@ -207,6 +207,7 @@ BAD = {
     ),
     "half a pair": ('{"instruction": "x", "output": "\\ud83d"}', "lines.jsonl:2 holds what is no text"),
     "tools no list": ({**CHAT, "tools": "capital"}, "lines.jsonl:2 has tools that are no list of objects"),
+    "no question": ({"instruction": None, "output": "x"}, "lines.jsonl:2 has no text under 'instruction'"),
     "no text": ({"instruction": 3, "output": "x"}, "lines.jsonl:2 has no text under 'instruction'"),
 }
 
