@@ -50,7 +50,12 @@ def test_slices_of_the_vocabulary_are_the_whole() -> None:
     ("change", "message"),
     [
         (dict(logits=torch.zeros(6, 4).t()), "strides"),
+        (dict(logits=torch.zeros(24)), r"logits has shape \[24\]"),
+        (dict(logits=torch.zeros(4, 6).int()), "logits is torch.int32"),
         (dict(labels=torch.zeros(4, dtype=torch.int32)), "labels is torch.int32"),
+        (dict(labels=torch.zeros(4, dtype=torch.int64, device="meta")), "labels is torch.int64 on meta"),
+        (dict(labels=torch.zeros(5, dtype=torch.int64)), r"labels has shape \[5\]"),
+        (dict(weight=torch.zeros(4).int()), "weight is torch.int32"),
         (dict(weight=torch.zeros(5)), r"weight has shape \[5\]"),
     ],
 )

@@ -44,6 +44,9 @@ def test_training_keeps_inputs_only() -> None:
     ("change", "message"),
     [
         (dict(x=torch.zeros(2, 3, 4)), r"x has shape \[2, 3, 4\]"),
+        (dict(x=torch.zeros(1, 2, 3, 4).int()), "x is torch.int32"),
+        (dict(weight=torch.zeros(4).int()), "weight is torch.int32"),
+        (dict(gate=torch.zeros(1, 2, 3, 4).int()), "gate is torch.int32"),
         (dict(weight=torch.zeros(5)), r"weight has shape \[5\]"),
         (dict(gate=torch.zeros(1, 2, 3, 5)), r"gate has shape"),
         (dict(activation="relu"), "activation is 'relu'"),

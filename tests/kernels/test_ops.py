@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ zeros = torch.zeros
             r"q has shape \[2, 8, 4, 6\]\n  why: q is \[B, T, Hqk, K\], as k\n  try: a tensor \[2, 8, 2, 6\]",
         ),
         (dict(q=zeros(2, 8, 2, 6).double()), "q is torch.float64 but v is torch.float32"),
+        (dict(q=zeros(2, 8, 2, 6, device="meta")), "q is on meta"),
+        (dict(k=zeros(2, 8, 2, 6).double()), "k is torch.float64 but v is torch.float32"),
         (dict(k=zeros(2, 8, 2, 6).int()), r"k is torch.int32\n  why: .*\n  try: a floating-point tensor"),
         (
             dict(k=zeros(2, 8, 12)),
@@ -40,11 +43,16 @@ zeros = torch.zeros
         (dict(v=zeros(2, 0, 4, 5)), "v has shape"),
         (dict(log_decay=zeros(2, 8, 4, 5)), r"log_decay has shape .*\n.*\n.* or \[2, 8, 4, 6\]"),
         (dict(log_decay=zeros(4).long()), "log_decay is torch.int64"),
+        (dict(log_decay=zeros(4, device="meta")), "log_decay is on meta"),
+        (dict(log_decay_v=zeros(2, 8, 4, 5).int()), "log_decay_v is torch.int32"),
         (dict(log_decay_v=zeros(2, 8, 4, 6)), r"log_decay_v .*\n.*\n  try: a tensor \[2, 8, 4, 5\]"),
         (dict(bonus=zeros(4, 5)), r"bonus .*\n.* \[H, K\]\n.* \[4, 6\]"),
+        (dict(bonus=zeros(4, 6).int()), "bonus is torch.int32"),
         (dict(bonus=zeros(4, 6), log_decay_v=zeros(2, 8, 4, 5)), "bonus is given together with log_decay_v"),
         (dict(state=zeros(1, 4, 6, 5)), r"state .*\n.* \[N, H, K, V\]\n.* \[2, 4, 6, 5\]"),
+        (dict(state=zeros(2, 4, 6, 5).long()), "state is torch.int64"),
         (dict(state=zeros(2, 4, 6, 5, device="meta")), "state is on meta"),
+        (dict(cu_seqlens=torch.tensor([0, 8], device="meta")), "cu_seqlens is on meta"),
         (dict(cu_seqlens=torch.tensor([0, 8])), "cu_seqlens is given with B = 2"),
         (dict(cu_seqlens=torch.tensor([0.0, 8.0])), "cu_seqlens is torch.float32"),
         (dict(cu_seqlens=torch.tensor([0])), r"cu_seqlens is torch.int64 of shape \[1\]"),
@@ -92,6 +100,8 @@ def test_delta_rule_and_segments_refuse() -> None:
         match=r"beta has shape \[2, 8, 3\]\n  why: beta is \[B, T, H\]\n  try: a tensor \[2, 8, 4\]",
     ):
         inputs.run(kernels, beta=beta[..., :3])
+    with pytest.raises(ValueError, match=r"beta is torch.int64"):
+        inputs.run(kernels, beta=beta.long())
     with pytest.raises(ValueError, match="beta"):
         kernels.delta_rule_segment(k, v, beta[..., :3])
     with pytest.raises(ValueError, match="log_decay_v"):
@@ -115,7 +125,13 @@ def test_dplr_and_its_segment_refuse() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(x=zeros(2, 8)), "x has shape"),
+        (dict(x=zeros(2, 8), weight=zeros(4)), "x has shape"),
+        (dict(x=zeros(2, 0, 6)), "x has shape"),
+        (dict(x=zeros(2, 8, 6).int()), "x is torch.int32"),
+        (dict(weight=zeros(6, 4).int()), "weight is torch.int32"),
+        (dict(weight=zeros(6, 0)), r"weight has shape \[6, 0\]"),
+        (dict(bias=zeros(6).int()), "bias is torch.int32"),
+        (dict(state=zeros(2, 3, 6).int()), "state is torch.int32"),
         (
             dict(weight=zeros(5, 4)),
             r"weight has shape \[5, 4\]\n  why: weight is \[\*C, W\] with C = \[6\], as in x",
@@ -192,6 +208,41 @@ def test_scans_are_not_fused_where_triton_miscompiles_them(monkeypatch: pytest.M
         }
         expected = {op: scans if op.startswith(("diag", "delta", "dplr")) else "triton" for op in picked}
         assert picked == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "capability", "interpreted", "picked"),
+    [
+        ("cuda", torch.bfloat16, (8, 0), False, "triton"),
+        ("cuda", torch.float32, (8, 6), False, "triton"),
+        ("cuda", torch.bfloat16, (7, 5), False, "chunked"),
+        ("cuda", torch.float64, (9, 0), False, "chunked"),
+        ("cuda", torch.float32, (9, 0), True, "chunked"),
+        ("cpu", torch.float32, None, False, "chunked"),
+        ("cpu", torch.float32, None, True, "triton"),
+        ("cpu", torch.float16, None, True, "triton"),
+        ("cpu", torch.bfloat16, None, True, "chunked"),
+        ("cpu", torch.float64, None, True, "chunked"),
+    ],
+)
+def test_where_fused_kernels_run(
+    kind: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    interpreted: bool,
+    picked: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for op in ("weighted_swiglu", "diag_decay"):
+        assert dispatch.pick(op, torch.device(kind), dtype)[0].name == picked
+        with monkeypatch.context() as without:
+            without.setattr(importlib.util, "find_spec", lambda name: None)
+            assert dispatch.pick(op, torch.device(kind), dtype)[0].name == "chunked", (
+                "Triton is not installed"
+            )
 
 
 def test_fused_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

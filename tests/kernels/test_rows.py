@@ -41,6 +41,7 @@ def test_whole_numbers_travel_too() -> None:
     ("change", "message"),
     [
         (dict(order=torch.zeros(6, dtype=torch.int32)), "order is torch.int32"),
+        (dict(order=torch.zeros(6, dtype=torch.int64, device="meta")), "order is torch.int64 on meta"),
         (dict(place=torch.zeros(3, 3, dtype=torch.int64)), r"place has shape \[3, 3\]"),
         (dict(x=torch.zeros(4, 2)), "x has 4 rows"),
     ],

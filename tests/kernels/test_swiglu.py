@@ -36,5 +36,11 @@ def test_no_rows() -> None:
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"x has shape \[2, 5\]"):
         weighted_swiglu(torch.zeros(2, 5), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"x has shape \[6\]"):
+        weighted_swiglu(torch.zeros(6), torch.zeros(6))
+    with pytest.raises(ValueError, match=r"x is torch.int32"):
+        weighted_swiglu(torch.zeros(2, 6).int(), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"weight is torch.int32"):
+        weighted_swiglu(torch.zeros(2, 6), torch.zeros(2).int())
     with pytest.raises(ValueError, match=r"weight has shape \[3\]"):
         weighted_swiglu(torch.zeros(2, 6), torch.zeros(3))
