@@ -30,17 +30,20 @@ from linear_moe.training.flops import FlopsPerToken
 from linear_moe.training.memory_load import MemoryLoad
 
 PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H800": 989e12,
     "GH200": 989e12,
     "A100": 312e12,
     "A800": 312e12,
     "B200": 2250e12,
-    "GB200": 2250e12,
+    "GB200": 2500e12,
     "L40S": 362e12,
 }
-"""Dense bf16 peak by a word of the device's name, from the vendors' datasheets."""
+"""Dense bf16 peak by words of the device's name, from the vendors' datasheets; of several that fit, the first."""
 
 
 @functools.cache
@@ -48,8 +51,8 @@ def peak_flops() -> float | None:
     """Dense bf16 peak of this device; ``None`` when it is not in the table (then there is no MFU to report)."""
     if cpu.is_active() or not torch.cuda.is_available():
         return None
-    words = torch.cuda.get_device_name().replace("-", " ").split()
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
+    words = {*torch.cuda.get_device_name().replace("-", " ").split()}
+    return next((peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split())), None)
 
 
 class ExpertLoad:
