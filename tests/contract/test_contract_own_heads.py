@@ -74,11 +74,35 @@ def test_heads_that_do_not_fit_are_refused(name, options, named):
     assert str(refused.value).startswith(named)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gsa", "hgrn2"])
-def test_a_norm_over_heads_has_no_mean(name):
+@pytest.mark.parametrize(
+    "name, options",
+    [("mamba2", {}), ("gsa", {}), ("hgrn2", {}), ("gated_deltanet", {"values_per_key": 2})],
+)
+def test_a_norm_over_heads_has_no_mean(name, options):
     """A group norm is per head."""
-    with pytest.raises(ValueError, match=THREE_PARTS):
-        lsm.get(name).Config(hidden_size=16, num_heads=4, head_dim=8, output_norm="groupnorm")
+    with pytest.raises(ValueError, match=THREE_PARTS) as refused:
+        lsm.get(name).Config(hidden_size=16, num_heads=4, head_dim=8, output_norm="groupnorm", **options)
+    assert str(refused.value).startswith("output_norm is 'groupnorm'")
+
+
+@pytest.mark.parametrize(
+    "name, options, named",
+    [
+        ("mamba2", {"expand_k": 0.5, "state_size": 5}, "expand_k 0.5 gives B and C of 2.5 channels"),
+        ("based", {"expand_k": 0.5, "feature_dim": 5}, "expand_k 0.5 gives queries and keys of 2.5 channels"),
+        (
+            "rebased",
+            {"expand_k": 0.5, "feature_dim": 5},
+            "expand_k 0.5 gives queries and keys of 2.5 channels",
+        ),
+        ("rwkv7", {"output_gate": "swish"}, "output_gate is 'swish'"),
+    ],
+)
+def test_what_only_one_mixer_refuses(name, options, named):
+    """Options that are right for other mixers."""
+    with pytest.raises(ValueError, match=THREE_PARTS) as refused:
+        lsm.get(name).Config(hidden_size=16, num_heads=4, head_dim=8, **options)
+    assert str(refused.value).startswith(named)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 4])

@@ -60,8 +60,9 @@ def test_it_runs_for_one_token_without_gradients(function, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memories_are_float32_in_half_precision(name):
-    o, memory = step.OPERATIONS[name](**inputs(name, "scalar", torch.bfloat16))
-    wanted, wanted_memory = getattr(reference, name)(**inputs(name, "scalar", torch.bfloat16))
+    given = inputs(name, "vector", torch.bfloat16) | {"state": torch.randn(B, H, K, V)}
+    o, memory = step.OPERATIONS[name](**given)
+    wanted, wanted_memory = getattr(reference, name)(**given)
     assert o.dtype == torch.bfloat16 and memory.dtype == torch.float32
     torch.testing.assert_close(o, wanted, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(memory, wanted_memory, rtol=1e-5, atol=1e-5)

@@ -197,6 +197,9 @@ def test_tokens_after_the_last_document_read_zero(op: str) -> None:
     inputs = make(op, "vector", num_tokens=200, cu_seqlens=(0, 64, 64, 150))
     check(inputs, EXACT)
     assert (inputs.run(Chunked)[0][:, 150:] == 0).all()
+    # As many chunks as this number of tokens and documents can need, so that only one more is free.
+    check(make(op, "vector", num_tokens=34, cu_seqlens=(0, 33)), EXACT)
+    check(make(op, "vector", num_tokens=7, cu_seqlens=(0, 1, 2, 3, 4, 5)), EXACT)
     no_documents = make(op, "vector", num_tokens=20, cu_seqlens=(0, 0, 0))
     o, state = no_documents.run(Chunked)
     assert (o == 0).all() and torch.equal(state, no_documents.tensors["state"])

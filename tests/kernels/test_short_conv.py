@@ -75,6 +75,18 @@ def test_defaults_are_no_bias_and_zero_history() -> None:
     assert error(y, truth) <= EXACT and torch.equal(window, truth_window)
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED])
+def test_results_have_the_dtype_of_the_inputs(cu_seqlens: tuple[int, ...] | None) -> None:
+    """A tail that was kept in float32 too."""
+    inputs = make(cu_seqlens=cu_seqlens)
+    low = {name: inputs[name].detach().to(torch.bfloat16) for name in ("x", "weight", "bias")}
+    given = inputs | low | {"state": inputs["state"].detach().to(torch.bfloat16).float()}
+    y, window = short_conv(**given)
+    assert y.dtype == window.dtype == torch.bfloat16
+    truth, truth_window = reference.short_conv(**{**given, "state": given["state"].to(torch.bfloat16)})
+    assert torch.equal(y, truth) and torch.equal(window, truth_window)
+
+
 def test_state_continues_a_run() -> None:
     inputs = make()
     y, window = short_conv(**inputs)

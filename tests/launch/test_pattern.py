@@ -98,7 +98,14 @@ def test_m_needs_mamba2():
 
 @pytest.mark.parametrize(
     ("kinds", "pattern"),
-    [((G, G), "L"), ((G, G, G, S), "LLLN"), ((G, S) * 3, "LN"), ((S, S), "N"), ((G, D, S), "L2N")],
+    [
+        ((G, G), "L"),
+        ((G, G, G, S), "LLLN"),
+        ((G, S) * 3, "LN"),
+        ((S, S), "N"),
+        ((S, G, D, G), "NL2L"),
+        ((G, D, S), "L2N"),
+    ],
 )
 def test_pattern_of(kinds: tuple[str, ...], pattern: str):
     assert pattern_of(kinds) == pattern

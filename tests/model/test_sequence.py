@@ -32,6 +32,13 @@ def test_packed_per_sequence_is_built_once():
     assert layout_of(params, batch=2, local_length=4, cp_group=other).cp_rank == 0
 
 
+def test_one_document_in_every_sequence():
+    assert layout_of(packed([[0, 8], [0, 8]]), batch=2, local_length=8, cp_group=None).cu_seqlens.shape == (
+        2,
+        2,
+    )
+
+
 def test_one_thd_sequence():
     layout = layout_of(packed([0, 3, 6], "thd"), batch=1, local_length=8, cp_group=None)
     assert layout.cu_seqlens.tolist() == [[0, 3, 6, 8]]  # what follows the last boundary is padding
