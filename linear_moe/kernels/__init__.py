@@ -11,6 +11,7 @@ from linear_moe.kernels.ops import (
     dplr_delta_rule_segment,
     gated_rms_norm,
     short_conv,
+    skip_gate_norm,
     spread_rows,
     weighted_swiglu,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "dplr_delta_rule_segment",
     "gated_rms_norm",
     "short_conv",
+    "skip_gate_norm",
     "spread_rows",
     "weighted_swiglu",
 ]

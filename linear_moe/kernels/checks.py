@@ -177,6 +177,28 @@ def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, acti
         _fail("activation", f"is {activation!r}", "there is no other", '"swish" or "sigmoid"')
 
 
+def check_skip_gate_norm(
+    x: Tensor,
+    skip: Tensor,
+    skip_weight: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    num_groups: int,
+    activation: str,
+) -> None:
+    """Everything :func:`linear_moe.kernels.skip_gate_norm` takes."""
+    check_gated_norm(x, None, gate, activation)
+    for name, tensor, shape, legend in (
+        ("skip", skip, x.shape, "[B, T, H, V], as x"),
+        ("skip_weight", skip_weight, x.shape[2:3], "[H]"),
+        ("weight", weight, x.shape[2:], "[H, V]"),
+    ):
+        _check_float(name, tensor, x.device)
+        _check_shape(name, tensor, shape, legend)
+    if num_groups < 1 or x.shape[2] % num_groups:
+        _fail("num_groups", f"is {num_groups}", f"every group has as many of the {x.shape[2]} heads", "1")
+
+
 def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.cross_entropy_` takes."""
     _check_float("logits", logits, logits.device)

@@ -28,6 +28,7 @@ from linear_moe.kernels import (
     gated_norm,
     reference,
     rows,
+    skip_norm,
     swiglu,
 )
 
@@ -116,6 +117,11 @@ def _takes_width(x: Tensor, *others: Any, **options: Any) -> bool:
     return x.shape[-1] <= 256
 
 
+def _takes_group(x: Tensor, *others: Any, num_groups: int = 1, **options: Any) -> bool:
+    """Groups of heads up to 8192 channels wide: a program has a token of one in registers."""
+    return x.shape[2] * x.shape[3] <= 8192 * num_groups
+
+
 def _operation(
     op: str,
     in_torch: ModuleType,
@@ -158,6 +164,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("dplr_delta_rule_segment", chunked_dplr, "dplr_segment"),
         _operation("short_conv", conv, "short_conv", _takes_taps),
         _operation("gated_rms_norm", gated_norm, "gated_norm", _takes_width),
+        _operation("skip_gate_norm", skip_norm, "skip_norm", _takes_group),
         _operation("cross_entropy_", cross_entropy, "cross_entropy"),
         _operation("spread_rows", rows, "rows"),
         _operation("collect_rows", rows, "rows"),

@@ -230,6 +230,42 @@ def gated_rms_norm(
     return _run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
 
 
+def skip_gate_norm(
+    x: Tensor,
+    skip: Tensor,
+    skip_weight: Tensor,
+    weight: Tensor,
+    gate: Tensor | None = None,
+    *,
+    num_groups: int = 1,
+    activation: str = "swish",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Mamba2's output: ``p = (x + skip_weight * skip) * act(gate)``, normed over a group of heads, times ``weight``.
+
+    Computes in float32, or float64 for float64 inputs, and keeps only its inputs for the backward pass.
+
+    Args:
+        x: ``[B, T, H, V]``, any float dtype, any strides.
+        skip: ``[B, T, H, V]``.
+        skip_weight: ``[H]``.
+        weight: ``[H, V]``.
+        gate: ``[B, T, H, V]``; ``None``: no gate.
+        num_groups: groups of neighbouring heads with one RMS each; divides H.
+        activation: of the gate, ``"swish"`` or ``"sigmoid"``.
+        eps: added to the mean square.
+
+    Returns:
+        ``[B, T, H, V]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.check_skip_gate_norm(x, skip, skip_weight, weight, gate, num_groups, activation)
+    options = dict(num_groups=num_groups, activation=activation, eps=eps)
+    return _run("skip_gate_norm", x, x, skip, skip_weight, weight, gate, **options)
+
+
 def cross_entropy_(
     logits: Tensor,
     labels: Tensor,

@@ -232,6 +232,29 @@ def gated_rms_norm(
     return torch.stack(heads, 2).to(x.dtype)
 
 
+def skip_gate_norm(
+    x: Tensor,
+    skip: Tensor,
+    skip_weight: Tensor,
+    weight: Tensor,
+    gate: Tensor | None = None,
+    *,
+    num_groups: int = 1,
+    activation: str = "swish",
+    eps: float = 1e-6,
+) -> Tensor:
+    """One group of heads after the other, with PyTorch's own norm over its channels."""
+    dtype, groups = torch.promote_types(x.dtype, torch.float32), []
+    for heads in torch.arange(x.shape[2]).chunk(num_groups):
+        at = slice(int(heads[0]), int(heads[-1]) + 1)
+        y = x[:, :, at].to(dtype) + skip_weight[at, None].to(dtype) * skip[:, :, at].to(dtype)
+        if gate is not None:
+            opening = torch.sigmoid(gate[:, :, at].to(dtype))
+            y = y * (opening * gate[:, :, at].to(dtype) if activation == "swish" else opening)
+        groups.append(F.rms_norm(y, y.shape[2:], weight[at].to(dtype), eps))
+    return torch.cat(groups, 2).to(x.dtype)
+
+
 def cross_entropy_(
     logits: Tensor,
     labels: Tensor,

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels import skip_gate_norm
 from linear_moe.lsm import output
 from linear_moe.lsm.gating import activated, init_dt_bias, init_log_rate
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
@@ -138,6 +139,18 @@ class Mamba2(DiagonalDecay):
         self, o_BTHV: Tensor, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement
     ) -> Tensor:
         """Add the skip, gate, then norm over the heads of a group."""
+        per_group = self.cfg.num_heads // self.cfg.num_groups
+        if self.cfg.output_norm == "rmsnorm" and place.num_heads % per_group == 0:
+            return skip_gate_norm(
+                o_BTHV,
+                activated(p["x"], self.cfg.conv_size),
+                w["D"],
+                w["norm_weight"],
+                None if self.cfg.output_gate == "none" else p["g"],
+                num_groups=place.num_heads // per_group,
+                activation=self.cfg.output_gate if self.cfg.output_gate == "sigmoid" else "swish",
+                eps=self.cfg.norm_eps,
+            )
         y_BTHV = widen(o_BTHV) + widen(w["D"]).unsqueeze(-1) * activated(p["x"], self.cfg.conv_size)
         gated = output.gate(y_BTHV, p.get("g"), self.cfg.output_gate)
         return output.norm(gated, w, self.cfg, self.num_norm_groups, place).to(o_BTHV.dtype)

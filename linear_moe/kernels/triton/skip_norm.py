@@ -1,0 +1,193 @@
+# mypy: allow-untyped-defs
+"""Fused skip, gate and RMS norm over the heads of a group: one read of each input, one write.
+
+With p = x + d s, a = act(gate), q = p a, r = 1 / sqrt(mean(q^2) + eps), n = q r and e = dy * w, the gradients are
+
+    dq = r (e - n mean(e n)),   dx = dq a,   ds = d dx,   dgate = dq p act'(gate)
+    dw = sum_t dy n,            dd = sum_t,v dx s
+
+A program owns one group of a run of tokens, and has a whole token at a time. The sums over tokens are taken within
+runs, then over runs, always in the same order. Inputs are read where they lie, if their last dimension is contiguous.
+
+Letters: B batch, T tokens, H heads, G groups of heads, V width of a head, W channels of a group, R runs of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linear_moe.kernels.triton.layout import rows_together
+
+RUN = 16
+"""Tokens of a program."""
+
+
+def skip_gate_norm(
+    x: Tensor,
+    skip: Tensor,
+    skip_weight: Tensor,
+    weight: Tensor,
+    gate: Tensor | None = None,
+    *,
+    num_groups: int = 1,
+    activation: str = "swish",
+    eps: float = 1e-6,
+) -> Tensor:
+    """See :func:`linear_moe.kernels.skip_gate_norm`; float32, float16 and bfloat16, up to 8192 channels a group."""
+    gate = None if gate is None else rows_together(gate)
+    return _SkipGateNorm.apply(
+        rows_together(x), rows_together(skip), skip_weight, weight, gate, num_groups, activation, eps
+    )
+
+
+class _SkipGateNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        skip: Tensor,
+        skip_weight: Tensor,
+        weight: Tensor,
+        gate: Tensor | None,
+        num_groups: int,
+        activation: str,
+        eps: float,
+    ) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        ctx.grid = x.shape[0] * triton.cdiv(x.shape[1], RUN), num_groups
+        ctx.constants = _constants(x, num_groups, activation, gate is not None)
+        ctx.eps = eps
+        g = x if gate is None else gate
+        forward_kernel[ctx.grid](
+            x, skip, skip_weight.contiguous(), weight.contiguous(), g, y, x.shape[1], eps,
+            *x.stride()[:3], *skip.stride()[:3], *g.stride()[:3], **ctx.constants,
+        )  # fmt: skip
+        ctx.save_for_backward(x, skip, skip_weight, weight, gate)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, skip, skip_weight, weight, gate = ctx.saved_tensors
+        dy, g = rows_together(dy), x if gate is None else gate
+        dx, d_skip = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+        dg = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+        parts = x.new_empty(2, ctx.grid[0], *x.shape[2:], dtype=torch.float32)
+        backward_kernel[ctx.grid](
+            x, skip, skip_weight.contiguous(), weight.contiguous(), g, dy, dx, d_skip,
+            dx if dg is None else dg, parts, x.shape[1], ctx.eps,
+            *x.stride()[:3], *skip.stride()[:3], *g.stride()[:3], *dy.stride()[:3], **ctx.constants,
+        )  # fmt: skip
+        d_weight, d_skip_weight = parts.sum(1)
+        return (
+            dx, d_skip, d_skip_weight.sum(-1).to(skip_weight.dtype), d_weight.to(weight.dtype), dg, None, None, None
+        )  # fmt: skip
+
+
+def _constants(x: Tensor, num_groups: int, activation: str, has_gate: bool) -> dict[str, Any]:
+    heads, width = x.shape[2], x.shape[3]
+    block = max(16, triton.next_power_of_2(heads // num_groups * width))
+    return dict(
+        H=heads, V=width, W=heads // num_groups * width, BLOCK=block, RUN=RUN, IS_SWISH=activation == "swish",
+        HAS_GATE=has_gate, num_warps=min(16, max(4, block // 256)),
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(x, row, token, i_head, i_V, x_b, x_t, x_h):
+    """Where the channels of a token are."""
+    return x + row * x_b + token * x_t + i_head * x_h + i_V
+
+
+@triton.jit(do_not_specialize=["num_tokens", "eps"])
+def forward_kernel(
+    x, skip, skip_weight, weight, gate, y, num_tokens, eps, x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h,
+    H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    IS_SWISH: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """y ``[B, T, H, V]``, contiguous. Grid: (B * R, G)."""
+    runs = tl.cdiv(num_tokens, RUN)
+    row = (tl.program_id(0) // runs).to(tl.int64)
+    first = tl.program_id(0) % runs * RUN
+    i_W = tl.arange(0, BLOCK)
+    m_W = i_W < W
+    channel = tl.program_id(1) * W + i_W
+    i_head, i_V = channel // V, channel % V
+    b_w = tl.load(weight + channel, mask=m_W, other=0.0).to(tl.float32)
+    b_d = tl.load(skip_weight + i_head, mask=m_W, other=0.0).to(tl.float32)
+    for t in range(tl.minimum(RUN, num_tokens - first)):
+        token = (first + t).to(tl.int64)
+        b_y = tl.load(_place(x, row, token, i_head, i_V, x_b, x_t, x_h), mask=m_W, other=0.0).to(tl.float32)
+        b_s = tl.load(_place(skip, row, token, i_head, i_V, s_b, s_t, s_h), mask=m_W, other=0.0).to(
+            tl.float32
+        )
+        b_y += b_d * b_s
+        if HAS_GATE:
+            at_gate = _place(gate, row, token, i_head, i_V, g_b, g_t, g_h)
+            b_g = tl.load(at_gate, mask=m_W, other=0.0).to(tl.float32)
+            b_y *= tl.sigmoid(b_g)
+            if IS_SWISH:
+                b_y *= b_g
+        b_y *= tl.rsqrt(tl.sum(b_y * b_y, 0) / W + eps) * b_w
+        at = (row * num_tokens + token) * (H * V)
+        tl.store(y + at + channel, b_y.to(y.dtype.element_ty), mask=m_W)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "eps"])
+def backward_kernel(
+    x, skip, skip_weight, weight, gate, dy, dx, d_skip, d_gate, parts, num_tokens, eps,
+    x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h, dy_b, dy_t, dy_h,
+    H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    IS_SWISH: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """dx, d_skip and d_gate ``[B, T, H, V]``, contiguous; ``parts`` ``[2, B * R, H, V]``: dw, and dx s, of each run."""
+    runs = tl.cdiv(num_tokens, RUN)
+    row = (tl.program_id(0) // runs).to(tl.int64)
+    first = tl.program_id(0) % runs * RUN
+    i_W = tl.arange(0, BLOCK)
+    m_W = i_W < W
+    channel = tl.program_id(1) * W + i_W
+    i_head, i_V = channel // V, channel % V
+    b_w = tl.load(weight + channel, mask=m_W, other=0.0).to(tl.float32)
+    b_d = tl.load(skip_weight + i_head, mask=m_W, other=0.0).to(tl.float32)
+    d_weight, d_skipped = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for t in range(tl.minimum(RUN, num_tokens - first)):
+        token = (first + t).to(tl.int64)
+        at = (row * num_tokens + token) * (H * V)
+        b_p = tl.load(_place(x, row, token, i_head, i_V, x_b, x_t, x_h), mask=m_W, other=0.0).to(tl.float32)
+        b_s = tl.load(_place(skip, row, token, i_head, i_V, s_b, s_t, s_h), mask=m_W, other=0.0).to(
+            tl.float32
+        )
+        b_dy = tl.load(_place(dy, row, token, i_head, i_V, dy_b, dy_t, dy_h), mask=m_W, other=0.0).to(
+            tl.float32
+        )
+        b_p += b_d * b_s
+        b_a = tl.full([BLOCK], 1.0, tl.float32)
+        b_slope = tl.zeros([BLOCK], tl.float32)
+        if HAS_GATE:
+            at_gate = _place(gate, row, token, i_head, i_V, g_b, g_t, g_h)
+            b_g = tl.load(at_gate, mask=m_W, other=0.0).to(tl.float32)
+            b_open = tl.sigmoid(b_g)
+            b_a = b_open * b_g if IS_SWISH else b_open
+            b_slope = b_open * (1 + b_g * (1 - b_open)) if IS_SWISH else b_open * (1 - b_open)
+        b_n = b_p * b_a
+        b_r = tl.rsqrt(tl.sum(b_n * b_n, 0) / W + eps)
+        b_n *= b_r
+        d_weight += b_dy * b_n
+        b_dy *= b_w
+        b_dq = b_r * (b_dy - b_n * (tl.sum(b_dy * b_n, 0) / W))
+        if HAS_GATE:
+            tl.store(d_gate + at + channel, (b_dq * b_p * b_slope).to(d_gate.dtype.element_ty), mask=m_W)
+        b_dx = b_dq * b_a
+        tl.store(dx + at + channel, b_dx.to(dx.dtype.element_ty), mask=m_W)
+        tl.store(d_skip + at + channel, (b_dx * b_d).to(d_skip.dtype.element_ty), mask=m_W)
+        d_skipped += b_dx * b_s
+    parts += tl.program_id(0).to(tl.int64) * (H * V)
+    tl.store(parts + channel, d_weight, mask=m_W)
+    tl.store(parts + tl.num_programs(0).to(tl.int64) * (H * V) + channel, d_skipped, mask=m_W)
