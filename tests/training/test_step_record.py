@@ -45,7 +45,8 @@ def run_log(rank: int, folder: str, peak: float | None = PEAK) -> tuple[Any, Any
     )
     memory = patch.object(torch.cuda, "max_memory_allocated", lambda: (rank + 1) * 2**29)
     around.start(), memory.start()
-    log = metrics.RunLog(Path(folder), FlopsPerToken(mixers=10, feed_forward=20, head=5, per_pair=4))
+    flops = FlopsPerToken(mixers=10, feed_forward=20, head=5, per_pair=4)
+    log = metrics.RunLog(Path(folder), flops, [SimpleNamespace(take=lambda: {"moe_load": 1.25})])  # type: ignore
     return log, lambda: (around.stop(), memory.stop())
 
 
@@ -58,7 +59,7 @@ def three_steps(rank: int, world: int, folder: str) -> tuple[str, list[Any]]:
     def original(*args: Any, **kwargs: Any) -> None:
         stock.append((args, kwargs))
 
-    rate = None if rank == 0 else 0.25  # Megatron knows it on some ranks
+    rate = None if rank == 0 else 0.1  # Megatron knows it on some ranks
     with with_model_parallel(), redirect_stdout(printed):
         write = log.wrap(original)
         for step, kwargs, skipped, loss in (
@@ -83,20 +84,21 @@ def records(folder: str | Path) -> list[dict[str, Any]]:
 
 def test_the_record_of_a_step(gloo, tmp_path: Path):
     """Written by the last rank; tokens of all ranks, memory of the fullest, and the model's FLOPs by hand."""
-    (silent, _), (printed, _) = gloo(2, three_steps, str(tmp_path))
-    plain, packed, skipped = records(tmp_path)
+    (silent, _), (printed, _) = gloo(2, three_steps, str(tmp_path / "a" / "run"))
+    plain, packed, skipped = records(tmp_path / "a" / "run")
     tokens = 3 * 2 * 4 * 32  # micro-batch, data-parallel ranks, micro-batches, sequence
     flops = 3 * ((10 + 20 + 5) * tokens + 4 * tokens * 32 / 2)
     assert plain == {
         "iteration": 1,
         "grad_norm": 0.5,
-        "learning_rate": 0.25,
+        "learning_rate": 0.1,
         "seconds": 0.5,
         "tokens": tokens,
         "tokens_per_second_per_gpu": tokens / 0.5 / 2,
         "tflops_per_gpu": pytest.approx(flops / 0.5 / 2 / 1e12),
         "mfu": pytest.approx(flops / 0.5 / 2 / PEAK),
         "peak_memory_gib": 1.0,
+        "moe_load": 1.25,
         "lm_loss": 3.0,
         "moe_load_balancing_loss": 1.5,
     }
@@ -114,7 +116,8 @@ def spoiled(rank: int, world: int, folder: str) -> list[str]:
     told = []
     with with_model_parallel():
         write = log.wrap(lambda *args, **kwargs: None)
-        for norm, loss in ((math.nan, 1.0), (0.5, math.inf)):
+        write({}, {}, 0.1, 5, 1.0, False, 0, None, None, None)  # nothing is known of it
+        for norm, loss in ((math.nan, 1.0), (None, math.inf)):
             try:
                 write({"lm loss": torch.tensor(loss)}, {}, 0.1, 6, 1.0, False, 0, norm, None, None)
             except ValueError as error:
@@ -130,7 +133,7 @@ def test_a_step_that_is_not_a_number_ends_the_run(gloo, tmp_path: Path):
             "step 6 has a loss of inf",
         ]
         assert all("\n  why: training diverged" in text and "\n  try: a lower LR" in text for text in told)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert [record["iteration"] for record in records(tmp_path)] == [5]
 
 
 def evaluated(rank: int, world: int, folder: str) -> list[Any]:
@@ -139,21 +142,22 @@ def evaluated(rank: int, world: int, folder: str) -> list[Any]:
     done: list[Any] = []
     hooks = log.evaluation()
     losses = iter([{"lm loss": torch.tensor(2.0)}, {"lm loss": torch.tensor(25.0)}, None])
-    evaluate = hooks["evaluate"](lambda: (next(losses), None))
+    evaluate = hooks["evaluate"](lambda *, asked: (next(losses), asked))
 
-    def stock(prefix: str, forward: Any, data: Any, model: Any, iteration: int) -> Any:
+    def stock(prefix: str, forward: Any, data: Any, model: Any, iteration: int, *, config: str) -> Any:
         done.append((prefix, iteration))
-        return evaluate()
+        return evaluate(asked=config)
 
     with with_model_parallel():
         noted = hooks["evaluate_and_print_results"](stock)
         for prefix, step in (
             ("iteration 5", 5),
             ("iteration 10 on validation set", 10),
-            ("iteration 10 on validation set", 10),
             ("iteration 10 on test set", 10),
         ):
-            noted(prefix, None, None, None, step)
+            assert noted(prefix, None, None, None, step, config="it")[1] == "it"
+            if "validation" in prefix:
+                assert noted(prefix, None, None, None, step, config="it") is None
     stop()
     return done
 
@@ -188,17 +192,19 @@ def loads(rank: int, world: int) -> tuple[list[dict[str, float]], dict[str, Any]
         def gating(self, x: Any) -> Any: ...
         def routing(self, x: Any) -> Any: ...
 
-    second = [[1, 1, 0, 0], [1, 0, 1, 0]] if rank == 0 else [[1, 0, 1, 0], [1, 0, 1, 0]]
+    second = [[1, 1, 0, 0], [1, 1, 0, 0]] if rank == 0 else [[1, 0, 1, 0], [1, 0, 1, 0]]
     routers = torch.nn.ModuleList([Fixed(2, second), Fixed(3, [[1, 1, 1, 1]])])
+    other = torch.tensor([[0, 0, 0, 1]])
     load, found = ExpertLoad(3, 4), []
     load.watch(routers)
     for _ in range(2):
         for router in routers:
             router(None)
-            with torch.no_grad():  # the first pass of a layer that is computed again
-                router(None)
-            router.eval()(None)
-            router.train()
+            with patch.object(router, "map", other):
+                with torch.no_grad():  # the first pass of a layer that is computed again
+                    router(None)
+                router.eval()(None)
+                router.train()
         found.append(load.take())
     found.append(load.take())
     memories = MemoryLoad(4, {1: 2, 3: 3})
@@ -210,7 +216,7 @@ def loads(rank: int, world: int) -> tuple[list[dict[str, float]], dict[str, Any]
 
 
 def test_the_loads_of_experts_and_memories(gloo):
-    """Layer 2: 4, 1, 3 and 0 tokens of 8; layer 3 is even; layer 1 is dense and does not count."""
+    """Layer 2: 4, 2, 2 and 0 tokens of 8; layer 3 is even; layer 1 is dense and does not count."""
     for found, memories in gloo(2, loads):
         for figures in found[:2]:
             assert figures == {
