@@ -177,6 +177,13 @@ def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, acti
         _fail("activation", f"is {activation!r}", "there is no other", '"swish" or "sigmoid"')
 
 
+def check_scaled(x: Tensor, weight: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.scale_heads` takes."""
+    check_gated_norm(x, None, None, "swish")
+    _check_float("weight", weight, x.device)
+    _check_shape("weight", weight, x.shape[:3], "[B, T, H]")
+
+
 def check_skip_gate_norm(
     x: Tensor,
     skip: Tensor,

@@ -28,6 +28,7 @@ from linear_moe.kernels import (
     gated_norm,
     reference,
     rows,
+    scaled,
     skip_norm,
     swiglu,
 )
@@ -164,6 +165,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("dplr_delta_rule_segment", chunked_dplr, "dplr_segment"),
         _operation("short_conv", conv, "short_conv", _takes_taps),
         _operation("gated_rms_norm", gated_norm, "gated_norm", _takes_width),
+        _operation("scale_heads", scaled, "scaled", _takes_width),
         _operation("skip_gate_norm", skip_norm, "skip_norm", _takes_group),
         _operation("cross_entropy_", cross_entropy, "cross_entropy"),
         _operation("spread_rows", rows, "rows"),

@@ -230,6 +230,22 @@ def gated_rms_norm(
     return _run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
 
 
+def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head of a token times its number: ``weight[..., None] * x``.
+
+    Computes in float32, or float64 for float64 inputs, and keeps only its inputs for the backward pass.
+
+    Args:
+        x: ``[B, T, H, V]``, any float dtype.
+        weight: ``[B, T, H]``.
+
+    Returns:
+        ``[B, T, H, V]`` in x's dtype.
+    """
+    checks.check_scaled(x, weight)
+    return _run("scale_heads", x, x, weight)
+
+
 def skip_gate_norm(
     x: Tensor,
     skip: Tensor,

@@ -232,6 +232,13 @@ def gated_rms_norm(
     return torch.stack(heads, 2).to(x.dtype)
 
 
+def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """One head after the other."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    heads = [x[:, :, h].to(dtype) * weight[:, :, h, None].to(dtype) for h in range(x.shape[2])]
+    return torch.stack(heads, 2).to(x.dtype)
+
+
 def skip_gate_norm(
     x: Tensor,
     skip: Tensor,

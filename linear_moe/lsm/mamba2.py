@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.kernels import skip_gate_norm
+from linear_moe.kernels import scale_heads, skip_gate_norm
 from linear_moe.lsm import output
 from linear_moe.lsm.gating import activated, init_dt_bias, init_log_rate
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
@@ -131,7 +131,7 @@ class Mamba2(DiagonalDecay):
         return {
             "q": self._per_head(c_BTGK, place),
             "k": self._per_head(b_BTGK, place),
-            "v": (x_BTHV * dt_BTH.unsqueeze(-1)).to(x_BTHV.dtype),
+            "v": scale_heads(x_BTHV, dt_BTH),
             "log_decay": -widen(w["A_log"]).exp() * dt_BTH,
         }
 

@@ -79,7 +79,8 @@ def _convolved(
             state=state,
             cu_seqlens=cu_seqlens,
         )
-        views[:1] = head.split([p.width for p in first], dim=-1)
+        # Not split into one: its gradient would be copied.
+        views[:1] = head.split([p.width for p in first], dim=-1) if len(first) > 1 else [head]
     named = dict(zip([p.name for p in (*first, *plain)], views, strict=True))
     for p in plain:
         if p.bias:
