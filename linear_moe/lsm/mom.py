@@ -136,11 +136,6 @@ class MixtureOfMemories(Mixer):
         return self.num_copies * self.core.conv_channels
 
     @property
-    def scale(self) -> float:
-        """The inner mixer's."""
-        return self.inner.scale
-
-    @property
     def num_norm_groups(self) -> int:
         """The inner mixer's."""
         return self.inner.num_norm_groups
@@ -172,10 +167,6 @@ class MixtureOfMemories(Mixer):
         return self.cfg.topk + int(self.cfg.shared_memory)
 
     # ---- what a memory does ----
-
-    def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
-        """The inner mixer's."""
-        return self.core.gates(p, w, place)
 
     def read_out(
         self, o_BTHV: Tensor, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement

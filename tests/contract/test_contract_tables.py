@@ -214,18 +214,19 @@ def test_dtypes_and_shapes(name, case, dtype):
     exact = torch.promote_types(dtype, torch.float32)
     inputs = make(name, case, tokens=5, dtype=dtype)
     mixer, decays = inputs.mixer, []
+    inner = getattr(mixer, "core", mixer)  # of a mixture
 
     def gates(*arguments):
-        gated = type(mixer).gates(mixer, *arguments)
+        gated = type(inner).gates(inner, *arguments)
         decays.extend(x for key, x in gated.items() if key.startswith("log_decay"))
         assert {x.dtype for x in gated.values()} <= {dtype, exact}
         return gated
 
-    mixer.gates = gates
+    inner.gates = gates
     o, state = inputs.mix()
     assert o.dtype == dtype and o.shape == (2, 5, mixer.cfg.num_heads, mixer.cfg.head_v_dim)
     assert {x.dtype for x in decays} <= {exact}
-    half = {table.name: inputs.w[table.name] for table in mixer.parameters() if not table.keep_float32}
+    half = {table.name: inputs.w[table.name] for table in inner.parameters() if not table.keep_float32}
     learned = [x.sum() for x in decays if x.requires_grad]
     if half and learned and dtype != exact:
         found = torch.autograd.grad(sum(learned), [*half.values()], allow_unused=True, retain_graph=True)
