@@ -1,0 +1,49 @@
+"""What is told of a checkpoint that cannot be loaded: which step, why, and which other one is there."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from linear_moe.training.damage import cannot_be_loaded
+
+
+def told(load: Path | None, pretrained: Path | None, error: BaseException | None = None) -> str:
+    args = Namespace(load=load and str(load), pretrained_checkpoint=pretrained and str(pretrained))
+    failures = {3: (error or ValueError("two\nlines"), None)}
+    return str(cannot_be_loaded(args, CheckpointException("load", failures)))  # type: ignore[arg-type]
+
+
+def saved(folder: Path, *steps: int, latest: int | None) -> Path:
+    for step in steps:
+        (folder / f"iter_{step:07d}").mkdir(parents=True)
+        (folder / f"iter_{step:07d}" / ".metadata").touch()
+    if latest is not None:
+        (folder / "latest_checkpointed_iteration.txt").write_text(f"{latest}\n")
+    return folder
+
+
+def test_the_latest_of_the_other_whole_steps_is_named(tmp_path: Path):
+    folder = saved(tmp_path / "a", 2, 30, 100, 9, latest=100)
+    (folder / "iter_0000050").mkdir()  # a save that was cut off
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    text = told(folder, None)
+    assert text.startswith(
+        f"step 100 of {folder} cannot be loaded: ValueError: two\n  why: a file of it is missing"
+    )
+    assert text.endswith(f"\n  try: echo 30 > {tracker}, an earlier step, or another RUN_NAME")
+
+
+@pytest.mark.parametrize("load", [False, True], ids=["no run yet", "an empty run"])
+def test_the_weights_to_start_from_where_the_run_has_none(tmp_path: Path, load: bool):
+    folder = saved(tmp_path / "start", 7, latest=7)
+    text = told(tmp_path / "run" if load else None, folder)
+    assert text.startswith(f"step 7 of {folder} cannot be loaded")
+    assert text.endswith("\n  try: a copy of it, or another RUN_NAME")
+
+
+def test_errors_without_words_and_folders_without_a_tracker(tmp_path: Path):
+    folder = saved(tmp_path / "start", 7, latest=None)
+    assert told(folder, None, KeyError()).startswith(f"step  of {folder} cannot be loaded: KeyError: \n")
+    assert len(told(folder, None, ValueError("x" * 900)).splitlines()[0]) < 350
