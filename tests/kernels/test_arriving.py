@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from triton_arriving_cases import CASES
 
 from linear_moe import kernels
 from linear_moe.kernels import reference
-from linear_moe.kernels.arriving import Arriving, states_of
+from linear_moe.kernels.arriving import Arriving, meanwhile, states_of
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,30 @@ def test_looking_at_an_arriving_memory_waits_once() -> None:
     assert keys == 0 and values == 1 and len(asked) == 1
     assert states_of(None, 2) == (None, None) and states_of((), 1) == (None,)
     assert states_of((keys,))[0] is keys
+
+
+def test_what_is_begun_early_has_no_graph() -> None:
+    """And tokens pass as they are: those without a gradient stay without one, and without autograd nothing is done."""
+    x, y = torch.randn(2, requires_grad=True), torch.randn(2)
+    begun_with_grad = []
+
+    def begin(*tokens: Tensor | None) -> None:
+        begun_with_grad.append(torch.is_grad_enabled())
+
+    _, tokens, early = meanwhile(lambda: y, begin, (y, x, None))
+    assert early is not None and [t is not None and t.requires_grad for t in tokens] == [False, True, False]
+    with torch.no_grad():
+        _, same, _ = meanwhile(lambda: y, begin, (x, y))
+    assert same[0] is x and begun_with_grad == [False, False]
+
+
+def test_a_memory_that_is_here_lets_go_of_what_was_sent() -> None:
+    class Sent:
+        pass
+
+    sent = Sent()
+    held = weakref.ref(sent)
+    memory = Arriving(1, lambda sent=sent: [torch.zeros(1)])  # type: ignore[misc]
+    del sent
+    assert held() is not None and torch.equal(memory[0], torch.zeros(1))
+    assert held() is None
