@@ -10,6 +10,7 @@ import pytest
 
 from linear_moe.data.instructions import prepare as preparing
 from linear_moe.data.instructions.prepare import open_prepared, prepare
+from linear_moe.data.instructions.report import Report
 from tests.finetune.chat import chat_tokenizer, mixed_messages, prepared, write_lines
 
 
@@ -34,6 +35,21 @@ def test_counts_are_those_of_the_samples(tokenizer: str, lines: str, tmp_path: P
     assert [len(sample.tokens) - 1 for sample in every] == samples.lengths.tolist()
     assert np.concatenate([sample.tokens for sample in every]).tolist() == samples.tokens.tolist()
     assert isinstance(samples.tokens, np.memmap) and isinstance(samples.learned, np.memmap)
+
+
+def test_what_a_person_is_told_of_the_samples():
+    """Those read are those used, those dropped, and those cut, each once."""
+    counts = {"samples": 10, "tokens": 0, "learned_tokens": 0, "largest_token": 0, "longest": 99, "split": 0}
+    cut = Report(source=["/a/x.jsonl", "/b/y.jsonl"], over_long=5, cut=3, empty_answers=2, **counts)
+    assert cut.notes(64) == [
+        "x.jsonl, y.jsonl: 2 of 14 samples have an empty answer and are left out.",
+        "x.jsonl, y.jsonl: 5 of 14 samples are longer than SEQ_LEN=64 and 3 are cut, and 2 left out; "
+        "SEQ_LEN=99 holds all",
+    ]
+    dropped = Report(source=["x"], over_long=5, cut=0, empty_answers=0, **counts)
+    assert dropped.notes(64) == [
+        "x: 5 of 15 samples are longer than SEQ_LEN=64 and are left out; SEQ_LEN=99 holds all"
+    ]
 
 
 def test_truncation_and_padding_of_the_file_change_no_sample(tokenizer: str, lines: str, tmp_path: Path):
