@@ -60,12 +60,9 @@ def scan_blocks(
     if not has_wgmma():
         return _without_wgmma(num_keys, num_values)
     values = 32 if has_gradient else 64
-    if num_keys <= 64:
-        return _blocks(
-            num_keys, num_values, values, 8 if has_gradient and _is_masked(num_keys, num_values) else 4, 2
-        )
-    if num_keys <= 128:
-        return _blocks(num_keys, num_values, values, 8, 2)
+    if num_keys <= 128:  # 8 warps share 64 rows in pairs, each with a product of its own: half the rate
+        needs_more = _is_masked(num_keys, num_values) and (has_gradient or num_keys > 64)
+        return _blocks(num_keys, num_values, values, 8 if needs_more else 4, 2)
     return _blocks(num_keys, num_values, 16, 8, 1 if has_gradient else 2)
 
 

@@ -30,34 +30,31 @@ LOG_FORGET: tl.constexpr = tl.constexpr(-140.0)
 
 
 @triton.jit
-def chunk_decay(
-    log_decay, sums, head, num_heads, token, num_all, left, DECAY: tl.constexpr, C: tl.constexpr,
-    HAS_LOW: tl.constexpr = True,
-):  # fmt: skip
+def sums_of(sums, token, segment, chunk, head, num_heads, C: tl.constexpr):
+    """Where the sums of a chunk and head are; ``token`` is the first of the segment."""
+    return sums + (tl.cast(chunk_slot(token, segment, chunk, C), tl.int64) * num_heads + head) * (2 * C)
+
+
+@triton.jit
+def chunk_decay(log_decay, sums, head, left, DECAY: tl.constexpr, C: tl.constexpr, HAS_LOW: tl.constexpr):
     """g of each token and of the last one, high and low parts. ``left`` tokens exist; the others repeat the last g.
 
-    Without ``HAS_LOW``, for half precision, the low parts are 0: a weak decay after total ones is off by 3e-4.
+    ``sums`` are those of the chunk. Without ``HAS_LOW``, for half precision, the low parts are 0: a weak decay after
+    total ones is off by 3e-4.
     """
     i_C = tl.arange(0, C)
-    left = tl.minimum(tl.maximum(left, 0), C)
     if DECAY == 1:  # one number per head
+        left = tl.minimum(tl.maximum(left, 0), C)
         log_a = tl.load(log_decay + head).to(tl.float64)
         log_a = tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
         g, last = log_a * tl.minimum(i_C + 1, left), log_a * left
         high, last_high = g.to(tl.float32), last.to(tl.float32)
         low, last_low = (g - high).to(tl.float32), (last - last_high).to(tl.float32)
     else:
-        p_high = sums + head.to(tl.int64) * num_all + token
-        p_low = sums + (num_heads + head).to(tl.int64) * num_all + token
-        end = tl.maximum(left - 1, 0)
-        last_high = tl.load(p_high + end)
-        high = tl.load(p_high + i_C, mask=i_C < left, other=0.0)
-        high = tl.where(i_C < left, high, last_high)
-        last_low, low = last_high * 0.0, high * 0.0
+        high, last_high = tl.load(sums + i_C), tl.load(sums + C - 1)
+        low, last_low = high * 0.0, last_high * 0.0
         if HAS_LOW:
-            last_low = tl.load(p_low + end)
-            low = tl.load(p_low + i_C, mask=i_C < left, other=0.0)
-            low = tl.where(i_C < left, low, last_low)
+            low, last_low = tl.load(sums + C + i_C), tl.load(sums + 2 * C - 1)
     return high, low, last_high, last_low
 
 
@@ -66,16 +63,15 @@ def chunk_decay(
         "num_tokens",
         "segments_per_row",
         "num_documents",
-        "num_all",
         "chunks_per_segment",
         "a_b",
     ]
 )
 def sums_kernel(
     log_decay,  # [B, T, H], any strides
-    sums,  # [2, H, L] float32: high parts, low parts
+    sums,  # [chunks, H, 2, C] float32: high parts, low parts
     plan,
-    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, chunks_per_segment,
+    num_tokens, num_heads, segment_size, segments_per_row, num_documents, chunks_per_segment,
     a_b, a_t, a_h,
     BH: tl.constexpr, C: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -85,18 +81,22 @@ def sums_kernel(
     row, start, length, readable = segment_of(
         plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
     )
-    i_C, i_H = chunk * C + tl.arange(0, C), tl.program_id(1) * BH + tl.arange(0, BH)
-    mask = (i_C[:, None] < length) & (i_H[None, :] < num_heads)
+    i_C, i_H = tl.arange(0, C), tl.program_id(1) * BH + tl.arange(0, BH)
+    i_T = chunk * C + i_C
+    m_H = i_H[None, :] < num_heads
     log_decay += row.to(tl.int64) * a_b + start.to(tl.int64) * a_t
-    p_a = log_decay + i_C[:, None].to(tl.int64) * a_t + i_H[None, :] * a_h
-    log_a = tl.load(p_a, mask=mask & (i_C[:, None] < readable), other=0.0).to(tl.float64)  # [C, BH]
+    p_a = log_decay + i_T[:, None].to(tl.int64) * a_t + i_H[None, :] * a_h
+    log_a = tl.load(p_a, mask=m_H & (i_T[:, None] < readable), other=0.0).to(tl.float64)  # [C, BH]
     log_a = tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
-    g = tl.cumsum(log_a, 0)
+    g = tl.cumsum(log_a, 0)  # after the last token it stays as it is
     high = g.to(tl.float32)
     low = (g - high.to(tl.float64)).to(tl.float32)
-    p_high = sums + i_H[None, :].to(tl.int64) * num_all + (row * num_tokens + start) + i_C[:, None]
+    mask = mask_if(m_H, chunk * C < length)
+    p_high = (
+        sums_of(sums, row * num_tokens + start, segment, chunk, i_H[None, :], num_heads, C) + i_C[:, None]
+    )
     tl.store(p_high, high, mask=mask)
-    tl.store(p_high + num_heads * tl.cast(num_all, tl.int64), low, mask=mask)
+    tl.store(p_high + C, low, mask=mask)
 
 
 @triton.jit(
@@ -114,7 +114,7 @@ def decay_gradient_kernel(
     through,  # [P, num_groups, H] float32
     grad,  # [B, T, H] float32 contiguous, or [S, G, H] for a decay per head
     plan,
-    num_tokens, num_all, num_heads, segment_size, segments_per_row, num_documents, num_groups,
+    num_tokens, num_heads, segment_size, segments_per_row, num_documents, num_groups, num_all,
     C: tl.constexpr, EVERY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, G,
     DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip

@@ -15,14 +15,15 @@ Source: arXiv:2406.06484 section 3 (the WY form). No code was taken.
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.decay_sums import chunk_decay
+from linear_moe.kernels.triton.decay_sums import chunk_decay, sums_of
 from linear_moe.kernels.triton.diag_scan import chunk_factors
 from linear_moe.kernels.triton.layout import segment_of
 
 
 @triton.jit
 def factors(
-    log_decay, sums, head, num_heads, token, num_all, left, DECAY: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr
+    log_decay, sums, head, num_heads, token, chunk, left, DECAY: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr,
+    HAS_LOW: tl.constexpr,
 ):  # fmt: skip
     """read [C], write [C], total and D [C, C] (``REVERSE``: D transposed) of decays that are scalars, or none."""
     i_C = tl.arange(0, C)
@@ -35,11 +36,11 @@ def factors(
             pair = tl.where(i_C[:, None] >= i_C[None, :], 1.0, 0.0)
     else:
         high, low, last_high, last_low = chunk_decay(
-            log_decay, sums, head, num_heads, token, num_all, left, DECAY, C
+            log_decay, sums_of(sums, token, chunk, 0, head, num_heads, C), head, left, DECAY, C, HAS_LOW
         )
-        read, write, pair = chunk_factors(high, low, last_high, last_low, 1.0, False)
+        read, write, pair = chunk_factors(high, low, last_high, last_low, 1.0, False, HAS_LOW)
         if REVERSE:
-            _, _, pair = chunk_factors(high, low, last_high, last_low, 1.0, True)
+            _, _, pair = chunk_factors(high, low, last_high, last_low, 1.0, True, HAS_LOW)
         total = tl.exp2(last_high)
     return read, write, total, pair
 
@@ -102,11 +103,11 @@ def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
     return tl.reshape(x, (C, C))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
 def solve_kernel(
     q, k, beta, log_decay, sums, plan,
     inverse, scores,  # [S, H, C, C] in the dtype of q: T - I, and P
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, PRECISION: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
@@ -127,7 +128,10 @@ def solve_kernel(
         p_beta = beta + batch * b_b + (first + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
         token = row * num_tokens + start
-        _, _, _, pair = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C)
+        HAS_LOW: tl.constexpr = k.dtype.element_ty == tl.float32
+        _, _, _, pair = factors(
+            log_decay, sums, head, num_heads, token, chunk, left, DECAY, False, C, HAS_LOW
+        )
         pair = pair * b_beta[None, :]
         p_tile = (chunk.to(tl.int64) * num_heads + head) * (C * C) + i_C[:, None] * C + i_C[None, :]
         if HAS_OUTPUT:

@@ -114,7 +114,7 @@ def gradient_kernel(
     states, d_states,  # [S, H, DK, DV]
     dq, dk,  # [L, H, DK]
     d_beta, d_decay,  # [NK, L, H] float32
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, num_all, scale,
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h,
     o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -151,8 +151,9 @@ def gradient_kernel(
 
         # what tokens read of each other
         b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
+        HAS_LOW: tl.constexpr = k.dtype.element_ty == tl.float32
         read, write, total, pair = factors(
-            log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C
+            log_decay, sums, head, num_heads, token, chunk, left, DECAY, False, C, HAS_LOW
         )
         is_own = i_C[:, None] == i_C[None, :]
         b_own = tl.sum(tl.where(is_own, b_x, 0.0), 1)  # e_j . dv_j
@@ -191,7 +192,7 @@ def gradient_kernel(
 
         # what they write for each other
         b_y, b_x = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
-        _, _, _, pair = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, True, C)
+        _, _, _, pair = factors(log_decay, sums, head, num_heads, token, chunk, left, DECAY, True, C, HAS_LOW)
         b_x = tl.where(i_C[:, None] < i_C[None, :], b_x * pair * -b_beta[:, None], 0.0)
         if HAS_OUTPUT:
             b_y = b_y * pair * (b_beta * scale)[:, None]

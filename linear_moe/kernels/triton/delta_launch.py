@@ -72,10 +72,11 @@ class DeltaChunks(ChunkLaunch):
         if log_decay.ndim == 4:
             table = level_sums(chunk, False, v.dtype, v.device)
             return cls(**common, decay=KEY_DECAY, log_decay=log_decay, sums=table)
-        sums = torch.empty(2, num_heads, layout.num_all, dtype=torch.float32, device=v.device)
+        shape = layout.num_slots(chunk), num_heads, 2, chunk
+        sums = torch.empty(shape, dtype=torch.float32, device=v.device)
         heads = min(16, triton.next_power_of_2(num_heads))
         sums_kernel[(layout.num_segments, triton.cdiv(num_heads, heads))](
-            log_decay, sums, layout.plan, layout.num_tokens, layout.num_all, num_heads, chunk,
+            log_decay, sums, layout.plan, layout.num_tokens, num_heads, chunk,
             layout.segments_per_row, layout.num_documents, 1, *log_decay.stride(),
             BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
         )  # fmt: skip
@@ -244,15 +245,15 @@ class DeltaChunks(ChunkLaunch):
             del dims["DECAY"]
             vector_gradient_kernel[grid](
                 q, k, do, beta, self.log_decay, self.sums, solved.totals, layout.plan, errors, dv,
-                states, d_states, dq, dk, d_decay, d_beta, *self._sizes(), layout.num_documents, self.scale,
-                *strides, *self.log_decay.stride(),
+                states, d_states, dq, dk, d_decay, d_beta, *self._sizes(), layout.num_documents,
+                layout.num_all, self.scale, *strides, *self.log_decay.stride(),
                 K_PER=self._sharing(k), LEVELS=self._levels(), HAS_OUTPUT=has_output, **dims, **cut.launch,
             )  # fmt: skip
             return dq, dk, d_beta.sum(0), d_decay
         d_decay = d_beta if self.decay == NO_DECAY else self._empty(*parts, dtype=torch.float32)
         gradient_kernel[grid](
             q, k, do, beta, self.log_decay, self.sums, layout.plan, errors, dv, states, d_states,
-            dq, dk, d_beta, d_decay, *self._sizes(), layout.num_documents, self.scale, *strides,
+            dq, dk, d_beta, d_decay, *self._sizes(), layout.num_documents, layout.num_all, self.scale, *strides,
             K_PER=self._sharing(k), HAS_OUTPUT=has_output, **self._dims(), **cut.launch,
         )  # fmt: skip
         if self.decay == NO_DECAY:
@@ -263,9 +264,9 @@ class DeltaChunks(ChunkLaunch):
     def _blocks_of_values(self, cut: delta_configs.Cut) -> int:
         return triton.cdiv(self.num_values, cut.values)
 
-    def _sizes(self) -> tuple[int, int, int, int]:
+    def _sizes(self) -> tuple[int, int, int]:
         layout = self.layout
-        return layout.num_tokens, layout.num_all, self.num_heads, layout.segments_per_row
+        return layout.num_tokens, self.num_heads, layout.segments_per_row
 
     def _dims(self) -> dict[str, Any]:
         """What most kernels are compiled for."""

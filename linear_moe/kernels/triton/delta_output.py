@@ -16,14 +16,14 @@ from linear_moe.kernels.triton.delta_chunk import factors
 from linear_moe.kernels.triton.layout import mask_if, segment_of
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
 def output_kernel(
     q_read, log_decay, sums, plan,
     scores,  # [S, H, C, C]: P
     states,  # [S, H, DK, DV]: the memory before each chunk
     errors,  # [L, H, DV]: e
     o,  # [L, H, DV]
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
     q_b, q_t: tl.constexpr, q_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
@@ -54,7 +54,10 @@ def output_kernel(
     b_e = tl.load(errors + i_o, mask=m_v, other=0.0)  # [C, BV]
     b_o = tl.dot(b_q, b_S, input_precision="ieee") * scale
     if (DECAY == 1) | (DECAY == 2):
-        read, _, _, _ = factors(log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C)
+        HAS_LOW: tl.constexpr = o.dtype.element_ty == tl.float32
+        read, _, _, _ = factors(
+            log_decay, sums, head, num_heads, token, chunk, left, DECAY, False, C, HAS_LOW
+        )
         b_o = b_o * read[:, None]
     b_o = tl.dot(b_P, b_e, b_o, input_precision="ieee")
     if IS_PACKED:

@@ -51,8 +51,8 @@ def document_of(
 
 @triton.jit
 def step_factors(
-    beta, log_decay, sums, totals, head, num_heads, token, num_all, left, b_t, chunk, i_K, DK: tl.constexpr,
-    BK: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr,
+    beta, log_decay, sums, totals, head, num_heads, token, left, b_t, chunk, i_K, DK: tl.constexpr,
+    BK: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, HAS_LOW: tl.constexpr,
 ):  # fmt: skip
     """read [C], write * beta [C] and total [BK] of a step; ``beta`` points at its first token."""
     i_C = tl.arange(0, C)
@@ -63,20 +63,20 @@ def step_factors(
         total = tl.load(p_total, mask=(i_K < DK) | (DK == BK), other=0.0)
     else:
         read, write, kept, _ = factors(
-            log_decay, sums, head, num_heads, token, num_all, left, DECAY, False, C
+            log_decay, sums, head, num_heads, token, chunk, left, DECAY, False, C, HAS_LOW
         )
         write = write * b_beta
         total = tl.full([BK], 1.0, tl.float32) * kept
     return read, write, total
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "num_all", "b_b"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "b_b"])
 def forward_kernel(
     k_read, k_write, v, beta, log_decay, sums, totals, inverse, plan, first_chunk,
     initial, final,  # [N, H, DK, DV] float32; initial may be nothing
     states,  # [S, H, DK, DV]: the memory before each chunk
     errors,  # [L, H, DV]: e
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, pieces,
+    num_tokens, num_heads: tl.constexpr, chunks_per_row, pieces,
     k_b, k_t: tl.constexpr, k_h, w_b, w_t: tl.constexpr, w_h,
     v_b, v_t: tl.constexpr, v_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -131,8 +131,8 @@ def forward_kernel(
             b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)  # [C, BV]
         b_T = tl.load(inverse + tile * (C * C) + i_C[:, None] * C + i_C[None, :])  # [C, C]
         read, write, total = step_factors(
-            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, num_all, left, b_t,
-            chunk, i_K, DK, BK, DECAY, C,
+            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, left, b_t,
+            chunk, i_K, DK, BK, DECAY, C, k_read.dtype.element_ty == tl.float32,
         )  # fmt: skip
         b_state = b_S.to(b_k.dtype)
         if not ONLY_FINAL:
@@ -147,13 +147,13 @@ def forward_kernel(
     tl.store(final + of_document + i_S, b_S, mask=m_S)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "num_all", "b_b"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "b_b"])
 def backward_kernel(
     q_read, k_read, k_write, do, beta, log_decay, sums, totals, inverse, scores, plan, first_chunk,
     d_final, d_initial,  # [N, H, DK, DV] float32; d_final may be nothing
     d_states,  # [S, H, DK, DV]: the gradient of the memory after each chunk
     dv,  # [L, H, DV]
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, pieces, scale,
+    num_tokens, num_heads: tl.constexpr, chunks_per_row, pieces, scale,
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, w_b,
     w_t: tl.constexpr, w_h, o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -210,8 +210,8 @@ def backward_kernel(
             b_do = tl.load(p_do, mask=m_v, other=0.0)  # [C, BV]
             b_PT = tl.load(scores + p_tile)
         read, write, total = step_factors(
-            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, num_all, left, b_t,
-            chunk, i_K, DK, BK, DECAY, C,
+            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, left, b_t,
+            chunk, i_K, DK, BK, DECAY, C, k_read.dtype.element_ty == tl.float32,
         )  # fmt: skip
         b_state = b_dS.to(b_k.dtype)
         if not ONLY_INITIAL:

@@ -92,7 +92,7 @@ def vector_gradient_kernel(
     states, d_states,  # [S, H, DK, DV]
     dq, dk, d_decay,  # [L, H, DK]
     d_beta,  # [NK, L, H] float32
-    num_tokens, num_all, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
+    num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, num_all, scale,
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, o_b, o_t: tl.constexpr,
     o_h, b_b, b_t: tl.constexpr, b_h, a_b, a_t: tl.constexpr, a_h, a_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

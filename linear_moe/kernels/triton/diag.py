@@ -168,7 +168,8 @@ class _Scan:
             return cls(layout, num_heads, scale, chunk, NO_DECAY, v, v)
         if log_decay.ndim == 1:
             return cls(layout, num_heads, scale, chunk, HEAD_DECAY, log_decay.contiguous(), v)
-        sums = torch.empty(2, num_heads, layout.num_all, dtype=torch.float32, device=v.device)
+        shape = layout.num_slots(chunk), num_heads, 2, chunk
+        sums = torch.empty(shape, dtype=torch.float32, device=v.device)
         scan = cls(layout, num_heads, scale, chunk, TOKEN_DECAY, log_decay, sums)
         heads = min(16, triton.next_power_of_2(num_heads))
         chunks = triton.cdiv(layout.segment_size, chunk)
@@ -257,7 +258,7 @@ class _Scan:
             v if parts is None else parts.pair,
             v if parts is None else parts.write if reverse else parts.read,
             v if parts is None else parts.through,
-            *self._sizes(), self._num_groups(), self.scale,
+            *self._sizes(), self._num_groups(), layout.num_all, self.scale,
             *(n for y in (q, k, v, o, x) for n in (y.stride(0), y.stride(2))),
             *(y.stride(1) for y in (q, k, v, o, x)),
             Q_PER=num_heads // q.shape[2], K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
@@ -279,7 +280,7 @@ class _Scan:
         num_parts = parts.pair.shape[0]
         decay_gradient_kernel[(layout.num_segments * groups, num_heads)](
             parts.pair, parts.read, parts.write, parts.through, grad, layout.plan,
-            *self._sizes(), self._num_groups(),
+            *self._sizes(), self._num_groups(), layout.num_all,
             C=self.chunk, EVERY=self._every(), P=num_parts, BP=triton.next_power_of_2(num_parts), G=groups,
             DECAY=self.decay, IS_PACKED=layout.is_packed, num_warps=1,
         )  # fmt: skip
@@ -313,7 +314,7 @@ class _Scan:
     def _sizes(self) -> tuple[int, ...]:
         layout = self.layout
         place = layout.segment_size, layout.segments_per_row, layout.num_documents
-        return layout.num_tokens, layout.num_all, self.num_heads, *place
+        return layout.num_tokens, self.num_heads, *place
 
 
 def _per_head(x_BTGK: Tensor, v: Tensor) -> Tensor:

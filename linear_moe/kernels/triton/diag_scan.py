@@ -30,7 +30,7 @@ head of q.
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.decay_sums import chunk_decay
+from linear_moe.kernels.triton.decay_sums import chunk_decay, sums_of
 from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 
@@ -61,7 +61,7 @@ def scan_kernel(
     saved,  # [G, H, DK, DV] (strides S_K, S_V): S before every EVERY-th chunk, counted from the end
     pair_sums, inter_sums,  # [NV, H, L] float32
     through,  # [NV, G, H] float32
-    num_tokens, num_all, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, num_groups, scale,
+    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, num_groups, num_all, scale,
     q_b, q_h, k_b, k_h, v_b, v_h, o_b, o_h, x_b, x_h,
     q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, o_t: tl.constexpr, x_t: tl.constexpr,
     Q_PER: tl.constexpr, K_PER: tl.constexpr, V_PER: tl.constexpr,
@@ -100,10 +100,18 @@ def scan_kernel(
         b_S = tl.load(before + at + i_S, mask=mask_if(m_S, readable > 0), other=0.0)
 
     num_chunks = tl.cdiv(length, C)
+    # pointers of the first chunk in time: one step each, instead of an address that is counted down for each of them
+    sums = sums_of(sums, token, segment, num_chunks - 1 if REVERSE else 0, head, num_heads, C)
+    if REVERSE:
+        origin = tl.cast(num_chunks - 1, tl.int64) * C
+        q, k, v, o = q + origin * q_t, k + origin * k_t, v + origin * v_t, o + origin * o_t
+        of_sums += origin
+        if GRADIENT != 0:
+            x += origin * x_t
     for step in range(0, num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
-        left = readable - chunk * C
-        past = (chunk * C).to(tl.int64)
+        left = tl.minimum(readable - chunk * C, C)
+        past = tl.cast(step, tl.int64) * (-C if REVERSE else C)
         m_q = (i_C[:, None] < left) & m_K[None, :]
         m_kT = m_K[:, None] & (i_C[None, :] < left)
         m_v = (i_C[:, None] < left) & m_V[None, :]
@@ -116,13 +124,19 @@ def scan_kernel(
         if STORE_SAVED and from_end % EVERY == 0:
             tl.store(saved + group * (DK * DV) + i_S, b_S.to(saved.dtype.element_ty), mask=m_S)
 
+        b_write = b_v
+        if DECAY != 0:
+            high, low, last_high, last_low = chunk_decay(
+                log_decay, sums + past * (2 * num_heads), head, left, DECAY, C, HAS_LOW
+            )  # fmt: skip
+            read, write, pair = chunk_factors(high, low, last_high, last_low, scale, REVERSE, HAS_LOW)
+            b_write = (b_v * write[:, None]).to(b_v.dtype)
+        elif REVERSE:
+            b_write = (b_v * scale).to(b_v.dtype)
+
         # scores end before b_o begins: together they would not fit the registers
         b_scores = tl.dot(b_q, b_kT, input_precision="ieee")  # [C, C]
         if DECAY != 0:
-            high, low, last_high, last_low = chunk_decay(
-                log_decay, sums, head, num_heads, token + past, num_all, left, DECAY, C, HAS_LOW
-            )
-            read, write, pair = chunk_factors(high, low, last_high, last_low, scale, REVERSE, HAS_LOW)
             b_scores = b_scores * pair
         elif REVERSE:
             b_scores = tl.where(i_C[:, None] <= i_C[None, :], b_scores * scale, 0.0)
@@ -149,12 +163,8 @@ def scan_kernel(
         m_o = (chunk * C + i_C[:, None] < length) & m_V[None, :]
         tl.store(o + past * o_t + i_C[:, None] * o_t + i_V[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
 
-        b_write = b_v
         if DECAY != 0:
             b_S = b_S * tl.exp2(last_high)
-            b_write = (b_v * write[:, None]).to(b_v.dtype)
-        elif REVERSE:
-            b_write = (b_v * scale).to(b_v.dtype)
         if GRADIENT == 2 and from_end % EVERY == 0:
             # b_S has decayed through the chunk, which has not written yet
             b_saved = tl.load(saved + group * (DK * DV) + i_S, mask=m_S, other=0.0).to(tl.float32)

@@ -15,19 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.triton.decay_sums import chunk_decay
+from linear_moe.kernels.triton.decay_sums import chunk_decay, sums_of
 from linear_moe.kernels.triton.layout import segment_of
 
 Local = tuple[Tensor, Tensor]
 """local(s) ``[S, H, K, V]`` and total(s) of every segment, float32."""
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "num_all"])
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
 def local_state_kernel(
     k, v, log_decay, sums, plan,
     local,  # [S, H, DK, DV] float32
     totals,  # [S, H] float32: what a segment keeps of the memory before it
-    num_tokens, num_all, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, write_scale,
+    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, write_scale,
     k_b, k_h, v_b, v_h, k_t: tl.constexpr, v_t: tl.constexpr,
     K_PER: tl.constexpr, V_PER: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -61,8 +61,8 @@ def local_state_kernel(
         b_v = tl.load(p_v, mask=m_v, other=0.0)  # [C, BV]
         if DECAY != 0:
             high, low, last_high, last_low = chunk_decay(
-                log_decay, sums, head, num_heads, row * num_tokens + start + chunk * C, num_all,
-                readable - chunk * C, DECAY, C,
+                log_decay, sums_of(sums, row * num_tokens + start, segment, chunk, head, num_heads, C), head,
+                readable - chunk * C, DECAY, C, v.dtype.element_ty == tl.float32,
             )  # fmt: skip
             if REVERSE:
                 write = tl.exp2(high) * write_scale
