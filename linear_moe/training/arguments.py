@@ -21,6 +21,9 @@ from linear_moe.model.mixer_options import add_mixer_options, take_mixer_options
 from linear_moe.model.pattern import SOFTMAX, layer_kinds
 from linear_moe.training import engine, finetune
 
+OUTPUT_CHUNK = 4096
+"""Tokens whose logits exist at once: 1.2 GB of a vocabulary of 152k in bf16, and enough for its products."""
+
 
 def import_mixer_modules(argv: list[str]) -> None:
     """Import what ``--mixer-module`` names in a command line; before :func:`add_arguments`, which lists all mixers."""
@@ -51,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--output-chunk-size",
         type=int,
         default=None,
-        help="tokens whose logits exist at once, with their gradient in place; default: a whole micro-batch's",
+        help="tokens whose logits exist at once, with their gradient in place; 0: a whole micro-batch's, in float32, "
+        f"which is the default in fp16; else {OUTPUT_CHUNK}",
     )
     group.add_argument("--sequential-experts", action="store_true", help="Megatron's loop over experts")
     finetune.add_arguments(group)
@@ -98,7 +102,7 @@ def resolve(args: argparse.Namespace) -> None:
             "  why: the memory of a mixer would still leak from one document to the next\n"
             "  try: --dataloader-inter-document-masking (PACK=true)"
         )
-    _check_output_chunks(args)
+    _resolve_output_chunks(args)
     if args.hybrid_context_parallel:
         raise ValueError(
             "--hybrid-context-parallel is not supported\n"
@@ -107,25 +111,27 @@ def resolve(args: argparse.Namespace) -> None:
         )
 
 
-def _check_output_chunks(args: argparse.Namespace) -> None:
+def _resolve_output_chunks(args: argparse.Namespace) -> None:
+    """Chunks wherever nobody else has a hand in the output layer.
+
+    Not in float16: gradients of logits are made before the loss scale is known, and most would be too small for it.
+    """
+    flags = ("--use-mup", "--cross-entropy-loss-fusion", "--logits-save-dir", "--logits-load-dir")
+    others = [flag for flag in flags if getattr(args, flag.strip("-").replace("-", "_"))]
     if args.output_chunk_size is None:
-        return
-    if args.output_chunk_size < 1:
+        args.output_chunk_size = 0 if args.fp16 or others else OUTPUT_CHUNK
+    if args.output_chunk_size < 0:
         raise ValueError(
             f"--output-chunk-size {args.output_chunk_size} holds no token\n"
             f"  why: it is the number of tokens whose logits exist at once\n"
-            f"  try: --output-chunk-size 4096, or leave it out for whole micro-batches"
+            f"  try: --output-chunk-size {OUTPUT_CHUNK}, or 0 for whole micro-batches"
         )
-    for flag, is_set in (
-        ("--use-mup", args.use_mup),
-        ("--cross-entropy-loss-fusion", args.cross_entropy_loss_fusion),
-    ):
-        if is_set:
-            raise ValueError(
-                f"--output-chunk-size does not go with {flag}\n"
-                f"  why: it takes the place of Megatron's output layer and loss, which {flag} changes\n"
-                f"  try: leave out one of the two"
-            )
+    for flag in others if args.output_chunk_size else ():
+        raise ValueError(
+            f"--output-chunk-size does not go with {flag}\n"
+            f"  why: it takes the place of Megatron's output layer and loss, which {flag} changes\n"
+            f"  try: leave out one of the two"
+        )
 
 
 def model_config(args: argparse.Namespace) -> LinearMoEModelConfig:

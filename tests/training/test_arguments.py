@@ -81,6 +81,10 @@ def parse(*argv: str, num_layers: int = 2, **megatron: Any) -> argparse.Namespac
         "reset_attention_mask",
         "hybrid_context_parallel",
         "fp32_residual_connection",
+        "use_mup",
+        "cross_entropy_loss_fusion",
+        "logits_save_dir",
+        "logits_load_dir",
     )
     for name in (*names, "bf16", "fp16"):
         setattr(args, name, megatron.get(name))
@@ -348,3 +352,16 @@ def test_every_layer_has_its_own_checkpoint_keys(gloo):
         "decoder.layers.3.self_attention.in_proj.weight",
     ):
         assert key in keys
+
+
+def test_logits_are_made_in_chunks_where_nobody_else_changes_them() -> None:
+    kinds = ("--la-module", "gla")
+    assert parse(*kinds).output_chunk_size == parse(*kinds, bf16=True).output_chunk_size == 4096
+    assert parse(*kinds, fp16=True).output_chunk_size == parse(*kinds, use_mup=True).output_chunk_size == 0
+    assert parse(*kinds, "--output-chunk-size", "8", fp16=True).output_chunk_size == 8
+    assert parse(*kinds, "--output-chunk-size", "0").output_chunk_size == 0
+    with pytest.raises(ValueError, match=THREE_PARTS) as told:
+        parse(*kinds, "--output-chunk-size", "8", cross_entropy_loss_fusion=True)
+    assert "does not go with --cross-entropy-loss-fusion" in str(told.value)
+    with pytest.raises(ValueError, match=THREE_PARTS):
+        parse(*kinds, "--output-chunk-size", "-1")
