@@ -191,6 +191,47 @@ def test_a_checkpoint_that_was_cut_off(tmp_path: Path):
         )
 
 
+def test_copies_beside_the_steps_are_no_steps(tmp_path: Path):
+    finished_run(tmp_path)
+    folder = tmp_path / "old" / "checkpoint"
+    for name in ("iter_0000005", "iter_0000007_copy", "iter_old"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / ".metadata").touch()
+    (folder / "latest_checkpointed_iteration.txt").write_text("8")
+    assert (
+        message(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="old").splitlines()[2].startswith("  try: echo 5 > ")
+    )
+
+
+def test_a_config_that_gives_the_experts_of_all_layers_in_one_number(tmp_path: Path):
+    """As earlier versions wrote it."""
+    finished_run(tmp_path)
+    path = tmp_path / "old" / "config.json"
+    config = json.loads(path.read_text())
+    assert set(config["architecture"]["moe_layer_freq"]) == {1}
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old"}
+    for number, is_same in ((1, True), (2, False)):
+        config["architecture"]["moe_layer_freq"] = number
+        path.write_text(json.dumps(config))
+        assert (message(**again) == "") is is_same
+
+
+def test_nothing_has_changed_since_what_was_never_saved(tmp_path: Path):
+    """A run that ended before its first checkpoint begins anew; one without its arguments cannot be compared."""
+    finished_run(tmp_path)
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old", "TRAIN_ITERS": "20"}
+    path, tracker = tmp_path / "old" / "config.json", "latest_checkpointed_iteration.txt"
+    config = json.loads(path.read_text())
+    config["arguments"] = training_arguments(make_plan(**again))
+    path.write_text(json.dumps(config))
+    assert "changed since" in header(make_plan(**again, LR="1e-3"))
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "arguments"}))
+    assert "changed since" not in header(make_plan(**again, LR="1e-3"))
+    path.write_text(json.dumps(config))
+    (tmp_path / "old" / "checkpoint" / tracker).unlink()
+    assert "changed since" not in header(make_plan(**again, LR="1e-3"))
+
+
 def test_weights_of_one_step(tmp_path: Path):
     finished_run(tmp_path)
     step = tmp_path / "old" / "checkpoint" / "iter_0000005"

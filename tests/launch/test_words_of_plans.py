@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from linear_moe.launch.header import header, notes
+from linear_moe.launch.megatron_args import torchrun_command, training_arguments
 from linear_moe.launch.plan import _split_blend
 from tests.launch.plans import make_plan, message
 
@@ -55,6 +56,40 @@ def test_a_batch_for_interleaved_stages_is_a_multiple_of_them():
         make_plan(8, **plain).global_batch_size == 12
         and make_plan(4, **plain, VPP="2").global_batch_size == 12
     )
+
+
+def test_tensor_parallel_sizes_that_fit():
+    """TP divides the groups of keys and values, or is a multiple of them; experts are cut by ETP, if that is set."""
+    devices = {"GPUS_PER_NODE": "4", "BATCH_SIZE": "1"}
+    for groups, legal in (("2", True), ("4", True), ("1", True)):
+        told = message(4, TP="4", EXTRA_ARGS=f"--num-query-groups {groups}", **devices)
+        assert (told == "") is legal, told
+    odd = {"EXTRA_ARGS": "--moe-ffn-hidden-size 66", **devices}
+    assert message(4, TP="4", **odd).startswith("tensor parallel 4 does not fit qwen2 tiny.")
+    assert message(4, TP="4", ETP="1", **odd) == message(4, TP="2", **odd) == ""
+
+
+def test_experts_with_a_capacity_and_warm_ups_that_end():
+    assert message(TOKEN_DROPPING="true") == ""
+    assert message(TOKEN_DROPPING="true", TRAIN_CAPACITY_FACTOR="0").startswith(
+        "TRAIN_CAPACITY_FACTOR=0 drops"
+    )
+    assert message(TRAIN_ITERS="1", WARMUP_ITERS="1").startswith("the warm-up takes 1 steps and the run 1.")
+    assert message(TRAIN_ITERS="1", WARMUP_ITERS="0") == ""
+
+
+def test_words_of_the_command():
+    """What is recorded with a run, the backend of its device, and where its processes meet."""
+
+    def after(flag: str, cuda: int = 0, **variables: str) -> str:
+        words = training_arguments(make_plan(cuda, **variables))
+        return words[words.index(flag) + 1]
+
+    assert after("--la-module", LA_MODULE="gla", LAYER_TYPE_LIST="LLLN") == "gla"
+    assert after("--distributed-backend") == "gloo" and after("--distributed-backend", 1) == "nccl"
+    alone, port = (" ".join(torchrun_command(make_plan(**v))) for v in ({}, {"MASTER_PORT": "1234"}))
+    assert "--rdzv-endpoint=127.0.0.1:0" in alone and "--master-port" not in alone
+    assert "--master-addr=127.0.0.1 --master-port=1234 " in port and "rdzv" not in port
 
 
 def test_the_layout_in_the_header():
