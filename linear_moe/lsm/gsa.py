@@ -102,11 +102,6 @@ class GatedSlotAttention(DiagonalDecay):
         return super().read_out(F.silu(widen(o_BTHV)), p, w, place).to(o_BTHV.dtype)
 
     @property
-    def scale(self) -> float:
-        """Slots are compared as they are."""
-        return 1.0
-
-    @property
     def num_norm_groups(self) -> int:
         """One norm over the full width."""
         return 1

@@ -95,6 +95,7 @@ def test_a_norm_over_heads_has_no_mean(name, options):
             {"expand_k": 0.5, "feature_dim": 5},
             "expand_k 0.5 gives queries and keys of 2.5 channels",
         ),
+        ("retention", {"expand_k": 0.375}, "expand_k 0.375 gives keys of 3 channels"),
         ("rwkv7", {"output_gate": "swish"}, "output_gate is 'swish'"),
     ],
 )

@@ -31,6 +31,15 @@ def test_fused_passes(name: str, fused_errors: Callable[[str], list[float]]) -> 
     assert len(fused_errors(name)) == 2 and max(fused_errors(name)) <= SINGLE
 
 
+def test_half_precision_rounds_once() -> None:
+    """The loss of bfloat16 logits is exact to float32, and their gradient to bfloat16."""
+    logits, labels, weight = make("many", torch.float64)
+    low, whole = logits.to(torch.bfloat16), logits.to(torch.bfloat16).double()
+    loss, truth = cross_entropy_(low, labels, weight.float()), cross_entropy_(whole, labels, weight)
+    assert loss.dtype == torch.float32 and (loss - truth).abs().max() <= SINGLE * truth.abs().max()
+    assert ((low - whole).abs() <= 2**-8 * whole.abs() + SINGLE).all()
+
+
 def test_slices_of_the_vocabulary_are_the_whole() -> None:
     logits, labels, weight = make("many", torch.float64)
     whole = logits.clone()

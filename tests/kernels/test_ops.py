@@ -193,6 +193,17 @@ def test_a_gpu_without_a_fused_kernel_says_so_once(monkeypatch: pytest.MonkeyPat
         dispatch._warn_of_torch_once.cache_clear()
 
 
+def test_a_call_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._warn_of_torch_once.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="^diag_decay has no fused kernel"):
+            make("diag_decay", num_tokens=8).run(kernels)
+    finally:
+        dispatch._warn_of_torch_once.cache_clear()
+
+
 def test_scans_are_not_fused_where_triton_miscompiles_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linear_moe import lsm
 from linear_moe.lsm import Projection, gating, split
+from linear_moe.lsm.flags import options_of
 from linear_moe.model.mixer_options import check_layout
 from tests.contract.cases import EVERY_CASE, SHAPE, make
 
@@ -71,6 +72,8 @@ def test_steps_start_where_softplus_gives_them() -> None:
         ("kda", {"lower_bound": -5.0}),
         ("mamba2", {"state_size": 256, "dt_limit_min": 0.0}),
         ("gsa", {"num_slots": 256}),
+        ("gated_deltanet", {"output_norm": "groupnorm"}),
+        ("retention", {"expand_k": 0.375, "rotary": "none"}),
     ],
 )
 def test_limits_themselves_work(name: str, options: dict) -> None:
@@ -103,6 +106,27 @@ def test_limits_themselves_work(name: str, options: dict) -> None:
 def test_messages_of_options(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         lsm.get(name).Config(**(SHAPE | options))
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("rwkv7", "its tokens also read their neighbours, who may be in another memory"),
+        ("mamba2", "its keys belong to groups of heads, which memories cannot have their own of"),
+    ],
+)
+def test_why_a_mixer_has_no_mixture(name: str, reason: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^unknown mixer .*\n  why: {name} has no mixture of memories: {reason}\n"
+    ):
+        lsm.get(f"mom_{name}")
+
+
+def test_flags_say_true_or_false() -> None:
+    parse = {name: parser for name, parser, _ in options_of(lsm.get("gla").Config)}["conv_bias"]
+    assert parse("True") is True and parse("false") is False
+    with pytest.raises(ValueError, match="expected true or false, got 'maybe'"):
+        parse("maybe")
 
 
 def test_layouts_that_just_work() -> None:
