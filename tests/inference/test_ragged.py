@@ -58,9 +58,10 @@ def test_padding_does_not_exist(gloo, kinds):
         ("--position-embedding-type", "learned_absolute", "--max-position-embeddings", "128"),
         ("--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"),
         ("--sequential-experts",),
+        ("--no-rope-freq", "2"),
         ("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
     ],
-    ids=["groups", "learned", "shared", "sequential", "sigmoid"],
+    ids=["groups", "learned", "shared", "sequential", "no positions", "sigmoid"],
 )
 def test_kinds_of_attention_and_experts(gloo, extra):
     found = gloo(1, errors, ["gla", "softmax"], extra)[0]
@@ -69,10 +70,12 @@ def test_kinds_of_attention_and_experts(gloo, extra):
 
 
 @pytest.mark.parametrize(
-    "family", [("deepseek_v2", "A2.4B"), ("deepseek_v2", "A21B"), ("llama3", "8B")], ids="-".join
+    "family",
+    [("deepseek_v2", "A2.4B"), ("deepseek_v2", "A21B"), ("llama3", "8B"), ("qwen3_next", "80B-A3B")],
+    ids="-".join,
 )
 def test_families(gloo, family):
-    """Latent attention, compressed queries or not, groups of experts; scaled rotary embeddings."""
+    """Latent attention, compressed queries or not, groups of experts; scaled rotary embeddings; gated outputs."""
     found = gloo(1, errors, ["gla", "softmax", "softmax"], (), family)[0]
     assert max(found.values()) < 1e-9, found
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from types import SimpleNamespace
 
+import pytest
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+from linear_moe.model import router
 from linear_moe.model.router import in_halves, logits
 
 
@@ -31,3 +36,24 @@ def test_logits_and_gradients_are_those_of_float64() -> None:
         assert got.dtype == torch.bfloat16
         assert (got.double() - whole).norm() <= 2.2e-3 * whole.norm()
         assert (got != whole.bfloat16()).float().mean() < 0.02
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(1, 3.0), (2, 4.0)])
+def test_a_loss_weighs_by_the_tokens_that_are_no_padding(
+    ranks: int, count: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over ranks that share a micro-batch; the other one has five."""
+    monkeypatch.setattr(TopKRouter, "routing", lambda self, logits, padding_mask: padding_mask)
+    monkeypatch.setattr(
+        TopKRouter, "attach_and_log_load_balancing_loss", lambda self, *args, **kwargs: kwargs
+    )
+    group = SimpleNamespace(size=lambda: ranks)
+    monkeypatch.setattr(router.dist, "all_reduce", lambda x, group: x.add_(5 if group.size() == 2 else 99))
+    one = object.__new__(router.Router)
+    one.tp_cp_group = group
+    is_padding = torch.tensor([[False, False, True], [False, True, True]])
+    assert one.routing(torch.zeros(6, 4), is_padding) is is_padding
+    given = one.attach_and_log_load_balancing_loss(aux_loss=1.0)
+    assert given == {"aux_loss": 1.0, "valid_token_count": torch.tensor(count)}
+    one.routing(torch.zeros(6, 4))
+    assert one.attach_and_log_load_balancing_loss() == {}, "the next micro-batch has no padding"
