@@ -47,13 +47,18 @@ def split(
 
 
 def conv_input(table: Sequence[Projection], head_BTHC: Tensor, w: dict[str, Tensor]) -> Tensor:
-    """The channels of the convolution with their projections' biases."""
+    """The channels of the convolution with their projections' biases, unless whoever made them has added those."""
     convolved = [p for p in table if p.conv]
-    if not any(p.bias for p in convolved):
+    if not any(_has_bias(p, w) for p in convolved):
         return head_BTHC
     zeros = head_BTHC.new_zeros(())
-    biases = [w[f"{p.name}_bias"] if p.bias else zeros.expand(head_BTHC.shape[2], p.width) for p in convolved]
+    heads = head_BTHC.shape[2]
+    biases = [w[f"{p.name}_bias"] if _has_bias(p, w) else zeros.expand(heads, p.width) for p in convolved]
     return head_BTHC + torch.cat(biases, dim=-1)
+
+
+def _has_bias(p: Projection, w: dict[str, Tensor]) -> bool:
+    return p.bias and f"{p.name}_bias" in w
 
 
 def _convolved(
@@ -83,7 +88,7 @@ def _convolved(
         views[:1] = head.split([p.width for p in first], dim=-1) if len(first) > 1 else [head]
     named = dict(zip([p.name for p in (*first, *plain)], views, strict=True))
     for p in plain:
-        if p.bias:
+        if _has_bias(p, w):
             named[p.name] = named[p.name] + w[f"{p.name}_bias"]
     return named, tail
 

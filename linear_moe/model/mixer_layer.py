@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -134,6 +135,12 @@ class MixerLayer(TableModule):
 
     def _add_projections(self, config: LinearMoEConfig, groups: ProcessGroupCollection) -> None:
         heads = self.mixer.cfg.num_heads
+        table = self.mixer.fused_projections()
+        is_plain = not (self.mixer.token_shift or isinstance(self.mixer, MixtureOfMemories))
+        self.biases_of_gemm: list[str] = []
+        """Biases that the fused GEMM adds: elsewhere they are an operation over all tokens, and another before it."""
+        if is_plain and self.tp_group.size() == 1 and not config.gradient_accumulation_fusion:
+            self.biases_of_gemm = [f"{p.name}_bias" for p in table if p.bias]
         self.in_proj = ColumnParallelLinear(
             config.hidden_size,
             heads * self.mixer.fused_width,
@@ -177,9 +184,10 @@ class MixerLayer(TableModule):
         self.first_value = first_value
 
     def weights(self) -> dict[str, Tensor]:
-        """The mixer's parameters by name, those of the whole model included."""
+        """The mixer's parameters by name, those of the whole model included, less biases that the GEMM has added."""
         shared = {} if self.model_tables is None else self.model_tables()
-        return super().weights() | shared
+        found = super().weights() | shared
+        return {name: weight for name, weight in found.items() if name not in self.biases_of_gemm}
 
     def forward(
         self,
@@ -246,7 +254,7 @@ class MixerLayer(TableModule):
                 for name, module in self.low_rank.items()
             }
         else:
-            x_BTHW = self._heads(self.in_proj(hidden_TBD)[0])
+            x_BTHW = self._heads(self._fused(hidden_TBD))
             others = {name: self._heads(module(hidden_TBD)) for name, module in self.low_rank.items()}
         if self.group_proj is not None:
             groups_BTGW = self._heads(self.group_proj(hidden_TBD), self.mixer.num_groups)
@@ -261,6 +269,19 @@ class MixerLayer(TableModule):
             elif layers > 1:
                 self.first_value.x_BTHV = self._named(x_BTHW, self.mixer.first_value, w)
         return x_BTHW, others, last_hidden
+
+    def _fused(self, hidden_TBD: Tensor) -> Tensor:
+        """``[T, B, D]`` to ``[T, B, H * W]``."""
+        if not self.biases_of_gemm:
+            out: Tensor = self.in_proj(hidden_TBD)[0]
+            return out
+        wait_for(self.in_proj)
+        weight = self.in_proj.weight
+        zeros = weight.new_zeros(self.place.num_heads, self.mixer.fused_width)
+        table = self.mixer.fused_projections()
+        parts = zip(table, zeros.split([p.width for p in table], dim=1), strict=True)
+        biases = [getattr(self, f"{p.name}_bias") if p.bias else none for p, none in parts]
+        return F.linear(hidden_TBD, weight, torch.cat(biases, dim=1).flatten().to(weight.dtype))
 
     def _heads(self, x_TBC: Tensor, num_heads: int | None = None) -> Tensor:
         """``[T, B, H * width]`` to ``[B, T, H, width]``, a view."""
