@@ -67,3 +67,18 @@ def test_draws_depend_on_the_row_s_seed_alone():
     both, alone = draws([5, 9], 40, torch.device("cpu")), draws([9], 7, torch.device("cpu"))
     assert both.shape == (40, 2) and torch.equal(both[:7, 1], alone[:, 0])
     assert both.min() >= 0 and both.max() < 1 and not torch.equal(both[:, 0], both[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+    ],
+)
+def test_what_is_no_choice_is_refused(options, what):
+    with pytest.raises(ValueError, match=rf"^{what}\n  why: [^\n]+\n  try: {what.split()[0]}="):
+        Sampling(**options)

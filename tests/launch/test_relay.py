@@ -69,6 +69,29 @@ def test_lines_for_people(line: str, shown: bool):
     assert is_our_line(line.encode() + b"\n") == shown
 
 
+def test_the_run_has_the_environment_that_is_given(tmp_path: Path, capfdbinary: pytest.CaptureFixture):
+    """And no input: a question would wait for ever, behind the log."""
+    program = "import os, sys; print(sorted(os.environ)); print(repr(sys.stdin.read()))"
+    assert run_logged(python(program), tmp_path / "log", {"MINE": "1"}) == 0
+    names, read, *_ = capfdbinary.readouterr().out.decode().splitlines()
+    assert "'MINE'" in names and "'PATH'" not in names and read == "''"
+
+
+def test_a_signal_is_passed_on_and_remembered(tmp_path: Path):
+    """To the launcher alone here, as from a scheduler; what handled it before does so again afterwards."""
+    before, received = signal.getsignal(signal.SIGTERM), []
+    program = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    assert run_logged(python(program), tmp_path / "log", dict(os.environ), received=received) == 128 + 15
+    assert received == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_bytes_that_are_no_text_are_searched_and_shown(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_bytes(b"\xff\nValueError: what\n  why: x\n  try: y\n\xfe\n")
+    assert mistake(log) == "what\n  why: x\n  try: y" and cause(log) == "ValueError: what"
+    assert last_lines(log, 1) == "\ufffd"
+
+
 def test_last_lines(tmp_path: Path):
     (tmp_path / "log").write_text("".join(f"line {i}\n" for i in range(1000)))
     assert last_lines(tmp_path / "log", 3) == "line 997\nline 998\nline 999"

@@ -257,3 +257,53 @@ def test_boundaries_follow_the_ends(gloo, corpus):
                     whole += 1
         assert (batch["loss_mask"][batch["labels"] == eod] == 1).all()
     assert whole > 5
+
+
+def stages(rank: int, world: int) -> list[list[bool]]:
+    """Which of this rank's parts of an interleaved pipeline read data; with documents, and as one whole rank."""
+    from argparse import Namespace
+
+    from linear_moe.training.data import needs_data
+
+    with with_model_parallel(pp=2, vpp=2):
+        found = []
+        for packed in (False, True):
+            args = Namespace(dataloader_inter_document_masking=packed)
+            found.append([needs_data(args, stage) for stage in (0, 1, None)])
+        return found
+
+
+def test_parts_of_an_interleaved_pipeline(gloo):
+    """The first part of the first rank and the last of the last; told of no part, a rank answers for all it has."""
+    assert gloo(2, stages) == [[[True, False, True], [True] * 3], [[False, True, True], [True] * 3]]
+
+
+def test_the_dataset_is_what_the_arguments_say(monkeypatch):
+    """Every field by the name that Megatron gives it; where the names differ, as listed."""
+    import dataclasses
+    from argparse import Namespace
+
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    from linear_moe.training import data
+
+    other = {"random_seed": "seed", "sequence_length": "seq_length", "path_to_cache": "data_cache_path"}
+    other |= {"inter_document_masking": "dataloader_inter_document_masking"}
+    names = {field.name for field in dataclasses.fields(GPTDatasetConfig)}
+    args = Namespace(**{name: f"value of {name}" for name in (names - set(other)) | set(other.values())})
+    monkeypatch.setattr(data, "GPTDatasetConfig", lambda **fields: fields)
+    monkeypatch.setattr(data, "get_tokenizer", lambda: "the tokenizer")
+    monkeypatch.setattr(data, "get_blend_and_blend_per_split", lambda args: ("the blend", "by split"))
+    found = data.dataset_config(args)
+    own = {"blend": "the blend", "blend_per_split": "by split", "tokenizer": "the tokenizer"}
+    own["create_attention_mask"] = False  # of [S, S], which no layer reads
+    assert {name: found.pop(name) for name in own} == own
+    assert found == {name: f"value of {other.get(name, name)}" for name in found}
+    asked = {
+        "split",
+        "num_dataset_builder_threads",
+        "mmap_bin_files",
+        "reset_position_ids",
+        "reset_attention_mask",
+    }
+    assert found.keys() == {*other, *asked, "eod_mask_loss", "mid_level_dataset_surplus"}

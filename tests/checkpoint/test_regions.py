@@ -1,0 +1,106 @@
+"""Regions of a torch_dist checkpoint, saved in pieces of any shape, against the whole tensors; and what is damaged."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+TENSORS = {
+    "a": torch.arange(60.0).view(6, 10),
+    "experts": torch.arange(48.0).view(4, 3, 4).to(torch.bfloat16),
+}
+PIECES = {
+    "a": [((0, 0), (2, 10)), ((2, 0), (3, 4)), ((2, 4), (3, 6)), ((5, 0), (1, 10))],
+    "experts": [((0, 0, 0), (2, 3, 4)), ((2, 0, 0), (2, 2, 4)), ((2, 2, 0), (2, 1, 4))],
+}
+"""Offset and shape: cut by rows, by columns, and by both."""
+
+
+def part(tensor: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    return tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+
+def made(folder: Path) -> list[int]:
+    """Write them, in files of a few pieces; the bytes of each that are reported."""
+    from linear_moe.checkpoint import torch_dist
+
+    pieces = [
+        torch_dist.Piece(
+            key, tuple(TENSORS[key].shape), offset, shape, TENSORS[key].dtype,
+            lambda key=key, offset=offset, shape=shape: part(TENSORS[key], offset, shape),
+        )
+        for key, cuts in PIECES.items()
+        for offset, shape in cuts
+    ]  # fmt: skip
+    with patch.object(torch_dist, "FILE_BYTES", 130):
+        groups = [[piece.size for piece in group] for group in torch_dist._files(pieces)]
+        assert groups == [[80, 48], [72, 40], [48, 32, 16]], "each as full as it may be"
+        return list(torch_dist.write(folder, pieces, {"an object": {"x": 1}}))
+
+
+def regions(rank: int, world: int, root: str) -> dict[str, Any]:
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    from linear_moe.checkpoint.torch_dist import Reader
+
+    folder = Path(root) / "iter_0000001"
+    found: dict[str, Any] = {
+        "reported": made(folder),
+        "files": sorted(path.name for path in folder.iterdir()),
+    }
+    theirs = {key: torch.zeros_like(tensor) for key, tensor in TENSORS.items()}
+    load(theirs, storage_reader=FileSystemReader(folder), no_dist=True)
+    found["theirs"] = all(torch.equal(theirs[key], tensor) for key, tensor in TENSORS.items())
+    reader, reads = Reader(folder), []
+    read = reader._read_piece
+
+    def counted(key: str, chunk: Any) -> torch.Tensor:
+        reads.append((key, tuple(chunk.offsets)))
+        return read(key, chunk)
+
+    reader._read_piece = counted  # type: ignore[method-assign]
+    found["wrong"] = []
+    for key, tensor in TENSORS.items():
+        for first in range(len(tensor)):
+            for stop in (*range(first + 1, len(tensor) + 1), None):
+                again = reader.read(key, first, stop)
+                if again.dtype != tensor.dtype or not torch.equal(again, tensor[first:stop]):
+                    found["wrong"].append((key, first, stop))
+    reads.clear()
+    reader = Reader(folder)
+    reader._read_piece = counted  # type: ignore[method-assign]
+    for row in range(4):
+        reader.read("experts", row, row + 1)
+    found["reads"] = list(reads)
+    reader.read("a", 5)
+    found["kept"] = reader.kept[0], list(reader.kept[1])
+    (folder / "__0_1.distcp").write_bytes((folder / "__0_1.distcp").read_bytes()[:100])
+    found["first"] = torch.equal(Reader(folder).read("a", 0, 2), TENSORS["a"][:2])
+    (folder / "__0_2.distcp").unlink()
+    found["told"] = []
+    for key in TENSORS:
+        try:
+            Reader(folder).read(key)
+        except ValueError as error:
+            found["told"].append(str(error))
+    return found
+
+
+def test_regions_are_those_of_the_whole(gloo, tmp_path):
+    found = gloo(1, regions, str(tmp_path))[0]
+    assert found["wrong"] == [] and found["theirs"]
+    assert found["reported"] == [80, 48, 72, 40, 48, 32, 16]
+    names = [*(f"__0_{i}.distcp" for i in range(3)), "__0_objects.distcp"]
+    assert [name for name in found["files"] if name.startswith("__0")] == names, (
+        "nothing is left of the writing"
+    )
+    assert found["reads"] == [("experts", (0, 0, 0)), ("experts", (2, 0, 0)), ("experts", (2, 2, 0))], (
+        "a piece with rows to come is kept, and none is read for rows that it has not"
+    )
+    assert found["kept"] == ("a", []), "until another tensor is read"
+    assert found["first"] and [text.split(" cannot be read")[0][-12:] for text in found["told"]] == [
+        "__0_1.distcp",
+        "__0_2.distcp",
+    ]
+    assert all("\n  why: it is missing, cut short or changed" in text for text in found["told"])
