@@ -88,3 +88,71 @@ def test_evaluation_computes_no_gradient(inputs: dict[str, Tensor]) -> None:
             loss_mask=inputs["mask"],
         )
     torch.testing.assert_close(losses, truth(inputs, 1.0)[0], rtol=0, atol=1e-12)
+
+
+def test_half_precision_rounds_once_per_product(inputs: dict[str, Tensor]) -> None:
+    """Logits and their gradient are bfloat16; losses, and sums over tokens, float32."""
+    low = {name: x.bfloat16() for name, x in inputs.items() if name in ("hidden", "weight")}
+    factor = inputs["mask"].float() * 2.5
+    found = run(inputs | low | {"mask": inputs["mask"].float()}, 5, factor)
+    assert [x.dtype for x in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    expected = truth(inputs | {name: x.double() for name, x in low.items()}, factor.double())
+    for got, wanted in zip(found, expected, strict=True):
+        assert (got.double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_one_of_both_learns(inputs: dict[str, Tensor], frozen: str) -> None:
+    hidden, weight = (inputs[n].clone().requires_grad_(n != frozen) for n in ("hidden", "weight"))
+    layer: Any = types.SimpleNamespace(
+        weight=None, tp_group=OneRank(), sequence_parallel=False, _forward_pre_hooks={}
+    )
+    losses = loss_in_chunks(7)(
+        hidden_states=hidden,
+        output_layer=layer,
+        output_weight=weight,  # that of the embedding
+        labels=inputs["labels"],
+        loss_mask=inputs["mask"],
+    )
+    learns = weight if frozen == "hidden" else hidden
+    (found,) = torch.autograd.grad((losses * inputs["mask"]).sum(), [learns])
+    expected = truth(inputs, inputs["mask"])[2 if frozen == "hidden" else 1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def slice_of_the_vocabulary(rank: int, world: int, inputs: dict[str, Tensor], sequence_parallel: bool) -> Any:
+    """Losses and gradients of one rank of two."""
+    hidden, weight = inputs["hidden"], inputs["weight"].chunk(world)[rank]
+    hidden = hidden.chunk(world)[rank] if sequence_parallel else hidden
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    layer: Any = types.SimpleNamespace(
+        weight=weight,
+        tp_group=torch.distributed.group.WORLD,
+        sequence_parallel=sequence_parallel,
+        _forward_pre_hooks={},
+    )
+    losses = loss_in_chunks(5)(
+        hidden_states=hidden,
+        output_layer=layer,
+        output_weight=None,
+        labels=inputs["labels"],
+        loss_mask=inputs["mask"],
+    )
+    return [losses.detach(), *torch.autograd.grad((losses * inputs["mask"]).sum(), [hidden, weight])]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_two_slices_of_the_vocabulary_are_the_whole(gloo: Any, sequence_parallel: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    mask = (torch.rand(2, 14, generator=generator) > 0.3).double()
+    labels = torch.randint(0, 38, (2, 14), generator=generator)
+    inputs = dict(hidden=draw(14, 2, 8), weight=5 * draw(38, 8), labels=labels, mask=mask)
+    hidden, weight = (inputs[n].clone().requires_grad_() for n in ("hidden", "weight"))
+    whole = (hidden @ weight.t()).transpose(0, 1)
+    losses = F.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none").view(2, 14)
+    d_hidden, d_weight = torch.autograd.grad((losses * mask).sum(), [hidden, weight])
+    for rank, found in enumerate(gloo(2, slice_of_the_vocabulary, inputs, sequence_parallel)):
+        own = d_hidden.chunk(2)[rank] if sequence_parallel else d_hidden
+        for got, wanted in zip(found, [losses.detach(), own, d_weight.chunk(2)[rank]], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
