@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.triton.layout import rows_together
+from linear_moe.kernels.triton.layout import in_order_of, rows_together
 
 TILE, RUN = 16, 128
 """Tokens that the four warps have at a time, and tokens of a program."""
@@ -53,13 +53,13 @@ class _GatedNorm(torch.autograd.Function):
         eps: float,
         scale: float,
     ) -> Tensor:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = in_order_of(x if gate is None else gate, x)
         ctx.constants = _constants(x, weight, gate, activation)
         ctx.sizes = (x.shape[1], x.shape[2], eps, scale)
         g = x if gate is None else gate
         forward_kernel[_grid(x)](
             x, x if weight is None else weight.contiguous(), g, y,
-            *ctx.sizes, *x.stride()[:3], *g.stride()[:3], **ctx.constants,
+            *ctx.sizes, *x.stride()[:3], *g.stride()[:3], *y.stride()[:2], **ctx.constants,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, gate)
         return y
@@ -100,11 +100,11 @@ def _constants(x: Tensor, weight: Tensor | None, gate: Tensor | None, activation
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "eps", "scale"])
 def forward_kernel(
-    x, weight, gate, y, num_tokens, num_heads, eps, scale, x_b, x_t, x_h, g_b, g_t, g_h,
+    x, weight, gate, y, num_tokens, num_heads, eps, scale, x_b, x_t, x_h, g_b, g_t, g_h, y_b, y_t,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, IS_SWISH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_GATE: tl.constexpr, WEIGHT_PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """y ``[B, T, H, D]``, contiguous. Grid: (B * R, H)."""
+    """y ``[B, T, H, D]``, heads together. Grid: (B * R, H)."""
     runs = tl.cdiv(num_tokens, RUN)
     row, first, head = (
         (tl.program_id(0) // runs).to(tl.int64),
@@ -129,7 +129,7 @@ def forward_kernel(
             b_y *= tl.sigmoid(b_g)
             if IS_SWISH:
                 b_y *= b_g
-        at = ((row * num_tokens + token) * num_heads + head)[:, None] * D + i_D[None, :]
+        at = (row * y_b + token * y_t + head * D)[:, None] + i_D[None, :]
         tl.store(y + at, b_y.to(y.dtype.element_ty), mask=m)
 
 

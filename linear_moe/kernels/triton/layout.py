@@ -78,6 +78,16 @@ def rows_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def in_order_of(like: Tensor, x_BTHD: Tensor) -> Tensor:
+    """Room for a tensor like ``x``, with tokens outside of rows where ``like`` has them so; heads lie together.
+
+    What follows a gate, a slice of a projection, goes into another projection: time first, it is not copied for it.
+    """
+    if like.stride(0) >= like.stride(1):
+        return torch.empty_like(x_BTHD, memory_format=torch.contiguous_format)
+    return torch.empty_like(x_BTHD.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
+
+
 def of_groups(grad: Tensor, x_BTGK: Tensor) -> Tensor:
     """Sum over the heads that share one of ``x``: in float32, rounded once."""
     if grad.shape[2] == x_BTGK.shape[2]:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.kernels.triton.layout import rows_together
+from linear_moe.kernels.triton.layout import in_order_of, rows_together
 
 RUN = 16
 """Tokens of a program."""
@@ -59,14 +59,14 @@ class _SkipGateNorm(torch.autograd.Function):
         activation: str,
         eps: float,
     ) -> Tensor:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = in_order_of(x if gate is None else gate, x)
         ctx.grid = x.shape[0] * triton.cdiv(x.shape[1], RUN), num_groups
         ctx.constants = _constants(x, num_groups, activation, gate is not None)
         ctx.eps = eps
         g = x if gate is None else gate
         forward_kernel[ctx.grid](
             x, skip, skip_weight.contiguous(), weight.contiguous(), g, y, x.shape[1], eps,
-            *x.stride()[:3], *skip.stride()[:3], *g.stride()[:3], **ctx.constants,
+            *x.stride()[:3], *skip.stride()[:3], *g.stride()[:3], *y.stride()[:2], **ctx.constants,
         )  # fmt: skip
         ctx.save_for_backward(x, skip, skip_weight, weight, gate)
         return y
@@ -107,11 +107,12 @@ def _place(x, row, token, i_head, i_V, x_b, x_t, x_h):
 
 @triton.jit(do_not_specialize=["num_tokens", "eps"])
 def forward_kernel(
-    x, skip, skip_weight, weight, gate, y, num_tokens, eps, x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h,
+    x, skip, skip_weight, weight, gate, y, num_tokens, eps,
+    x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h, y_b, y_t,
     H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
     IS_SWISH: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """y ``[B, T, H, V]``, contiguous. Grid: (B * R, G)."""
+    """y ``[B, T, H, V]``, heads together. Grid: (B * R, G)."""
     runs = tl.cdiv(num_tokens, RUN)
     row = (tl.program_id(0) // runs).to(tl.int64)
     first = tl.program_id(0) % runs * RUN
@@ -135,7 +136,7 @@ def forward_kernel(
             if IS_SWISH:
                 b_y *= b_g
         b_y *= tl.rsqrt(tl.sum(b_y * b_y, 0) / W + eps) * b_w
-        at = (row * num_tokens + token) * (H * V)
+        at = row * y_b + token * y_t
         tl.store(y + at + channel, b_y.to(y.dtype.element_ty), mask=m_W)
 
 
