@@ -51,7 +51,7 @@ def run(inputs: dict[str, Tensor], chunk: int, factor: Any) -> list[Tensor]:
 def truth(inputs: dict[str, Tensor], factor: Any) -> list[Tensor]:
     hidden, weight = (inputs[n].clone().requires_grad_() for n in ("hidden", "weight"))
     logits = (hidden @ weight.t()).transpose(0, 1)
-    losses = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), reduction="none").view(2, 13)
+    losses = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), reduction="none").view(2, -1)
     return [losses.detach(), *torch.autograd.grad((losses * factor).sum(), [hidden, weight])]
 
 
@@ -99,6 +99,11 @@ def test_half_precision_rounds_once_per_product(inputs: dict[str, Tensor]) -> No
     expected = truth(inputs | {name: x.double() for name, x in low.items()}, factor.double())
     for got, wanted in zip(found, expected, strict=True):
         assert (got.double() - wanted).norm() <= 0.01 * wanted.norm()
+    many = {"hidden": low["hidden"].repeat(200, 1, 1), "labels": inputs["labels"].repeat(1, 200)}
+    many |= {"weight": low["weight"], "mask": inputs["mask"].float().repeat(1, 200)}
+    d_weight = run(many, 26, many["mask"])[2].double() / 200
+    wanted = expected[2] / 2.5
+    assert (d_weight - wanted).norm() <= 0.01 * wanted.norm(), "a sum of 200 chunks"
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
