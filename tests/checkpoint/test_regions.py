@@ -1,5 +1,7 @@
 """Regions of a torch_dist checkpoint, saved in pieces of any shape, against the whole tensors; and what is damaged."""
 
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -85,6 +87,50 @@ def regions(rank: int, world: int, root: str) -> dict[str, Any]:
         except ValueError as error:
             found["told"].append(str(error))
     return found
+
+
+def with_code(rank: int, world: int, root: str) -> str:
+    """A piece of a checkpoint that is no tensor, but a program."""
+    from linear_moe.checkpoint import torch_dist
+
+    class Program:
+        def __reduce__(self) -> Any:
+            return Path.touch, (Path(root) / "it ran",)
+
+    folder = Path(root) / "iter_0000001"
+    piece = torch_dist.Piece("a", (1,), (0,), (1,), torch.float32, lambda: torch.ones(1))
+    with patch.object(torch_dist.torch, "save", lambda tensor, file: file.write(pickle.dumps(Program()))):
+        list(torch_dist.write(folder, [piece], {}))
+    try:
+        torch_dist.Reader(folder).read("a")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_no_program_in_a_checkpoint_runs(gloo, tmp_path):
+    assert "__0_0.distcp cannot be read" in gloo(1, with_code, str(tmp_path))[0]
+    assert not (tmp_path / "it ran").exists()
+
+
+def slices(rank: int, world: int, root: str) -> list[Any]:
+    """What a part of a file and a file of that part give to the same calls."""
+    from linear_moe.checkpoint.torch_dist import _Slice
+
+    path, found = Path(root) / "file", []
+    path.write_bytes(bytes(range(100)))
+    with open(path, "rb") as file:
+        for stream in (_Slice(file, 30, 20), io.BytesIO(bytes(range(30, 50)))):
+            calls: list[Any] = [stream.readable(), stream.seekable(), stream.tell(), stream.read(4)]
+            calls += [stream.seek(-3, 2), stream.read(9), stream.tell(), stream.read(1), stream.seek(5)]
+            calls += [stream.seek(2, 1), stream.read(2), stream.seek(25), stream.read(1)]
+            found.append(calls)
+    return found
+
+
+def test_a_part_of_a_file_is_a_file(gloo, tmp_path):
+    part, alone = gloo(1, slices, str(tmp_path))[0]
+    assert part == alone
 
 
 def test_regions_are_those_of_the_whole(gloo, tmp_path):

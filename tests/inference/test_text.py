@@ -47,6 +47,21 @@ def test_bytes_that_are_no_character_show_with_the_next_one():
     assert rest == 16 * REPLACEMENT
 
 
+def test_only_the_last_tokens_are_decoded_again():
+    """However long the prompt and the text are: a token of a long answer costs what the first one did."""
+
+    class Counted(Bytes):
+        most = 0
+
+        def detokenize(self, tokens):
+            self.most = max(self.most, len(tokens))
+            return super().detokenize(tokens)
+
+    tokenizer = Counted()
+    fed, _ = pieces(tokenizer, tokenizer.tokenize("a prompt " * 40), tokenizer.tokenize(TEXT * 5))
+    assert "".join(fed) == TEXT * 5 and tokenizer.most <= 16
+
+
 def with_fallback():
     """As Mixtral's: words, and bytes for all other characters; what is decoded as bytes is decoded as a whole."""
     from tokenizers import Tokenizer, decoders, models, normalizers
