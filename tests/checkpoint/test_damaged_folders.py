@@ -107,6 +107,17 @@ def test_a_config_is_an_object(tmp_path: Path):
     assert "config.json cannot be read" in refused(read_config, tmp_path)
 
 
+def test_whose_config_it_is(tmp_path: Path):
+    """Ours has an architecture and no type of model; a file of theirs may have a field of any name, or no type."""
+    path = tmp_path / "config.json"
+    path.write_text('{"architecture": {}, "format": 1}')
+    assert "is a run of linear_moe" in refused(describe_folder, tmp_path)
+    path.write_text('{"architecture": "x", "model_type": "bert"}')
+    assert "describes a model of type 'bert'" in refused(describe_folder, tmp_path)
+    path.write_text('{"hidden_size": 64}')
+    assert "describes a model of type None" in refused(describe_folder, tmp_path)
+
+
 @pytest.mark.parametrize("text", [None, "{", '{"arguments": []}', "[]"])
 def test_a_folder_of_ours_without_its_arguments(tmp_path: Path, text: str | None):
     (tmp_path / "config.json").write_text('{"model_type": "linear_moe"}')
