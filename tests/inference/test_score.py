@@ -56,23 +56,27 @@ def test_the_same_bits_at_every_batch_size(gloo, dtype):
     assert others == [first, first]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "batch_size", "groups"),
-    [
-        ([4, 4, 1], 16, [[0, 1], [2]]),
-        ([4, 5, 3], 16, [[0], [1, 2]]),
-        ([1, 1, 1, 1, 1], 2, [[0, 1], [2, 3], [4]]),
-        ([3, 20, 3], 16, [[0], [1], [2]]),
-        ([20, 0, 1], 16, [[0], [1, 2]]),
-        ([], 16, []),
-    ],
-)
-def test_rows_share_a_call_as_far_as_they_have_room(lengths, batch_size, groups):
-    """Of 8 tokens, in order; a longer row is alone."""
+GROUPS = [
+    ([4, 4, 1], 16, [[0, 1], [2]]),
+    ([4, 5, 3], 16, [[0], [1, 2]]),
+    ([1, 1, 1, 1, 1], 2, [[0, 1], [2, 3], [4]]),
+    ([3, 20, 3], 16, [[0], [1], [2]]),
+    ([20, 0, 1], 16, [[0], [1, 2]]),
+    ([], 16, []),
+]
+"""Lengths of rows, most rows of a call, and the rows of each call of 8 tokens."""
+
+
+def grouped(rank, world):
     from linear_moe.inference.score import Score, _groups
 
-    assert list(_groups(lengths, batch_size, 8)) == groups
     assert Score([-1.0, -0.5], True).total == -1.5
+    return [list(_groups(lengths, batch_size, 8)) for lengths, batch_size, _ in GROUPS]
+
+
+def test_rows_share_a_call_as_far_as_they_have_room(gloo):
+    """In order; a longer row is alone."""
+    assert gloo(1, grouped)[0] == [groups for *_, groups in GROUPS]
 
 
 def padded(rank, world):
