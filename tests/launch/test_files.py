@@ -1,6 +1,7 @@
 """Checks against files: data, tokenizer, the disk."""
 
 import shutil
+import struct
 from collections import namedtuple
 from pathlib import Path
 
@@ -119,6 +120,32 @@ def test_tokens_beyond_the_vocabulary_without_a_manifest(data: dict[str, str], t
         "  why: data and model have to share one tokenizer.\n"
         "  try: TOKENIZER=<the tokenizer that wrote the data>, or VOCAB_SIZE=300"
     )
+
+
+def test_tokens_of_a_manifest_without_a_tokenizer(data: dict[str, str]):
+    """The manifest says how many there may be, whatever the first of them are."""
+    for size, is_enough in ((300, True), (299, False)):
+        told = message(**{**data, "TOKENIZER": "null", "VOCAB_SIZE": str(size)})
+        assert (told == "") is is_enough
+    assert told.startswith(
+        f"DATASET_PATH={data['DATASET_PATH']} has token 299, but the vocabulary of TOKENIZER=null"
+    )
+
+
+@pytest.mark.parametrize(("documents", "is_enough"), [(50, False), (51, True)])
+def test_documents_for_an_evaluation(data: dict[str, str], documents: int, is_enough: bool):
+    """Of 2000 tokens: all but one have one, the last one the rest."""
+    path = Path(data["DATASET_PATH"] + ".idx")
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, documents, documents + 1)
+    lengths = [1] * (documents - 1) + [2001 - documents]
+    starts = [2 * i for i in range(documents)]
+    path.write_bytes(
+        head
+        + struct.pack(f"<{documents}i{documents}q{documents + 1}q", *lengths, *starts, *range(documents + 1))
+    )
+    told = message(**data | {"EVAL_ITERS": "10"})
+    assert (told == "") is is_enough and message(**data) == ""
+    assert is_enough or f"has {documents} document(s), too few" in told
 
 
 def test_every_part_of_a_blend_is_checked(data: dict[str, str], tmp_path: Path):
