@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linear_moe.lsm import MixerState, split
 from tests.contract import layers
-from tests.contract.cases import EVERY_CASE, MIXERS, assert_close, error, gradients, make, mixer_class
+from tests.contract.cases import EVERY_CASE, MIXERS, PLACE, assert_close, error, gradients, make, mixer_class
 from tests.contract.layers import BATCH, DOCUMENTS, LENGTH, Layout
 
 SHIFTED = [name for name in MIXERS if mixer_class(name).token_shift]
@@ -238,3 +238,24 @@ def started(mixer, place) -> dict[str, Tensor]:
     found["out_proj.weight"] = empty((hidden, heads * mixer.cfg.head_v_dim))
     mixer.initialize(found, place)
     return {key: x for key, x in found.items() if not key.startswith("norm_bias")}
+
+
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
+def test_layers_start_so(gloo, name):
+    """Built for two ranks: every parameter that a mixer starts by itself, as it says for the heads of the rank."""
+    mixer = layers.tables(name)
+    for rank, found in enumerate(gloo(2, layers.initial, [name], 2)):
+        ours = {key: x for key, (_, x) in found[name].items()}
+        place = dataclasses.replace(PLACE, num_heads=2, first_head=2 * rank)
+        table = mixer.fused_projections()
+        parts = ours["in_proj.weight"].unflatten(0, (2, -1)).split([p.width for p in table], dim=1)
+        ours |= {f"in_proj.{p.name}": part for p, part in zip(table, parts)}
+        expected = {key: x.double() for key, x in started(mixer, place).items() if not (x == 9).all()}
+        assert len(expected) >= 4
+        for key, x in expected.items():
+            pair = [ours[key].double().reshape(x.shape), x]
+            if key.startswith("in_proj.") or key.endswith(".up.weight"):  # any directions will do
+                pair = [torch.linalg.svdvals(y.reshape(-1, x.shape[-1])) for y in pair]
+            torch.testing.assert_close(
+                *pair, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
