@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from linear_moe.launch.header import header, notes
-from linear_moe.launch.megatron_args import torchrun_command, training_arguments
+from linear_moe.launch.megatron_args import DEFAULT_PORT, torchrun_command, training_arguments
 from linear_moe.launch.plan import _split_blend
 from tests.launch.plans import make_plan, message
 
@@ -103,6 +103,10 @@ def test_notes_on_layouts_and_devices():
     def told(cuda: int = 0, **variables: str) -> str:
         return "\n".join(notes(make_plan(cuda, **variables)))
 
+    nodes = {"NNODES": "2", "MASTER_ADDR": "host"}
+    assert f"2 nodes meet at host:{DEFAULT_PORT}: " in told(1, **nodes)
+    assert "2 nodes meet at host:1234: " in told(1, **nodes, MASTER_PORT="1234")
+    assert "nodes meet" not in told(1)
     assert "SP=true does nothing with TP=1." in told(2, SP="true")
     assert "SP=true does nothing" not in told(2, SP="true", TP="2")
     assert "SP is on: Megatron trains experts under TP" in told(2, TP="2")
