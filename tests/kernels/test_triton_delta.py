@@ -36,5 +36,6 @@ def test_fits_an_h100(tmp_path: Path) -> None:
         "solve_kernel",
         "gradient_kernel",
         "solve_levels_kernel",
+        "vector_pairs_kernel",
         "vector_gradient_kernel",
     } <= kernels

@@ -52,7 +52,10 @@ def solve(num_keys: int, dtype: torch.dtype) -> Cut:
 
 def solve_levels(num_keys: int, dtype: torch.dtype) -> Cut:
     """The same for decays per row: blocks of K in a loop."""
-    return Cut(min(32, _padded(num_keys)), 0, 8, 1)
+    is_small = dtype.itemsize == 2 and configs.has_wgmma()
+    return Cut(
+        min(16 if is_small and _is_masked(num_keys) else 32, _padded(num_keys)), 0, 4 if is_small else 8, 1
+    )
 
 
 def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
@@ -64,7 +67,9 @@ def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
         return Cut(keys, min(32 if keys <= 128 else 16, values), 8, 1)
     if keys > 128:
         return Cut(keys, min(32, values), 8, 1)
-    return Cut(keys, min(32, values), 8 if _is_masked(num_keys, num_values) else 4, 2)
+    if _is_masked(num_keys, num_values):
+        return Cut(keys, min(16, values), 8, 2)
+    return Cut(keys, min(32, values), 4, 2)
 
 
 def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
@@ -87,22 +92,41 @@ def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     return Cut(keys, min(32, values), 8, 1)
 
 
-def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
-    """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop, which holds registers apart."""
+def gradient(num_keys: int, num_values: int, dtype: torch.dtype, has_decay: bool) -> Cut:
+    """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop, which holds registers apart.
+
+    Without a decay two programs of 4 warps fit a multiprocessor; with one they would spill.
+    """
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2 and not configs.has_wgmma():
         return Cut(min(32, keys), min(32, values), 8, 1)
-    if dtype.itemsize == 2:
+    if dtype.itemsize == 2 and _is_masked(num_keys, num_values):
         return Cut(min(64, keys), 64 if values > 64 else min(32, values), 8, 2)
+    if dtype.itemsize == 2 and not has_decay:
+        return Cut(min(64, keys), min(32, values), 4, 2)
+    if dtype.itemsize == 2:
+        return Cut(min(128, keys), 64 if values > 64 else min(32, values), 8, 1)
     return Cut(min(32, keys), min(16, values), 8, 1)
 
 
 def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """The same for decays per row, with more of them."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2 and not configs.has_wgmma():
+        return Cut(16, 64 if values == 128 else min(32, values), 8, 1)
+    if dtype.itemsize == 2 and keys > 64 and not _is_masked(num_keys, num_values):
+        return Cut(32, 64 if values > 64 else min(16, values), 4, 1)
+    if dtype.itemsize == 2:
+        return Cut(16, min(32, values), 4, 1)
+    return Cut(16, min(16, values), 8, 1)
+
+
+def vector_pairs(num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for the gradients of scores: blocks of V in a loop."""
     values = _padded(num_values)
     if dtype.itemsize == 2:
-        return Cut(16, 64 if values == 128 else min(32, values), 8, 1)
-    return Cut(16, min(16, values), 8, 1)
+        return Cut(0, min(64, values), 4 if configs.has_wgmma() else 8, 2 if values > 64 else 1)
+    return Cut(0, min(16, values), 8, 1)
 
 
 def _padded(dim: int) -> int:

@@ -50,37 +50,51 @@ def products_of_tokens(
 
 
 @triton.jit
-def products_with_memory(
-    do, e, dv, states, d_states, o_t: tl.constexpr, v_t: tl.constexpr, left,
+def reads_of_memory(
+    do, dv, states, o_t: tl.constexpr, v_t: tl.constexpr, left,
     i_K, m_K, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """do S^T (or zeros), dv S^T, e dS^T, [C, BK], and S * dS summed over V, [BK]."""
+    """do S^T (or zeros) and dv S^T, [C, BK]."""
     i_C = tl.arange(0, C)
     b_oS = tl.zeros([C, BK], tl.float32)
     b_vS = tl.zeros([C, BK], tl.float32)
+    for block in range(0, (DV + BV - 1) // BV):
+        i_V = block * BV + tl.arange(0, BV)
+        m_V = (i_V < DV) | (DV % BV == 0)
+        m_v = (i_C[:, None] < left) & m_V[None, :]
+        b_dv = tl.load(dv + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
+        i_ST, m_ST = i_K[None, :] * DV + i_V[:, None], m_V[:, None] & m_K[None, :]
+        b_ST = tl.load(states + i_ST, mask=m_ST, other=0.0)  # [BV, BK]
+        if HAS_OUTPUT:
+            b_do = tl.load(do + i_C[:, None] * o_t + i_V[None, :], mask=m_v, other=0.0)
+            b_oS = tl.dot(b_do, b_ST, b_oS, input_precision="ieee")
+        b_vS = tl.dot(b_dv, b_ST, b_vS, input_precision="ieee")
+    return b_oS, b_vS
+
+
+@triton.jit
+def writes_to_memory(
+    e, states, d_states, v_t: tl.constexpr, left,
+    i_K, m_K, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """e dS^T, [C, BK], and S * dS summed over V, [BK]."""
+    i_C = tl.arange(0, C)
     b_eS = tl.zeros([C, BK], tl.float32)
     through = tl.zeros([BK], tl.float32)
     for block in range(0, (DV + BV - 1) // BV):
         i_V = block * BV + tl.arange(0, BV)
         m_V = (i_V < DV) | (DV % BV == 0)
         m_v = (i_C[:, None] < left) & m_V[None, :]
-        i_v = i_C[:, None] * v_t + i_V[None, :]
-        b_e = tl.load(e + i_v, mask=m_v, other=0.0)  # [C, BV]
-        b_dv = tl.load(dv + i_v, mask=m_v, other=0.0)
+        b_e = tl.load(e + i_C[:, None] * v_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
         i_ST, m_ST = i_K[None, :] * DV + i_V[:, None], m_V[:, None] & m_K[None, :]
-        b_ST = tl.load(states + i_ST, mask=m_ST, other=0.0)  # [BV, BK]
-        b_dST = tl.load(d_states + i_ST, mask=m_ST, other=0.0)
-        if HAS_OUTPUT:
-            b_do = tl.load(do + i_C[:, None] * o_t + i_V[None, :], mask=m_v, other=0.0)
-            b_oS = tl.dot(b_do, b_ST, b_oS, input_precision="ieee")
-        b_vS = tl.dot(b_dv, b_ST, b_vS, input_precision="ieee")
+        b_dST = tl.load(d_states + i_ST, mask=m_ST, other=0.0)  # [BV, BK]
         b_eS = tl.dot(b_e, b_dST, b_eS, input_precision="ieee")
         # Loaded again: a load that a product and registers share has one buffer, into which Triton (3.6, sm_90) fetches
         # the next block while the product, which is asynchronous, still reads it.
         i_S, m_S = i_K[:, None] * DV + i_V[None, :], m_K[:, None] & m_V[None, :]
         b_S = tl.load(states + i_S, mask=m_S, other=0.0).to(tl.float32)  # [BK, BV]
         through += tl.sum(b_S * tl.load(d_states + i_S, mask=m_S, other=0.0).to(tl.float32), 1)
-    return b_oS, b_vS, b_eS, through
+    return b_eS, through
 
 
 @triton.jit
@@ -132,8 +146,10 @@ def gradient_kernel(
     m_K = (i_K < DK) | (DK % BK == 0)
     batch, at, token = row.to(tl.int64), start.to(tl.int64), row * num_tokens + start
     g_t: tl.constexpr = num_heads * DK
-    i_g = token.to(tl.int64) * g_t + head * DK + i_C[:, None] * g_t + i_K[None, :]
-    i_token = (i_k * tl.cast(num_all, tl.int64) + token + i_C) * num_heads + head
+    i_g, of_g = i_C[:, None] * g_t + i_K[None, :], token.to(tl.int64) * g_t + head * DK
+    dq, dk = dq + of_g, dk + of_g
+    i_token, of_part = i_C * num_heads, (i_k * tl.cast(num_all, tl.int64) + token) * num_heads + head
+    d_beta, d_decay = d_beta + of_part, d_decay + of_part
     m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
     if left > 0:
         tile = (chunk.to(tl.int64) * num_heads + head) * (DK * DV)
@@ -172,23 +188,30 @@ def gradient_kernel(
             b_dq = tl.dot((b_y * b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
         b_dk = tl.dot((b_x * -b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
 
-        # what they read of the memory before the chunk, and leave in the one after
-        b_oS, b_vS, b_eS, through = products_with_memory(
-            do, e, of_dv, states + tile, d_states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C, HAS_OUTPUT
-        )  # fmt: skip
-        b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
-        tl.store(d_beta + i_token, beta_gradient(b_dbeta + b_W, b_own, b_beta, i_k == 0), mask=m_C)
+        # what they read of the memory before the chunk
+        b_oS, b_vS = reads_of_memory(
+            do, of_dv, states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C, HAS_OUTPUT
+        )
         if DECAY != 0:
             b_R = -tl.sum(b_k.to(tl.float32) * b_vS, 1) * read
             if HAS_OUTPUT:
                 b_R += tl.sum(b_q.to(tl.float32) * b_oS, 1) * (read * scale)
-            b_log += tl.sum(tl.where(is_below, (b_W * b_beta)[None, :], 0.0), 1) + tl.sum(through) * total
             b_log += tl.sum(tl.where(i_C[:, None] <= i_C[None, :], b_R[None, :], 0.0), 1)
-            tl.store(d_decay + i_token, b_log, mask=m_C)
-        b_dk += b_eS * (write * b_beta)[:, None] - b_vS * read[:, None]
+        b_dk -= b_vS * read[:, None]
         if HAS_OUTPUT:
             b_dq += b_oS * (read * scale)[:, None]
             tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
+
+        # what they leave in the one after: a loop of its own, since three sums at once would fill the registers
+        b_eS, through = writes_to_memory(
+            e, states + tile, d_states + tile, v_t, left, i_K, m_K, DV, BK, BV, C
+        )
+        b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
+        tl.store(d_beta + i_token, beta_gradient(b_dbeta + b_W, b_own, b_beta, i_k == 0), mask=m_C)
+        if DECAY != 0:
+            b_log += tl.sum(tl.where(is_below, (b_W * b_beta)[None, :], 0.0), 1) + tl.sum(through) * total
+            tl.store(d_decay + i_token, b_log, mask=m_C)
+        b_dk += b_eS * (write * b_beta)[:, None]
 
         # what they write for each other
         b_y, b_x = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)

@@ -22,6 +22,7 @@ from linear_moe.kernels.triton.delta_levels import solve_levels_kernel
 from linear_moe.kernels.triton.delta_output import output_kernel
 from linear_moe.kernels.triton.delta_scan import backward_kernel, forward_kernel
 from linear_moe.kernels.triton.delta_vector_gradient import vector_gradient_kernel
+from linear_moe.kernels.triton.delta_vector_pairs import vector_pairs_kernel
 from linear_moe.kernels.triton.diag_levels import level_sums
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY, KEY_DECAY = 0, 1, 2, 3
@@ -233,8 +234,7 @@ class DeltaChunks(ChunkLaunch):
         dk = self._empty(*tokens, self.num_keys)
         dq = torch.empty_like(dk) if has_output else dk
         q, do = k if q is None else q, beta if do is None else do
-        blocks = delta_configs.vector_gradient if self.decay == KEY_DECAY else delta_configs.gradient
-        cut = blocks(self.num_keys, self.num_values, self.dtype)
+        cut = self._gradient_blocks()
         grid = (self._places() * triton.cdiv(self.num_keys, cut.keys),)
         parts = triton.cdiv(self.num_keys, cut.keys), *tokens
         d_beta = self._empty(*parts, dtype=torch.float32)
@@ -243,8 +243,9 @@ class DeltaChunks(ChunkLaunch):
             d_decay = self._empty(*tokens, self.num_keys, dtype=self.log_decay.dtype)
             dims = self._dims()
             del dims["DECAY"]
+            pairs, own = self._vector_pairs(do, beta, errors, dv, has_output)
             vector_gradient_kernel[grid](
-                q, k, do, beta, self.log_decay, self.sums, solved.totals, layout.plan, errors, dv,
+                q, k, do, beta, self.log_decay, self.sums, solved.totals, layout.plan, pairs, own, errors, dv,
                 states, d_states, dq, dk, d_decay, d_beta, *self._sizes(), layout.num_documents,
                 layout.num_all, self.scale, *strides, *self.log_decay.stride(),
                 K_PER=self._sharing(k), LEVELS=self._levels(), HAS_OUTPUT=has_output, **dims, **cut.launch,
@@ -260,6 +261,28 @@ class DeltaChunks(ChunkLaunch):
             return dq, dk, d_beta.sum(0), None
         d_decay = d_decay.sum((0, 1, 2) if self.decay == HEAD_DECAY else 0)
         return dq, dk, d_beta.sum(0), d_decay.to(self.log_decay.dtype)
+
+    def _vector_pairs(
+        self, do: Tensor, beta: Tensor, errors: Tensor, dv: Tensor, has_output: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What tokens of a chunk give each other: ``[S, H, 2, C, C]`` and, float32, ``[S, H, C]``."""
+        layout, shape = self.layout, (self.layout.num_segments, self.num_heads)
+        pairs = self._empty(*shape, 2, self.chunk, self.chunk)
+        own = self._empty(*shape, self.chunk, dtype=torch.float32)
+        cut = delta_configs.vector_pairs(self.num_values, self.dtype)
+        vector_pairs_kernel[(self._places(),)](
+            do, beta, errors, dv, layout.plan, pairs, own, *self._sizes(), layout.num_documents, self.scale,
+            *do.stride()[:3], *beta.stride(), DV=self.num_values, BV=cut.values, C=self.chunk,
+            HAS_OUTPUT=has_output, IS_PACKED=layout.is_packed,
+            num_warps=cut.num_warps, num_stages=cut.num_stages,
+        )  # fmt: skip
+        return pairs, own
+
+    def _gradient_blocks(self) -> delta_configs.Cut:
+        sizes = self.num_keys, self.num_values, self.dtype
+        if self.decay == KEY_DECAY:
+            return delta_configs.vector_gradient(*sizes)
+        return delta_configs.gradient(*sizes, self.decay != NO_DECAY)
 
     def _blocks_of_values(self, cut: delta_configs.Cut) -> int:
         return triton.cdiv(self.num_values, cut.values)

@@ -20,18 +20,6 @@ from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_ov
 from linear_moe.kernels.triton.layout import segment_of
 
 
-@triton.jit
-def level_pairs(table, level, LEVELS: tl.constexpr, WRITES: tl.constexpr, C: tl.constexpr):
-    """[C, C]: whether token i reads what j writes at this level; ``WRITES``: i writes what j reads."""
-    i_C = tl.arange(0, C)
-    p_pairs = table + (2 * (LEVELS + 2) + level) * (C * C) + i_C[:, None] * C + i_C[None, :]
-    if WRITES:
-        is_order = i_C[:, None] < i_C[None, :]
-    else:
-        is_order = i_C[:, None] > i_C[None, :]
-    return (tl.load(p_pairs) > 0) & is_order
-
-
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
 def solve_levels_kernel(
     q, k, beta, log_decay,
@@ -58,31 +46,35 @@ def solve_levels_kernel(
         k += batch * k_b + first * k_t + (head // K_PER).to(tl.int64) * k_h
         log_decay += batch * a_b + first * a_t + head.to(tl.int64) * a_h
         of_chunk = ((batch * num_tokens + first) * num_heads + head) * DK
+        q_read, k_read, k_write = q_read + of_chunk, k_read + of_chunk, k_write + of_chunk
         tile = chunk.to(tl.int64) * num_heads + head
-        is_below = i_C[:, None] > i_C[None, :]
         b_P = tl.zeros([C, C], tl.float32)
         b_L = tl.zeros([C, C], tl.float32)
+        i_pair = i_C[:, None] * C + i_C[None, :]
         for block in range(0, (DK + BK - 1) // BK):
             i_K = block * BK + tl.arange(0, BK)
-            mask = (i_C[:, None] < left) & (i_K[None, :] < DK)
+            m_K = (i_K < DK) | (DK % BK == 0)
+            mask = (i_C[:, None] < left) & m_K[None, :]
             if HAS_OUTPUT:
-                b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=mask, other=0.0).to(tl.float32)
-            b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=mask, other=0.0).to(tl.float32)
+                b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=mask, other=0.0)
+            b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=mask, other=0.0)
             b_a = load_log_decay(log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d, mask)  # [C, BK]
-            tl.store(totals + tile * DK + i_K, tl.exp2(tl.sum(b_a, 0)), mask=i_K < DK)
+            tl.store(totals + tile * DK + i_K, tl.exp2(tl.sum(b_a, 0)), mask=m_K)
             high, low = halves(b_a, inverse.dtype.element_ty)
             for level in range(0, LEVELS):
                 factor = tl.exp2(sum_over(table, level, high, low))
                 b_z = (b_k * factor).to(inverse.dtype.element_ty)
-                is_level = level_pairs(table, level, LEVELS, False, C)
+                is_level = (
+                    tl.load(table + (2 * (LEVELS + 2) + level) * (C * C) + i_pair) > 0
+                )  # in both orders
                 if HAS_OUTPUT:
                     b_x = (b_q * factor).to(inverse.dtype.element_ty)
                     b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision="ieee"), 0.0)
                 b_L += tl.where(is_level, tl.dot(b_z, tl.trans(b_z), input_precision="ieee"), 0.0)
-            p_K = of_chunk + i_C[:, None] * (num_heads * DK) + i_K[None, :]
+            p_K = i_C[:, None] * (num_heads * DK) + i_K[None, :]
             read = tl.exp2(sum_over(table, LEVELS, high, low))
             if HAS_OUTPUT:
-                own = tl.sum(b_q * b_k, 1)
+                own = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
                 b_P += tl.where(i_C[:, None] == i_C[None, :], own[:, None], 0.0)
                 tl.store(q_read + p_K, (b_q * read).to(q_read.dtype.element_ty), mask=mask)
             tl.store(k_read + p_K, (b_k * read).to(k_read.dtype.element_ty), mask=mask)
@@ -90,9 +82,9 @@ def solve_levels_kernel(
             tl.store(k_write + p_K, (b_k * write).to(k_write.dtype.element_ty), mask=mask)
         p_beta = beta + batch * b_b + (first + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=i_C < left, other=0.0).to(tl.float32)
-        p_tile = tile * (C * C) + i_C[:, None] * C + i_C[None, :]
+        p_tile, is_below = tile * (C * C) + i_pair, i_C[:, None] > i_C[None, :]
         if HAS_OUTPUT:
-            b_P = b_P * (b_beta * scale)[None, :]
+            b_P = tl.where(i_C[:, None] >= i_C[None, :], b_P * (b_beta * scale)[None, :], 0.0)
             tl.store(scores + p_tile, b_P.to(scores.dtype.element_ty))
-        b_inverse = unit_lower_inverse(b_L * b_beta[None, :], C, PRECISION)
+        b_inverse = unit_lower_inverse(tl.where(is_below, b_L * b_beta[None, :], 0.0), C, PRECISION)
         tl.store(inverse + p_tile, tl.where(is_below, b_inverse, 0.0).to(inverse.dtype.element_ty))

@@ -1,17 +1,18 @@
 # mypy: allow-untyped-defs
 """Gradients of q, k, beta and log_decay for a decay of its own for each row of the memory: all chunks at once.
 
-As delta_gradient.py, with y = scale * do e^T, x = dv e^T without any decay. At level l (diag_levels.py) tokens have
-one role each, f is what decays between them and the border, q' = f * q, k' = f * k, and y and x count for pairs of the
-level only:
+As delta_gradient.py, with Y and X of delta_vector_pairs.py, which hold no decay. At level l (diag_levels.py) tokens
+have one role each, f is what decays between them and the border, q' = f * q, k' = f * k, and Y and X count for pairs of
+the level only. z holds k' of writers and q' of readers, and of
 
-    reader   r = (y beta) k' for q, s = -(x beta) k' for k          writer   w = beta * (y^T q' - x^T k')
-    dq += f * r,   dk += f * (s + w),   d beta_j += k'_j . w_j / beta_j
-    d log a_t += sum of c_i over the tokens i whose f contains a_t,    c = q' * r + k' * (s + w)
+    r = f * (Y z),   s = f * (X k')
+    reader   dq += r,   dk -= s,                c = q * r - k * s
+    writer   dk += beta * (r - s),              c = k * beta * (r - s),      d beta_j += k_j . (r - s)_j
+    d log a_t += sum of c_i over the tokens i whose f contains a_t
 
 Readers and writers of one pair divide the decay between them at the border, so no term is added only to be taken away
 again. The memory adds, as for scalar decays, what reads it before the chunk (R) and is written to the one after (W).
-Without ``HAS_OUTPUT`` (delta_gradient.py) y is 0, r and q' are left out.
+Without ``HAS_OUTPUT`` (delta_gradient.py) there are no Y, r and q'.
 
 Letters: S chunks of all documents, H heads, C tokens in a chunk, DK and DV the dims of k and v, BK a block of DK, BV of
 DV, NK blocks of K, L tokens of all rows.
@@ -23,10 +24,9 @@ import triton.language as tl
 from linear_moe.kernels.triton.delta_gradient import (
     beta_gradient,
     clear_values,
-    products_of_tokens,
-    products_with_memory,
+    reads_of_memory,
+    writes_to_memory,
 )
-from linear_moe.kernels.triton.delta_levels import level_pairs
 from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_over
 from linear_moe.kernels.triton.layout import segment_of
 
@@ -39,55 +39,43 @@ def spread(table, level, x, dtype: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def readers(
-    table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log,
+def of_levels(
+    table, pairs, b_q, b_k, high, low, b_beta, b_dq, b_dk, b_log, b_dbeta,
     LEVELS: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dq, dk and d log a, [C, BK], what readers get; b_y is y beta, b_x is x beta."""
-    dtype: tl.constexpr = b_y.dtype
+    """Adds to dq, dk and d log a [C, BK] and d beta [C] what tokens get of each other."""
+    dtype: tl.constexpr = high.dtype
+    i_C = tl.arange(0, C)
+    i_pair = i_C[:, None] * C + i_C[None, :]
     nothing = tl.zeros([C, C], dtype)
     for level in range(0, LEVELS):
         factor = tl.exp2(sum_over(table, level, high, low))
-        b_z = b_k.to(tl.float32) * factor
-        is_pair = level_pairs(table, level, LEVELS, False, C)
-        b_s = tl.dot(tl.where(is_pair, b_x, nothing), b_z.to(dtype), input_precision="ieee") * factor
-        b_dk -= b_s
-        b_c = b_k.to(tl.float32) * -b_s
+        is_reader = ((i_C >> level) & 1)[:, None] == 1
+        is_pair = tl.load(table + (2 * (LEVELS + 2) + level) * (C * C) + i_pair) > 0
+        b_X = tl.where(is_pair, tl.load(pairs + C * C + i_pair), nothing)
+        b_s = tl.dot(b_X, (b_k.to(tl.float32) * factor).to(dtype), input_precision="ieee") * factor
         if HAS_OUTPUT:
-            b_r = tl.dot(tl.where(is_pair, b_y, nothing), b_z.to(dtype), input_precision="ieee") * factor
-            b_dq += b_r
-            b_c += b_q.to(tl.float32) * b_r
-        b_log += spread(table, level, b_c, dtype, LEVELS)
-    return b_dq, b_dk, b_log
-
-
-@triton.jit
-def writers(
-    table, b_q, b_k, high, low, b_y, b_x, b_beta, b_dk, b_log, b_dbeta,
-    LEVELS: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr,
-):  # fmt: skip
-    """Adds to dk, d log a [C, BK] and d beta [C] what writers get; b_y and b_x are y^T and x^T."""
-    dtype: tl.constexpr = b_y.dtype
-    nothing = tl.zeros([C, C], dtype)
-    for level in range(0, LEVELS):
-        factor = tl.exp2(sum_over(table, level, high, low))
-        is_pair = level_pairs(table, level, LEVELS, True, C)
-        b_z = (b_k.to(tl.float32) * factor).to(dtype)
-        b_w = -tl.dot(tl.where(is_pair, b_x, nothing), b_z, input_precision="ieee")
-        if HAS_OUTPUT:
-            b_z = (b_q.to(tl.float32) * factor).to(dtype)
-            b_w += tl.dot(tl.where(is_pair, b_y, nothing), b_z, input_precision="ieee")
-        b_w = b_w * factor
-        b_c = b_w * b_k.to(tl.float32)
-        b_dbeta += tl.sum(b_c, 1)
-        b_dk += b_w * b_beta[:, None]
-        b_log += spread(table, level, b_c * b_beta[:, None], dtype, LEVELS)
-    return b_dk, b_log, b_dbeta
+            b_Y = tl.where(is_pair, tl.load(pairs + i_pair), nothing)
+            b_z = (tl.where(is_reader, b_q, b_k).to(tl.float32) * factor).to(dtype)
+            b_r = tl.dot(b_Y, b_z, input_precision="ieee") * factor
+            b_read = tl.where(is_reader, b_r, 0.0)
+            b_dq += b_read
+            b_write = tl.where(is_reader, 0.0, b_r - b_s)
+            b_c = b_q.to(tl.float32) * b_read
+        else:
+            b_write = tl.where(is_reader, 0.0, -b_s)
+            b_c = tl.zeros_like(b_s)
+        b_dbeta += tl.sum(b_k.to(tl.float32) * b_write, 1)
+        b_write = tl.where(is_reader, -b_s, b_write * b_beta[:, None])
+        b_dk += b_write
+        b_log += spread(table, level, b_c + b_k.to(tl.float32) * b_write, dtype, LEVELS)
+    return b_dq, b_dk, b_log, b_dbeta
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
 def vector_gradient_kernel(
     q, k, do, beta, log_decay, table, totals, plan,
+    pairs, own,  # delta_vector_pairs.py
     e, dv,  # [L, H, DV]
     states, d_states,  # [S, H, DK, DV]
     dq, dk, d_decay,  # [L, H, DK]
@@ -110,8 +98,10 @@ def vector_gradient_kernel(
     m_K = (i_K < DK) | (DK % BK == 0)
     batch, at, token = row.to(tl.int64), start.to(tl.int64), row * num_tokens + start
     g_t: tl.constexpr = num_heads * DK
-    i_g = token.to(tl.int64) * g_t + head * DK + i_C[:, None] * g_t + i_K[None, :]
-    i_token = (i_k * tl.cast(num_all, tl.int64) + token + i_C) * num_heads + head
+    i_g = i_C[:, None] * g_t + i_K[None, :]
+    of_g = token.to(tl.int64) * g_t + head * DK
+    dq, dk, d_decay = dq + of_g, dk + of_g, d_decay + of_g
+    p_dbeta = d_beta + ((i_k * tl.cast(num_all, tl.int64) + token) * num_heads + head) + i_C * num_heads
     m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
     if left > 0:
         place = chunk.to(tl.int64) * num_heads + head
@@ -133,10 +123,10 @@ def vector_gradient_kernel(
         p_a = log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d
         high, low = halves(load_log_decay(p_a, m_q), e.dtype.element_ty)
 
-        b_oS, b_vS, b_eS, through = products_with_memory(
-            do, e, of_dv, states + place * (DK * DV), d_states + place * (DK * DV), o_t, v_t, left,
-            i_K, m_K, DV, BK, BV, C, HAS_OUTPUT,
-        )  # fmt: skip
+        tile = place * (DK * DV)
+        b_oS, b_vS = reads_of_memory(
+            do, of_dv, states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C, HAS_OUTPUT
+        )
         read = tl.exp2(sum_over(table, LEVELS, high, low))
         b_dq = b_oS * read * scale
         b_dk = b_vS * -read
@@ -144,6 +134,9 @@ def vector_gradient_kernel(
         if HAS_OUTPUT:
             b_R += b_q.to(tl.float32) * b_dq
         b_log = spread(table, LEVELS, b_R, e.dtype.element_ty, LEVELS)
+        b_eS, through = writes_to_memory(
+            e, states + tile, d_states + tile, v_t, left, i_K, m_K, DV, BK, BV, C
+        )
         b_W = b_eS * tl.exp2(sum_over(table, LEVELS + 1, high, low))
         b_dbeta = tl.sum(b_k.to(tl.float32) * b_W, 1)
         b_W = b_W * b_beta[:, None]
@@ -152,35 +145,26 @@ def vector_gradient_kernel(
         total = tl.load(totals + place * DK + i_K, mask=m_K, other=0.0)
         b_log += (total * through)[None, :]
 
-        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
-        is_own = i_C[:, None] == i_C[None, :]
-        b_own = tl.sum(tl.where(is_own, b_x, 0.0), 1)  # e_j . dv_j
+        pairs += place * (2 * C * C)
         if HAS_OUTPUT:
-            own = tl.sum(tl.where(is_own, b_y, 0.0), 1) * scale
-            b_dbeta += own * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
-            b_dq += (own * b_beta)[:, None] * b_k.to(tl.float32)
-            b_dk += (own * b_beta)[:, None] * b_q.to(tl.float32)
-        b_y = (b_y * (b_beta * scale)[None, :]).to(e.dtype.element_ty)
-        b_x = (b_x * b_beta[None, :]).to(e.dtype.element_ty)
-        b_dq, b_dk, b_log = readers(
-            table, b_q, b_k, high, low, b_y, b_x, b_dq, b_dk, b_log, LEVELS, C, HAS_OUTPUT
+            b_own = tl.load(pairs + i_C * (C + 1)).to(tl.float32)  # scale do_i . e_i
+            b_dbeta += b_own * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
+            b_dq += (b_own * b_beta)[:, None] * b_k.to(tl.float32)
+            b_dk += (b_own * b_beta)[:, None] * b_q.to(tl.float32)
+        b_dq, b_dk, b_log, b_dbeta = of_levels(
+            table, pairs, b_q, b_k, high, low, b_beta, b_dq, b_dk, b_log, b_dbeta, LEVELS, C, HAS_OUTPUT
         )
         if HAS_OUTPUT:
             tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
-
-        b_u, b_v = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
-        b_u, b_v = (b_u * scale).to(e.dtype.element_ty), b_v.to(e.dtype.element_ty)
-        b_dk, b_log, b_dbeta = writers(
-            table, b_q, b_k, high, low, b_u, b_v, b_beta, b_dk, b_log, b_dbeta, LEVELS, C, HAS_OUTPUT
-        )
+        b_own = tl.load(own + place * C + i_C)
         tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
         tl.store(d_decay + i_g, b_log.to(d_decay.dtype.element_ty), mask=m_q)
-        tl.store(d_beta + i_token, beta_gradient(b_dbeta, b_own, b_beta, i_k == 0), mask=m_C)
+        tl.store(p_dbeta, beta_gradient(b_dbeta, b_own, b_beta, i_k == 0), mask=m_C)
     else:  # after the last document; unused chunks have no tokens
         nothing = tl.zeros([C, BK], tl.float32)
         if HAS_OUTPUT:
             tl.store(dq + i_g, nothing.to(dq.dtype.element_ty), mask=m_g)
         tl.store(dk + i_g, nothing.to(dk.dtype.element_ty), mask=m_g)
         tl.store(d_decay + i_g, nothing.to(d_decay.dtype.element_ty), mask=m_g)
-        tl.store(d_beta + i_token, tl.zeros([C], tl.float32), mask=m_token)
+        tl.store(p_dbeta, tl.zeros([C], tl.float32), mask=m_token)
         clear_values(dv, token, head, num_heads, (i_k == 0) * length, DV, BV, C)

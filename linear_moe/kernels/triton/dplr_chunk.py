@@ -18,9 +18,16 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.delta_chunk import unit_lower_inverse
-from linear_moe.kernels.triton.delta_levels import level_pairs
 from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_over
 from linear_moe.kernels.triton.layout import segment_of
+
+
+@triton.jit
+def level_pairs(table, level, LEVELS: tl.constexpr, C: tl.constexpr):
+    """[C, C]: whether token i reads what j writes at this level."""
+    i_C = tl.arange(0, C)
+    p_pairs = table + (2 * (LEVELS + 2) + level) * (C * C) + i_C[:, None] * C + i_C[None, :]
+    return (tl.load(p_pairs) > 0) & (i_C[:, None] > i_C[None, :])
 
 
 @triton.jit
@@ -81,7 +88,7 @@ def dplr_solve_kernel(
                 b_q = b_q * tl.exp2(b_g)
             for level in range(0, LEVELS):
                 factor = tl.exp2(sum_over(table, level, high, low))
-                is_level = level_pairs(table, level, LEVELS, False, C)
+                is_level = level_pairs(table, level, LEVELS, C)
                 z_b, z_k, z_a = (b_b * factor).to(dtype), (b_k * factor).to(dtype), (b_a * factor).to(dtype)
                 b_ab += score(z_a, z_b, is_level)
                 b_ak += score(z_a, z_k, is_level)

@@ -37,4 +37,7 @@ def pairs(num_values: int, dtype: torch.dtype) -> Cut:
 
 def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for the other gradients: blocks of K in the grid, blocks of V in a loop."""
-    return delta_configs.vector_gradient(num_keys, num_values, dtype)
+    values = max(16, triton.next_power_of_2(num_values))
+    if dtype.itemsize == 2:
+        return Cut(16, 64 if values == 128 else min(32, values), 8, 1)
+    return Cut(16, min(16, values), 8, 1)
