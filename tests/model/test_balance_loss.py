@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from linear_moe.model import memory_balance
 from linear_moe.model.memory_balance import MemoryBalance
 
 B, T, E, K = 2, 6, 4, 2
@@ -19,8 +20,8 @@ def plain_scale():
     MoEAuxLossAutoScaler.main_loss_backward_scale = before
 
 
-def balance(coefficient: float, tp: int = 1, per_token: bool = False) -> MemoryBalance:
-    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: tp), cp=SimpleNamespace(size=lambda: 1))
+def balance(coefficient: float, tp: int = 1, per_token: bool = False, cp: int = 1) -> MemoryBalance:
+    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: tp), cp=SimpleNamespace(size=lambda: cp))
     config = SimpleNamespace(calculate_per_token_loss=per_token)
     return MemoryBalance(config, 3, E, coefficient, groups)
 
@@ -45,6 +46,40 @@ def test_the_gradient_is_that_of_the_loss(tp, per_token, factor):
     loss = 0.25 * E * (share * routed(logits)[1].mean((0, 1))).sum()
     (truth,) = torch.autograd.grad(factor * loss, logits)
     assert torch.allclose(found, truth, rtol=1e-5, atol=1e-8) and truth.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_padding_is_as_if_it_were_not_there(per_token):
+    torch.manual_seed(1)
+    logits = torch.randn(1, T, E, requires_grad=True)
+    found, truth = balance(0.5, per_token=per_token), balance(0.5, per_token=per_token)
+    found.padding_BT = torch.tensor([[False] * 4 + [True] * 2])
+    of_found = torch.autograd.grad((0 * found.attach(*routed(logits))).sum(), logits)[0]
+    of_truth = torch.autograd.grad((0 * truth.attach(*routed(logits[:, :4]))).sum(), logits)[0]
+    torch.testing.assert_close(of_found, of_truth)
+    assert of_truth[:, :4].abs().max() > 1e-5 and not of_found[:, 4:].any()
+    torch.testing.assert_close(found.take(), truth.take())
+
+
+def test_shares_are_of_all_ranks_of_a_sequence(monkeypatch):
+    """Two ranks hold half of it each: every one adds its own tokens' part of the same loss."""
+    torch.manual_seed(2)
+    logits = torch.randn(1, T, E, requires_grad=True)
+    whole = balance(0.5)
+    of_whole = torch.autograd.grad((0 * whole.attach(*routed(logits))).sum(), logits)[0]
+    chosen = torch.zeros(1, T, E).scatter(2, routed(logits)[2], 1.0)
+    pieces, balances = [], []
+    for half in (slice(0, T // 2), slice(T // 2, T)):
+        others = chosen.sum(1)[0] - chosen[:, half].sum(1)[0]
+        monkeypatch.setattr(memory_balance.dist, "all_reduce", lambda x, group, others=others: x.add_(others))
+        part = balance(0.5, cp=2)
+        attached = part.attach(*routed(logits[:, half]))
+        pieces.append(torch.autograd.grad((0 * attached).sum(), logits)[0])
+        balances.append(part.take())
+    torch.testing.assert_close(sum(pieces), of_whole)
+    tally = whole.take()
+    assert torch.allclose(balances[0][1] + balances[1][1], tally[1])
+    assert torch.allclose(balances[0][2:], tally[2:]) and torch.allclose(balances[1][2:], tally[2:])
 
 
 def test_no_coefficient_no_gradient():

@@ -306,3 +306,12 @@ def test_what_is_refused_says_what_to_do(problem):
         setattr(options, name, value)
     with pytest.raises(ValueError, match=re.compile(r"\n  why: .*\n  try: ")):
         GroupedExperts(E, options, pg_collection=SimpleNamespace(ep=one, expt_tp=two, expt_dp=one))
+
+
+def test_what_they_do_is_not_refused():
+    """Recomputation of attention alone; experts on a narrower stream than the model's."""
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    options = config(use_cpu_initialization=True, recompute_granularity="selective")
+    options.recompute_modules, options.moe_latent_size = ["core_attn"], 8
+    module = GroupedExperts(E, options, pg_collection=SimpleNamespace(ep=one, expt_tp=one, expt_dp=one))
+    assert module.fc1_weight.shape == (E, 2 * FFN, 8) and module.fc2_weight.shape == (E, 8, FFN)
