@@ -54,6 +54,7 @@ RESET = (
     # ours
     "run_dir",
     "lsm_recompute",
+    "recompute_expert_inputs",
     # training only
     "config_logger_dir",
     "distribute_saved_activations",

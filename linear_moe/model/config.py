@@ -22,6 +22,8 @@ class LinearMoEConfig(TransformerConfig):
     """Options per mixer that differ from its defaults, by field name of its Config."""
     lsm_recompute: bool = False
     """Recompute everything between the projections of mixer layers in the backward pass."""
+    recompute_expert_inputs: bool = False
+    """Gather the tokens of the experts again in the backward pass: a copy for each that they chose is not kept."""
     has_cond_embedder: bool = False
     """Sum the gradients of tables that every pipeline stage has (Megatron's name for it)."""
     sequential_experts: bool = False

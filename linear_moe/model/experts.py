@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -44,6 +45,9 @@ class GroupedExperts(MegatronModule):
     Raises:
         ValueError: the configuration asks for something these experts cannot do.
     """
+
+    input_again: Callable[[], Callable[[], Tensor]] | None = None
+    """Gives what makes the input of this call again, which is then not kept for the backward pass; set by the layer."""
 
     def __init__(
         self,
@@ -94,8 +98,9 @@ class GroupedExperts(MegatronModule):
             hidden_states = (hidden_states * probs[:, None]).to(hidden_states.dtype)
             probs = torch.ones_like(probs)
         linear = self._linear(tokens_per_expert, hidden_states)
-        inner = self._activate(linear(hidden_states, self.fc1_weight), probs)
-        return linear(inner, self.fc2_weight), None
+        with nullcontext() if self.input_again is None else made_again(hidden_states, self.input_again()):
+            inner = linear(hidden_states, self.fc1_weight)
+        return linear(self._activate(inner, probs), self.fc2_weight), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are computed in the backward pass."""
@@ -207,6 +212,20 @@ def _drop_extra_states(module: torch.nn.Module, state_dict: dict, prefix: str, *
     """They are in a checkpoint for the sake of ``SequentialMLP``; there is nothing to load."""
     for name in [name for name in state_dict if name.startswith(prefix) and _EXTRA_STATE in name]:
         del state_dict[name]
+
+
+def made_again(x: Tensor, again: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Within, autograd keeps ``again`` in the place of x."""
+    storage = x.untyped_storage()._cdata
+
+    def pack(kept: Tensor) -> Any:
+        is_x = kept.untyped_storage()._cdata == storage
+        return (kept.shape, kept.stride(), kept.storage_offset()) if is_x else kept
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else again().as_strided(*kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _has_fused_unit(x: Tensor) -> bool:

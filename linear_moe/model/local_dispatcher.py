@@ -9,6 +9,8 @@ Letters: N tokens, E experts, k experts per token, M = N * k slots, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from linear_moe.kernels import collect_rows, spread_rows
 from linear_moe.lsm.routing import Slots
+from linear_moe.model.experts import GroupedExperts
 
 
 class LocalDispatcher:
@@ -27,10 +30,18 @@ class LocalDispatcher:
         per_token: k.
         tp_group: ranks that hold the same tokens and slices of the same experts, whose outputs are summed (not their
             gradients: for inference); ``None``: this rank has whole experts.
+        makes_again: whether ``again`` is wanted: what makes the slots of the present call again.
     """
 
-    def __init__(self, per_token: int, tp_group: torch.distributed.ProcessGroup | None = None) -> None:
-        self.per_token, self.tp_group = per_token, tp_group
+    again: Callable[[], Tensor]
+
+    def __init__(
+        self,
+        per_token: int,
+        tp_group: torch.distributed.ProcessGroup | None = None,
+        makes_again: bool = False,
+    ) -> None:
+        self.per_token, self.tp_group, self.makes_again = per_token, tp_group, makes_again
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -41,7 +52,10 @@ class LocalDispatcher:
         run_N = torch.zeros(len(choice_Nk), dtype=choice_Nk.dtype, device=choice_Nk.device)
         self.slots = Slots.sort(choice_Nk, run_N, routing_map.shape[1], 1)
         self.place_Nk = self.slots.place.view(-1, self.per_token)
-        slots_MD = spread_rows(hidden_states.reshape(-1, self.shape[-1]), self.slots.order, self.place_Nk)
+        tokens_ND, order = hidden_states.reshape(-1, self.shape[-1]), self.slots.order
+        slots_MD = spread_rows(tokens_ND, order, self.place_Nk)
+        if self.makes_again:
+            self.again = partial(spread_rows, tokens_ND.detach(), order, self.place_Nk)
         return slots_MD, probs.gather(1, choice_Nk).flatten()[self.slots.order]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +93,18 @@ class MoE(MoELayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        dispatcher = self.token_dispatcher
-        if _is_local(self.config, dispatcher.ep_size, dispatcher.tp_size):
-            self.token_dispatcher = LocalDispatcher(self.config.moe_router_topk)
+        dispatcher, again = self.token_dispatcher, getattr(self.config, "recompute_expert_inputs", False)
+        is_local = _is_local(self.config, dispatcher.ep_size, dispatcher.tp_size)
+        if is_local:
+            local = self.token_dispatcher = LocalDispatcher(self.config.moe_router_topk, makes_again=again)
+        if again and not (is_local and isinstance(self.experts, GroupedExperts)):
+            raise ValueError(
+                "--recompute-expert-inputs needs all experts of a layer on every rank, in grouped GEMMs\n"
+                "  why: what was sent from other ranks cannot be made again without sending it again\n"
+                "  try: leave it out, or --expert-model-parallel-size 1 without --sequential-experts"
+            )
+        if again:
+            self.experts.input_again = lambda: local.again
 
 
 def chosen(routing_map: Tensor, per_token: int) -> Tensor:

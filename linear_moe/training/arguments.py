@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="recompute mixers in the backward pass; on with selective recomputation",
     )
     group.add_argument(
+        "--recompute-expert-inputs",
+        action="store_true",
+        help="gather the tokens of experts again in the backward pass; 2 * top k * hidden bytes less a token and layer",
+    )
+    group.add_argument(
         "--output-chunk-size",
         type=int,
         default=None,

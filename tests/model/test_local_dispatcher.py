@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linear_moe.model import local_dispatcher
+from linear_moe.model.experts import made_again
 from linear_moe.model.local_dispatcher import LocalDispatcher, MoE, chosen
 from tests.workers import with_model_parallel
 
@@ -69,6 +71,51 @@ def test_the_layer_does_not_notice(gloo: Any, world_size: int, options: dict[str
         assert stock.keys() == ours.keys()
         for name, truth in stock.items():
             torch.testing.assert_close(ours[name], truth, rtol=1e-11, atol=1e-12, msg=f"{name}: {{}}".format)
+
+
+def with_and_without(rank: int, world_size: int) -> None:
+    """The same gradients to the bit, of slots that are made again, and nothing of the size of all slots is kept."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from linear_moe.model.backend import make_backend
+
+    found, x = [], torch.randn(7, 2, D, dtype=torch.float64)
+    with with_model_parallel():
+        stock = get_moe_module_spec_for_backend(make_backend("local"), num_experts=E, moe_grouped_gemm=True)
+        for again in (False, True):
+            settings, groups = config(), ProcessGroupCollection.use_mpu_process_groups()
+            settings.recompute_expert_inputs = again
+            layer = MoE(config=settings, pg_collection=groups, is_mtp_layer=False, **stock.keywords)
+            draw = torch.Generator().manual_seed(5)
+            for _, weight in sorted(layer.named_parameters()):
+                weight.data.copy_(torch.randn(weight.shape, generator=draw, dtype=torch.float64) * 0.2)
+            calls = []
+            patch = pytest.MonkeyPatch()
+            made = local_dispatcher.spread_rows
+            patch.setattr(local_dispatcher, "spread_rows", lambda *args: calls.append(1) or made(*args))  # noqa: B023
+            given = x.clone().requires_grad_()
+            out, _ = layer(given)
+            assert len(calls) == 1
+            (out * out.detach().cos()).sum().backward()
+            assert (len(calls) > 1) == again
+            patch.undo()
+            found.append([out.detach(), given.grad, *(w.grad for w in layer.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_inputs_of_experts_are_made_again(gloo: Any) -> None:
+    gloo(1, with_and_without)
+
+
+def test_what_is_made_again_is_not_kept() -> None:
+    x, weight, calls = torch.randn(4, 3), torch.randn(3, 5, requires_grad=True), []
+    true = torch.autograd.grad((x @ weight).square().sum(), weight)[0]
+    source, x = x.clone(), x.requires_grad_()
+    with made_again(x, lambda: calls.append(1) or source):
+        y = x @ weight
+    x.data.zero_()  # as if its memory were another's
+    assert torch.equal(torch.autograd.grad(y.square().sum(), weight)[0], true) and calls == [1]
 
 
 def local(rank: int, world_size: int, options: dict[str, Any]) -> bool:

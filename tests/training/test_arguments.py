@@ -30,6 +30,7 @@ FLAGS = {
     "--run-dir",
     "--lsm-recompute",
     "--no-lsm-recompute",
+    "--recompute-expert-inputs",
     "--output-chunk-size",
     "--sequential-experts",
     "--instruction-data",
