@@ -83,9 +83,11 @@ class Prediction:
         return max(self.ms["bytes"], self.ms["l2"], self.ms["model"]) + LAUNCH_MS
 
 
-def launches(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> list[Launch]:
-    """Everything launched, none of it run."""
-    found: list[Launch] = []
+def launches(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], Any], found: list[Launch] | None = None
+) -> list[Launch]:
+    """Everything launched, none of it run; noted in ``found`` at once."""
+    found = [] if found is None else found
     is_backward = False
     with compiling_only(""):
         compile_only = triton.runtime.jit.JITFunction.run
@@ -162,13 +164,14 @@ def blank(family: calls.Family, shape: calls.Shape) -> dict[str, Tensor]:
     }
 
 
-def passes(run: calls.Operator, named: dict[str, Tensor]) -> list[Launch]:
+def passes(run: calls.Operator, named: dict[str, Tensor], found: list[Launch] | None = None) -> list[Launch]:
     """Forward and backward, in this order."""
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in named.items()}
     wanted = [x for x in leaves.values() if x.requires_grad]
     return launches(
         lambda: run(**leaves)[0],
         lambda o: torch.autograd.grad(o, wanted, torch.zeros_like(o), allow_unused=True),
+        found,
     )
 
 
