@@ -1,0 +1,52 @@
+"""What a layer starts with that nothing is carried to: the size of its norm, its convolution, and every dtype."""
+
+import pytest
+import torch
+
+from tests.checkpoint.hf_models import save_hf
+from tests.checkpoint.test_linearised_import import linearised
+
+ATTENTION = "model.layers.*.self_attn."
+CARRIED = "; ".join(f"{name} = {ATTENTION}{name}_proj.weight" for name in "qkv")
+PROJECTIONS = {
+    "gated_deltanet": ("carried", f"{CARRIED}; a, b, g = 0"),
+    "deltanet": ("carried", f"{CARRIED}; b = 0"),
+    "mamba2": ("started", "dt, g = 0; x random"),
+}
+"""What is told of the fused projection; mamba2 is as wide as two attentions."""
+
+FLOAT32 = {"A_log", "dt_bias", "D"}
+"""Numbers of the decay, in any model."""
+
+
+def of_half_precision(rank, world, folder, mixer):
+    save_hf(f"{folder}/hf", "qwen2_moe", num_experts_per_tok=2, dtype=torch.bfloat16)
+    ours, theirs, origins, *_ = linearised(rank, world, folder, mixer, {})
+    return ours, theirs, origins
+
+
+@pytest.mark.parametrize("mixer", PROJECTIONS)
+def test_a_layer_starts(gloo, tmp_path, mixer):
+    ours, theirs, origins = gloo(1, of_half_precision, str(tmp_path), mixer)[0]
+    prefix = "decoder.layers.0.self_attention."
+    found = {key.removeprefix(prefix): tensor for key, tensor in ours.items() if key.startswith(prefix)}
+    assert {name for name, tensor in found.items() if tensor.dtype == torch.float32} == FLOAT32 & found.keys()
+    assert all(tensor.dtype == torch.bfloat16 for name, tensor in found.items() if name not in FLOAT32)
+    for name in {"conv_weight", "group_conv_weight"} & found.keys():
+        assert (found[name][..., -1] == 1).all() and not found[name][..., :-1].any()
+    assert origins["self_attention.in_proj.weight", 0] == PROJECTIONS[mixer]
+    how = origins["self_attention.norm_weight", 0]
+    if mixer == "mamba2":
+        assert how == ("started", "as mamba2 from scratch") and (found["norm_weight"] == 1).all()
+        assert origins["self_attention.group_proj.weight", 0] == ("started", "b, c random")
+        return
+    assert how == ("started", f"half the size of the values of {ATTENTION}v_proj.weight")
+    # Values of inputs whose channels have size 1 behind the norm; a gate of one half is made up for.
+    weight, norm = (
+        theirs[f"model.layers.0.{name}.weight"].double() for name in ("self_attn.v_proj", "input_layernorm")
+    )
+    size = sum(((weight[row] * norm) ** 2).sum() for row in range(len(weight))).div(len(weight)).sqrt()
+    expected = 0.5 * size / (0.5 if mixer == "gated_deltanet" else 1.0)
+    torch.testing.assert_close(
+        found["norm_weight"].double(), expected.expand_as(found["norm_weight"]), rtol=0.01, atol=0
+    )
