@@ -50,7 +50,18 @@ def unit(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     return [module.weighted_swiglu(t["x"].flatten(0, 1), t["share"][:, 0])]
 
 
-CALLS: dict[str, Call] = {f.__name__: f for f in (short_conv, gated_norm, rows, cross_entropy, unit)}
+def skip_norm(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x, gate = t["x"].unflatten(-1, (5, 128)), t["gate"].unflatten(-1, (5, 128))
+    weight = t["weight"].expand(5, 128)
+    return [
+        module.skip_gate_norm(x, gate, weight[0, :5], weight, gate * 0.5),
+        module.scale_heads(x, gate[..., 3]),
+    ]
+
+
+CALLS: dict[str, Call] = {
+    f.__name__: f for f in (short_conv, gated_norm, skip_norm, rows, cross_entropy, unit)
+}
 WIDE = ("factor",)
 """What stays float32 in bfloat16 runs."""
 
