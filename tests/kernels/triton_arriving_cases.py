@@ -98,7 +98,15 @@ DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_
     processors=5,
     **ONE,
 )
-@case("delta vector", "delta_rule", "vector", ("solve_levels",), ("vector_gradient",), num_tokens=20, **ONE)
+@case(
+    "delta vector",
+    "delta_rule",
+    "vector",
+    ("solve_levels",),
+    ("vector_pairs", "vector_gradient"),
+    num_tokens=20,
+    **ONE,
+)
 @case(
     "low rank packed",
     "dplr_delta_rule",
