@@ -12,8 +12,8 @@ are put through a coarse model of a multiprocessor (``emulator/timing.py``). In 
     model    programs as they fit a multiprocessor, in order, with the machine code's own stalls and scoreboards
     estimate the largest of bytes, l2 and model, plus 2 us for the launch
 
-It is to find what is fat, not to report a time. Of flash-linear-attention's kernels it predicts 0.7 to 1.4 times what
-was measured forward and 0.55 to 1 times what was measured with backward (docs/kernels.md): it is an optimist about
+It is to find what is fat, not to report a time. Of flash-linear-attention's kernels it predicts 0.5 to 1.4 times what
+was measured forward and 0.5 to 1 times what was measured with backward (docs/kernels.md): it is an optimist about
 memory, and knows neither launches by the host, nor the operations of torch between the kernels.
 
     PYTHONPATH=. python benchmarks/predict_kernels.py [--families gla ...] [--shapes 2k ...] [--lines scan_kernel]

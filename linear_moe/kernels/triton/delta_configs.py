@@ -124,8 +124,10 @@ def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 def vector_pairs(num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for the gradients of scores: blocks of V in a loop."""
     values = _padded(num_values)
+    if dtype.itemsize == 2 and not configs.has_wgmma():
+        return Cut(0, min(32, values), 8, 1)
     if dtype.itemsize == 2:
-        return Cut(0, min(64, values), 4 if configs.has_wgmma() else 8, 2 if values > 64 else 1)
+        return Cut(0, min(64, values), 4, 2 if values > 64 else 1)
     return Cut(0, min(16, values), 8, 1)
 
 
