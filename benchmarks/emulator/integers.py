@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emulator.accesses import MEMORY, access, spilled
+
 if TYPE_CHECKING:
     from emulator.sass import Instruction, Threads
 
@@ -23,7 +25,6 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "EQ": lambda a, b: a == b,
     "NE": lambda a, b: a != b,
 }
-MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS")
 
 
 def signed(x: Value, bits: int = 32) -> Value:
@@ -35,9 +36,9 @@ def action(threads: Threads, one: Instruction) -> Callable[[Value], Any] | None:
     """Takes the guard, changes the registers, and returns addresses, if it goes to memory; None: nothing to do."""
     name, words = one.words[0], one.words
     if name in MEMORY:
-        return _memory(threads, one)
+        return access(threads, one)
     if name in ("LDL", "STL"):
-        return _spilled(threads, one)
+        return spilled(threads, one)
     if name in (
         "BAR",
         "NOP",
@@ -363,49 +364,3 @@ RULES: dict[str, Callable[..., Reader]] = {
     "CS2R": _simple(lambda: 0, 0),
     "SHFL": _shuffle,
 }
-
-
-def _memory(threads: Threads, one: Instruction) -> Callable[[Value], Any]:
-    """Addresses of the threads that are on (to global memory, of LDGSTS both); what is loaded is unknown."""
-    is_load = one.words[0] in ("LDG", "LDS", "LDSM")
-    places = [x for x in one.operands if "[" in x]
-    readers = [threads.address_reader(x) for x in places]
-    last = one.operands[-1]
-    guard_of_copy = threads.reader(last) if re.fullmatch(r"!?U?P[0-6T]", last) else (lambda: 1)
-    targets = _registers(one, one.operands[0]) if is_load else []
-
-    def do(guard: Value) -> Any:
-        inner = guard_of_copy()
-        both = None if guard is None or inner is None else np.asarray(guard) * np.asarray(inner)
-        found = [read() for read in readers]
-        for target in targets:
-            threads.set(target, None)
-        return found, both
-
-    return do
-
-
-def _spilled(threads: Threads, one: Instruction) -> Callable[[Value], Any]:
-    """Registers that wait in memory, where the address is a number."""
-    is_load = one.words[0] == "LDL"
-    read = threads.address_reader(one.operands[is_load])
-    registers = _registers(one, one.operands[not is_load])
-    readers = [threads.reader(x) for x in registers]
-
-    def do(guard: Value) -> None:
-        place = read()
-        for n, register in enumerate(registers):
-            at = f"spilled {place} {n}" if place is None else f"spilled {place + 4 * n}"
-            if is_load:
-                threads.set(register, threads.values.get(at), guard)
-            else:
-                threads.set(at, readers[n](), guard)
-
-    return do
-
-
-def _registers(one: Instruction, first: str) -> list[str]:
-    """All that a load fills, or a store empties."""
-    found = re.fullmatch(r"R(\d+)", first)
-    count = {"64": 2, "128": 4, "4": 4, "2": 2}.get(one.words[-1], 1)
-    return [f"R{int(found[1]) + n}" for n in range(count)] if found else [first] * count
