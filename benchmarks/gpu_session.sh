@@ -5,12 +5,13 @@
 #   kernels   fused operators against definition, softmax attention and the floor
 #   peers     flash-linear-attention beside them (its wheels in FOLDER_OF_WHEELS/peers); the same OUTPUT_FOLDER goes on
 #   mixers    a step of every mixer at A0.3B, bfloat16 against float32; then the recall table
-#   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile; 105 GiB, so an H200
+#   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile; two micro-batches where
+#             64k tokens at once, 105 GiB, do not fit
 #   decode    time per token at ever later positions
 # Order: as listed; what is right and faster than chunked torch then becomes the default (kernels/dispatch.py).
 set -uo pipefail
 cd -- "$(dirname -- "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
 if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
 install() { # a module and its wheels, where there are some and it does not import
@@ -37,9 +38,11 @@ peers) "$PYTHON" -m linear_moe.bench kernels --who fla --parts time memory --pro
 mixers)
     timeout 180 "$PYTHON" benchmarks/mixers_step.py "$out/mixers_step.json"
     "$PYTHON" examples/recall/run.py --minutes 6 --processes 6 --results "$out/recall" ;;
-step) # whole logits of 64k tokens, 37 GiB in float32, do not fit, several times
-    LINEAR_MOE_KERNELS=triton "$PYTHON" -m linear_moe.bench step --set "EXTRA_ARGS=--output-chunk-size 4096" \
-        --profile --minutes 9 --output "$out/step" ;;
+step)
+    memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
+    halves=$([ "$memory" -ge 110000 ] || echo "--micro-tokens 32768")
+    # shellcheck disable=SC2086
+    LINEAR_MOE_KERNELS=triton "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
 *) echo "gpu_session.sh: $stage is no stage; there are tests, kernels, peers, mixers, step and decode" >&2; exit 2 ;;
 esac

@@ -70,7 +70,8 @@ def test_every_command_works(folder: Path):
             p.name for p in (folder / "output" / run).iterdir()
         }
     asked = json.loads((folder / "asked.json").read_text())
-    assert "pretrained=mine-hf,trust_remote_code=True" in " ".join(asked).replace(f"{folder}/", "")
+    model = json.loads(asked[asked.index("--model_args") + 1])
+    assert (Path(model["pretrained"]).name, model["trust_remote_code"]) == ("mine-hf", True)
 
     (lines,) = blocks("python")
     assert len(lines.strip().splitlines()) <= 5, "three lines of transformers, and one to see that they work"
