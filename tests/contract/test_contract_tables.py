@@ -115,7 +115,9 @@ def test_bad_options_are_refused_with_what_to_do(name):
     for field, kind in fields(name):
         kinds = typing.get_args(kind) or (kind,)
         if config.__module__.startswith("linear_moe."):  # others' options are theirs to try
-            assert field in BAD or not {int, float} & set(kinds), f"no value of {field} is known that cannot work"
+            assert field in BAD or not {int, float} & set(kinds), (
+                f"no value of {field} is known that cannot work"
+            )
         wrong = [v for k in kinds for v in OF_TYPE.get(k, ()) if type(None) not in kinds or v is not None]
         values = [*BAD.get(field, ()), *(wrong if kinds[0] in OF_TYPE else ())]
         values += ["nonsense"] if str in kinds else []
