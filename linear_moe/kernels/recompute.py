@@ -41,9 +41,9 @@ def recompute(
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, core: Core, chunks: Chunks | None, num_tokens: int, *inputs: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        # Not by name: torch.compile 2.11 leaves the context out where the others are as many as the names.
+        core, chunks, num_tokens, *inputs = arguments
         ctx.core, ctx.chunks, ctx.num_tokens = core, chunks, num_tokens
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
