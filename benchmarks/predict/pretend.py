@@ -16,9 +16,8 @@ PROPERTIES = SimpleNamespace(
 
 def one_h100() -> None:
     """For the rest of the process there is one; to be called before Megatron is imported."""
-    importlib.import_module(
-        "torch._dynamo"
-    )  # it indexes functions of torch by identity: let it see the real ones
+    # It indexes functions of torch by identity: let it see the real ones.
+    importlib.import_module("torch._dynamo")
     from linear_moe.training import cpu
 
     patches = [*cpu._device_patches(), *cpu._stream_patches(), *cpu._memory_patches(), *cpu._rng_patches()]
