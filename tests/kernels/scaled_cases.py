@@ -6,7 +6,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from scan_cases import error, gradients
+from scan_cases import errors_of
 from torch import Tensor
 
 from linear_moe.kernels import reference
@@ -31,14 +31,8 @@ def make(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[float]:
-    """Of the output and both gradients, against one head after the other in float64."""
-    given = make(name, dtype)
-    exact = {n: t.detach().double().requires_grad_() for n, t in given.items()}
-    found, truth = (
-        [y, *gradients([y], leaves).values()]
-        for y, leaves in ((run(**given), given), (reference.scale_heads(**exact), exact))
-    )
-    return [error(f.double(), t) for f, t in zip(found, truth, strict=True)]
+    """Of the output and the gradients, against one head after the other in float64."""
+    return errors_of(run, reference.scale_heads, make(name, dtype))
 
 
 def fused(name: str) -> list[float]:

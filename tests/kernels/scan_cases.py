@@ -151,6 +151,20 @@ def gradients(
     return {f"grad {name}": grad for name, grad in zip(leaves, found)}
 
 
+def errors_of(
+    run: Callable[..., Tensor], definition: Callable[..., Tensor], given: dict[str, Any]
+) -> list[float]:
+    """Of the output and the gradients of all tensors, against ``definition`` in float64 on equal values."""
+    exact = {
+        n: t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for n, t in given.items()
+    }
+    found, truth = (
+        [y, *gradients([y], {n: t for n, t in arguments.items() if isinstance(t, Tensor)}).values()]
+        for y, arguments in ((run(**given), given), (definition(**exact), exact))
+    )
+    return [error(f.double(), t) for f, t in zip(found, truth, strict=True)]
+
+
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
     """Products of float32 in float32; pytest's ``monkeypatch`` cannot take this flag back."""

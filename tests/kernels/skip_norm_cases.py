@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from scan_cases import error, gradients
+from scan_cases import errors_of
 from torch import Tensor
 
 from linear_moe.kernels import reference
@@ -43,18 +43,8 @@ def make(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[float]:
-    """Output and gradients, against the definition in float64 on equal values."""
-    given = make(name, dtype)
-    exact = {
-        n: t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for n, t in given.items()
-    }
-    found, truth = _results(run, given), _results(reference.skip_gate_norm, exact)
-    return [error(f.double(), t) for f, t in zip(found, truth, strict=True)]
-
-
-def _results(run: Callable[..., Tensor], inputs: dict[str, Any]) -> list[Tensor]:
-    y = run(**inputs)
-    return [y, *gradients([y], {n: t for n, t in inputs.items() if isinstance(t, Tensor)}).values()]
+    """Of the output and the gradients, against the definition in float64."""
+    return errors_of(run, reference.skip_gate_norm, make(name, dtype))
 
 
 def fused(name: str) -> list[float]:
