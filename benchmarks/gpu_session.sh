@@ -42,7 +42,7 @@ step)
     memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
     halves=$([ "$memory" -ge 110000 ] || echo "--micro-tokens 32768")
     # shellcheck disable=SC2086
-    LINEAR_MOE_KERNELS=triton "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
+    "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
 *) echo "gpu_session.sh: $stage is no stage; there are tests, kernels, peers, mixers, step and decode" >&2; exit 2 ;;
 esac

@@ -66,18 +66,18 @@ def _when_asked(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    if _asked() != "triton":
-        return False, f"fused, not measured yet: only with {ENVIRONMENT_VARIABLE}=triton"
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, f"no fused kernel computes in {dtype}"
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cpu" and is_interpreted:  # which computes bfloat16 wrongly, without saying so
+    if (
+        device.type == "cpu" and is_interpreted and _asked() == "triton"
+    ):  # computes bfloat16 wrongly, without saying so
         return dtype != torch.bfloat16, "Triton's interpreter, float32 and float16"
     if device.type != "cuda" or is_interpreted or torch.cuda.get_device_capability(device) < (8, 0):
         return False, "fused kernels need a CUDA device of compute capability 8.0"
-    return True, "fused"
+    return True, "fused, each kind tried against float64 before its first use"
 
 
 def _fused_scan(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -195,6 +195,18 @@ def pick(
         if is_available and takes(backend):
             return backend, f"{ENVIRONMENT_VARIABLE}={asked}" if backend.name == asked else reason
     raise AssertionError(f"{op} has no backend that always runs")
+
+
+def tried(op: str, backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
+    """The backend that was picked, or, where a trial showed that its kernel is wrong on this device, the one in torch.
+
+    A fused kernel that somebody asked for by name is not tried.
+    """
+    if backend.name != "triton" or is_asked():
+        return backend
+    trial = importlib.import_module("linear_moe.kernels.triton.trial")
+    in_torch = next(other for other in BACKENDS[op] if other.name == "chunked")
+    return backend if trial.passes(op, backend.run, in_torch.run, args, kwargs) else in_torch
 
 
 def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -368,6 +368,7 @@ def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
             return step.OPERATIONS[op](*args, **kwargs)
     backend, _ = dispatch.pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
     dispatch.warn_if_unfused(op, backend, like.device)
+    backend = dispatch.tried(op, backend, args, kwargs)
     return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
 
 

@@ -172,6 +172,7 @@ def test_a_gpu_without_a_fused_kernel_says_so_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("LINEAR_MOE_KERNELS", raising=False)
     dispatch._warn_of_torch_once.cache_clear()
     cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
 
     def notices(op: str, device: torch.device) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:

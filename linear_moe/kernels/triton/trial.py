@@ -1,0 +1,254 @@
+"""A fused kernel is tried before its first use: one small call of its kind, compared with float64.
+
+Compilers make wrong code of right kernels on some GPUs and in some versions (docs/kernels.md names cases), and a model
+trains on with a wrong gradient without complaint. So before a process uses an operation with tensors of a kind (dtypes,
+widths of heads, which decay, rows or documents, with or without gradients), random tensors in the layout of those at
+hand, a row of up to ``NUM_TOKENS`` tokens, go through the fused kernel and, in float64, through torch on the same
+device. An operation that differs, or does not compile, runs on chunked torch from then on, and says so.
+
+Not tried: other lengths and layouts, which compile variants of the same kernels, and the pieces that long rows are cut
+into. Nothing is tried while a CUDA graph is captured or ``torch.compile`` traces; a warm-up comes before both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from linear_moe.kernels.segment import Segment
+
+NUM_TOKENS = 144
+"""More than two chunks and a part of one, and a multiple of 16, as most lengths: another variant otherwise."""
+
+LENGTHS = (61, 0, 83)
+"""Documents, one of them empty, that fill ``NUM_TOKENS``."""
+
+NUM_ROWS = 48
+"""Of tokens that do not follow each other: logits, experts' rows."""
+
+TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.15}
+"""Largest difference over the largest element; a tile of other numbers is far above, rounding and TF32 are below."""
+
+Run = Callable[..., Any]
+
+_passed: dict[tuple[Any, ...], bool] = {}
+
+
+def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a fused kernel may run this call: tried once for each kind of call, in every process.
+
+    Args:
+        op: the operation's name.
+        fused: runs it with the kernel on trial.
+        exact: runs it in torch; gets the same arguments in float64.
+        args: of the call at hand, of which only shapes, layouts and dtypes are looked at.
+        kwargs: likewise.
+
+    Raises:
+        RuntimeError: the kernel broke the CUDA context.
+    """
+    kind = (
+        op,
+        torch.is_grad_enabled(),
+        *map(_trait, args),
+        *((name, _trait(x)) for name, x in kwargs.items()),
+    )
+    found = _passed.get(kind)
+    if found is None:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if _cannot_wait(tensors[0].device) or any(x.numel() == 0 for x in tensors):
+            return True
+        _passed[kind] = found = _try(op, fused, exact, args, kwargs)
+    return found
+
+
+def _trait(x: Any) -> Any:
+    """What of an argument makes another kind of call."""
+    if isinstance(x, Tensor):
+        return x.device, x.dtype, x.ndim, x.shape[2:], x.requires_grad
+    return callable(x) or x
+
+
+def _cannot_wait(device: torch.device) -> bool:
+    return torch.compiler.is_compiling() or (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _try(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        # What surrounds the call at hand must not see this one: checkpointing counts what is saved.
+        with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            reason = _difference(fused, exact, inspect.signature(exact).bind(*args, **kwargs))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _check_context(op, args[0].device, error)
+        reason = _in_words(error)
+    if reason:
+        warnings.warn(
+            f"the fused kernel of {op} is not used: tried before its first use, {reason} ({_versions()}). It runs on "
+            f"chunked torch: right, but slower, with a launch for every operation and intermediates in GPU memory. "
+            f"Please report this; LINEAR_MOE_KERNELS=triton uses the kernel all the same",
+            stacklevel=2,
+        )
+    return not reason
+
+
+def _check_context(op: str, device: torch.device, error: Exception) -> None:
+    """After an illegal access nothing runs in this process any more, chunked torch neither."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:
+        raise RuntimeError(
+            f"the fused kernel of {op} broke the CUDA context: {_in_words(error)}\n"
+            f"  why: it was tried with random numbers before its first use; {_versions()}\n"
+            f"  try: LINEAR_MOE_KERNELS=chunked, which is slower, and report these lines"
+        ) from error
+
+
+def _difference(fused: Run, exact: Run, call: inspect.BoundArguments) -> str:
+    """Where the results on random tensors differ, in words; empty if they do not."""
+    given = call.arguments
+    wanted = [name for name, x in given.items() if torch.is_grad_enabled() and _wants_gradient(name, x)]
+    first = next(x for x in given.values() if isinstance(x, Tensor))
+    noise = torch.Generator(first.device).manual_seed(0)
+    call.arguments = _sample(given, first, noise)
+    in_double = {name: _double(x) for name, x in call.arguments.items()}
+    found = _results(fused, call, wanted)
+    incoming = {name: torch.empty_like(y).normal_(generator=noise) for name, y in found.items()}
+    found |= _gradients(found, call, wanted, incoming)
+    call.arguments = in_double
+    expected = _results(exact, call, wanted)
+    expected |= _gradients(expected, call, wanted, {name: y.double() for name, y in incoming.items()})
+    overall = max((y.abs().max().item() for y in expected.values() if y.numel()), default=0.0)
+    for name, y in expected.items():
+        if found[name].shape != y.shape:
+            return f"{name} is {list(found[name].shape)}, and not {list(y.shape)}"
+        if not y.numel():
+            continue
+        largest = y.abs().max().item()
+        difference = (found[name].double() - y).abs().max().item()
+        # Of what is nothing, rounding is left: of the other results, and of numbers near 1. NaN is a difference.
+        if not difference <= TOLERANCE[first.dtype] * max(largest, overall / 100, 1e-3):
+            return f"{name} differs from float64 by {difference:.3g}, its largest element being {largest:.3g}"
+    return ""
+
+
+def _results(run: Run, call: inspect.BoundArguments, wanted: list[str]) -> dict[str, Tensor]:
+    for name, x in call.arguments.items():
+        if name in wanted:
+            x.requires_grad_()
+    found = run(*call.args, **call.kwargs)
+    if isinstance(found, Segment):
+        named = {"state": found.state, "log_decay": found.log_decay, "decay": found.decay}
+    else:
+        named = {f"result {i}": y for i, y in enumerate(found if isinstance(found, tuple) else (found,))}
+    if "logits" in call.arguments:
+        named["the gradient of logits"] = call.arguments["logits"]  # which has been written there
+    return {name: y for name, y in named.items() if y is not None}
+
+
+def _gradients(
+    results: dict[str, Tensor], call: inspect.BoundArguments, wanted: list[str], incoming: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    outputs = {name: y for name, y in results.items() if y.requires_grad}
+    if not outputs:
+        return {}
+    inputs = [call.arguments[name] for name in wanted]
+    found = torch.autograd.grad(
+        [*outputs.values()],
+        inputs,
+        [incoming[name] for name in outputs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return {f"the gradient of {name}": x for name, x in zip(wanted, found, strict=True)}
+
+
+def _sample(given: dict[str, Any], first: Tensor, noise: torch.Generator) -> dict[str, Any]:
+    """Random arguments for those of a call, by their names in :mod:`linear_moe.kernels.ops`."""
+    if "place" in given:
+        return _sample_of_rows(given, noise)
+    is_packed = given.get("cu_seqlens") is not None
+
+    def sample(name: str, x: Any) -> Any:
+        if name == "state" and x is not None:
+            if not isinstance(x, Tensor):  # on its way
+                k, v = given["k"], given["v"]
+                x = torch.empty(1, v.shape[2], k.shape[3], v.shape[3], device=v.device)
+            return _random(name, x, (len(LENGTHS) if is_packed else 1, *x.shape[1:]), noise)
+        if name == "combine" or not isinstance(x, Tensor):
+            return None if callable(x) else x  # it would talk to other ranks
+        if name == "cu_seqlens":
+            return torch.tensor(
+                [sum(LENGTHS[:n]) for n in range(len(LENGTHS) + 1)], dtype=x.dtype, device=x.device
+            )
+        if first.ndim == 2:
+            num_rows = min(len(x), NUM_ROWS)
+            if name == "labels":
+                return torch.randint(given["logits"].shape[1], (num_rows,), generator=noise, device=x.device)
+            return _random(name, x, (num_rows, *x.shape[1:]), noise)
+        is_parameter = x.ndim < 3 or (name == "weight" and "activation" in given)
+        if is_parameter or x.shape[:2] != first.shape[:2]:
+            return _random(name, x, x.shape, noise)
+        return _random(
+            name, x, (1, NUM_TOKENS if is_packed else min(NUM_TOKENS, x.shape[1]), *x.shape[2:]), noise
+        )
+
+    return {name: sample(name, x) for name, x in given.items()}
+
+
+def _sample_of_rows(given: dict[str, Any], noise: torch.Generator) -> dict[str, Any]:
+    x, weight, (num_tokens, num_slots) = given["x"], given.get("weight"), given["place"].shape
+    num_rows_each = len(x) // num_tokens
+    num_tokens = min(num_tokens, NUM_ROWS)
+    places = torch.randperm(num_tokens * num_slots, generator=noise, device=x.device)
+    found = given | {"order": places.argsort(), "place": places.view(num_tokens, num_slots)}
+    found["x"] = _random("x", x, (num_tokens * num_rows_each, *x.shape[1:]), noise)
+    if weight is not None:
+        found["weight"] = _random("weight", weight, (num_tokens, num_slots), noise)
+    return found
+
+
+def _random(name: str, like: Tensor, size: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    """Of a size, with strides and alignment of ``like``; decays in (-0.5, 0), beta in (0, 1), keys no longer than 1."""
+    before = like.data_ptr() % 16 // like.element_size()
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(size, like.stride(), strict=True))
+    memory = torch.empty(before + extent, dtype=like.dtype, device=like.device)
+    if name.startswith("log_decay"):
+        memory.uniform_(-0.5, 0, generator=noise)
+    elif name == "beta":
+        memory.uniform_(0, 1, generator=noise)
+    else:
+        memory.normal_(std=0.5 * size[-1] ** -0.5 if name in ("k", "a", "b") else 1, generator=noise)
+    return memory.as_strided(size, like.stride(), before)
+
+
+def _wants_gradient(name: str, x: Any) -> bool:
+    """A state that is on its way wants one as any."""
+    return x.requires_grad if isinstance(x, Tensor) else name == "state" and callable(x)
+
+
+def _double(x: Any) -> Any:
+    return x.to(torch.float64, copy=True) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _versions() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{device}, torch {torch.__version__}, triton {triton.__version__}"

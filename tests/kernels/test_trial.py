@@ -1,0 +1,191 @@
+"""Fused kernels are tried before their first use; a wrong one is not used, and says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from random_calls import PER_GEOMETRY, SMALL, Call, results
+from random_draw import NAMES, draw
+from scan_cases import Inputs, make
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from linear_moe import kernels
+from linear_moe.kernels import dispatch
+from linear_moe.kernels.triton import trial
+
+Change = Callable[[str, Any], Any]
+
+
+@contextmanager
+def pretended(change: Change = lambda op, results: results) -> Iterator[list[str]]:
+    """Every operation has a "fused kernel", torch's with a change of what it returns; the names of those that ran."""
+    ran: list[str] = []
+
+    def pretend(op: str, fused: dispatch.Backend, in_torch: dispatch.Backend) -> dispatch.Backend:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            ran.append(op)
+            return change(op, in_torch.run(*args, **kwargs))
+
+        return dataclasses.replace(fused, run=run, available=in_torch.available, begins=in_torch.begins)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+        patch.setattr(trial, "_passed", {})
+        for op, (fused, in_torch, reference) in dispatch.BACKENDS.items():
+            patch.setitem(dispatch.BACKENDS, op, (pretend(op, fused, in_torch), in_torch, reference))
+        yield ran
+
+
+def messages(act: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(warning.message) for warning in caught]
+
+
+def short(op: str, **options: Any) -> Inputs:
+    return make(op, **{"decay": "scalar", "num_tokens": 20, "dtype": torch.float32, **options})
+
+
+def calls() -> Iterator[Call]:
+    """One of each geometry of the random calls: every operation, decay, dtype and layout."""
+    for number in range(0, len(NAMES), PER_GEOMETRY):
+        call = draw(number, SMALL)
+        if all(x.numel() for x in call.tensors.values()):
+            yield call
+
+
+def test_right_kernels_pass() -> None:
+    for call in calls():
+        with pretended() as ran:
+            assert not messages(partial(results, kernels, call, call.arguments("cpu"))), call
+        assert ran == [call.op] * 2, "the trial, and the call"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(0, len(NAMES), PER_GEOMETRY), ids=NAMES[::PER_GEOMETRY])
+def test_fused_kernels_pass_on_a_device(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So they are what runs by default; every call of random_calls is judged there by the definition, besides."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    call = draw(number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results(kernels, call, call.arguments("cuda"))
+    assert dispatch.pick(call.op, torch.device("cuda"), call.dtype)[0].name == "triton"
+
+
+def test_wrong_results_are_found() -> None:
+    """Up to 4 x 4 elements of the first result, which are off by a third of the largest one."""
+
+    def spoil(op: str, found: Any) -> Any:
+        if isinstance(found, kernels.Segment):
+            return dataclasses.replace(found, state=spoil(op, found.state))
+        if isinstance(found, tuple):
+            return spoil(op, found[0]), *found[1:]
+        off = torch.zeros_like(found)
+        (off[..., :4, :4] if off.ndim > 1 else off[:4]).fill_(0.01 + 0.33 * found.detach().abs().max())
+        return found + off
+
+    for call in calls():
+        with pretended(spoil) as ran:
+            (message,) = messages(partial(results, kernels, call, call.arguments("cpu")))
+            assert (
+                f"fused kernel of {call.op} is not used" in message and "differs from float64 by" in message
+            )
+            assert not messages(partial(results, kernels, call, call.arguments("cpu"))), "once"
+        assert ran == [call.op], "the trial alone"
+
+
+def test_wrong_gradients_are_found() -> None:
+    """Right results, with gradients that are 1.3 times as large, and with NaN."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * factor
+
+    inputs = short("delta_rule")
+    for factor in (1.3, float("nan")):
+        with pretended(lambda op, found: (Wrong.apply(found[0]), found[1])) as ran:
+            assert not messages(lambda: inputs.run(kernels)), f"{factor}, of a gradient that nobody wants"
+            (message,) = messages(lambda: inputs.differentiable().run(kernels))
+            assert "the gradient of" in message and ran == ["delta_rule"] * 3
+
+
+def test_each_kind_is_tried_once() -> None:
+    """Other lengths are no other kind; other widths, dtypes, decays, and packed documents are."""
+    with pretended() as ran:
+
+        def trials(**options: Any) -> int:
+            before = len(ran)
+            short("diag_decay", **options).run(kernels)
+            return len(ran) - before - 1
+
+        assert trials() == 1 and trials() == 0 and trials(num_tokens=33) == 0 and trials(batch=3) == 0
+        assert trials(decay="vector") == 1 and trials(dtype=torch.float16) == 1 and trials(num_keys=8) == 1
+
+
+def test_the_random_state_stays() -> None:
+    inputs = short("diag_decay")
+    before = torch.random.get_rng_state()
+    with pretended():
+        inputs.run(kernels)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_surrounds_a_call_does_not_reach_its_trial() -> None:
+    """Checkpointing counts the tensors that are saved; inference mode would forbid gradients; autocast would round."""
+    inputs = short("delta_rule")
+    leaves = inputs.differentiable()
+    with pretended() as ran:
+        o, _ = checkpoint(lambda: leaves.run(kernels), use_reentrant=False)
+        o.sum().backward()
+        assert ran == ["delta_rule"] * 3
+    with pretended() as ran, torch.inference_mode():
+        inputs.run(kernels)
+        assert ran == ["delta_rule"] * 2
+
+
+def test_a_memory_on_its_way_is_not_waited_for_by_the_trial() -> None:
+    inputs = short("diag_decay")
+    waited = []
+
+    def arrive() -> Tensor:
+        waited.append(True)
+        return inputs.tensors["state"]
+
+    with pretended() as ran:
+        inputs.run(kernels, state=arrive)
+    assert len(waited) == 1 and len(ran) == 2
+
+
+def test_an_error_of_the_kernel_is_told() -> None:
+    def fail(op: str, found: Any) -> Any:
+        raise RuntimeError("out of resource: shared memory, Required: 300000\nand more")
+
+    with pretended(fail):
+        (message,) = messages(lambda: short("delta_rule").run(kernels))
+    assert (
+        "RuntimeError: out of resource: shared memory, Required: 300000 (" in message
+        and "and more" not in message
+    )
+
+
+def test_who_asked_for_it_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended() as ran:
+        monkeypatch.setitem(os.environ, dispatch.ENVIRONMENT_VARIABLE, "triton")
+        short("delta_rule").run(kernels)
+        assert ran == ["delta_rule"]
