@@ -142,6 +142,7 @@ def _check_checkpoint(folder: Path, model: Blueprint, reader: Reader) -> None:
             f"  why: config.json describes the model, and the two must match\n"
             f"  try: the run folder as it was trained, with the linear_moe that trained it"
         )
+    reader.check_whole(model.tensors)
 
 
 # ---- what the model is on the other side ----

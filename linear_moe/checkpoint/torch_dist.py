@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,7 +68,9 @@ def write(folder: Path, pieces: Sequence[Piece], objects: dict[str, object]) -> 
         done = folder / f"{name}.json"  # offsets and lengths: the file is complete
         if not done.is_file():
             where = yield from _write_file(folder / name, group)
-            done.write_text(json.dumps(where))
+            half = done.with_suffix(".part")
+            half.write_text(json.dumps(where))
+            half.replace(done)  # there or not, whenever we are stopped
         else:
             where = json.loads(done.read_text())
             yield sum(piece.size for piece in group)
@@ -187,6 +189,24 @@ class Reader:
         self.kept: tuple[str, dict[tuple[int, ...], Tensor]] = ("", {})
         self.tensors = {key: entry for key, entry in tensors if isinstance(entry, TensorStorageMetadata)}
 
+    def check_whole(self, keys: Iterable[str]) -> None:
+        """``ValueError`` where a piece of these tensors is missing, or its file, or the end of that; none is read."""
+        ends: dict[str, int] = {}
+        for key in keys:
+            entry = self.tensors[key]
+            held = sum(chunk.sizes.numel() for chunk in entry.chunks)
+            if held != entry.size.numel():
+                what = f"its pieces of {key} hold {held} of {entry.size.numel()} numbers"
+                raise ValueError(_unreadable(self.folder / ".metadata", what))
+            for chunk in entry.chunks:
+                place = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else 0
+            if size < end:
+                raise ValueError(_unreadable(path, f"it has {size} bytes, .metadata describes {end}"))
+
     def read(self, key: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``first`` to ``stop`` of a tensor; pieces that lie elsewhere are not read.
 
@@ -227,10 +247,15 @@ class Reader:
                 part = _Slice(file, place.offset, place.length)
                 tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
-                f"  why: it is missing, cut short or changed (a full disk, an interrupted copy)\n"
-                f"  try: another iteration of the run"
-            ) from error
+            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(_unreadable(path, what)) from error
         assert tensor.shape == chunk.sizes, (key, tensor.shape, chunk)
         return tensor
+
+
+def _unreadable(path: Path, what: str) -> str:
+    return (
+        f"{path} cannot be read: {what}\n"
+        f"  why: it is missing, cut short or changed (a full disk, an interrupted copy)\n"
+        f"  try: another iteration of the run"
+    )

@@ -160,8 +160,7 @@ def test_an_output_layer_that_is_not_the_embedding_is_not_tied(folder, refused, 
     tensors = tensors_of(folder)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    text = gloo(1, outcome, "import", str(folder), str(tmp_path / "run"), {})[0]
-    assert text.startswith("no error")
+    assert gloo(1, outcome, "import", str(folder), str(tmp_path / "run"), {})[0].startswith("no error")
 
 
 def test_one_file_beside_an_index_is_the_model(source, folder, gloo, tmp_path):
@@ -251,6 +250,8 @@ def test_runs_that_are_none(source, refused, tmp_path):
     refused(source / "run", "no checkpoint of step 9", direction="export", step=9)
     run = Path(shutil.copytree(source / "run", tmp_path / "run"))
     config = json.loads((run / "config.json").read_text())
+    (run / "checkpoint" / "iter_0000001" / "__0_0.distcp").write_bytes(b"cut short")
+    refused(run, "__0_0.distcp cannot be read: it has 9 bytes", direction="export")
     arguments = config["arguments"]
     arguments[arguments.index("--num-experts") + 1] = "8"
     (run / "config.json").write_text(json.dumps(config))

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -87,6 +88,68 @@ def regions(rank: int, world: int, root: str) -> dict[str, Any]:
         except ValueError as error:
             found["told"].append(str(error))
     return found
+
+
+def checked(rank: int, world: int, root: str) -> list[list[str]]:
+    """What is told of tensors whose pieces, or their files, are not whole; by damage and tensor."""
+    from linear_moe.checkpoint.torch_dist import Reader
+
+    folder = Path(root) / "iter_0000001"
+    made(folder)
+
+    def told() -> list[str]:
+        texts = []
+        for key in TENSORS:
+            try:
+                Reader(folder).check_whole([key])
+                texts.append("whole")
+            except ValueError as error:
+                texts.append(str(error))
+        return texts
+
+    found = [told()]
+    data = (folder / "__0_1.distcp").read_bytes()
+    (folder / "__0_1.distcp").write_bytes(data[:-1])
+    found.append(told())
+    (folder / "__0_1.distcp").write_bytes(data)
+    (folder / "__0_0.distcp").unlink()
+    found.append(told())
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["experts"].chunks.pop()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return [*found, told()]
+
+
+def test_what_is_not_whole_is_told_before_anything_is_read(gloo, tmp_path):
+    """Pieces of "a" are in the files 0 and 1, those of the experts in file 2."""
+    whole, cut, lost, pieces = gloo(1, checked, str(tmp_path))[0]
+    assert whole == ["whole", "whole"]
+    assert "__0_1.distcp cannot be read: it has " in cut[0] and cut[1] == "whole"
+    assert "__0_0.distcp cannot be read: it has 0 bytes" in lost[0] and lost[1] == "whole"
+    assert ".metadata cannot be read: its pieces of experts hold 40 of 48 numbers\n  why: " in pieces[1]
+
+
+def stopped_while_saying_what_is_complete(rank: int, world: int, root: str) -> bool:
+    """A conversion that is ended in the middle of the note on its first file, and then once more."""
+    from linear_moe.checkpoint.torch_dist import Reader
+
+    write = Path.write_text
+
+    def stop(path: Path, text: str) -> None:
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    folder = Path(root) / "iter_0000001"
+    with patch.object(Path, "write_text", stop), suppress(KeyboardInterrupt):
+        made(folder)
+    assert not (folder / ".metadata").exists()
+    made(folder)
+    left = [path.name for path in folder.iterdir() if path.suffix not in (".distcp", ".json", "")]
+    return not left and all(torch.equal(Reader(folder).read(key), tensor) for key, tensor in TENSORS.items())
+
+
+def test_a_note_on_a_complete_file_is_whole_or_not_there(gloo, tmp_path):
+    assert gloo(1, stopped_while_saying_what_is_complete, str(tmp_path))[0]
 
 
 def with_code(rank: int, world: int, root: str) -> str:
