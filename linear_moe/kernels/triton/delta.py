@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.triton.delta_launch import DeltaChunks, Solved
 from linear_moe.kernels.triton.layout import of_groups, rows_together
+from linear_moe.kernels.triton.saved import save, saved
 
 
 def delta_rule(
@@ -92,17 +93,16 @@ class _DeltaRule(torch.autograd.Function):
         states, errors, final, maps = chunks.forward(solved, v, beta, initial, begun.actions)
         o = chunks.output(solved, states, errors)
 
-        ctx.chunks, ctx.early = chunks, early
+        ctx.early = early
         ctx.dtypes = beta.dtype, None if state is None else state.dtype
-        ctx.save_for_backward(q, k, v, beta, states, errors, maps, *solved.tensors())
+        save(ctx, chunks, q, k, v, beta, states, errors, maps, *solved.tensors())
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, beta, states, errors, maps, *solved = ctx.saved_tensors
-        chunks: DeltaChunks = ctx.chunks
+        chunks, q, k, v, beta, states, errors, maps, *solved = saved(ctx)
         solved = Solved(*solved)
         do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()

@@ -23,6 +23,7 @@ from linear_moe.kernels.segment import Segment
 from linear_moe.kernels.triton.chunk_launch import carried
 from linear_moe.kernels.triton.delta_launch import DeltaChunks, Solved
 from linear_moe.kernels.triton.layout import of_groups, rows_together
+from linear_moe.kernels.triton.saved import save, saved
 
 
 def delta_rule_segment(
@@ -44,16 +45,14 @@ class _DeltaSegment(torch.autograd.Function):
         chunks = DeltaChunks.plan(k, v, log_decay, cu_seqlens, 1.0)
         solved = chunks.solve(None, k, beta)
         maps, written = chunks.actions(solved, v, beta)
-        ctx.chunks = chunks
-        ctx.save_for_backward(k, v, beta, maps, written, *solved.tensors())
+        save(ctx, chunks, k, v, beta, maps, written, *solved.tensors())
         ctx.set_materialize_grads(False)
         return after_pieces(maps, written), after_pieces(maps, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_state: Tensor | None, d_decay: Tensor | None) -> tuple[Any, ...]:
-        k, v, beta, maps, written, *solved = ctx.saved_tensors
-        of_values: DeltaChunks = ctx.chunks
+        of_values, k, v, beta, maps, written, *solved = saved(ctx)
         of_keys = replace(of_values, num_values=of_values.num_keys)
         solved = Solved(*solved)
         dv, found = None, []

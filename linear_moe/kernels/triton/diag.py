@@ -25,6 +25,7 @@ from linear_moe.kernels.triton import configs, diag_vector
 from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
 from linear_moe.kernels.triton.diag_scan import scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
+from linear_moe.kernels.triton.saved import save, saved
 from linear_moe.kernels.triton.states import Local, carry_kernel, local_state_kernel
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2
@@ -50,7 +51,7 @@ def diag_decay(
             log_decay_v = log_decay_v + log_decay.float()[..., None]
         return diag_vector.decay_columns(q, k, v, log_decay_v, state, cu_seqlens, float(scale))
     if bonus is not None:
-        log_decay = torch.zeros((), device=v.device) if log_decay is None else log_decay
+        log_decay = torch.zeros((), dtype=torch.float32, device=v.device) if log_decay is None else log_decay
         if log_decay.ndim < 4:
             log_decay = log_decay[..., None].expand(*v.shape[:3], k.shape[-1])
     if log_decay is not None and log_decay.ndim == 4:
@@ -86,21 +87,20 @@ class _DiagDecay(torch.autograd.Function):
         q, k, v, scan, local = begun
         initial = None if state is None else state.float().contiguous()
         before, final = scan.states_between(local, initial, k, v)
-        saved = scan.new_saved(k, v) if ctx.needs_input_grad[3] else None
+        states = scan.new_saved(k, v) if ctx.needs_input_grad[3] else None
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        scan.run(q, k, v, o, before, final=final, saved=saved, saves=saved is not None)
+        scan.run(q, k, v, o, before, final=final, saved=states, saves=states is not None)
 
-        ctx.scan, ctx.early = scan, early
+        ctx.early = early
         ctx.dtypes = None if log_decay is None else log_decay.dtype, None if state is None else state.dtype
-        ctx.save_for_backward(q, k, v, before, saved)
+        save(ctx, scan, q, k, v, before, states)
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, before, saved = ctx.saved_tensors
-        scan: _Scan = ctx.scan
+        scan, q, k, v, before, states = saved(ctx)
         needs_q, needs_k, needs_v, needs_decay, needs_state = ctx.needs_input_grad[:5]
         do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()
@@ -122,7 +122,9 @@ class _DiagDecay(torch.autograd.Function):
                 scan.run(do, v, k, dq, before, is_transposed=True, x=q, parts=parts)
                 dq = of_groups(dq, q)
             if dk is not None:
-                scan.run(v, do, q, dk, after, is_transposed=True, reverse=True, x=k, parts=parts, saved=saved)
+                scan.run(
+                    v, do, q, dk, after, is_transposed=True, reverse=True, x=k, parts=parts, saved=states
+                )
                 dk = of_groups(dk, k)
             d_decay = None if parts is None else scan.decay_gradient(parts).to(decay_dtype)
             return dq, dk, dv, d_decay

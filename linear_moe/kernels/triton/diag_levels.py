@@ -34,6 +34,7 @@ from linear_moe.kernels.triton.layout import chunk_slot, segment_of
 
 
 @cache
+@torch.inference_mode(False)  # or it could not be saved for a later backward pass
 def level_sums(chunk: int, reads_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[3, LEVELS + 2, C, C]`` of 0 and 1; first [i, t]: whether the sum of token i contains log2 a of token t.
 
@@ -41,7 +42,8 @@ def level_sums(chunk: int, reads_first: bool, dtype: torch.dtype, device: torch.
     the end of the chunk. Second the same transposed. Third, for each level, which pairs of tokens are of it.
     Made on the host and kept: there when this returns, whatever stream uses it next, and never part of a CUDA graph.
     """
-    i, t = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
+    token = torch.arange(chunk, device="cpu")
+    i, t = token[:, None], token[None, :]
     up_to = t < i if reads_first else t <= i
     levels = range(chunk.bit_length() - 1)
     sums = [((i ^ t) < 2**n) & torch.where((i & 2**n) != 0, up_to, t > i) for n in levels]

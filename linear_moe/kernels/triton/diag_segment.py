@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from linear_moe.kernels.segment import Segment
 from linear_moe.kernels.triton import configs
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
+from linear_moe.kernels.triton.saved import save, saved
 from linear_moe.kernels.triton.segment_gradient import segment_gradient_kernel
 from linear_moe.kernels.triton.segment_state import after_kernel, local_segment_kernel
 from linear_moe.kernels.triton.states import carry_kernel
@@ -60,18 +61,17 @@ class _DiagSegment(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         k, v = rows_together(k), rows_together(v)
         run = _Run.plan(k, v, log_decay, cu_seqlens, columns)
-        state, total, saved = run.forward(*run.roles(k, v))
-        ctx.run, ctx.dtype = run, None if log_decay is None else log_decay.dtype
-        ctx.save_for_backward(k, v, *saved)
+        state, total, found = run.forward(*run.roles(k, v))
+        ctx.dtype = None if log_decay is None else log_decay.dtype
+        save(ctx, run, k, v, *found)
         ctx.set_materialize_grads(False)
         return state, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_state: Tensor | None, d_total: Tensor | None) -> tuple[Any, ...]:
-        k, v, *saved = ctx.saved_tensors
-        run: _Run = ctx.run
-        grads = run.backward(*run.roles(k, v), d_state, d_total, saved, ctx.needs_input_grad[2])
+        run, k, v, *found = saved(ctx)
+        grads = run.backward(*run.roles(k, v), d_state, d_total, found, ctx.needs_input_grad[2])
         dk, dv = run.roles(*grads[:2])
         d_log = None if grads[2] is None else grads[2].to(ctx.dtype)
         return of_groups(dk, k), dv, d_log, None, None
@@ -159,19 +159,19 @@ class _Run:
         z: Tensor,
         d_state: Tensor | None,
         d_total: Tensor | None,
-        saved: list[Tensor | None],
+        found: list[Tensor | None],
         needs_decay: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of y and z for every head, and of the log decay, float32."""
         layout, num_heads = self.layout, self.num_heads
-        before, totals, after = saved
+        before, totals, after = found
         tokens = layout.num_rows, layout.num_tokens, num_heads
         dy, dz = (torch.empty(*tokens, x.shape[-1], dtype=x.dtype, device=x.device) for x in (y, z))
         if d_state is None:
-            d_state = torch.zeros(1, device=y.device).expand(self._memory_shape(layout.num_documents))
+            d_state = self._floats(1).zero_().expand(self._memory_shape(layout.num_documents))
         d_state = d_state.contiguous()
         if d_total is None:
-            d_total = torch.zeros(layout.num_documents, num_heads, self.width, device=y.device)
+            d_total = self._floats(layout.num_documents, num_heads, self.width).zero_()
         d_log: Tensor | None = None
         if needs_decay:
             of_head = self.decay == HEAD_DECAY

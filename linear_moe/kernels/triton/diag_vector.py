@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.triton.diag_vector_launch import Scaled, VectorScan
 from linear_moe.kernels.triton.layout import of_groups, rows_together
+from linear_moe.kernels.triton.saved import save, saved
 from linear_moe.kernels.triton.states import Local
 
 
@@ -107,20 +108,19 @@ class _RowDecay(torch.autograd.Function):
         begun = early.take() if early else _begin(options, q, k, v, log_decay, bonus)
         q, k, v, scan, scaled = begun.q, begun.k, begun.v, begun.scan, begun.scaled
         before, final = scan.states_between(begun.local, state)
-        saved = scan.new_saved(v) if ctx.needs_input_grad[3] else None
-        o = scan.rows(scaled, v, before, final, saved)
+        states = scan.new_saved(v) if ctx.needs_input_grad[3] else None
+        o = scan.rows(scaled, v, before, final, states)
 
-        ctx.scan, ctx.early = scan, early
+        ctx.early = early
         ctx.dtypes = [None if x is None else x.dtype for x in (log_decay, bonus, state)]
-        ctx.save_for_backward(q, k, v, before, saved, *scaled.tensors())
+        save(ctx, scan, q, k, v, before, states, *scaled.tensors())
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, before, saved, *scaled = ctx.saved_tensors
-        scan: VectorScan = ctx.scan
+        scan, q, k, v, before, states, *scaled = saved(ctx)
         scaled = Scaled(*scaled)
         do = torch.zeros_like(v) if do is None else rows_together(do)
         assert scaled.x is not None
@@ -132,7 +132,7 @@ class _RowDecay(torch.autograd.Function):
 
         def of_tokens() -> Tensors:
             scaled_dx, pairs = scan.columns(scaled, do, v, before)
-            scaled_dy, through = scan.columns_back(scaled, do, v, after, saved)
+            scaled_dy, through = scan.columns_back(scaled, do, v, after, states)
             dq, dk, *decays = scan.combine(q, k, pairs, scaled_dx, scaled_dy, through)
             d_log, d_bonus = (
                 None if x is None or dtype is None else x.to(dtype) for x, dtype in zip(decays, dtypes)
@@ -162,17 +162,16 @@ class _ColumnDecay(torch.autograd.Function):
         read, pairs = scan.columns(scaled, q, k, before, final)
         o = scan.combine_forward(v, pairs, read)
 
-        ctx.scan, ctx.early = scan, early
+        ctx.early = early
         ctx.dtypes = log_decay.dtype, None if state is None else state.dtype
-        ctx.save_for_backward(q, k, v, before, read, pairs)
+        save(ctx, scan, q, k, v, before, read, pairs)
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, before, read, pairs = ctx.saved_tensors
-        scan: VectorScan = ctx.scan
+        scan, q, k, v, before, read, pairs = saved(ctx)
         do = torch.zeros_like(v) if do is None else rows_together(do)
         scaled = scan.scaled(do, v)
         assert scaled.x is not None
@@ -184,9 +183,9 @@ class _ColumnDecay(torch.autograd.Function):
         d_initial = None if state_dtype is None else d_state.to(state_dtype)
 
         def of_tokens() -> Tensors:
-            saved = scan.new_saved(v) if needs_decay else None
-            dq = scan.rows(scaled, k, before, None, saved)
-            scaled_dv, through = scan.columns_back(scaled, q, k, after, saved)
+            states = scan.new_saved(v) if needs_decay else None
+            dq = scan.rows(scaled, k, before, None, states)
+            scaled_dv, through = scan.columns_back(scaled, q, k, after, states)
             _, dv, d_log, _ = scan.combine(do, v, pairs, read, scaled_dv, through)
             d_log = None if d_log is None else d_log.to(decay_dtype)
             return of_groups(dq, q), of_groups(dk, k), dv, d_log

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.triton.dplr_launch import DplrChunks, Solved, per_row
 from linear_moe.kernels.triton.layout import of_groups, rows_together
+from linear_moe.kernels.triton.saved import save, saved
 
 
 def dplr_delta_rule(
@@ -94,17 +95,16 @@ class _Dplr(torch.autograd.Function):
         states, w, final, maps = chunks.forward(solved, v, initial, begun.actions)
         o = chunks.read(solved, v, states, w)
 
-        ctx.chunks, ctx.early = chunks, early
+        ctx.early = early
         ctx.state_dtype = None if state is None else state.dtype
-        ctx.save_for_backward(q, k, v, a, b, log_decay, states, w, maps, *solved.tensors())
+        save(ctx, chunks, q, k, v, a, b, log_decay, states, w, maps, *solved.tensors())
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, a, b, log_decay, states, w, maps, *found = ctx.saved_tensors
-        chunks: DplrChunks = ctx.chunks
+        chunks, q, k, v, a, b, log_decay, states, w, maps, *found = saved(ctx)
         solved = Solved(*found)
         do = torch.zeros_like(v) if do is None else rows_together(do)
         d_final = None if d_final is None else d_final.contiguous()

@@ -24,6 +24,7 @@ from linear_moe.kernels.triton.chunk_launch import carried
 from linear_moe.kernels.triton.delta_segment import after_pieces, sum_of_parts
 from linear_moe.kernels.triton.dplr_launch import DplrChunks, Solved, per_row
 from linear_moe.kernels.triton.layout import of_groups, rows_together
+from linear_moe.kernels.triton.saved import save, saved
 
 
 def dplr_delta_rule_segment(
@@ -51,16 +52,14 @@ class _DplrSegment(Function):
         chunks = DplrChunks.plan(k, v, cu_seqlens, 1.0)
         solved = chunks.solve(None, k, a, b, log_decay)
         maps, written = chunks.actions(solved, v)
-        ctx.chunks = chunks
-        ctx.save_for_backward(k, v, a, b, log_decay, maps, written, *solved.tensors())
+        save(ctx, chunks, k, v, a, b, log_decay, maps, written, *solved.tensors())
         ctx.set_materialize_grads(False)
         return after_pieces(maps, written), after_pieces(maps, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_state: Tensor | None, d_decay: Tensor | None) -> tuple[Any, ...]:
-        k, v, a, b, log_decay, maps, written, *found = ctx.saved_tensors
-        of_values: DplrChunks = ctx.chunks
+        of_values, k, v, a, b, log_decay, maps, written, *found = saved(ctx)
         of_keys = replace(of_values, num_values=of_values.num_keys)
         solved, tokens = Solved(*found), (k, a, b, log_decay)
         dv, dk, parts = None, None, []

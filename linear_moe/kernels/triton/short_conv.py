@@ -69,15 +69,16 @@ class _ShortConv(torch.autograd.Function):
         call = _Call.plan(x, weight, bias, state, cu_seqlens, is_silu)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         forward_kernel[call.grid](*call.tensors, y, *call.sizes, **call.constants)
-        ctx.call = call
-        ctx.save_for_backward(x, weight, bias, state, cu_seqlens)
+        ctx.is_silu = is_silu
+        document = None if cu_seqlens is None else call.tensors[-1]
+        ctx.save_for_backward(x, weight, bias, state, cu_seqlens, document)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        call: _Call = ctx.call
-        x, weight, bias, state, _ = ctx.saved_tensors
+        x, weight, bias, state, cu_seqlens, document = ctx.saved_tensors
+        call = _Call.plan(x, weight, bias, state, cu_seqlens, ctx.is_silu, document)
         dy = rows_together(dy)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         parts = x.new_empty(call.num_runs, call.width + 1, call.channels, dtype=torch.float32)
@@ -117,12 +118,14 @@ class _Call:
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         is_silu: bool,
+        document: Tensor | None = None,
     ) -> _Call:
         rows, num_tokens, groups, group = x.shape
         width, num_runs = weight.shape[-1], triton.cdiv(num_tokens, RUN)
         cu = x if cu_seqlens is None else cu_seqlens.contiguous()
         num_documents = rows if cu_seqlens is None else cu.shape[0] - 1
-        document = x if cu_seqlens is None else _document_of(cu, num_tokens)
+        if document is None:
+            document = x if cu_seqlens is None else _document_of(cu, num_tokens)
         constants: dict[str, Any] = dict(
             W=width, D=group, TILE=TILE, BLOCK=BLOCK, RUN=RUN, SILU=is_silu, num_warps=4,
             HAS_BIAS=bias is not None, HAS_STATE=state is not None, IS_PACKED=cu_seqlens is not None,
