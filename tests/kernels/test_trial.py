@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,7 +130,7 @@ def test_wrong_gradients_are_found() -> None:
 
 
 def test_each_kind_is_tried_once() -> None:
-    """Other lengths are no other kind; other widths, dtypes, decays, and packed documents are."""
+    """Other widths, dtypes and decays are other kinds, and lengths that may be cut into other pieces."""
     with pretended() as ran:
 
         def trials(**options: Any) -> int:
@@ -134,8 +138,18 @@ def test_each_kind_is_tried_once() -> None:
             short("diag_decay", **options).run(kernels)
             return len(ran) - before - 1
 
-        assert trials() == 1 and trials() == 0 and trials(num_tokens=33) == 0 and trials(batch=3) == 0
+        assert trials() == 1 and trials() == 0 and trials(num_tokens=31) == 0 and trials(batch=3) == 0
+        assert trials(num_tokens=32) == 1 and trials(batch=4) == 1
         assert trials(decay="vector") == 1 and trials(dtype=torch.float16) == 1 and trials(num_keys=8) == 1
+
+
+def test_a_trial_runs_what_the_call_will_run() -> None:
+    """By Triton's own keys: nothing is compiled for a trial alone, and nothing of the call is left untried."""
+    program = Path(__file__).with_name("trial_launches.py")
+    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == 76 and not [row for row in found if row[1] or row[2]]
 
 
 def test_the_random_state_stays() -> None:

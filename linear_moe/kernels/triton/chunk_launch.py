@@ -114,8 +114,12 @@ def plan_chunks(
     num_keys = k.shape[-1]
     chunk = configs.chunk_size(v.dtype, num_keys)
     layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
-    programs = rows * num_heads * triton.cdiv(num_values, blocks(num_keys, num_values, v.dtype).values)
-    pieces = delta_configs.pieces(programs, layout.segments_per_row, configs.num_processors(v.device))
+    per_row = num_heads * triton.cdiv(num_values, blocks(num_keys, num_values, v.dtype).values)
+    rows, all_tokens = configs.deciding(rows, num_tokens)
+    all_chunks = 1 if layout.is_packed else triton.cdiv(all_tokens, chunk)
+    pieces = delta_configs.pieces(rows * per_row, all_chunks, configs.num_processors(v.device))
+    if pieces > 1 and all_tokens != num_tokens:
+        pieces = layout.segments_per_row
     return ChunkLaunch(layout, num_heads, num_keys, num_values, v.dtype, v.device, scale, chunk, pieces)
 
 

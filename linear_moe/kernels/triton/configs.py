@@ -8,6 +8,8 @@ docs/kernels.md has the table, ``python -m linear_moe.bench kernels --sweep`` tr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -156,10 +158,32 @@ def chunk_size(dtype: torch.dtype, num_keys: int = 0) -> int:
 
 def segment_size(rows: int, num_tokens: int, heads: int, blocks: int, chunk: int, processors: int) -> int:
     """Tokens of a segment: the whole row if rows, heads and blocks of columns fill the device, else enough segments."""
+    rows, all_tokens = deciding(rows, num_tokens)
     places = PROGRAMS_PER_PROCESSOR * processors
     per_row = max(1, places // (rows * heads * blocks))
-    size = triton.cdiv(triton.cdiv(num_tokens, per_row), chunk) * chunk
-    return max(size, MIN_CHUNKS * chunk)
+    size = max(triton.cdiv(triton.cdiv(all_tokens, per_row), chunk), MIN_CHUNKS) * chunk
+    if all_tokens == num_tokens:
+        return size
+    return chunk if size < all_tokens else triton.cdiv(num_tokens, chunk) * chunk
+
+
+_stands_for: tuple[int, int] | None = None  # not of a context: the backward pass has a thread of its own
+
+
+@contextmanager
+def standing_for(rows: int, num_tokens: int) -> Iterator[None]:
+    """Rows are cut, into chunks, where so many rows of so many tokens would be cut, and else whole: for trial.py."""
+    global _stands_for
+    _stands_for = rows, num_tokens
+    try:
+        yield
+    finally:
+        _stands_for = None
+
+
+def deciding(rows: int, num_tokens: int) -> tuple[int, int]:
+    """Rows, and tokens of one, that decide how rows are cut."""
+    return _stands_for or (rows, num_tokens)
 
 
 @cache

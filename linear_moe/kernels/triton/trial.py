@@ -2,12 +2,14 @@
 
 Compilers make wrong code of right kernels on some GPUs and in some versions (docs/kernels.md names cases), and a model
 trains on with a wrong gradient without complaint. So before a process uses an operation with tensors of a kind (dtypes,
-widths of heads, which decay, rows or documents, with or without gradients), random tensors in the layout of those at
-hand, a row of up to ``NUM_TOKENS`` tokens, go through the fused kernel and, in float64, through torch on the same
-device. An operation that differs, or does not compile, runs on chunked torch from then on, and says so.
+widths of heads, lengths up to a factor of two, which decay, rows or documents, with or without gradients), random
+tensors in the layout of those at hand, a row of up to ``NUM_TOKENS`` tokens, go through the fused kernel and, in
+float64, through torch on the same device. An operation that differs, or does not compile, runs on chunked torch from
+then on, and says so.
 
-Not tried: other lengths and layouts, which compile variants of the same kernels, and the pieces that long rows are cut
-into. Nothing is tried while a CUDA graph is captured or ``torch.compile`` traces; a warm-up comes before both.
+The row is cut into segments where those at hand will be, so that the kernels that run are the same, as compiled
+(the tests' ``trial_launches.py``). Not tried: other layouts and alignments, which compile variants of them. Nothing is
+tried while a CUDA graph is captured or ``torch.compile`` traces; a warm-up comes before both.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import triton
 from torch import Tensor
 
 from linear_moe.kernels.segment import Segment
+from linear_moe.kernels.triton import configs
 
 NUM_TOKENS = 144
 """More than two chunks and a part of one, and a multiple of 16, as most lengths: another variant otherwise."""
@@ -69,9 +72,10 @@ def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[
 
 
 def _trait(x: Any) -> Any:
-    """What of an argument makes another kind of call."""
+    """What of an argument makes another kind of call; of rows and tokens, which decide how rows are cut, the size."""
     if isinstance(x, Tensor):
-        return x.device, x.dtype, x.ndim, x.shape[2:], x.requires_grad
+        lengths = tuple(n.bit_length() for n in x.shape[:2])
+        return x.device, x.dtype, lengths, x.shape[2:], x.requires_grad
     return callable(x) or x
 
 
@@ -122,9 +126,10 @@ def _difference(fused: Run, exact: Run, call: inspect.BoundArguments) -> str:
     noise = torch.Generator(first.device).manual_seed(0)
     call.arguments = _sample(given, first, noise)
     in_double = {name: _double(x) for name, x in call.arguments.items()}
-    found = _results(fused, call, wanted)
-    incoming = {name: torch.empty_like(y).normal_(generator=noise) for name, y in found.items()}
-    found |= _gradients(found, call, wanted, incoming)
+    with configs.standing_for(*first.shape[:2]):
+        found = _results(fused, call, wanted)
+        incoming = {name: torch.empty_like(y).normal_(generator=noise) for name, y in found.items()}
+        found |= _gradients(found, call, wanted, incoming)
     call.arguments = in_double
     expected = _results(exact, call, wanted)
     expected |= _gradients(expected, call, wanted, {name: y.double() for name, y in incoming.items()})
