@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,8 +88,7 @@ def _cannot_wait(device: torch.device) -> bool:
 
 def _try(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
-        # What surrounds the call at hand must not see this one: checkpointing counts what is saved.
-        with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with _alone(args[0].device):
             reason = _difference(fused, exact, inspect.signature(exact).bind(*args, **kwargs))
     except torch.OutOfMemoryError:
         raise
@@ -103,6 +103,20 @@ def _try(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[st
             stacklevel=2,
         )
     return not reason
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """What surrounds the call at hand does not see this one: checkpointing counts what is saved, debuggers who waits."""
+    waiting = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
+    if waiting is not None:
+        torch.cuda.set_sync_debug_mode("default")
+    try:
+        with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            yield
+    finally:
+        if waiting is not None:
+            torch.cuda.set_sync_debug_mode(waiting)
 
 
 def _check_context(op: str, device: torch.device, error: Exception) -> None:
