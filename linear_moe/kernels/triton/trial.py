@@ -107,7 +107,7 @@ def _try(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[st
 
 @contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
-    """What surrounds the call at hand does not see this one: checkpointing counts what is saved, debuggers who waits."""
+    """What surrounds the call at hand does not see this one: checkpointing counts what is saved."""
     waiting = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
     if waiting is not None:
         torch.cuda.set_sync_debug_mode("default")
