@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ from linear_moe.checkpoint.torch_dist import Reader
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.inference.rebuild import shaping_arguments
 from linear_moe.inference.tokenizer import check_given
-from linear_moe.model.families import padded_vocab_size
+from linear_moe.model.families import SIZE_FLAGS, ModelSize, padded_vocab_size
 from linear_moe.model.pattern import SOFTMAX
 from linear_moe.training.run import read_config
 
@@ -116,7 +116,7 @@ def export_model(
     _write_tensors(part, files, tensors, _Parts(table, reader), progress)
     _write_rest(part, run, config, texts, is_native=kind != OURS)
     if kind == OURS:
-        again = {"architecture": saved["architecture"], "arguments": shaping_arguments(saved["arguments"])}
+        again = {"architecture": saved["architecture"], "arguments": _arguments(saved, model)}
         (part / RUN_FILE).write_text(json.dumps(again, indent=2) + "\n")
     finish(part, target)
     architecture = config["architectures"][0]
@@ -185,6 +185,16 @@ def _architecture(
             if config and _is_the_same(model, config):
                 return kind, config
     return OURS, remote.hf_config(model.config, vocab_size=vocab_size, dtype=dtype)
+
+
+def _arguments(saved: dict[str, Any], model: Blueprint) -> list[str]:
+    """Those that shape the model, with the sizes that Megatron has defaults for: an import reads it from them alone."""
+    arguments = shaping_arguments(saved["arguments"])
+    needed = {field.name for field in fields(ModelSize) if field.default is MISSING} & SIZE_FLAGS.keys()
+    for name in sorted((needed | {"norm_epsilon"}) - {"num_query_groups"}):  # which follow from the heads
+        value = getattr(model.args, {"norm_epsilon": "layernorm_epsilon"}.get(name, name))
+        arguments += [] if SIZE_FLAGS[name] in arguments else [SIZE_FLAGS[name], str(value)]
+    return arguments
 
 
 def _layer_fields(kind: str, model: Blueprint) -> dict[str, Any] | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from linear_moe.inference.checkpoint import TRACKER, checkpoint_folder, is_hugging_face
+from linear_moe.inference.checkpoint import TRACKER, checkpoint_folder, find_run, is_hugging_face
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -120,11 +121,11 @@ def run_and_iteration(source: Path, step: int | None = None) -> tuple[Path, Path
     """Run folder, checkpoint folder and step of what may be a run, its ``checkpoint/``, or one iteration in that.
 
     Raises:
-        ValueError: none of these, or no such step.
+        ValueError: none of these, no such step, or another one than that of the iteration.
     """
     source = source.absolute()
-    if source.name.startswith("iter_") and source.parent.name == "checkpoint":
-        run, step = source.parents[1], int(source.name.removeprefix("iter_"))
+    if re.fullmatch(r"iter_\d+", source.name) and source.parent.name == "checkpoint":
+        run, step = find_run(source, step)
     elif source.name == "checkpoint" and (source / TRACKER).exists():
         run = source.parent
     else:

@@ -175,7 +175,7 @@ def is_hf_folder(folder: Path) -> bool:
     """Whether a folder is a Hugging Face model, and not a run of ours."""
     try:
         return "model_type" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
@@ -195,16 +195,22 @@ def _exported_by_us(folder: Path, config: Mapping[str, Any]) -> Described:
     try:
         run = json.loads((folder / RUN_FILE).read_text())
         architecture, arguments = run["architecture"], run["arguments"]
+        family, kinds = FAMILIES[architecture["family"]], tuple(architecture["layer_kinds"])
+        size = size_of(arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} has no {RUN_FILE} that can be read: {type(error).__name__}: {error}\n"
             f"  why: export writes the arguments of the model there, and import builds it from them\n"
             f"  try: copy that file from the exported folder, if save_pretrained() wrote this one"
         ) from None
-    size = size_of(arguments)
-    assert size is not None, arguments
+    if size is None or type(config.get("vocab_size")) is not int:
+        lacks = "config.json lacks vocab_size" if size is not None else f"{RUN_FILE} lacks sizes of the model"
+        raise ValueError(
+            f"{folder / lacks}\n"
+            f"  why: import builds the model from the arguments there, and its embedding from that number\n"
+            f"  try: export the run again"
+        )
     size = replace(size, vocab_size=config["vocab_size"])
-    family, kinds = FAMILIES[architecture["family"]], tuple(architecture["layer_kinds"])
     return Described(OURS, family, size, _dtype(config), kinds, tuple(arguments))
 
 

@@ -51,7 +51,7 @@ class Stored:
         if self.pickled is not None:
             tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             tensor: Tensor = tensors[self.pickled]
-            return (tensor[self.first : self.first + self.shape[0]] if self.shape else tensor).clone()
+            return tensor[self.first : self.first + self.shape[0]].clone()
         data = torch.empty(self.size, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
@@ -114,6 +114,15 @@ def _safetensors_header(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(_damaged(path, f"its header is no JSON ({error})")) from None
+    try:
+        return _described_tensors(path, header, 8 + length, size)
+    except (AttributeError, KeyError, TypeError) as error:
+        what = f"its header does not describe tensors ({type(error).__name__}: {error})"
+        raise ValueError(_damaged(path, what)) from None
+
+
+def _described_tensors(path: Path, header: dict[str, Any], first: int, size: int) -> dict[str, Stored]:
+    """From the header of a file of so many bytes, of which those of tensors start at ``first``."""
     header.pop("__metadata__", None)
     unknown = {entry["dtype"] for entry in header.values()} - set(DTYPES)
     if unknown:
@@ -123,13 +132,13 @@ def _safetensors_header(path: Path) -> dict[str, Stored]:
             f"  why: weights are F64, F32, F16 or BF16 here; quantised ones would have to be unpacked first\n"
             f"  try: the original, unquantised model"
         )
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    end = first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise ValueError(_damaged(path, f"it has {size} bytes, its header describes {end}"))
     found = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
-        stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
+        stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), first + start)
         if stored.size != stop - start:
             raise ValueError(_damaged(path, f"{name} has {stop - start} bytes instead of {stored.size}"))
         found[name] = stored

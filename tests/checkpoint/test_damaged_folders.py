@@ -57,6 +57,12 @@ def test_whole_files_are_read(folder: Path):
         assert found[name].size == tensor.numel() * tensor.element_size()
 
 
+@pytest.mark.parametrize("header", [b"[]", b"3", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [1]}}'])
+def test_a_header_of_other_things_than_tensors(folder: Path, header: bytes):
+    with_header(folder / "a.safetensors", header)
+    assert "a.safetensors is damaged: its header does not describe tensors" in refused(stored_tensors, folder)
+
+
 @pytest.mark.parametrize("header", [b"{", b"\xff\xff", b'{"a": '])
 def test_a_header_that_is_no_json(folder: Path, header: bytes):
     with_header(folder / "a.safetensors", header)
@@ -126,6 +132,36 @@ def test_a_folder_of_ours_without_its_arguments(tmp_path: Path, text: str | None
     assert "has no linear_moe_run.json that can be read" in refused(describe_folder, tmp_path)
 
 
+ARGUMENTS = {
+    **{"num-layers": 2, "hidden-size": 64, "ffn-hidden-size": 96, "num-attention-heads": 4},
+    **{"kv-channels": 16, "rotary-base": 10000, "norm-epsilon": 1e-6, "max-position-embeddings": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "absent", "config", "told"),
+    [
+        ("qwen2", "", {"vocab_size": 250}, ""),
+        ("qwen9", "", {"vocab_size": 250}, "has no linear_moe_run.json that can be read: KeyError: 'qwen9'"),
+        ("qwen2", "rotary-base", {"vocab_size": 250}, "linear_moe_run.json lacks sizes of the model"),
+        ("qwen2", "", {}, "config.json lacks vocab_size"),
+        ("qwen2", "", {"vocab_size": "250"}, "config.json lacks vocab_size"),
+    ],
+)
+def test_a_folder_of_ours_of_another_version(
+    tmp_path: Path, family: str, absent: str, config: dict[str, Any], told: str
+):
+    words = [str(word) for name, n in ARGUMENTS.items() if name != absent for word in (f"--{name}", n)]
+    run = {"architecture": {"family": family, "layer_kinds": ["gla", "softmax"]}, "arguments": words}
+    (tmp_path / "linear_moe_run.json").write_text(json.dumps(run))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "linear_moe"} | config))
+    if told:
+        assert told in refused(describe_folder, tmp_path)
+    else:
+        described = describe_folder(tmp_path)
+        assert (described.size.vocab_size, described.kinds) == (250, ("gla", "softmax"))
+
+
 def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What an unfinished folder holds already counts; a folder to be made counts as its parents' disk."""
     usage = namedtuple("usage", "total used free")
@@ -156,6 +192,8 @@ def test_an_unfinished_folder_of_another_task_is_not_kept(tmp_path: Path):
     assert [path.name for path in target.iterdir()] == ["file"] and not part.exists()
     (tmp_path / "a file").touch()
     assert "a file exists" in refused(folders.refuse_existing, tmp_path / "a file")
+    (tmp_path / "b.part").touch()
+    assert "b.part exists, and no conversion has left it" in refused(folders.refuse_existing, tmp_path / "b")
 
 
 def test_another_state_of_a_file_is_another_task(tmp_path: Path):
@@ -182,3 +220,7 @@ def test_a_run_or_what_is_in_it(tmp_path: Path, inside: str):
     step = 7 if inside.endswith("7") else 12
     found = folders.run_and_iteration(tmp_path / inside)
     assert found == (tmp_path, tmp_path / "checkpoint" / f"iter_{step:07d}", step)
+    if "iter_" in inside:
+        assert folders.run_and_iteration(tmp_path / inside, step) == found
+        other = refused(folders.run_and_iteration, tmp_path / inside, 19 - step)
+        assert f"is step {step}, and step {19 - step} is asked for" in other
