@@ -212,6 +212,12 @@ def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
     if logits.ndim != 2 or logits.stride(1) != 1:
         found = f"has shape {_show(logits.shape)} and strides {_show(logits.stride())}"
         _fail("logits", found, "logits is [M, V], and its rows are overwritten", "logits.contiguous()")
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        found = f"has shape {_show(logits.shape)} and strides {_show(logits.stride())}"
+        _fail("logits", found, "rows that share memory cannot be overwritten", "logits.contiguous()")
+    if logits.requires_grad and torch.is_grad_enabled():
+        why = "its rows are overwritten by that gradient, which autograd cannot follow"
+        _fail("logits", "requires a gradient", why, "logits.detach(), or a call under torch.no_grad()")
     if labels.dtype != torch.int64 or labels.device != logits.device:
         found = f"is {labels.dtype} on {labels.device}"
         _fail("labels", found, "labels are rows of logits, next to them", f"int64 on {logits.device}")

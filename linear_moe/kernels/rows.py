@@ -55,7 +55,7 @@ class _Collect(torch.autograd.Function):
             return grads[0].index_select(0, order // place.shape[1]), None, None, None
         slots = _slots(x, place)
         d_slots = grads[0].unsqueeze(1) * _like(weight, slots)
-        d_weight = (grads[0].unsqueeze(1) * slots).flatten(2).sum(-1).to(weight.dtype)
+        d_weight = (grads[0].unsqueeze(1) * slots).unsqueeze(-1).flatten(2).sum(-1).to(weight.dtype)
         return d_slots.flatten(0, 1).index_select(0, order), None, None, d_weight
 
 

@@ -44,7 +44,9 @@ def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[fl
     logits, labels, weight = make(name, dtype)
     exact = logits.double().clone()
     truth = reference.cross_entropy_(exact, labels, weight.double())
+    version = logits._version
     found = run(logits, labels, weight)
+    assert logits._version > version, "autograd was not told"
     return [error(found.double(), truth), error(logits.double(), exact)]
 
 

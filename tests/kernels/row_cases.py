@@ -15,6 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one slot": dict(tokens=5, slots=1, shape=(7,)),
     "three slots, heads": dict(tokens=6, slots=3, shape=(2, 9)),
     "slice of wider rows": dict(tokens=4, slots=2, shape=(12,), wide=True),
+    "one number each": dict(tokens=5, slots=2, shape=()),
     "more channels than a block": dict(tokens=2, slots=2, shape=(1100,)),
     "places slot by slot in memory": dict(tokens=4, slots=3, shape=(7,), turned=True),
 }

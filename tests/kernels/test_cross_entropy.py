@@ -59,6 +59,8 @@ def test_slices_of_the_vocabulary_are_the_whole() -> None:
     ("change", "message"),
     [
         (dict(logits=torch.zeros(6, 4).t()), "strides"),
+        (dict(logits=torch.zeros(1, 6).expand(4, 6)), "rows that share memory"),
+        (dict(logits=torch.zeros(4, 6, requires_grad=True)), "logits requires a gradient"),
         (dict(logits=torch.zeros(24)), r"logits has shape \[24\]"),
         (dict(logits=torch.zeros(4, 6).int()), "logits is torch.int32"),
         (dict(labels=torch.zeros(4, dtype=torch.int32)), "labels is torch.int32"),

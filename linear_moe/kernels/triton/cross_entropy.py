@@ -52,6 +52,7 @@ def _gradient_(logits: Tensor, labels: Tensor, log_sum: Tensor, weight: Tensor) 
         logits, labels.contiguous(), log_sum.contiguous(), weight.contiguous(), logits.shape[1], logits.stride(0),
         BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
+    torch.autograd.graph.increment_version(logits)  # so that who has saved them for a backward pass is told
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -21,14 +21,19 @@ from linear_moe.kernels.triton.layout import rows_together
 
 def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     """See :func:`linear_moe.kernels.spread_rows`; any dtype."""
-    return cast(Tensor, _Spread.apply(x.flatten(1), place.contiguous())).view(order.shape[0], *x.shape[1:])
+    return cast(Tensor, _Spread.apply(_flat(x), place.contiguous())).view(order.shape[0], *x.shape[1:])
 
 
 def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
     """See :func:`linear_moe.kernels.collect_rows`; float32, float16 and bfloat16."""
-    return cast(Tensor, _Collect.apply(x.flatten(1), place.contiguous(), weight)).view(
+    return cast(Tensor, _Collect.apply(_flat(x), place.contiguous(), weight)).view(
         place.shape[0], *x.shape[1:]
     )
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``[S, D]``; one number a row is one channel."""
+    return x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
 
 
 class _Spread(torch.autograd.Function):
