@@ -35,10 +35,10 @@ def test_every_option_arrives(gloo):
     out = "--step 7 --tokenizer t --shard-gb 0.25 --remote-code"
     calls = gloo(1, handed_on, [IMPORT, f"{IMPORT} {more}", EXPORT, f"{EXPORT} {out}"])[0]
     assert all(folders == ("a", "b") for folders, _ in calls)
-    names = "la_module layer_type_list kinds extra_args allow_pickle".split()
+    names = ["la_module", "layer_type_list", "kinds", "extra_args", "allow_pickle"]
     assert calls[0][1] == dict(zip(names, [None, None, None, [], False], strict=True))
     assert calls[1][1] == dict(zip(names, ["gla", "LN", ["gla", "softmax"], ["--x"], True], strict=True))
-    names = "step tokenizer native shard_bytes".split()
+    names = ["step", "tokenizer", "native", "shard_bytes"]
     assert calls[2][1] == dict(zip(names, [None, None, True, 5_000_000_000], strict=True))
     assert calls[3][1] == dict(zip(names, [7, "t", False, 250_000_000], strict=True))
 
