@@ -25,7 +25,7 @@ def check_same_arguments(argv: list[str]) -> None:
         f"{name}: {ours.get(name, 'not set')} -> {theirs.get(name, 'not set')}" for name in names
     )
     raise ValueError(
-        f"process {other} was started with other variables than process 0: {shown[:400]}\n"
+        f"process {other} was started with other variables than process 0: {shown[:400] or 'the order of flags'}\n"
         f"  why: all of them train one model, by one schedule\n"
         f"  try: the same script and variables on every node (NODE_RANK alone differs)"
     )
