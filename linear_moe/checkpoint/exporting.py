@@ -174,7 +174,7 @@ def _architecture(
     if native and any(set(model.kinds) <= set(kinds) for kinds in KINDS.values()):
         if origin is not None and origin["model_type"] != OURS:
             described = describe(origin)
-            if described.kinds == model.kinds and _is_the_same(model, origin):
+            if (described.kinds, described.dtype) == (model.kinds, dtype) and _is_the_same(model, origin):
                 return described.model_type, origin
         family, size = family_and_size(model)
         kind = native_type(family, size)

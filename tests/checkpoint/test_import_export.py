@@ -125,6 +125,10 @@ def trained_on_otherwise(rank, world, folder):
     more = {**config, "arguments": [*config["arguments"], "--rotary-percent", "0.5"]}
     (folder / "run" / "config.json").write_text(json.dumps(more))
     found.append(export_model(folder / "run", folder / "other").architecture)
+    half = {**config, "arguments": [*config["arguments"], "--bf16"], "params_dtype": "bfloat16"}
+    (folder / "run" / "config.json").write_text(json.dumps(half))
+    found.append(export_model(folder / "run", folder / "half").architecture)
+    found.append(json.loads((folder / "half" / "config.json").read_text())["dtype"])
     more["arguments"] = [*config["arguments"], "--use-mup", "--mup-base-hidden-size", "16"]
     (folder / "run" / "config.json").write_text(json.dumps(more))
     try:
@@ -135,7 +139,8 @@ def trained_on_otherwise(rank, world, folder):
 
 def test_the_config_of_the_source_is_given_back_only_where_it_is_true(gloo, tmp_path):
     refused = "the model cannot be exported with use_mup=True"
-    assert gloo(1, trained_on_otherwise, tmp_path)[0] == ["Qwen2ForCausalLM", "LinearMoeForCausalLM", refused]
+    found = gloo(1, trained_on_otherwise, tmp_path)[0]
+    assert found == ["Qwen2ForCausalLM", "LinearMoeForCausalLM", "Qwen2ForCausalLM", "bfloat16", refused]
 
 
 def imported(rank, world, source, run, options):
