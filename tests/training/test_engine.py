@@ -184,6 +184,30 @@ def test_a_rank_without_parameters_saves_and_loads(gloo) -> None:
     assert sorted(gloo(2, no_shard_on_one_rank)) == [0, 1]
 
 
+def saved_before_the_first_step(rank: int, world_size: int) -> None:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    engine.install()
+    with with_model_parallel(gloo_groups=True):
+        optimizer, values = small_optimizer((64, 32)), [torch.arange(64.0), torch.arange(32.0)]
+        every = list(optimizer.buffers[0].param_index_map)
+        model = {f"p{i}": ShardedTensor.from_rank_offsets(f"p{i}", p) for i, p in enumerate(every)}
+        saved = optimizer.sharded_state_dict(
+            model, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+        )
+        assert [group["step"] for group in saved["optimizer"]["param_groups"]] == [0.0]
+        states = sorted(saved["param_state"].values(), key=lambda state: -len(state["param"].data))
+        for state, value in zip(states, values, strict=True):
+            assert torch.equal(state["param"].data, value)
+            assert not state["exp_avg"].data.any() and not state["exp_avg_sq"].data.any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_has_skipped_its_steps_saves_them(gloo, world_size: int) -> None:
+    """In float16, while the loss scale comes down: Adam has no states yet, and a checkpoint needs them."""
+    gloo(world_size, saved_before_the_first_step)
+
+
 def rng_of_experts(rank: int, world_size: int) -> tuple[str, torch.Tensor, list[torch.Tensor]]:
     import megatron.training.checkpointing as checkpointing
     from megatron.core import parallel_state
