@@ -47,7 +47,7 @@ class Blueprint:
     tensors: dict[str, tuple[int, ...]]
     """Shape of every tensor of the checkpoint."""
     float32: frozenset[str]
-    """Those that stay float32 in any model."""
+    """Those that are float32, of a model in half precision those that stay it."""
     objects: dict[str, object]
     """What is not a tensor, by Megatron's unique key."""
 
@@ -106,7 +106,6 @@ def blueprint(argv: list[str], *, padded_vocab_size: int) -> Blueprint:
                 float32.add(value.key)
         elif isinstance(value, ShardedObject):
             objects[value.unique_key] = value.data
-    float32 = float32 if args.params_dtype != torch.float32 else set()
     return Blueprint(args, config, tensors, frozenset(float32), objects)
 
 

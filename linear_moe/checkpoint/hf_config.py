@@ -289,7 +289,6 @@ def _size(kind: str, config: Mapping[str, Any]) -> ModelSize:
         values |= mamba2.size_of(config)
     heads = values["num_attention_heads"]
     values.setdefault("num_query_groups", heads)
-    values.setdefault("tie_embeddings", False)
     values.setdefault("kv_channels", config.get("head_dim") or values["hidden_size"] // heads)
     if kind == "mixtral":
         values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.checkpoint.hf_models import save_hf
-from tests.checkpoint.test_linearised_import import linearised
+from tests.checkpoint.test_linearised_import import linearised, repeated
 
 ATTENTION = "model.layers.*.self_attn."
 CARRIED = "; ".join(f"{name} = {ATTENTION}{name}_proj.weight" for name in "qkv")
@@ -50,3 +50,32 @@ def test_a_layer_starts(gloo, tmp_path, mixer):
     torch.testing.assert_close(
         found["norm_weight"].double(), expected.expand_as(found["norm_weight"]), rtol=0.01, atol=0
     )
+
+
+def of_other_names(rank, world, folder, mixer, options):
+    save_hf(f"{folder}/hf", "qwen2_moe", num_experts_per_tok=2)
+    ours, theirs, origins, _, parts = linearised(rank, world, folder, mixer, {"extra_args": options.split()})
+    return ours, theirs, origins, parts
+
+
+AS_WIDE = "--mamba2-expand 1 --mamba2-ssm-head-dim 16 --mamba2-state-size 16 --mamba2-num-groups 4"
+"""A Mamba2 layer with the heads and channels of the softmax layer."""
+
+
+def test_mamba2_and_hgrn2_go_on_under_their_own_names(gloo, tmp_path):
+    """Mamba2 reads with c, writes at b and writes x; HGRN2 writes i, and what it forgets says where."""
+    name = "model.layers.0.self_attn."
+    ours, theirs, origins, parts = gloo(1, of_other_names, str(tmp_path / "a"), "mamba2", AS_WIDE)[0]
+    assert torch.equal(parts["in_proj.x"].flatten(0, 1), repeated(theirs[f"{name}v_proj.weight"]))
+    grouped = ours["decoder.layers.0.self_attention.group_proj.weight"].unflatten(0, (4, 2, 16))
+    assert torch.equal(grouped[:, 0].flatten(0, 1), repeated(theirs[f"{name}k_proj.weight"]))
+    assert torch.equal(grouped[:, 1].flatten(0, 1), theirs[f"{name}q_proj.weight"])
+    told = f"b = {ATTENTION}k_proj.weight; c = {ATTENTION}q_proj.weight"
+    assert origins["self_attention.group_proj.weight", 0] == ("carried", told)
+    assert not parts["in_proj.g"].any() and not parts["in_proj.dt"].any()
+    options = "--hgrn2-expand-ratio 16"
+    _, theirs, origins, parts = gloo(1, of_other_names, str(tmp_path / "b"), "hgrn2", options)[0]
+    assert torch.equal(parts["in_proj.i"].flatten(0, 1), repeated(theirs[f"{name}v_proj.weight"]))
+    assert torch.equal(parts["in_proj.q"].flatten(0, 1), theirs[f"{name}q_proj.weight"])
+    told = f"q = {ATTENTION}q_proj.weight; i = {ATTENTION}v_proj.weight; f random"
+    assert origins["self_attention.in_proj.weight", 0] == ("carried", told)

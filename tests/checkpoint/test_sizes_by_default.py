@@ -1,4 +1,4 @@
-"""A run whose command line leaves sizes to Megatron's defaults is exported, and imported again as the same model."""
+"""A run without a run script, which leaves sizes to Megatron, is exported, and imported again as the same model."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from tests.inference.models import argv, whole_forward
 from tests.training.tiny import train
 
 DEFAULTS = ("--kv-channels", "--rotary-base", "--norm-epsilon", "--ffn-hidden-size")
+PATTERN = ["--la-module", "gla", "--layer-type-list", "LN"]
 
 
 def there_and_back(rank, world, folder):
@@ -27,11 +28,11 @@ def there_and_back(rank, world, folder):
 def test_sizes_that_megatron_chose(gloo, tmp_path: Path):
     run = tmp_path / "run"
     words = argv(["gla", "softmax"], "--run-dir", str(run), "--save", str(run / "checkpoint"))
-    for flag in DEFAULTS:
+    for flag in (*DEFAULTS, "--layer-kinds"):
         while flag in words:
             place = words.index(flag)
             del words[place : place + 2]
-    gloo(1, train, [*words, "--train-iters", "1", "--lr-warmup-iters", "0"])
+    gloo(1, train, [*words, *PATTERN, "--train-iters", "1", "--lr-warmup-iters", "0"])
     assert gloo(1, there_and_back, tmp_path)[0] == (("gla", "softmax"), True)
     arguments = json.loads((tmp_path / "hf" / "linear_moe_run.json").read_text())["arguments"]
     assert all(arguments.count(flag) == 1 for flag in DEFAULTS)
