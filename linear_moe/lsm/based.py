@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from linear_moe.lsm.feature_maps import second_order
-from linear_moe.lsm.mixer import Placement
 from linear_moe.lsm.quadratic import QuadraticAttention
 from linear_moe.lsm.registry import register
 from linear_moe.lsm.tables import widen
@@ -42,15 +41,17 @@ class Based(QuadraticAttention):
 
     cfg: Config
 
-    def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
-        """Taylor features of q and k; the normaliser is one more value channel that is always 1."""
-        return {"q": _taylor(p["q"]), "k": _taylor(p["k"]), "v": self.with_ones(p["v"])}
+    def short(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        """As projected."""
+        return x
 
+    def features(self, short: Tensor) -> Tensor:
+        """Constant, linear and quadratic terms."""
+        linear = widen(short) * short.shape[-1] ** -0.25
+        squares, pairs = second_order(linear)
+        return torch.cat([torch.ones_like(linear[..., :1]), linear, squares * 0.5**0.5, pairs], dim=-1)
 
-def _taylor(x: Tensor) -> Tensor:
-    """``[..., K]`` to ``[..., 1 + K + K (K + 1) / 2]``."""
-    wide = widen(x)
-    squares, pairs = second_order(wide)
-    root = x.shape[-1] ** 0.5
-    terms = [torch.ones_like(wide[..., :1]), wide / root**0.5, squares / (2**0.5 * root), pairs / root]
-    return torch.cat(terms, dim=-1).to(x.dtype)
+    def weights(self, products: Tensor) -> Tensor:
+        """``1 + s + s^2 / 2``."""
+        s = products * self.cfg.head_k_dim**-0.5
+        return 1 + s + s.square() / 2

@@ -45,19 +45,29 @@ class NormalizedSum(DiagonalDecay):
         self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
     ) -> tuple[Tensor, Memory]:
         """``[B, T, H, V]`` outputs and the memory after every run."""
-        o, memory = super().scan(state=state, cu_seqlens=cu_seqlens, **gated)
-        return self._divided(o), memory
+        sums, memory = self.sums(state=state, cu_seqlens=cu_seqlens, **gated)
+        return self._output(sums), memory
+
+    def sums(
+        self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """Weighted sums of values, beside those of weights if normalised, and the memory after every run."""
+        return super().scan(state=state, cu_seqlens=cu_seqlens, **gated)
 
     def reference(
         self, *, state: Memory | None, cu_seqlens: Tensor | None, **gated: Tensor
     ) -> tuple[Tensor, Memory]:
         """The definition, one token at a time."""
-        o, memory = super().reference(state=state, cu_seqlens=cu_seqlens, **gated)
-        return self._divided(o), memory
+        sums, memory = super().reference(state=state, cu_seqlens=cu_seqlens, **gated)
+        return self._output(sums), memory
 
     def memory_shapes(self) -> tuple[tuple[int, int], ...]:
         """K x V, with a column for the normaliser."""
         return ((self.num_keys, self.cfg.head_v_dim + int(self.is_normalized)),)
 
-    def _divided(self, o: Tensor) -> Tensor:
-        return o[..., :-1] / (o[..., -1:] + self.normalizer_eps) if self.is_normalized else o
+    def divided(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Sums ``[..., V]`` and ``[..., 1]`` to ``[..., V]``."""
+        return values / (weights + self.normalizer_eps)
+
+    def _output(self, sums: Tensor) -> Tensor:
+        return self.divided(sums[..., :-1], sums[..., -1:]) if self.is_normalized else sums

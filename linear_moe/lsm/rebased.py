@@ -5,12 +5,9 @@
     S_t = S_{t-1} + phi(k_t) v_t^T
     o_t = S_t^T phi(q_t) / (phi(q_t) . sum_{s <= t} phi(k_s) + eps)
 
-The products of phi(q) . phi(k) cancel where q and k are nearly orthogonal: the weight is a small square, with rounding
-of u |q|^2 |k|^2 / K (u: of phi's dtype), which the division makes u |q|^2 |k|^2 / (K z) of the output, z the sum of the
-weights. So among the first tokens of a document, and of each memory of a mixture, some read inexactly: in float32 one
-first token in 400 by more than 0.1 % and one in thousands by percents, none behind the fourth; in bfloat16 one of the
-first two in 400 by more than its values, none behind the fifth. In float32 ``eps`` of 0.01 ends it. In bfloat16, where
-weights may even come out negative, it does not; ``output_norm`` rmsnorm keeps such outputs as small as the others.
+Weights are squares, so a first token reads ``w / (w + eps)`` of its value: a notch of width sqrt(eps) in q . k, which
+bfloat16 queries and keys do not resolve at 1e-5. Its gradient there is large (to 1 / sqrt(eps)) and that of the nearest
+rounded q . k; ``eps`` of 0.01 is smooth. A mixture has such a token in every memory.
 
 Letters: B runs, T tokens, H heads, K channels of a query or key, V value dim; phi has K (K + 1) / 2 channels.
 Source: arXiv:2402.10644, section 4. As in the common library: 16 channels, no output norm and no gate, one gamma and
@@ -26,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.lsm.feature_maps import second_order
-from linear_moe.lsm.mixer import Parameter, Placement
+from linear_moe.lsm.mixer import Parameter
 from linear_moe.lsm.quadratic import QuadraticAttention
 from linear_moe.lsm.registry import register
 from linear_moe.lsm.tables import widen
@@ -43,7 +40,7 @@ class ReBased(QuadraticAttention):
         """Options of ReBased."""
 
         eps: float = 1e-5
-        """Added to the sum of the weights. In float32, 0.01 makes a document's first tokens exact, too."""
+        """Added to the sum of the weights. With 0.01 no gradient of a document's first token is large."""
         use_gamma: bool = True
         """Learned scale of every channel of q and k."""
         use_beta: bool = True
@@ -60,12 +57,8 @@ class ReBased(QuadraticAttention):
         beta = Parameter("beta", shape, torch.nn.init.zeros_, per_head=False)
         return (*((gamma,) if self.cfg.use_gamma else ()), *((beta,) if self.cfg.use_beta else ()))
 
-    def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
-        """Quadratic features of q and k; the normaliser is one more value channel that is always 1."""
-        return {"q": self._phi(p["q"], w), "k": self._phi(p["k"], w), "v": self.with_ones(p["v"])}
-
-    def _phi(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        """``[..., K]`` to ``[..., K (K + 1) / 2]``."""
+    def short(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        """Normed, scaled and shifted, at least float32."""
         wide = widen(x)
         if self.cfg.normalize:
             wide = F.layer_norm(wide, (wide.shape[-1],), eps=1e-5)
@@ -73,5 +66,13 @@ class ReBased(QuadraticAttention):
             wide = wide * widen(w["gamma"])
         if self.cfg.use_beta:
             wide = wide + widen(w["beta"])
-        squares, pairs = second_order(wide)
-        return (torch.cat([squares, pairs * 2**0.5], dim=-1) * x.shape[-1] ** -0.5).to(x.dtype)
+        return wide
+
+    def features(self, short: Tensor) -> Tensor:
+        """Squares, and every product of two channels once."""
+        squares, pairs = second_order(widen(short) * short.shape[-1] ** -0.25)
+        return torch.cat([squares, pairs * 2**0.5], dim=-1)
+
+    def weights(self, products: Tensor) -> Tensor:
+        """``(q . k)^2 / K``."""
+        return products.square() / self.cfg.head_k_dim

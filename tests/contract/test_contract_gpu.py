@@ -76,15 +76,15 @@ def test_mix_is_the_loop(name, dtype):
     drawn = gradients_like(found, leaves)
     errors = {}
     for key, true in expected.items():
-        if "rebased" in name and key.startswith("grad") and dtype == torch.bfloat16:
-            continue  # its weights are squares, and the first tokens divide by one of them
+        if name == "mom_rebased" and key.startswith("grad") and dtype == torch.bfloat16:
+            continue  # its memories' keys round here, and their first tokens are divided by the square of q . k
         if "based" in name and key.startswith("grad memory"):
             continue
         got = (found | drawn)[key].detach().double().cpu()
         scale = true.double().square().mean().sqrt().clamp(min=1e-3)
         errors[key] = ((got - true.double()).square().mean().sqrt() / scale).item()
     worst = max(errors, key=lambda key: errors[key])
-    tolerance = TOLERANCE[dtype] * (30 if "rebased" in name else 1)
+    tolerance = TOLERANCE[dtype] * (30 if name == "mom_rebased" else 1)
     assert errors[worst] <= tolerance, (worst, errors[worst])
 
 

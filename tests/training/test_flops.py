@@ -91,7 +91,7 @@ def measure(rank: int, world: int, kinds: list[str], extra: list[str]) -> dict[s
 def with_products() -> Iterator[None]:
     """Replace what multiplies element by element, or more than its definition does."""
     from linear_moe import kernels
-    from linear_moe.lsm import split
+    from linear_moe.lsm import quadratic, split
     from linear_moe.model.attention import CoreAttention
 
     with (
@@ -99,6 +99,7 @@ def with_products() -> Iterator[None]:
             kernels, diag_decay=diag_decay, delta_rule=delta_rule, dplr_delta_rule=dplr_delta_rule
         ),
         mock.patch.object(split, "short_conv", convolution),
+        mock.patch.object(quadratic.QuadraticAttention, "scan", quadratic_attention),
         mock.patch.object(CoreAttention, "forward", softmax),
     ):
         yield
@@ -117,6 +118,13 @@ def diag_decay(
         S = S * a_t + torch.bmm(k_t.mT, v_t)
         outputs.append(torch.bmm(q_t, S))
     return _result(outputs, S, v, options)
+
+
+def quadratic_attention(mixer: Any, *, state: Any, cu_seqlens: Any, **gated: Tensor) -> tuple[Tensor, Any]:
+    """The first tokens as all others."""
+    taken = {name: gated[name] for name in "qkv"}
+    sums, memory = mixer.sums(state=state, cu_seqlens=cu_seqlens, **taken)
+    return mixer.divided(sums[..., :-1], sums[..., -1:]), memory
 
 
 def _result(outputs: list[Tensor], S: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
