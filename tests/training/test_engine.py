@@ -208,30 +208,6 @@ def test_a_run_that_has_skipped_its_steps_saves_them(gloo, world_size: int) -> N
     gloo(world_size, saved_before_the_first_step)
 
 
-def rng_of_experts(rank: int, world_size: int) -> tuple[str, torch.Tensor, list[torch.Tensor]]:
-    import megatron.training.checkpointing as checkpointing
-    from megatron.core import parallel_state
-    from megatron.training.global_vars import set_args
-
-    engine.install()
-    with with_model_parallel(ep=2):
-        groups = (
-            parallel_state.get_tensor_model_parallel_group(),
-            parallel_state.get_pipeline_model_parallel_group(),
-        )
-        set_args(argparse.Namespace(data_parallel_random_init=False))
-        stock = engine.stock(checkpointing, "get_rng_state")("torch_dist", *groups)
-        ours = checkpointing.get_rng_state("torch_dist", *groups)
-        tracker = stock.data[0]["rng_tracker_states"]["expert-parallel-rng"]
-        return str(stock.unique_key), tracker, ours.data[0][engine.EXPERTS_RNG]
-
-
-def test_checkpoints_still_take_the_experts_rng_for_equal(gloo) -> None:
-    (key, state, both), (other_key, other_state, _) = gloo(2, rng_of_experts)
-    assert key == other_key and not torch.equal(state, other_state)
-    assert torch.equal(both[0], state) and torch.equal(both[1], other_state)
-
-
 RESUMES = {
     "one process": (1, MOE),
     "TP2": (2, "--tensor-model-parallel-size 2"),
