@@ -67,7 +67,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3Next", _QWEN3_NEXT | {"linear_num_value_heads": 8}),
     "qwen3_next-equal": (
         "Qwen3Next",
-        _QWEN3_NEXT | {"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]},
+        _QWEN3_NEXT
+        | {"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]}
+        | {"linear_conv_kernel_dim": 3},
     ),
     "llama": ("Llama", _BASE | {"rope_parameters": _LLAMA3_ROPE, "head_dim": 24}),
     "mixtral": (

@@ -84,3 +84,23 @@ def test_peak_memory(gloo, tmp_path):
     assert total > 4 * largest > 200_000_000
     assert imported < 1.3 * largest, imported / largest
     assert exported < 1.3 * largest, exported / largest
+
+
+def of_a_pickle(rank, world, folder):
+    """Most memory above that of before, of finding the tensors of a large pickle and of reading its smallest."""
+    import torch
+
+    from linear_moe.checkpoint.hf_folder import stored_tensors
+
+    path = Path(folder) / "pytorch_model.bin"
+    torch.save({"large": torch.zeros(15_000_000), "small": torch.arange(10.0)}, path)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory()["VmRSS"]
+    small = stored_tensors(Path(folder), allow_pickle=True)["small"].read("small")
+    return small.tolist(), memory()["VmHWM"] - before
+
+
+def test_a_pickle_is_not_read_whole(gloo, tmp_path):
+    small, peak = gloo(1, of_a_pickle, str(tmp_path))[0]
+    assert small == list(range(10))
+    assert (tmp_path / "pytorch_model.bin").stat().st_size > 60_000_000 and peak < 20_000_000

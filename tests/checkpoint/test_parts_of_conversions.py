@@ -44,6 +44,19 @@ def test_where_tensors_of_a_source_lie(gloo):
     assert told.startswith("a, b have different dtypes: torch.bfloat16, torch.float32\n  why: ")
 
 
+def test_a_file_of_weights_is_as_full_as_it_may_be():
+    """A tensor that is larger than a file gets one of its own; a model of one file has no number in its name."""
+    from linear_moe.checkpoint.hf_folder import Planned, shards
+
+    sizes = {"a": 9, "b": 2, "c": 2, "d": 1, "e": 4}
+    tensors = {name: Planned(torch.float32, (size,)) for name, size in sizes.items()}
+    assert list(shards(tensors, 16).values()) == [["a"], ["b", "c"], ["d"], ["e"]]
+    groups = shards(tensors, 20)
+    assert list(groups.values()) == [["a"], ["b", "c", "d"], ["e"]]
+    assert list(groups) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert shards(tensors, 72) == {"model.safetensors": list(sizes)}
+
+
 def exported(rank: int, world: int, root: str) -> dict[str, Any]:
     from linear_moe.checkpoint.exporting import _tokenizer_folder, _vocabulary
 
