@@ -10,13 +10,13 @@ from linear_moe.training import engine
 from tests.workers import with_model_parallel
 
 
-def rng_of_experts(rank: int, world_size: int) -> tuple[str, torch.Tensor, list[torch.Tensor]]:
+def rng_of_experts(rank: int, world_size: int, cp: int) -> tuple[str, torch.Tensor, list[torch.Tensor]]:
     import megatron.training.checkpointing as checkpointing
     from megatron.core import parallel_state
     from megatron.training.global_vars import set_args
 
     engine.install()
-    with with_model_parallel(ep=2):
+    with with_model_parallel(ep=2, cp=cp):
         groups = (
             parallel_state.get_tensor_model_parallel_group(),
             parallel_state.get_pipeline_model_parallel_group(),
@@ -28,8 +28,9 @@ def rng_of_experts(rank: int, world_size: int) -> tuple[str, torch.Tensor, list[
         return str(stock.unique_key), tracker, ours.data[0][engine.EXPERTS_RNG]
 
 
-def test_checkpoints_still_take_the_experts_rng_for_equal(gloo) -> None:
-    (key, state, both), (other_key, other_state, _) = gloo(2, rng_of_experts)
+@pytest.mark.parametrize("cp", [1, 2])
+def test_checkpoints_still_take_the_experts_rng_for_equal(gloo, cp: int) -> None:
+    (key, state, both), (other_key, other_state, _) = gloo(2, rng_of_experts, cp)
     assert key == other_key and not torch.equal(state, other_state)
     assert torch.equal(both[0], state) and torch.equal(both[1], other_state)
 
