@@ -31,6 +31,27 @@ def test_whether_the_weights_of_chosen_experts_sum_to_one(kind: str):
         assert describe(config).family.softmax_before_topk is not renormalised
 
 
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "qwen2": {"hidden_act": "gelu", "use_sliding_window": True},
+    "qwen2_moe": {"qkv_bias": False, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "qwen3_next": {"attention_bias": True, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "deepseek_v2": {"attention_bias": True, "mlp_bias": True, "moe_layer_freq": 2, "norm_topk_prob": True}
+    | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "mamba2": {"use_bias": True, "rms_norm": False, "hidden_act": "gelu"},
+}
+"""Values with which models of a type have other tensors, or compute something else of the same ones."""
+
+
+@pytest.mark.parametrize(("kind", "field"), [(kind, name) for kind in OTHERWISE for name in OTHERWISE[kind]])
+def test_a_model_that_computes_something_else_is_not_taken_for_ours(kind: str, field: str):
+    name, value = of_type(kind), OTHERWISE[kind][field]
+    with pytest.raises(ValueError, match=rf"config.json has {field} = .*\n  why: our layers compute .* only\n"):
+        describe(published(name, **{field: value}))
+    assert describe(published(name, field)) == describe(published(name)), "absent it is what ours compute"
+    assert describe(published(name, **{field: None})) == describe(published(name))
+
+
 def test_layers_of_qwen3_next_without_a_list():
     """Every fourth is softmax, or another one."""
     name = of_type("qwen3_next")
