@@ -1,12 +1,15 @@
 """What is told of a checkpoint that cannot be loaded: which step, why, and which other one is there."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from linear_moe.training.damage import cannot_be_loaded
+from tests.training.tiny import ARGUMENTS
 
 
 def told(load: Path | None, pretrained: Path | None, error: BaseException | None = None) -> str:
@@ -47,3 +50,44 @@ def test_errors_without_words_and_folders_without_a_tracker(tmp_path: Path):
     folder = saved(tmp_path / "start", 7, latest=None)
     assert told(folder, None, KeyError()).startswith(f"step  of {folder} cannot be loaded: KeyError: \n")
     assert len(told(folder, None, ValueError("x" * 900)).splitlines()[0]) < 350
+
+
+def told_by_main(rank: int, world: int, argv: list[str], is_loaded: bool) -> str:
+    """What a run says whose ``pretrain()`` fails with torch's error, after or before it asks for data."""
+    from linear_moe.training import pretrain
+
+    def provide(num_samples: list[int], vp_stage: int | None) -> None:
+        """No data."""
+
+    def fails(config: object, datasets: Callable, *others: object) -> None:
+        if is_loaded:
+            datasets([1, 1, 1])
+        raise CheckpointException("disk", {})
+
+    provide.is_distributed = True  # type: ignore[attr-defined]
+    with patch.multiple(pretrain, pretrain=fails, train_valid_test_datasets=provide):
+        try:
+            pretrain.main(argv)
+        except (ValueError, CheckpointException) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_save_that_fails_is_no_checkpoint_that_cannot_be_loaded(gloo, tmp_path: Path):
+    """Nor has a run begun whose checkpoint could not be loaded: it writes no config.json."""
+    load = saved(tmp_path / "run" / "checkpoint", 7, latest=7)
+    argv = [
+        *ARGUMENTS,
+        "--layer-kinds",
+        "gla,gla,gla,gla",
+        "--load",
+        str(load),
+        "--run-dir",
+        str(load.parent),
+    ]
+    (told,) = gloo(1, told_by_main, argv, False)
+    assert told.startswith(f"ValueError: step 7 of {load} cannot be loaded")
+    assert not (load.parent / "config.json").exists()
+    (told,) = gloo(1, told_by_main, argv, True)
+    assert told.startswith("CheckpointException: ") and "cannot be loaded" not in told
+    assert (load.parent / "config.json").exists()
