@@ -46,7 +46,9 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("kind", "field"), [(kind, name) for kind in OTHERWISE for name in OTHERWISE[kind]])
 def test_a_model_that_computes_something_else_is_not_taken_for_ours(kind: str, field: str):
     name, value = of_type(kind), OTHERWISE[kind][field]
-    with pytest.raises(ValueError, match=rf"config.json has {field} = .*\n  why: our layers compute .* only\n"):
+    with pytest.raises(
+        ValueError, match=rf"config.json has {field} = .*\n  why: our layers compute .* only\n"
+    ):
         describe(published(name, **{field: value}))
     assert describe(published(name, field)) == describe(published(name)), "absent it is what ours compute"
     assert describe(published(name, **{field: None})) == describe(published(name))
