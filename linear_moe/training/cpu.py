@@ -11,8 +11,8 @@ What is different while it is active:
   * ``Tensor.cuda()`` is the tensor itself, not a copy.
 The patches are plain functions, so they hold in every thread and inside ``autograd.backward``. (A ``TorchFunctionMode``
 would be local to its thread, and off while it handles ``backward``, hence off during activation recompute.) They do not
-reach a process that is spawned: ``--async-save`` stays off. Do not pass ``--use-cpu-initialization``: it starts the
-experts of all expert-parallel ranks equal.
+reach a process that is spawned. Do not pass ``--use-cpu-initialization``: it starts the experts of all expert-parallel
+ranks equal.
 """
 
 import importlib

@@ -357,7 +357,6 @@ def defaults_without_te() -> dict[str, Any]:
     if cpu.needed():
         defaults |= {
             "distributed_backend": "gloo",
-            "async_save": False,  # saves in a process that the CPU platform does not reach
             "num_workers": 0,  # nothing to overlap the reading with
             "bias_gelu_fusion": False,  # torch.compile
             "bias_swiglu_fusion": False,

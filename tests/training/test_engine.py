@@ -371,3 +371,8 @@ def test_defaults_follow_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
     assert on_cuda["transformer_impl"] == "local" and "distributed_backend" not in on_cuda
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert engine.defaults_without_te() == {}
+    apex = {"fused_weight_gradient_mlp_cuda": "gradient_accumulation_fusion"}
+    apex["scaled_upper_triang_masked_softmax_cuda"] = "masked_softmax_fusion"
+    for module, flag in apex.items():  # each has the kernel that one flag asks for
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, module=module: name != module or None)
+        assert engine.defaults_without_te() == {flag: False}
