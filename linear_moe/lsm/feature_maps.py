@@ -1,7 +1,7 @@
 """Feature maps of keys and queries: K channels of a head to K', one map for all heads.
 
     identity              x
-    elu                   elu(x) + 1                                            arXiv:2006.16236, equation 7
+    elu                   elu(x) + 1, that is exp(x) below 0                    arXiv:2006.16236, equation 7
     relu                  max(x, 0)
     swish                 x sigmoid(x)
     hedgehog              softmax([2 y, -2 y]), y = W x + b                     arXiv:2402.04347, section 4.2
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,21 @@ class FeatureMap:
         return self.apply(x, {name: w[f"{prefix}_{name}"].to(x.dtype) for name in names})
 
 
+class _EluPlusOne(torch.autograd.Function):
+    """``exp(x)`` below 0 and ``x + 1`` above: ``F.elu(x) + 1`` rounds at 1, so nothing is left of -6 in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clamp(max=0).exp_().add_(x.relu())
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y.clamp(max=1) * grad
+
+
 def _hedgehog(x: Tensor, w: Weights) -> Tensor:
     y = 2 * widen(F.linear(x, w["weight"], w["bias"]))
     return torch.cat([y, -y], dim=-1).softmax(-1).to(x.dtype)
@@ -88,7 +104,7 @@ def _init_linear(x: Tensor) -> None:
 
 PLAIN: dict[str, FeatureMap] = {
     "identity": FeatureMap(lambda x, w: x),
-    "elu": FeatureMap(lambda x, w: F.elu(x) + 1),
+    "elu": FeatureMap(lambda x, w: _EluPlusOne.apply(x)),
     "relu": FeatureMap(lambda x, w: F.relu(x)),
     "swish": FeatureMap(lambda x, w: F.silu(x)),
 }

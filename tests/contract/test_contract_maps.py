@@ -53,6 +53,18 @@ def test_learned_maps_start_as_published():
             assert not torch.equal(q, FEATURE_MAPS[name](x, w, "feature_map_k"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_elu_is_exact_below_zero(dtype):
+    """One rounding: nothing is added to the little that a negative channel leaves, and its gradient is the same."""
+    x = torch.linspace(-9, 9, 1001).to(dtype).requires_grad_()
+    y = FEATURE_MAPS["elu"](x, {}, "")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    wide = x.detach().double()
+    slope = wide.clamp(max=0).exp()
+    torch.testing.assert_close(y.double(), slope + wide.relu(), rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(grad.double(), slope, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_sizes_of_the_common_library():
     """Features of 16 channels; kda's waists are as wide as a value head, and its rate starts in (1, 16)."""
     assert [make(name).mixer.memory_shapes() for name in ("based", "rebased")] == [((153, 9),), ((136, 9),)]
