@@ -15,7 +15,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from linear_moe.kernels.once import once_differentiable
 
 State = Tensor | Callable[[], Tensor] | None
 """``[N, H, K, V]``, the memory before the first token; or a function that waits for it; or ``None``, an empty one."""

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.arriving import State
 from linear_moe.kernels.chunked_diag import per_token
 from linear_moe.kernels.chunks import Chunks, carry_states, cut
 from linear_moe.kernels.decay import Decays, blocks_below, merge_blocks, repeat_heads, scores
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.recompute import recompute
 from linear_moe.kernels.recompute_scan import Scan, recompute_scan
 from linear_moe.kernels.segment import Segment

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from linear_moe.kernels.once import once_differentiable
 
 
 @dataclass(frozen=True)

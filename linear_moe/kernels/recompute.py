@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.autocast import without_autocast
 from linear_moe.kernels.chunks import Chunks
+from linear_moe.kernels.once import once_differentiable
 
 Core = Callable[..., tuple[Tensor | None, ...]]
 

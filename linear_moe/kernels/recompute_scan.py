@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.autocast import without_autocast
 from linear_moe.kernels.chunks import Chunks
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.recompute import enter, gradients, leave
 
 

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from linear_moe.kernels.once import once_differentiable
 
 
 def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.segment import Segment
 from linear_moe.kernels.triton.chunk_launch import carried
 from linear_moe.kernels.triton.delta_launch import DeltaChunks, Solved

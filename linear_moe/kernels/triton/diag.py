@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton import configs, diag_vector
 from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
 from linear_moe.kernels.triton.diag_scan import scan_kernel

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.segment import Segment
 from linear_moe.kernels.triton import configs
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together

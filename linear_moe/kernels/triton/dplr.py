@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.dplr_launch import DplrChunks, Solved, per_row
 from linear_moe.kernels.triton.layout import of_groups, rows_together
 from linear_moe.kernels.triton.saved import save, saved

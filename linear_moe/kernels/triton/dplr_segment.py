@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.segment import Segment
 from linear_moe.kernels.triton.chunk_launch import carried
 from linear_moe.kernels.triton.delta_segment import after_pieces, sum_of_parts

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels.conv import last_inputs
+from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together
 from linear_moe.kernels.triton.short_conv_kernels import backward_kernel, forward_kernel, history_kernel
 
