@@ -44,7 +44,7 @@ class LinearAttention(NormalizedSum):
         norm_k: bool = False
         """Divide mapped keys by the sum of their channels; wants a positive feature map."""
         normalize: bool = False
-        """Divide by the sum of the attention weights; wants a positive feature map: not identity, swish or a product."""
+        """Divide by the sum of the attention weights; wants a positive map: not identity, swish or a product."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -4,11 +4,11 @@
     o_t = S_t^T phi(q_t) / (phi(q_t) . sum_{s <= t} phi(k_s) + eps),    phi(q) . phi(k) = weight(q . k)
 
 The products of phi(q) . phi(k) cancel where q and k are nearly orthogonal: a small weight is read with an error of
-u |phi(q)| |phi(k)|, u the rounding of phi's dtype, and may come out negative. The sum over a few tokens may be as small,
-and the output and all gradients are divided by it. So the first tokens of every run take their weights on each other
-from q . k, at least in float32, where nothing cancels. Calls of few tokens, as in decoding, have phi in float32, and so
-has the memory that they leave. What remains: a query that is nearly orthogonal to all keys of a long run (in bfloat16
-cosines of 0.03 cost ReBased a tenth of the output), and a memory of few tokens that a longer call has left.
+u |phi(q)| |phi(k)|, u the rounding of phi's dtype, and may come out negative. The sum over a few tokens may be as
+small, and the output and all gradients are divided by it. So the first tokens of every run take their weights on each
+other from q . k, at least in float32, where nothing cancels. Calls of few tokens, as in decoding, have phi in float32,
+and so has the memory that they leave. What remains: a query that is nearly orthogonal to all keys of a long run (in
+bfloat16 cosines of 0.03 cost ReBased a tenth of the output), and a memory of few tokens that a longer call has left.
 
 Letters: B rows, T tokens, N runs, C first tokens of a run, H heads, K channels of a query or key, F channels of phi,
 V value dim.
