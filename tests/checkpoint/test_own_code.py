@@ -1,4 +1,4 @@
-"""Models that transformers has a class for, exported with our code instead; and options of Megatron that neither knows."""
+"""Models that transformers has a class for, exported with our code; and options of Megatron that neither knows."""
 
 from pathlib import Path
 
@@ -53,14 +53,17 @@ OPTIONS = {
 }
 """What is refused, and the flags that make it so; all else of the model is Qwen2's."""
 
+SHARED = ["--moe-shared-expert-intermediate-size", "40", "--moe-shared-expert-gate"]
+
 
 def refusals(rank, world):
     from linear_moe.checkpoint.blueprint import blueprint
     from linear_moe.checkpoint.exporting import _architecture
 
     found = {}
-    for name, flags in {"": "", **OPTIONS}.items():
-        words = [*argv(["softmax"] * 2, moe=name.startswith("moe_")), *flags.split()]
+    for name, flags in {"": "", "moe_": "", **OPTIONS}.items():
+        is_moe = name.startswith("moe_")
+        words = [*argv(["softmax"] * 2, moe=is_moe), *(SHARED if is_moe else []), *flags.split()]
         words = [word for word in words if word != "--swiglu" or name != "activation_func"]
         try:
             found[name] = _architecture(blueprint(words, padded_vocab_size=128), "float32", 128, None, True)[
@@ -75,6 +78,6 @@ def refusals(rank, world):
 def test_options_that_neither_knows_are_refused_by_name(gloo):
     """Each of them alone: the class of transformers, which fits in all that it has fields for, is not taken either."""
     found = gloo(1, refusals)[0]
-    assert found.pop("") == "qwen2"
+    assert (found.pop(""), found.pop("moe_")) == ("qwen2", "qwen2_moe")
     for name, told in found.items():
         assert f"the model cannot be exported with {name}=" in told, (name, told)
