@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,10 @@ def test_a_run_goes_on_with_the_samples_that_it_has_not_seen(files, tmp_path):
         assert message(files, tmp_path, RUN_NAME="mine", **change).startswith(
             f"run {tmp_path / 'mine'} would go on with other samples:\n"
         ), change
+    path = tmp_path / "mine" / "config.json"  # of another tool, which says nothing of its arguments
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "arguments"}))
+    assert plan(files, tmp_path, RUN_NAME="mine", SEED="5").settings.seed == 5
 
 
 def test_a_run_keeps_its_tokenizer_with_the_template_that_it_learned(files, tmp_path):
@@ -255,3 +260,26 @@ def test_the_script_from_the_first_line_to_the_last(files, tmp_path):
     assert json.loads((run / "config.json").read_text())["tokenizer"]["tokenizer_model"] == str(
         run / "tokenizer"
     )
+
+
+def test_tokens_that_the_model_has_no_rows_for(files, tmp_path):
+    """Added by the tokenizer's second file, of which the size of the vocabulary does not know."""
+    folder = Path(shutil.copytree(files / "tokenizer", tmp_path / "tokenizer"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {str(320 + i): {"content": f"<|{i}|>", "special": True} for i in range(100)}
+    config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | added
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    told = {}
+    for token in (63, 64):
+        path = write_lines(
+            tmp_path / f"{token}.jsonl", [{"instruction": "Say it.", "output": f"<|{token}|>"}]
+        )
+        given = {"TOKENIZER": str(folder), "DATASET_PATH": path, "CHAT_TEMPLATE": "plain"}
+        try:
+            assert plan(files, tmp_path, **given).padded_vocab_size == 384
+            told[token] = ""
+        except PreflightError as error:
+            told[token] = str(error)
+    what, why, instead = told[64].splitlines()
+    assert told[63] == "" and what == f"{tmp_path / '64.jsonl'} has token 384, and the embedding 384 rows."
+    assert why.startswith("  why: ") and instead == "  try: TOKENIZER=<the tokenizer of the model>"
