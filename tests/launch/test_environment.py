@@ -143,6 +143,16 @@ def test_srun_tells_the_nodes():
     assert (s.nnodes, s.node_rank, s.master_addr, s.master_port) == (4, 3, "gpu07", 20_000 + 123456 % 20_000)
 
 
+@pytest.mark.parametrize(
+    "step", [{}, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}]
+)
+def test_one_node_of_slurm(step: dict[str, str]):
+    """In a batch script without srun, all tasks of the job are this one node's to start."""
+    job = {"SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "20001"}
+    found = with_cluster(job | step)
+    assert found == job | step | ({"NNODES": "1", "NODE_RANK": "0", "MASTER_PORT": "20001"} if step else {})
+
+
 def test_variables_win_over_slurm():
     environment = {"SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "4", "NNODES": "1"}
     assert with_cluster(environment) == environment

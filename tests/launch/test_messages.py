@@ -27,6 +27,13 @@ CASES = [
         BASE_MODEL="llama3",
     ),
     case(
+        "unknown_family",
+        """unknown family 'gpt'.
+  why: families are qwen2, qwen3_next, deepseek_v2, mixtral, llama3, mamba2.
+  try: --family qwen2""",
+        family="gpt",
+    ),
+    case(
         "not_a_number",
         """TP=two is not a whole number, 1 or more.
   why: Tensor parallel size: heads and feed-forward widths are cut.
