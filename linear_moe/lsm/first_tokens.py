@@ -44,5 +44,5 @@ class FirstTokens:
         if self.places is None:
             return torch.cat([first_NC, x_BT[:, self.count :]], dim=1)
         nowhere = x_BT[0, :1]
-        padded = torch.cat([x_BT[0], nowhere]).index_copy(0, self.places, first_NC.flatten(0, 1))
+        padded = torch.cat([x_BT[0], nowhere]).index_copy_(0, self.places, first_NC.flatten(0, 1))
         return padded[:-1].unsqueeze(0)
