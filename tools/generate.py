@@ -211,6 +211,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             if args.prompts.endswith(".jsonl"):
                 rows = [json.loads(line) for line in lines if line.strip()]
                 lines = [row if isinstance(row, str) else row["prompt"] for row in rows]
+                if other := [line for line in lines if not isinstance(line, str)]:
+                    raise TypeError(f"{other[0]!r} is no text")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"--prompts {args.prompts} cannot be read: {type(error).__name__}: {error}\n"

@@ -110,6 +110,16 @@ def test_a_line_of_a_prompt_file_is_a_prompt(tmp_path):
             assert tool_of().read_prompts(tool_of().parse()) == texts, name
 
 
+@pytest.mark.parametrize("row", ['{"prompt": 5}', '{"prompt": null}', '{"text": "a"}', "5", '{"prompt": "a"'])
+def test_a_row_without_a_text_is_told(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(f'"import"\n{row}\n')
+    with (
+        patch.object(sys, "argv", ["generate.py", "--load", "run", "--prompts", str(tmp_path / "a.jsonl")]),
+        pytest.raises(ValueError, match=r"a.jsonl cannot be read: \w+: .*\n  why: .*\n  try: "),
+    ):
+        tool_of().read_prompts(tool_of().parse())
+
+
 def test_chat(gloo, run):
     once, typed = gloo(1, chat, run)[0]
     code, text, _ = once
