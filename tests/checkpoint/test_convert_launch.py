@@ -158,6 +158,50 @@ def test_what_is_said_of_a_folder_has_to_agree(folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_tokenizer_is_that_of_the_folder(folders, tmp_path):
+    """Where it has one; the rows stay those of its model."""
+    assert plan_of(folders / "llama", tmp_path, "llama3").tokenizer is None
+    folder = Path(shutil.copytree(folders / "llama", tmp_path / "llama"))
+    vocab = {f"word{i}": i for i in range(200)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": vocab}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "word199"}))
+    plan = plan_of(folder, tmp_path, "llama3")
+    assert plan.tokenizer is not None and plan.tokenizer.path == str(folder)
+    assert (plan.vocab_size, plan.padded_vocab_size) == (200, 256)
+
+
+def test_other_nodes_wait_for_the_first(folders, tmp_path):
+    nodes = {"NNODES": "2", "MASTER_ADDR": "first", "NODE_RANK": "1"}
+    plan = plan_of(folders / "llama", tmp_path, "llama3", **nodes)
+    tracker = plan.run_dir / "pretrained" / "checkpoint" / "latest_checkpointed_iteration.txt"
+    said, waited = [], []
+
+    def sleep(seconds):
+        assert seconds >= 1, "of a disk that many nodes ask"
+        waited.append(seconds)
+        if len(waited) == 3:
+            tracker.parent.mkdir(parents=True)
+            tracker.write_text("0")
+
+    with patch("subprocess.run") as run, patch("time.sleep", sleep):
+        assert convert(plan, said.append)
+    assert not run.called and len(waited) == 3
+    assert said == [
+        f"PRETRAIN_CHECKPOINT_PATH={folders / 'llama'} is a Hugging Face folder: "
+        f"waiting for the first node to make {plan.run_dir / 'pretrained'}"
+    ]
+
+
+def test_mixers_of_yours_are_converted_by_their_module(folders, tmp_path, monkeypatch):
+    (tmp_path / "my_mixers_to_convert.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"MIXER_MODULES": "my_mixers_to_convert", "EXTRA_ARGS": "--gla-gate-rank 8"}
+    plan = plan_of(folders / "llama", tmp_path, "llama3", **mine)
+    command = import_command(plan, folders / "llama", plan.run_dir / "pretrained")
+    assert command[-1].startswith("--extra-args=--gla-")
+    assert command[-1].endswith(" --gla-gate-rank 8 --mixer-module my_mixers_to_convert")
+
+
 def test_mistakes(folders, tmp_path):
     with pytest.raises(PreflightError, match="is a llama3 model"):
         plan_of(folders / "llama", tmp_path)
