@@ -56,7 +56,8 @@ def take_mixer_options(args: argparse.Namespace, layer_kinds: Collection[str]) -
     """What is set, by mixer and field; mixers' own flags are taken out of ``args``.
 
     Raises:
-        ValueError: a value that cannot be read, or a flag for all mixers that none of ``layer_kinds`` has.
+        ValueError: an unknown mixer, a value that cannot be read, or a flag for all mixers that none of ``layer_kinds``
+            has.
     """
     _check_shared_flags(args, layer_kinds)
     found = {name: _given(args, name) for name in lsm.names()}

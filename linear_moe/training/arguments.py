@@ -18,7 +18,7 @@ from linear_moe.lsm.registry import import_mixers
 from linear_moe.model.builder import LinearMoEModelConfig
 from linear_moe.model.config import LatentMoEConfig, LinearMoEConfig
 from linear_moe.model.mixer_options import add_mixer_options, take_mixer_options
-from linear_moe.model.pattern import SOFTMAX, layer_kinds
+from linear_moe.model.pattern import layer_kinds
 from linear_moe.training import engine, finetune
 
 OUTPUT_CHUNK = 4096
@@ -86,10 +86,7 @@ def resolve(args: argparse.Namespace) -> None:
         kinds = layer_kinds(args.layer_type_list, args.la_module, args.num_layers, known=lsm.names())
         args.layer_kinds = list(kinds)
     elif isinstance(args.layer_kinds, str):
-        kinds = tuple(args.layer_kinds.split(","))
-        for kind in set(kinds) - {SOFTMAX}:
-            lsm.get(kind)
-        args.layer_kinds = list(kinds)
+        args.layer_kinds = args.layer_kinds.split(",")
     if len(args.layer_kinds) != args.num_layers:
         raise ValueError(
             f"--layer-kinds names {len(args.layer_kinds)} layers, the model has {args.num_layers}\n"
