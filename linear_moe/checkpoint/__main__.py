@@ -38,7 +38,7 @@ def main() -> int:
                         la_module=args.la_module,
                         layer_type_list=args.layer_type_list,
                         kinds=args.layer_kinds.split(",") if args.layer_kinds else None,
-                        extra_args=shlex.split(args.extra_args),
+                        extra_args=words_of(args.extra_args),
                         allow_pickle=args.allow_pickle,
                         progress=bar,
                     )
@@ -90,6 +90,18 @@ def parse() -> argparse.Namespace:
         "--remote-code", action="store_true", help="with its code even where transformers has a class"
     )
     return parser.parse_args()
+
+
+def words_of(extra_args: str) -> list[str]:
+    """Of ``--extra-args``, as a shell would split it; ``ValueError`` for a quote without its end."""
+    try:
+        return shlex.split(extra_args)
+    except ValueError as error:
+        raise ValueError(
+            f"--extra-args {extra_args} cannot be read: {error}\n"
+            f"  why: it is split into words as a shell does it\n"
+            f"  try: --extra-args '--gla-gate-rank 32'"
+        ) from None
 
 
 def shard_bytes(shard_gb: float) -> int:

@@ -30,7 +30,8 @@ from linear_moe.checkpoint.folders import (
     run_and_iteration,
     silent,
 )
-from linear_moe.checkpoint.hf_config import OURS, RUN_FILE, describe
+from linear_moe.checkpoint.hf_config import CLASSES, OURS, RUN_FILE, describe
+from linear_moe.checkpoint.hf_config import read_config as read_hf_config
 from linear_moe.checkpoint.hf_folder import SHARD_BYTES, Planned, shards, write_index, write_shard
 from linear_moe.checkpoint.native import KINDS, native_config, native_type
 from linear_moe.checkpoint.options import model_arguments
@@ -150,11 +151,12 @@ def _check_checkpoint(folder: Path, model: Blueprint, reader: Reader) -> None:
 
 def _origin_config(run: Path, model: Blueprint) -> dict[str, Any] | None:
     """config.json of the model that a run was imported from, if it has not got another vocabulary since."""
-    path = run / ORIGIN / "config.json"
-    if not path.is_file():
+    if not (run / ORIGIN / "config.json").is_file():
         return None
-    config: dict[str, Any] = json.loads(path.read_text())
-    return config if padded_vocab_size(config["vocab_size"]) == model.args.padded_vocab_size else None
+    config = read_hf_config(run / ORIGIN)
+    rows = config.get("vocab_size")
+    is_ours = isinstance(rows, int) and padded_vocab_size(rows) == model.args.padded_vocab_size
+    return config if is_ours else None
 
 
 def _vocabulary(saved: dict[str, Any], tokenizer: Path | None, padded: int) -> int:
@@ -172,7 +174,7 @@ def _architecture(
 ) -> tuple[str, dict[str, Any]]:
     """``model_type`` of the table, and the whole config.json."""
     if native and any(set(model.kinds) <= set(kinds) for kinds in KINDS.values()):
-        if origin is not None and origin["model_type"] != OURS:
+        if origin is not None and origin.get("model_type") in CLASSES:
             described = describe(origin)
             if (described.kinds, described.dtype) == (model.kinds, dtype) and _is_the_same(model, origin):
                 return described.model_type, origin

@@ -5,6 +5,8 @@ from unittest.mock import patch
 
 import pytest
 
+from linear_moe.checkpoint.__main__ import words_of
+
 IMPORT = "import --hf a --save b"
 EXPORT = "export --load a --hf b"
 
@@ -41,6 +43,18 @@ def test_every_option_arrives(gloo):
     names = ["step", "tokenizer", "native", "shard_bytes"]
     assert calls[2][1] == dict(zip(names, [None, None, True, 5_000_000_000], strict=True))
     assert calls[3][1] == dict(zip(names, [7, "t", False, 250_000_000], strict=True))
+
+
+def test_options_of_mixers_are_split_as_a_shell_does():
+    assert words_of("--mixer-module 'a b' --gla-gate-rank=32") == [
+        "--mixer-module",
+        "a b",
+        "--gla-gate-rank=32",
+    ]
+    with pytest.raises(
+        ValueError, match=r"--extra-args '--x cannot be read: No closing .*\n  why: .*\n  try: "
+    ):
+        words_of("'--x")
 
 
 def options(rank, world, kind, given):

@@ -131,6 +131,12 @@ def trained_on_otherwise(rank, world, folder):
     (folder / "run" / "config.json").write_text(json.dumps(half))
     found.append(export_model(folder / "run", folder / "half").architecture)
     found.append(json.loads((folder / "half" / "config.json").read_text())["dtype"])
+    (folder / "run" / "hugging_face" / "config.json").write_text('{"vocab_size": 250}')
+    found.append(export_model(folder / "run", folder / "typeless").architecture)
+    (folder / "run" / "hugging_face" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"hugging_face/config.json cannot be read: .*\n  why: "):
+        export_model(folder / "run", folder / "cut")
+    (folder / "run" / "hugging_face" / "config.json").write_text("{}")
     more["arguments"] = [*config["arguments"], "--use-mup", "--mup-base-hidden-size", "16"]
     (folder / "run" / "config.json").write_text(json.dumps(more))
     try:
@@ -142,7 +148,8 @@ def trained_on_otherwise(rank, world, folder):
 def test_the_config_of_the_source_is_given_back_only_where_it_is_true(gloo, tmp_path):
     refused = "the model cannot be exported with use_mup=True"
     found = gloo(1, trained_on_otherwise, tmp_path)[0]
-    assert found == ["Qwen2ForCausalLM", "LinearMoeForCausalLM", "Qwen2ForCausalLM", "bfloat16", refused]
+    theirs, ours = "Qwen2ForCausalLM", "LinearMoeForCausalLM"
+    assert found == [theirs, ours, theirs, "bfloat16", theirs, refused]
 
 
 def imported(rank, world, source, run, options):
