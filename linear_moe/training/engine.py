@@ -324,7 +324,7 @@ def _note_learning_rate(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def train_step(step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        rate = None if optimizer is None else read(optimizer.param_groups)
+        rate = read(optimizer.param_groups)
         _used_rates[:] = [None if rate is None else float(rate)]
         return original(step, data, model, optimizer, *args, **kwargs)
 
