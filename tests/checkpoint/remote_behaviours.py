@@ -169,7 +169,18 @@ def a_new_model_starts(folder: Path) -> None:
     assert abs(loss - torch.tensor(128.0).log().item()) < 0.5, loss
     first = model.model.layers[0].mixer  # RWKV7's own start
     assert first.o_proj.weight.eq(0).all() and first.x_r.ne(0).any() and first.norm_weight.lt(1).all()
-    assert model.model.layers[1].self_attn.q_proj.weight.std() > 0
+    endings = (
+        "embed_tokens.weight",
+        "self_attn.q_proj.weight",
+        "mlp.gate.weight",
+        "gate_up_proj",
+        "down_proj",
+    )
+    random = {name: x for name, x in model.named_parameters() if name.endswith(endings)}
+    assert {ending for ending in endings if any(name.endswith(ending) for name in random)} == set(endings)
+    for name, x in random.items():
+        size = config.initializer_range
+        assert 0.8 * size < x.std() < 1.2 * size and abs(x.mean()) < 0.2 * size, name
 
 
 def hidden_states_are_returned(folder: Path) -> None:
@@ -218,7 +229,17 @@ def it_refuses(folder: Path) -> None:
             num_experts=8, num_experts_per_tok=9, moe_intermediate_size=4
         ),
         "router_score is 'tanh'": lambda: config(router_score="tanh"),
+        "moe_layers says 1 of 2 layers": lambda: config(num_hidden_layers=2, moe_layers=[False]),
+        "layers with experts, but num_experts None": lambda: config(num_hidden_layers=1, moe_layers=[True]),
+        "layers with experts, but num_experts 8 of width None": lambda: config(num_experts=8),
+        "latent attention with": lambda: config(kv_lora_rank=8, qk_nope_head_dim=8, v_head_dim=8),
     }
+    experts = {"num_experts": 8, "moe_intermediate_size": 4, "num_experts_per_tok": 3}
+    config(**experts, router_groups=4, router_topk_groups=2)
+    for groups, chosen in ((3, 2), (4, 5), (4, 1), (4, None), (0, 1)):
+        text = f"router_groups {groups}, router_topk_groups {chosen}"
+        other = {"router_groups": groups, "router_topk_groups": chosen}
+        refused[text] = lambda other=other: config(**experts, **other)
     for text, attempt in refused.items():
         try:
             attempt()
