@@ -51,7 +51,6 @@ def tokens_before(x_BT: Tensor, count: int, layout: SequenceLayout, group: dist.
 def lengths_before(layout: SequenceLayout, device: torch.device) -> Tensor:
     """How many tokens of its document come before each local run, ``[runs]`` int64; ``cp_size > 1``."""
     if not layout.is_packed:
-        starts = torch.tensor(layout.local_chunks, device=device) * layout.chunk_length
-        return starts.repeat(layout.batch)
+        return layout.starts_of_chunks(device).repeat(layout.batch)
     inside_BJ = layout.starts_BJ - layout.document_start(layout.first_document_BJ)
     return layout.first_runs(inside_BJ)

@@ -71,6 +71,13 @@ class SequenceLayout:
             return (0,)
         return (self.cp_rank, self.num_chunks - 1 - self.cp_rank)
 
+    def starts_of_chunks(self, device: torch.device) -> Tensor:
+        """Position in its sequence of each local chunk's first token, ``[J]`` int64."""
+        first, last = self.local_chunks[0], self.local_chunks[-1]
+        # Made where they are read: for a copy of numbers from the host a GPU is waited for.
+        chunk_J = first + (last - first) * torch.arange(self.chunks_per_rank, device=device)
+        return chunk_J * self.chunk_length
+
     @property
     def is_packed(self) -> bool:
         """Whether sequences hold several documents."""
@@ -117,8 +124,7 @@ class SequenceLayout:
     def starts_BJ(self) -> Tensor:
         """Position in its sequence of each local chunk's first token, ``[B, J]``; packed layouts only."""
         assert self.cu_seqlens is not None
-        starts = torch.tensor(self.local_chunks, device=self.cu_seqlens.device) * self.chunk_length
-        return starts.expand(self.batch, -1)
+        return self.starts_of_chunks(self.cu_seqlens.device).expand(self.batch, -1)
 
     @cached_property
     def _clipped_BJN1(self) -> Tensor:

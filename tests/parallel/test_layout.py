@@ -56,6 +56,22 @@ def test_tokens_of_a_rank_are_megatrons(cp_size):
         assert torch.equal(layout.tokens(layout.runs(zigzag)), zigzag)
 
 
+@pytest.mark.parametrize("packed", CASES)
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_no_number_is_copied_from_the_host(monkeypatch, cp_size, packed):
+    """A GPU would be waited for in every micro-batch."""
+    found = layouts(cp_size, packed)
+    monkeypatch.setattr(torch, "tensor", None)
+    for rank, layout in enumerate(found):
+        starts_J = layout.starts_of_chunks(torch.device("cpu"))
+        assert starts_J.tolist() == [c * layout.chunk_length for c in layout.local_chunks]
+        if cp_size > 1:
+            lengths = halo.lengths_before(layout, torch.device("cpu"))
+            assert len(lengths) == 4 * 2 * (len(CASES[packed][0]) - 1 if packed == "packed" else 1), rank
+        if layout.is_packed:
+            assert layout.run_cu_seqlens[-1] == 4 * layout.chunks_per_rank * layout.chunk_length
+
+
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_natural_order_undoes_the_cut(cp_size):
     x = torch.randn(4, LENGTH, 3)
