@@ -43,6 +43,24 @@ def test_there_and_back(gloo, tmp_path, name):
     assert configs[0] == configs[1]
 
 
+def test_the_index_says_where_tensors_are(gloo, tmp_path):
+    """By another reader: every tensor once, in the file that the index names, and their bytes."""
+    from safetensors import safe_open
+
+    gloo(1, there_and_back, str(tmp_path), "qwen2-tied", torch.bfloat16)
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    found, size = {}, 0
+    for path in sorted((tmp_path / "back").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            for name in file.keys():  # noqa: SIM118
+                assert name not in found
+                found[name] = path.name
+                size += file.get_tensor(name).nbytes
+    assert len(set(found.values())) > 2 and found == index["weight_map"]
+    assert index["metadata"] == {"total_size": size}
+
+
 def with_more_tokens_predicted(rank, world, folder):
     """Published Qwen3-Next has layers that transformers does not read."""
     from safetensors.torch import save_file
