@@ -331,6 +331,6 @@ def _split_blend(dataset_path: str) -> tuple[list[float], list[str]]:
             weights.append(float(word))
         except ValueError:
             return [], words
-    if len(words) % 2 or not words:
+    if len(words) % 2:
         return [], words
     return weights, words[1::2]

@@ -98,7 +98,7 @@ def _pattern(saved: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, st
     mixers = [kind for kind in dict.fromkeys(kinds) if kind != "softmax"]
     symbols = dict(zip(mixers, "L" if len(mixers) == 1 else "123456789"))
     pattern = "".join(symbols.get(kind, "N") for kind in kinds)
-    return {"LAYER_TYPE_LIST": pattern} | ({"LA_MODULE": ",".join(mixers)} if mixers else {})
+    return {"LAYER_TYPE_LIST": pattern, "LA_MODULE": ",".join(mixers)}
 
 
 def _tokenizer(config: Mapping[str, Any], run: Path) -> dict[str, str]:

@@ -205,6 +205,9 @@ def test_a_run_goes_on_with_the_samples_that_it_has_not_seen(files, tmp_path):
     config = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in config.items() if name != "arguments"}))
     assert plan(files, tmp_path, RUN_NAME="mine", SEED="5").settings.seed == 5
+    path.write_text(json.dumps(config))
+    (tmp_path / "mine" / "checkpoint" / "latest_checkpointed_iteration.txt").unlink()
+    assert plan(files, tmp_path, RUN_NAME="mine", SEED="5").settings.seed == 5, "it has taken none to keep"
 
 
 def test_a_run_keeps_its_tokenizer_with_the_template_that_it_learned(files, tmp_path):
