@@ -173,6 +173,19 @@ def test_what_surrounds_a_call_does_not_reach_its_trial() -> None:
         assert ran == ["delta_rule"] * 2
 
 
+@pytest.mark.parametrize(("mode", "told"), [(0, []), (2, ["default", 2])])
+def test_waiting_is_allowed_to_the_trial_alone(
+    mode: int, told: list[int | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody forbids it, nothing is set: torch warns of its "prototype feature", and the warning may be an error."""
+    set_to: list[int | str] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_to.append)
+    with trial._alone(torch.device("cuda")):
+        assert set_to == told[:1]
+    assert set_to == told
+
+
 def test_a_memory_on_its_way_is_not_waited_for_by_the_trial() -> None:
     inputs = short("diag_decay")
     waited = []

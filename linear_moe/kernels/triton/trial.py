@@ -108,14 +108,14 @@ def _try(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[st
 @contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
     """What surrounds the call at hand does not see this one: checkpointing counts what is saved."""
-    waiting = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
-    if waiting is not None:
+    waiting = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    if waiting:  # torch warns whoever sets it, to its default too
         torch.cuda.set_sync_debug_mode("default")
     try:
         with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             yield
     finally:
-        if waiting is not None:
+        if waiting:
             torch.cuda.set_sync_debug_mode(waiting)
 
 
