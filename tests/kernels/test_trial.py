@@ -177,7 +177,7 @@ def test_what_surrounds_a_call_does_not_reach_its_trial() -> None:
 def test_waiting_is_allowed_to_the_trial_alone(
     mode: int, told: list[int | str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody forbids it, nothing is set: torch warns of its "prototype feature", and the warning may be an error."""
+    """Where nobody forbids it nothing is set: torch warns of a "prototype feature", and warnings may be errors."""
     set_to: list[int | str] = []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_to.append)
