@@ -50,6 +50,12 @@ def uneven(tensors: dict[str, torch.Tensor]) -> None:
     decay_of(tensors)[..., ::3] = -1e-3
 
 
+def weak(tensors: dict[str, torch.Tensor]) -> None:
+    """What float16's chunks keep is enough for one border for all of their pairs, but in the second."""
+    decay_of(tensors)[:] *= 0.1
+    decay_of(tensors)[:, 70:80, :, 3] = -3.0
+
+
 for decay in ("none", "head", "scalar"):
     few = {} if decay == "scalar" else ONE
     case(f"{decay} rows", decay, num_tokens=50, **few)(compare)
@@ -82,6 +88,10 @@ for name, (decay, extra) in VECTORS.items():
     case(f"{name} rows", num_tokens=90, batch=2, groups=1, num_heads=2, processors=0, **kind)(compare)
     case(f"{name} packed", num_tokens=60, cu_seqlens=SHORT, groups=1, num_heads=2, **kind)(compare)
     case(f"{name} half precision", num_tokens=150, chunk=None, dtype=torch.float16, **kind, **ONE)(compare)
+    border = dict(num_keys=16, num_values=16, chunk=None, dtype=torch.float16, change=weak, **kind, **ONE)
+    case(f"{name} weak half precision", num_tokens=200, processors=0, **border)(compare)
+    documents = dict(num_tokens=200, cu_seqlens=(0, 0, 1, 18, 130, 195))
+    case(f"{name} weak half precision packed", **documents, **border)(compare)
     for processors in (0, 16):
         long = dict(num_tokens=140, processors=processors, **kind, **ONE)
         case(f"{name} uneven forgetting, {processors}", strength=0.01, change=uneven, **long)(compare)

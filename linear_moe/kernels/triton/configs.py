@@ -127,6 +127,8 @@ class Columns:
     """BD"""
     num_warps: int
     num_stages: int
+    part: int = 0
+    """Columns at a time where registers are short."""
 
 
 def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
@@ -137,11 +139,23 @@ def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
     return Columns(min(64 if dtype.itemsize == 2 else 32, widest), 4, 1)
 
 
-def combine_blocks(width: int, dtype: torch.dtype) -> Columns:
-    """For diag_combine.py."""
+def combine_blocks(width: int, dtype: torch.dtype, has_weak: bool) -> Columns:
+    """For diag_combine.py; ``has_weak``: with the way of diag_weak.py, whose tiles have columns as rows."""
+    widest = max(16, triton.next_power_of_2(width))
     if not has_wgmma():
-        return Columns(16, 8, 1)
-    return Columns(min(32, max(16, triton.next_power_of_2(width))), 4, 1)
+        return Columns(16, 8, 1, 16)
+    return Columns(min(64 if has_weak else 32, widest), 4, 1, min(32, widest))
+
+
+def least_total(width: int, dtype: torch.dtype, has_bonus: bool) -> float:
+    """What a chunk must keep of every column for diag_weak.py, log2; above 0: never.
+
+    2^(half of it) times an input must stay far inside of the dtype, on both sides. A bonus, and loads that are narrower
+    because the width is no multiple of 16, take more registers than there are.
+    """
+    if dtype.itemsize == 4 or has_bonus or width % 16 != 0:
+        return 1.0
+    return -120.0 if dtype == torch.bfloat16 else -8.0
 
 
 def diag_chunk_size(dtype: torch.dtype) -> int:

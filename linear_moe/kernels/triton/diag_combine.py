@@ -11,6 +11,8 @@ tokens whose sums contain t. Every product is added as it is: nothing cancels, a
 a gradient as exact as one that lets all pass. ``through``, what only passes, is known for every ``EVERY``-th chunk, and
 for those between from what the chunks read and write, as in decay_sums.py; docs/kernels.md derives all of it.
 
+Chunks whose decays are weak go another way, diag_weak.py's.
+
 With ``FORWARD`` dx alone is computed: the output, where columns of the memory decay.
 
 Letters: as in diag_levels.py, G groups of ``EVERY`` chunks.
@@ -20,6 +22,7 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, load_roles, sum_over
+from linear_moe.kernels.triton.diag_weak import combine_weak
 from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 
@@ -32,50 +35,25 @@ def add_across(b_log, sums, level, product):
     return tl.dot(b_sums, product, b_log, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "groups_per_segment"])
-def combine_kernel(
-    x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
-    bonus,  # [H, D] float32, or nothing
-    pairs,  # [L, H, C]: gradient of what each token takes from the tokens of its chunk, over scale
-    scaled_dx, scaled_dy,  # [L, H, D]
-    through,  # [G, H, D] float32
-    dx, dy,  # [L, H, D]
-    d_log,  # [L, H, D] float32
-    d_bonus,  # [G, H, D] float32
-    sums,  # level_sums
-    plan,
-    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, groups_per_segment, scale,
-    x_b, x_h, y_b, y_h, a_b, a_h,
-    x_t: tl.constexpr, y_t: tl.constexpr, a_t: tl.constexpr, a_d: tl.constexpr,
-    X_PER: tl.constexpr, Y_PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, EVERY: tl.constexpr, FORWARD: tl.constexpr, HAS_DECAY_GRADIENT: tl.constexpr,
-    HAS_BONUS: tl.constexpr, IS_PACKED: tl.constexpr,
+@triton.jit
+def combine_levels(
+    x, y, log_decay, bonus, pairs, scaled_dx, scaled_dy, through, dx, dy, d_log, d_bonus, sums,
+    i_D, token, head, last_chunk, of_group, length, readable, scale,
+    num_heads: tl.constexpr, x_t: tl.constexpr, y_t: tl.constexpr, a_t: tl.constexpr, a_d: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, EVERY: tl.constexpr, FORWARD: tl.constexpr,
+    HAS_DECAY_GRADIENT: tl.constexpr, HAS_BONUS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: groups of chunks of all segments, heads, blocks of D. From the end of a group to its start."""
-    segment = tl.program_id(0) // groups_per_segment
-    group = tl.program_id(0) % groups_per_segment
-    head = tl.program_id(1)
-    row, start, length, readable = segment_of(
-        plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
-    )
-    row, first = row.to(tl.int64), start.to(tl.int64)
-    token = row * num_tokens + start
-    x += row * x_b + first * x_t + (head // X_PER).to(tl.int64) * x_h
-    y += row * y_b + first * y_t + (head // Y_PER).to(tl.int64) * y_h
-    log_decay += row * a_b + first * a_t + head.to(tl.int64) * a_h
-    i_C, i_D = tl.arange(0, C), tl.program_id(2) * BD + tl.arange(0, BD)
-    m_D = i_D < D
-
-    last_chunk = tl.cdiv(length, C) - 1 - group * EVERY
-    of_group = (chunk_slot(token, segment, group, C * EVERY) * num_heads + head) * D + i_D
+    """One group of chunks and block of columns."""
+    BD: tl.constexpr = i_D.shape[0]
+    i_C, m_D = tl.arange(0, C), i_D < D
+    of_group += i_D
     b_through = tl.zeros([BD], tl.float32)
     if HAS_DECAY_GRADIENT:
-        b_through = tl.load(
-            through + of_group, mask=mask_if(m_D, (last_chunk >= 0) & (readable > 0)), other=0.0
-        )
+        is_there = (last_chunk >= 0) & (readable > 0)
+        b_through = tl.load(through + of_group, mask=mask_if(m_D, is_there), other=0.0)
     b_u, b_du = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     if HAS_BONUS:
-        b_u = tl.load(bonus + head * D + i_D, mask=m_D, other=0.0)
+        b_u = tl.load(bonus + i_D, mask=m_D, other=0.0)
 
     sums_T, is_level = sums + (LEVELS + 2) * C * C, sums + 2 * (LEVELS + 2) * C * C
     for step in range(0, tl.minimum(last_chunk + 1, EVERY)):
@@ -152,3 +130,74 @@ def combine_kernel(
                 b_through += read
     if HAS_BONUS:
         tl.store(d_bonus + of_group, b_du, mask=mask_if(m_D, last_chunk >= 0))
+
+
+@triton.jit
+def least_kept(
+    totals, token, segment, head, last_chunk, i_D,
+    num_heads: tl.constexpr, D: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """Log2 of the least that a chunk of a group keeps of a column."""
+    i_step, i_D = tl.arange(0, EVERY)[:, None], i_D[None, :]
+    slot = chunk_slot(token, segment, last_chunk - i_step, C)
+    mask = (i_step <= last_chunk) & (i_D < D)
+    b_totals = tl.load(totals + (slot * num_heads + head) * D + i_D, mask=mask, other=0.0)
+    return tl.min(tl.min(b_totals, 1), 0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "groups_per_segment"])
+def combine_kernel(
+    x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
+    bonus,  # [H, D] float32, or nothing
+    pairs,  # [L, H, C]: gradient of what each token takes from the tokens of its chunk, over scale
+    scaled_dx, scaled_dy,  # [L, H, D]
+    through,  # [G, H, D] float32
+    totals,  # [M, H, D] float32: log2 of what a chunk keeps
+    dx, dy,  # [L, H, D]
+    d_log,  # [L, H, D] float32
+    d_bonus,  # [G, H, D] float32
+    sums,  # level_sums
+    plan,
+    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, groups_per_segment, scale,
+    x_b, x_h, y_b, y_h, a_b, a_h,
+    x_t: tl.constexpr, y_t: tl.constexpr, a_t: tl.constexpr, a_d: tl.constexpr,
+    X_PER: tl.constexpr, Y_PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PART: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, LEAST: tl.constexpr, EVERY: tl.constexpr, FORWARD: tl.constexpr,
+    HAS_DECAY_GRADIENT: tl.constexpr, HAS_BONUS: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid: groups of chunks of all segments, heads, blocks of D. From the end of a group to its start.
+
+    A group whose chunks keep 2^LEAST of every column, or more, goes by one border, another by levels.
+    """
+    segment = tl.program_id(0) // groups_per_segment
+    group = tl.program_id(0) % groups_per_segment
+    head = tl.program_id(1)
+    row, start, length, readable = segment_of(
+        plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
+    )
+    row, first = row.to(tl.int64), start.to(tl.int64)
+    token = row * num_tokens + start
+    x += row * x_b + first * x_t + (head // X_PER).to(tl.int64) * x_h
+    y += row * y_b + first * y_t + (head // Y_PER).to(tl.int64) * y_h
+    log_decay += row * a_b + first * a_t + head.to(tl.int64) * a_h
+    bonus += head * D
+    last_chunk = tl.cdiv(length, C) - 1 - group * EVERY
+    of_group = (chunk_slot(token, segment, group, C * EVERY) * num_heads + head) * D
+    i_D = tl.program_id(2) * BD + tl.arange(0, BD)
+    if (
+        LEAST < 0
+        and least_kept(totals, token, segment, head, last_chunk, i_D, num_heads, D, C, EVERY) >= LEAST
+    ):
+        combine_weak(
+            x, y, log_decay, pairs, scaled_dx, scaled_dy, through, totals, dx, dy, d_log, sums,
+            i_D, token, segment, head, last_chunk, of_group, length, readable, scale, num_heads,
+            x_t, y_t, a_t, a_d, D, C, LEVELS, EVERY, FORWARD, HAS_DECAY_GRADIENT,
+        )  # fmt: skip
+    else:
+        for part in range(0, BD, PART):
+            combine_levels(
+                x, y, log_decay, bonus, pairs, scaled_dx, scaled_dy, through, dx, dy, d_log, d_bonus, sums,
+                tl.program_id(2) * BD + part + tl.arange(0, PART), token, head, last_chunk, of_group,
+                length, readable, scale, num_heads, x_t, y_t, a_t, a_d, D, C, LEVELS, EVERY, FORWARD,
+                HAS_DECAY_GRADIENT, HAS_BONUS,
+            )  # fmt: skip

@@ -30,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.triton.decay_sums import LOG2_E, LOG_FORGET
-from linear_moe.kernels.triton.layout import chunk_slot, segment_of
 
 
 @cache
@@ -84,75 +83,3 @@ def load_roles(x, y, x_t, y_t, i_D, half, left, m_D, C: tl.constexpr):
     i_C = tl.arange(0, C)
     p_z = tl.where((i_C & half) != 0, x + i_C * x_t, y + i_C * y_t)
     return tl.load(p_z[:, None] + i_D[None, :], mask=(i_C[:, None] < left) & m_D[None, :], other=0.0)
-
-
-@triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "chunks_per_segment"])
-def scale_kernel(
-    x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
-    bonus,  # [H, D] float32, or nothing
-    scaled_x, scaled_y,  # [L, H, D]: what reads the memory before the chunk, what is written to the memory after it
-    pairs,  # [L, H, C]: what each token takes from the tokens of its chunk
-    totals,  # [M, H, D] float32: log2 of what the chunk keeps
-    sums,  # level_sums
-    plan,
-    num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, chunks_per_segment, scale,
-    x_b, x_h, y_b, y_h, a_b, a_h,
-    x_t: tl.constexpr, y_t: tl.constexpr, a_t: tl.constexpr, a_d: tl.constexpr,
-    X_PER: tl.constexpr, Y_PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, HAS_X: tl.constexpr, HAS_BONUS: tl.constexpr, IS_PACKED: tl.constexpr,
-):  # fmt: skip
-    """Grid: chunks of all segments, heads. Without x there are no pairs."""
-    segment = tl.program_id(0) // chunks_per_segment
-    chunk = tl.program_id(0) % chunks_per_segment
-    head = tl.program_id(1)
-    row, start, length, readable = segment_of(
-        plan, segment, num_tokens, segment_size, segments_per_row, num_documents, IS_PACKED
-    )
-    row, start = row.to(tl.int64), start.to(tl.int64)
-    if chunk * C < length:
-        first = start + chunk * C
-        token = row * num_tokens + start
-        slot = chunk_slot(token, segment, chunk, C)
-        left = readable - chunk * C
-        x += row * x_b + first * x_t + (head // X_PER).to(tl.int64) * x_h
-        y += row * y_b + first * y_t + (head // Y_PER).to(tl.int64) * y_h
-        log_decay += row * a_b + first * a_t + head.to(tl.int64) * a_h
-        of_chunk = (token + chunk * C) * num_heads + head
-        i_C = tl.arange(0, C)
-        b_pairs = tl.zeros([C, C], tl.float32)
-        for block in range(0, D, BD):
-            i_D = block + tl.arange(0, BD)
-            m_D = i_D < D
-            mask = (i_C[:, None] < left) & m_D[None, :]
-            b_a = load_log_decay(log_decay + i_C[:, None] * a_t + i_D[None, :] * a_d, mask)  # [C, BD]
-            tl.store(totals + (slot * num_heads + head) * D + i_D, tl.sum(b_a, 0), mask=m_D)
-            high, low = halves(b_a, scaled_y.dtype.element_ty)
-            if HAS_X:
-                half = 1
-                for level in range(LEVELS):
-                    b_factor = tl.exp2(sum_over(sums, level, high, low))
-                    b_z = load_roles(x, y, x_t, y_t, i_D, half, left, m_D, C)
-                    b_z = (b_z.to(tl.float32) * b_factor).to(scaled_y.dtype.element_ty)
-                    b_level = tl.dot(b_z, tl.trans(b_z), input_precision="ieee")  # [C, C]
-                    is_level = tl.load(
-                        sums + (2 * (LEVELS + 2) + level) * C * C + i_C[:, None] * C + i_C[None, :]
-                    )
-                    b_pairs += b_level * is_level
-                    half *= 2
-            p_D = i_C[:, None] * (num_heads * D) + i_D[None, :]
-            b_y = tl.load(y + i_C[:, None] * y_t + i_D[None, :], mask=mask, other=0.0).to(tl.float32)
-            if HAS_X:
-                b_x = tl.load(x + i_C[:, None] * x_t + i_D[None, :], mask=mask, other=0.0).to(tl.float32)
-                own = b_x * b_y
-                if HAS_BONUS:
-                    own *= tl.load(bonus + head * D + i_D, mask=m_D, other=0.0)[None, :]
-                own = tl.sum(own, 1)
-                b_pairs = tl.where(i_C[:, None] == i_C[None, :], b_pairs + own[:, None], b_pairs)
-                b_scaled = b_x * (tl.exp2(sum_over(sums, LEVELS, high, low)) * scale)
-                tl.store(scaled_x + of_chunk * D + p_D, b_scaled.to(scaled_x.dtype.element_ty), mask=mask)
-            b_scaled = b_y * tl.exp2(sum_over(sums, LEVELS + 1, high, low))
-            tl.store(scaled_y + of_chunk * D + p_D, b_scaled.to(scaled_y.dtype.element_ty), mask=mask)
-        if HAS_X:
-            b_pairs = tl.where(i_C[:, None] >= i_C[None, :], b_pairs * scale, 0.0)
-            p_pairs = pairs + of_chunk * C + i_C[:, None] * (num_heads * C) + i_C[None, :]
-            tl.store(p_pairs, b_pairs.to(pairs.dtype.element_ty), mask=i_C[:, None] < left)

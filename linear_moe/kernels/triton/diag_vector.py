@@ -133,7 +133,7 @@ class _RowDecay(torch.autograd.Function):
         def of_tokens() -> Tensors:
             scaled_dx, pairs = scan.columns(scaled, do, v, before)
             scaled_dy, through = scan.columns_back(scaled, do, v, after, states)
-            dq, dk, *decays = scan.combine(q, k, pairs, scaled_dx, scaled_dy, through)
+            dq, dk, *decays = scan.combine(q, k, pairs, scaled_dx, scaled_dy, through, scaled.totals)
             d_log, d_bonus = (
                 None if x is None or dtype is None else x.to(dtype) for x, dtype in zip(decays, dtypes)
             )
@@ -160,7 +160,7 @@ class _ColumnDecay(torch.autograd.Function):
         q, k, v, scan, scaled = begun.q, begun.k, begun.v, begun.scan, begun.scaled
         before, final = scan.states_between(begun.local, state)
         read, pairs = scan.columns(scaled, q, k, before, final)
-        o = scan.combine_forward(v, pairs, read)
+        o = scan.combine_forward(v, pairs, read, scaled.totals)
 
         ctx.early = early
         ctx.dtypes = log_decay.dtype, None if state is None else state.dtype
@@ -186,7 +186,7 @@ class _ColumnDecay(torch.autograd.Function):
             states = scan.new_saved(v) if needs_decay else None
             dq = scan.rows(scaled, k, before, None, states)
             scaled_dv, through = scan.columns_back(scaled, q, k, after, states)
-            _, dv, d_log, _ = scan.combine(do, v, pairs, read, scaled_dv, through)
+            _, dv, d_log, _ = scan.combine(do, v, pairs, read, scaled_dv, through, scaled.totals)
             d_log = None if d_log is None else d_log.to(decay_dtype)
             return of_groups(dq, q), of_groups(dk, k), dv, d_log
 

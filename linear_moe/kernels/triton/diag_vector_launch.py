@@ -14,7 +14,8 @@ from torch import Tensor
 
 from linear_moe.kernels.triton import configs
 from linear_moe.kernels.triton.diag_combine import combine_kernel
-from linear_moe.kernels.triton.diag_levels import level_sums, scale_kernel
+from linear_moe.kernels.triton.diag_levels import level_sums
+from linear_moe.kernels.triton.diag_scale import scale_kernel
 from linear_moe.kernels.triton.diag_vector_scan import scaled_scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out
 from linear_moe.kernels.triton.states import Local, carry_kernel
@@ -102,7 +103,8 @@ class VectorScan:
             *(n for z in (x, y, a) for n in (z.stride(0), z.stride(2))),
             *(z.stride(1) for z in (x, y, a)), a.stride(3),
             X_PER=self._sharing(x), Y_PER=self._sharing(y), D=self.width, BD=cut.columns, C=chunk,
-            LEVELS=chunk.bit_length() - 1, HAS_X=scaled_x is not None, HAS_BONUS=self.bonus is not None,
+            LEVELS=chunk.bit_length() - 1, LEAST=self._least(y),
+            HAS_X=scaled_x is not None, HAS_BONUS=self.bonus is not None,
             IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
         return Scaled(scaled_x, scaled_y, pairs, totals)
@@ -195,10 +197,10 @@ class VectorScan:
         )  # fmt: skip
         return o, through
 
-    def combine_forward(self, y: Tensor, pairs: Tensor, scaled_dx: Tensor) -> Tensor:
+    def combine_forward(self, y: Tensor, pairs: Tensor, scaled_dx: Tensor, totals: Tensor) -> Tensor:
         """``[B, T, H, D]``, dx alone."""
         dx = self._per_head(y)
-        self._combine(y, y, pairs, scaled_dx, y, None, dx, None, None, None)
+        self._combine(y, y, pairs, scaled_dx, y, None, totals, dx, None, None, None)
         return dx
 
     def combine(
@@ -209,6 +211,7 @@ class VectorScan:
         scaled_dx: Tensor,
         scaled_dy: Tensor,
         through: Tensor | None,
+        totals: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Gradients of x and y for every head, of the log decay and of the bonus."""
         layout, num_heads = self.layout, self.memory[0]
@@ -220,7 +223,7 @@ class VectorScan:
         if self.bonus is not None:
             groups = layout.num_slots(self.chunk * self.every)
             d_bonus = torch.zeros(groups, num_heads, self.width, dtype=torch.float32, device=x.device)
-        self._combine(x, y, pairs, scaled_dx, scaled_dy, through, dx, dy, d_log, d_bonus)
+        self._combine(x, y, pairs, scaled_dx, scaled_dy, through, totals, dx, dy, d_log, d_bonus)
         return dx, dy, d_log, None if d_bonus is None else d_bonus.sum(0)
 
     def new_saved(self, like: Tensor) -> Tensor:
@@ -274,6 +277,7 @@ class VectorScan:
         scaled_dx: Tensor,
         scaled_dy: Tensor,
         through: Tensor | None,
+        totals: Tensor,
         dx: Tensor,
         dy: Tensor | None,
         d_log: Tensor | None,
@@ -282,17 +286,17 @@ class VectorScan:
         layout, chunk = self.layout, self.chunk
         groups = triton.cdiv(triton.cdiv(layout.segment_size, chunk), self.every)
         a = self.log_decay
-        cut = configs.combine_blocks(self.width, y.dtype)
+        cut = configs.combine_blocks(self.width, y.dtype, self._least(y) < 0)
         grid = layout.num_segments * groups, self.memory[0], triton.cdiv(self.width, cut.columns)
         combine_kernel[grid](
             x, y, a, y if self.bonus is None else self.bonus, pairs, scaled_dx, scaled_dy,
-            y if through is None else through, dx, y if dy is None else dy, y if d_log is None else d_log,
+            y if through is None else through, totals, dx, y if dy is None else dy, y if d_log is None else d_log,
             y if d_bonus is None else d_bonus, self._sums(y), layout.plan,
             layout.num_tokens, *self._sizes(), groups, self.scale,
             *(n for z in (x, y, a) for n in (z.stride(0), z.stride(2))),
             *(z.stride(1) for z in (x, y, a)), a.stride(3),
-            X_PER=self._sharing(x), Y_PER=self._sharing(y), D=self.width, BD=cut.columns, C=chunk,
-            LEVELS=chunk.bit_length() - 1, EVERY=self.every, FORWARD=dy is None,
+            X_PER=self._sharing(x), Y_PER=self._sharing(y), D=self.width, BD=cut.columns, PART=cut.part,
+            C=chunk, LEVELS=chunk.bit_length() - 1, LEAST=self._least(y), EVERY=self.every, FORWARD=dy is None,
             HAS_DECAY_GRADIENT=d_log is not None, HAS_BONUS=self.bonus is not None,
             IS_PACKED=layout.is_packed, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
@@ -303,6 +307,10 @@ class VectorScan:
 
     def _sums(self, like: Tensor) -> Tensor:
         return level_sums(self.chunk, self.bonus is not None, like.dtype, like.device)
+
+    def _least(self, like: Tensor) -> float:
+        """Of what a chunk keeps of a column, log2, for the way of diag_weak.py."""
+        return configs.least_total(self.width, like.dtype, self.bonus is not None)
 
     def _sharing(self, x: Tensor) -> int:
         return self.memory[0] // x.shape[2]
