@@ -81,3 +81,17 @@ def test_options_that_neither_knows_are_refused_by_name(gloo):
     assert (found.pop(""), found.pop("moe_")) == ("qwen2", "qwen2_moe")
     for name, told in found.items():
         assert f"the model cannot be exported with {name}=" in told, (name, told)
+
+
+def with_a_capacity(rank, world):
+    from linear_moe.checkpoint.blueprint import blueprint
+    from linear_moe.checkpoint.remote import hf_config
+
+    model = blueprint(argv(["mom_gla"] * 2, "--mom-capacity", "1.0"), padded_vocab_size=128)
+    return hf_config(model.config, vocab_size=128, dtype="float32")["mixers"]["mom_gla"]
+
+
+def test_a_memory_takes_all_of_its_tokens(gloo):
+    """A capacity is of a training's batch: what a model reads must not depend on the other rows of a call."""
+    options = gloo(1, with_a_capacity)[0]
+    assert options["capacity"] is None and options["topk"] and "gate_rank" in options

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.nn import functional as F
 
-from linear_moe import lsm
-from linear_moe.lsm.mom import Memories
 from linear_moe.model.builder import LinearMoEModelConfig
 from linear_moe.model.config import LinearMoEConfig, mixer_config
 from linear_moe.model.pattern import SOFTMAX
@@ -50,7 +48,7 @@ def hf_config(model: LinearMoEModelConfig, *, vocab_size: int, dtype: str) -> di
     """The whole ``config.json``.
 
     Args:
-        model: what the model was built from.
+        model: what the model was built from, by :func:`~linear_moe.inference.rebuild.single_process_arguments`.
         vocab_size: rows of the exported embedding.
         dtype: of the exported weights, such as ``bfloat16``.
 
@@ -107,10 +105,7 @@ def _described(model: LinearMoEModelConfig, vocab_size: int, dtype: str) -> dict
 
 def _mixer(kind: str, config: LinearMoEConfig) -> dict[str, Any]:
     """Every option, so that a later default changes nothing."""
-    options = dataclasses.asdict(mixer_config(kind, config))
-    if issubclass(lsm.get(kind).Config, Memories):
-        options["capacity"] = None  # as when generating: it depends on the other tokens of the call
-    return options
+    return dataclasses.asdict(mixer_config(kind, config))
 
 
 def _attention(model: LinearMoEModelConfig) -> dict[str, Any]:
