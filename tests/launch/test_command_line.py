@@ -139,6 +139,7 @@ def test_a_dense_model_may_leave_sequence_parallel_off(parser: argparse.Argument
     args = parse(parser, MODEL_SIZE="tiny-dense", TP="2", GPUS_PER_NODE="2")
     assert not args.sequence_parallel and args.num_experts is None
     assert parse(parser, MODEL_SIZE="tiny-dense", TP="2", GPUS_PER_NODE="2", SP="true").sequence_parallel
+    assert not parse(parser, SP="true").sequence_parallel, "nothing is cut, with experts or without"
 
 
 def test_experts_are_not_cut_over_tp_on_cpu(parser: argparse.ArgumentParser):

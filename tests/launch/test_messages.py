@@ -20,6 +20,13 @@ CASES = [
         MODEL_SIZE="A03B",
     ),
     case(
+        "size_like_no_other",
+        """unknown MODEL_SIZE=xxx of qwen2.
+  why: the sizes are 0.5B, 1.5B, 7B, 72B, A0.3B, A1B, A14B, tiny, tiny-dense, demo.
+  try: MODEL_SIZE=A0.3B""",
+        MODEL_SIZE="xxx",
+    ),
+    case(
         "other_family",
         """BASE_MODEL=llama3, but this script trains qwen2.
   why: every family has its own script, and the script decides.

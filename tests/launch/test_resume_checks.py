@@ -108,6 +108,7 @@ CHANGED_SWITCHES = {
     "layernorm_zero_centered_gamma": (True, "True -> False"),
     "attention_output_gate": (True, "True -> False"),
     "rotary_percent": (0.25, "0.25 -> 1.0"),
+    "norm_epsilon": (1e-5, "1e-05 -> 1e-06"),
     "moe_router_pre_softmax": (False, "False -> True"),
     "moe_layer_freq": ([0, 1, 1, 1], "0,1,1,1 -> 1,1,1,1"),
     "untie_embeddings_and_output_weights": (False, "False -> True"),
