@@ -165,9 +165,8 @@ def diag_chunk_size(dtype: torch.dtype) -> int:
 
 def chunk_size(dtype: torch.dtype, num_keys: int = 0) -> int:
     """The same in every run of one call: sums of log decays start with a chunk."""
-    if dtype.itemsize == 2:
-        return 32 if num_keys > 128 and not has_wgmma() else 64  # three tiles of a chunk by K in 99 KiB
-    return 32
+    is_short = num_keys > 128 and not has_wgmma()  # three tiles of a chunk by K in 99 KiB
+    return (64 if dtype.itemsize == 2 else 32) // (2 if is_short else 1)
 
 
 def segment_size(rows: int, num_tokens: int, heads: int, blocks: int, chunk: int, processors: int) -> int:
