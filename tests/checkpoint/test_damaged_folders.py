@@ -192,6 +192,8 @@ def test_an_unfinished_folder_of_another_task_is_not_kept(tmp_path: Path):
     assert [path.name for path in target.iterdir()] == ["file"] and not part.exists()
     (tmp_path / "a file").touch()
     assert "a file exists" in refused(folders.refuse_existing, tmp_path / "a file")
+    (tmp_path / "c.part").mkdir()
+    folders.refuse_existing(tmp_path / "c")  # stopped before it was said what it will be
     (tmp_path / "b.part").touch()
     assert "b.part exists, and no conversion has left it" in refused(folders.refuse_existing, tmp_path / "b")
 
