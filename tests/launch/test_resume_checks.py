@@ -41,6 +41,8 @@ def test_what_a_run_does_otherwise_is_told(data: dict[str, str], tmp_path: Path)
         f"changed since this run was saved: --lr: 0.0001 -> 0.001; --data-path: not set -> {data['DATASET_PATH']}; "
         f"--mock-data: on -> not set. Another RUN_NAME begins anew."
     ) in header(make_plan(**again, **data, LR="1e-3"))
+    for spelt in ("--weight-decay=0", "--weight-decay 0"):
+        assert "saved: --weight-decay: 0.1 -> 0. Another" in header(make_plan(**again, EXTRA_ARGS=spelt))
 
 
 def test_resume_with_another_tokenizer(data: dict[str, str], tmp_path: Path):
@@ -228,6 +230,7 @@ def test_nothing_has_changed_since_what_was_never_saved(tmp_path: Path):
     assert "changed since" in header(make_plan(**again, LR="1e-3"))
     path.write_text(json.dumps({name: value for name, value in config.items() if name != "arguments"}))
     assert "changed since" not in header(make_plan(**again, LR="1e-3"))
+    assert message(**again, DO="false") == "", "loading will tell"
     path.write_text(json.dumps(config))
     (tmp_path / "old" / "checkpoint" / tracker).unlink()
     assert "changed since" not in header(make_plan(**again, LR="1e-3"))
