@@ -238,7 +238,7 @@ def _sample_of_rows(given: dict[str, Any], noise: torch.Generator) -> dict[str, 
 
 
 def _random(name: str, like: Tensor, size: tuple[int, ...], noise: torch.Generator) -> Tensor:
-    """Of a size, with strides and alignment of ``like``; decays in (-0.5, 0), beta in (0, 1), keys no longer than 1."""
+    """Of a size, with strides and alignment of ``like``; decays of both kinds, beta in (0, 1), keys of length 0.5."""
     before = like.data_ptr() % 16 // like.element_size()
     extent = 1 + sum((n - 1) * stride for n, stride in zip(size, like.stride(), strict=True))
     memory = torch.empty(before + extent, dtype=like.dtype, device=like.device)
@@ -248,7 +248,13 @@ def _random(name: str, like: Tensor, size: tuple[int, ...], noise: torch.Generat
         memory.uniform_(0, 1, generator=noise)
     else:
         memory.normal_(std=0.5 * size[-1] ** -0.5 if name in ("k", "a", "b") else 1, generator=noise)
-    return memory.as_strided(size, like.stride(), before)
+    found = memory.as_strided(size, like.stride(), before)
+    if name.startswith("log_decay") and len(size) > 2:
+        once = found
+        for dim, stride in enumerate(found.stride()):
+            once = once.narrow(dim, 0, 1) if stride == 0 else once
+        once[:, once.shape[1] // 2 :] *= 0.02  # chunks with weak decays go another way
+    return found
 
 
 def _wants_gradient(name: str, x: Any) -> bool:
