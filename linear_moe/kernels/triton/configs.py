@@ -150,10 +150,10 @@ def combine_blocks(width: int, dtype: torch.dtype, has_weak: bool) -> Columns:
 def least_total(width: int, dtype: torch.dtype, has_bonus: bool) -> float:
     """What a chunk must keep of every column for diag_weak.py, log2; above 0: never.
 
-    2^(half of it) times an input must stay far inside of the dtype, on both sides. A bonus, and loads that are narrower
-    because the width is no multiple of 16, take more registers than there are.
+    2^(half of it) times an input must stay far inside of the dtype, on both sides. A bonus, loads that are narrower
+    because the width is no multiple of 16, and GPUs without wgmma take more registers than there are.
     """
-    if dtype.itemsize == 4 or has_bonus or width % 16 != 0:
+    if dtype.itemsize == 4 or has_bonus or width % 16 != 0 or not has_wgmma():
         return 1.0
     return -120.0 if dtype == torch.bfloat16 else -8.0
 
