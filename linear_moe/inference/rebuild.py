@@ -135,7 +135,8 @@ def single_process_arguments(
     args.moe_token_dispatcher_type = "alltoall"
     args.perform_initialization = False  # every weight is loaded
     args.micro_batch_size = 1  # demanded
-    args.bias_dropout_fusion = False  # torch.compile of one sum, anew for shape after shape: seconds each
+    # torch.compile of one sum or product, anew for shape after shape: seconds each
+    args.bias_dropout_fusion = args.bias_swiglu_fusion = args.bias_gelu_fusion = False
     args.rank, args.world_size, args.tensor_model_parallel_size = 0, tensor_parallel, tensor_parallel
     _check_divisible(args, tensor_parallel)
     arguments.resolve(args)

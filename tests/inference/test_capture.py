@@ -125,6 +125,24 @@ def forbidden(names):
     return [x for x in names if x.split(".")[0] in FORBIDDEN or x in (*FORBIDDEN, "index by bool")]
 
 
+def compiled_parts(rank, world):
+    """Switches of a CUDA machine, whose defaults have no reason to differ from Megatron's, that call torch.compile."""
+    from linear_moe.inference.rebuild import single_process_arguments
+    from linear_moe.training import arguments, engine
+    from tests.inference.models import argv
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.cpu, "needed", lambda: False)
+        args = single_process_arguments(argv(["gla", "softmax"], moe=False), padded_vocab_size=128)
+        config = arguments.model_config(args).transformer
+    return {name: getattr(config, name) for name in ("bias_dropout_fusion", "bias_activation_fusion")}
+
+
+def test_nothing_is_compiled_by_torch_for_every_shape(gloo):
+    """Prompts have all lengths."""
+    assert not any(gloo(1, compiled_parts)[0].values())
+
+
 def reasons(rank, world):
     from linear_moe.inference.experts import waits_for_host
 
