@@ -94,6 +94,8 @@ def test_the_header_counts_samples(files, tmp_path):
     assert re.search(r"data +\d+ samples in \d+ sequences, \d+ of \d+ tokens learned, tokenizer ", text)
     assert "mixed.jsonl: 1 of 41 samples have an empty answer and are left out." in text
     assert re.search(r"mixed.jsonl: \d+ of 41 samples are longer than SEQ_LEN=64 and are left out", text)
+    cut = header(plan(files, tmp_path, OVER_LONG="truncate"))
+    assert re.search(r"mixed.jsonl: \d+ of 41 samples are longer than SEQ_LEN=64.* cut, and 0 left out", cut)
     short = header(plan(files, tmp_path, DATASET_PATH=str(files / "toy.jsonl"), GLOBAL_BATCH_SIZE="64"))
     assert "fewer than GLOBAL_BATCH_SIZE=64: the rest of every step is empty." in short
 
