@@ -243,7 +243,7 @@ def _random(name: str, like: Tensor, size: tuple[int, ...], noise: torch.Generat
     extent = 1 + sum((n - 1) * stride for n, stride in zip(size, like.stride(), strict=True))
     memory = torch.empty(before + extent, dtype=like.dtype, device=like.device)
     if name.startswith("log_decay"):
-        memory.uniform_(-0.5, 0, generator=noise)
+        memory.uniform_(-6, 0, generator=noise)
     elif name == "beta":
         memory.uniform_(0, 1, generator=noise)
     else:
@@ -253,7 +253,7 @@ def _random(name: str, like: Tensor, size: tuple[int, ...], noise: torch.Generat
         once = found
         for dim, stride in enumerate(found.stride()):
             once = once.narrow(dim, 0, 1) if stride == 0 else once
-        once[:, once.shape[1] // 2 :] *= 0.02  # chunks with weak decays go another way
+        once[:, once.shape[1] // 2 :] *= 0.002  # chunks with weak decays go another way
     return found
 
 
