@@ -34,6 +34,7 @@ def far(x: Tensor, place: int) -> Tensor:
 @CASES.add(
     "delta rule, vector decay", "delta_rule", ("q", "k", "v"), beta=(TOKENS, 1), log_decay=(TOKENS, 1, WIDTH)
 )
+@CASES.add("low rank", "dplr_delta_rule", ("q", "k", "v", "a", "b"), log_decay=(TOKENS, 1, WIDTH))
 @CASES.add("segment", "diag_decay_segment", ("k", "v"), log_decay=(TOKENS, 1, WIDTH))
 @CASES.add("delta segment", "delta_rule_segment", ("k", "v"), beta=(TOKENS, 1))
 def scan(op: str, wide: tuple[str, ...], **others: tuple[int, ...]) -> Errors:
@@ -58,6 +59,16 @@ def gated_norm() -> Errors:
     """With a gate."""
     inputs = {name: torch.randn(TOKENS, 1, WIDTH).half() for name in ("x", "gate")}
     return compared(lambda x, gate: [kernels.gated_rms_norm(x[None], gate=gate[None])], inputs)
+
+
+@CASES.add("skip, gate and norm")
+def skip_gate_norm() -> Errors:
+    """Of one head."""
+    weights = torch.randn(1).half(), torch.randn(1, WIDTH).half()
+    inputs = {name: torch.randn(TOKENS, 1, WIDTH).half() for name in ("x", "skip", "gate")}
+    return compared(
+        lambda x, skip, gate: [kernels.skip_gate_norm(x[None], skip[None], *weights, gate[None])], inputs
+    )
 
 
 @CASES.add("rows")

@@ -10,7 +10,8 @@ from run_interpreted import errors_of_picked
 
 NAMES = (
     "diagonal decay", "vector decay", "decay of columns", "delta rule", "delta rule, vector decay", "segment",
-    "delta segment", "short convolution", "gated norm", "rows", "gated unit", "cross entropy",
+    "low rank", "delta segment", "short convolution", "gated norm", "skip, gate and norm", "rows", "gated unit",
+    "cross entropy",
 )  # fmt: skip
 
 
