@@ -263,3 +263,26 @@ def test_packed_documents_cost_less():
     flops = FlopsPerToken(mixers=100, feed_forward=50, head=10, per_pair=8)
     whole, halves = flops.training(1024, 1024**2), flops.training(1024, 2 * 512**2)
     assert whole - halves == 3 * 8 * 1024**2 / 4
+
+
+def as_megatron_asks(rank: int, world: int) -> None:
+    import inspect
+
+    from megatron.training import training
+
+    from linear_moe.training import engine
+    from linear_moe.training.pretrain import step_flops
+
+    stock = engine.stock(training, "num_floating_point_operations")
+    assert [*inspect.signature(step_flops).parameters][1:] == [*inspect.signature(stock).parameters]
+    flops, args = (
+        FlopsPerToken(mixers=100, feed_forward=50, head=10, per_pair=8),
+        SimpleNamespace(seq_length=16),
+    )
+    assert step_flops(flops, args, 4) == 4 * flops.training(16, 16**2)
+    assert step_flops(flops, args, 4, 100.0, 30.0) == flops.training(30, 100)
+
+
+def test_the_operations_of_a_step_as_megatron_asks_for_them(gloo):
+    """Of whole sequences, or of the tokens and squared lengths that packed documents have."""
+    gloo(1, as_megatron_asks)
