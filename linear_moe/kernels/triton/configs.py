@@ -132,7 +132,7 @@ class Columns:
 
 
 def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
-    """For diag_levels.py."""
+    """For diag_scale.py."""
     widest = max(16, triton.next_power_of_2(width))
     if not has_wgmma():
         return Columns(min(32, widest), 8, 1)

@@ -3,7 +3,7 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T,    o_t = scale * S_t^T q_t                       rows decay
     S_t = S_{t-1} diag(a_t) + k_t v_t^T                                                   columns decay
 
-One set of four steps serves both: diag_levels.py scales the two vectors along the dimension that decays (x reads, y
+One set of four steps serves both: diag_scale.py scales the two vectors along the dimension that decays (x reads, y
 writes), diag_vector_scan.py carries the memory and its gradient with what is left, two products of plain matrices, and
 diag_combine.py undoes the scaling for gradients. Where rows decay x, y, z, e are q, k, v and the gradient of o; where
 columns decay they are the gradient of o, v, k and q, and the forward pass is what the other's backward pass computes

@@ -23,7 +23,7 @@ from linear_moe.kernels.triton.states import Local, carry_kernel
 
 @dataclass(frozen=True)
 class Scaled:
-    """What diag_levels.py makes of x and y."""
+    """What diag_scale.py makes of x and y."""
 
     x: Tensor | None
     """``[B, T, H, D]``, with the decay since the chunk's start and the scale of the output."""

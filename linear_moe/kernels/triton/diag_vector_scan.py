@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The scan over chunks for decays of single elements: diag_levels.py has put the inside of chunks into its inputs.
+"""The scan over chunks for decays of single elements: diag_scale.py has put the inside of chunks into its inputs.
 
     rows       o = q S + pairs v,    S[k, :] <- 2^total[k] S[k, :] + k^T v
     columns    o = q S,              S[:, v] <- S[:, v] 2^total[v] + k^T v,         pairs = q k^T, as a result
