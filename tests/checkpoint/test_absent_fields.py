@@ -86,3 +86,18 @@ def test_a_token_may_visit_every_expert_and_no_more():
     assert describe(published(name, num_experts_per_tok=8)).size.moe_router_topk == 8
     with pytest.raises(ValueError, match="num_experts_per_tok = 9 of num_local_experts = 8"):
         describe(published(name, num_experts_per_tok=9))
+
+
+def test_spellings_of_a_dtype():
+    """The newer field wins; without one the weights are what torch makes them."""
+    name = of_type("qwen2")
+    for changes, dtype in (
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.float16"}, "float16"),
+        ({"torch_dtype": "float16", "dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": None}, "float32"),
+        ({}, "float32"),
+    ):
+        assert describe(published(name, "torch_dtype", **changes)).dtype == dtype
+    with pytest.raises(ValueError, match=r"config.json names dtype float64\n  why: "):
+        describe(published(name, torch_dtype="float64"))

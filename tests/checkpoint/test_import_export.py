@@ -204,7 +204,16 @@ def test_every_layout_opens_an_import(gloo, tmp_path):
     assert held.keys() == there.keys()
     for key, weight in there.items():
         assert torch.equal(held[key], weight), key
+    version, step = gloo(1, common_state, str(run / "checkpoint" / "iter_0000001"))[0]
+    assert (version, step) == (3.0, 1), "Megatron rearranges weights of older versions"
     assert 4 < losses(out)[0] < 7
+
+
+def common_state(rank, world, folder):
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    state = load_common_state_dict(folder)
+    return state["checkpoint_version"], state["iteration"]
 
 
 def checkpoint_tensors(rank, world, folder):
