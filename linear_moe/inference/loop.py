@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ class Loop:
         else:
             self.graph = torch.cuda.CUDAGraph()
             # Other threads may ask for events meanwhile (NCCL's).
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            aside = _aside(self.decoder.device)
+            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
                 self._advance()
             self.graph.replay()
 
@@ -91,8 +93,8 @@ class Loop:
         self._choose(self.decoder.advance(self.token_B))
 
     def _advance_aside(self) -> None:
-        """A step on another stream, which leaves nothing to be set up in the capture."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        """A step on the stream of the capture, which leaves nothing to be set up there."""
+        stream, current = _aside(self.decoder.device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._advance()
@@ -107,6 +109,12 @@ class Loop:
         self.token_B.copy_(token_B)
         self.notes_TB.index_copy_(0, self.step_1, token_B.masked_fill(self.has_ended_B, NONE)[None])
         self.step_1 += 1
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The same for every loop: cuBLAS keeps a workspace, 32 MiB on Hopper, for each stream that it has run on."""
+    return torch.cuda.Stream(device)
 
 
 def _why_no_graph(decoder: Decoder, graph: bool | None) -> str | None:

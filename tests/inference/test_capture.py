@@ -125,6 +125,47 @@ def forbidden(names):
     return [x for x in names if x.split(".")[0] in FORBIDDEN or x in (*FORBIDDEN, "index by bool")]
 
 
+def streams_of_loops(rank, world):
+    """Streams of warm-ups and captures, by their order, of two loops whose caches grow."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    from linear_moe.inference import loop
+    from linear_moe.inference.decoder import Decoder
+    from linear_moe.inference.sampling import Sampling
+
+    loaded, streams = random_model(["gla", "softmax"], moe=False, dtype=torch.float32), []
+
+    @contextmanager
+    def noted(what, stream):
+        streams.append((what, stream))
+        yield
+
+    def captured(graph, *, stream=None, capture_error_mode):
+        return noted("capture", stream)
+
+    make = torch.cuda.Stream
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_why_no_graph", lambda decoder, graph: None)
+        patch.setattr(torch.cuda, "Stream", lambda *device: make())  # the stand-in of a CPU takes none
+        patch.setattr(torch.cuda, "stream", functools.partial(noted, "warm-up"))
+        patch.setattr(torch.cuda, "graph", captured)
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        for _ in range(2):
+            decoder = Decoder(loaded.model, 1, 100)
+            steps = loop.Loop(decoder, Sampling(), seeds=[0], ends=(), steps=9, vocab_size=120)
+            steps.start(decoder.read(prompts(1, 60)))
+            for _ in range(8):
+                steps.next()
+    numbers = {id(stream): i for i, (_, stream) in reversed(list(enumerate(streams)))}
+    return [(what, numbers[id(stream)]) for what, stream in streams]
+
+
+def test_every_warm_up_and_capture_is_on_one_stream(gloo):
+    """cuBLAS keeps a workspace for each that it has seen."""
+    assert gloo(1, streams_of_loops)[0] == [("warm-up", 0), ("capture", 0)] * 4
+
+
 def compiled_parts(rank, world):
     """Switches of a CUDA machine, whose defaults have no reason to differ from Megatron's, that call torch.compile."""
     from linear_moe.inference.rebuild import single_process_arguments
