@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from linear_moe.model.sequence import layout_of
@@ -175,17 +176,29 @@ class CoreAttention(MegatronModule):
         elif L > 1:  # a single query, the last token, may look everywhere
             bias = _lower_right(L, E, layout, q.device)
         q_BHLK, k_BGEK, v_BGEV = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out_BHLV = F.scaled_dot_product_attention(
-            q_BHLK,
-            k_BGEK,
-            v_BGEV,
-            attn_mask=bias,
-            is_causal=is_causal,
-            dropout_p=self._dropout,
-            scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
+        with _kernels(q.is_cuda, self.training and bias is None):
+            out_BHLV = F.scaled_dot_product_attention(
+                q_BHLK,
+                k_BGEK,
+                v_BGEV,
+                attn_mask=bias,
+                is_causal=is_causal,
+                dropout_p=self._dropout,
+                scale=scale,
+                enable_gqa=q.shape[2] != k.shape[2],
+            )
         return out_BHLV.permute(2, 0, 1, 3)
+
+
+def _kernels(is_cuda: bool, with_cudnn: bool) -> AbstractContextManager:
+    """Which kernels may run: torch 2.11 prefers cuDNN's on Hopper, which is for training without a mask here.
+
+    With one, the gradient of queries may be NaN (github.com/pytorch/pytorch/issues/196678). And it plans anew for every
+    length, some 30 ms of the host each, while prompts have all lengths.
+    """
+    if not is_cuda or with_cudnn:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _documents(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:

@@ -123,6 +123,24 @@ def test_multi_latent_attention_head_sizes():
     same_with_gradients(core(*leaves, None), by_definition(*leaves, 0.3), leaves)
 
 
+@pytest.mark.parametrize(
+    ("training", "masked", "with_cudnn"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_cudnn_is_for_training_without_a_mask(monkeypatch, training, masked, with_cudnn):
+    """On a GPU, whose tensors these pretend to be: gradients behind a mask may be NaN, and every length is planned."""
+    seen, real, kernels = [], attention.F.scaled_dot_product_attention, attention._kernels
+
+    def noted(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "_kernels", lambda is_cuda, *others: kernels(True, *others))
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    core, mask = core_attention().train(training), torch.zeros(1, 1, S, S, dtype=torch.bool)
+    core(*(torch.randn(S, B, H, 8) for _ in range(3)), mask if masked else None)
+    assert seen == [with_cudnn] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_dropout_only_in_training(monkeypatch):
     leaves = inputs()
     core = core_attention(attention_dropout=0.5, sequence_parallel=False)
