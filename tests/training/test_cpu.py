@@ -65,7 +65,9 @@ def test_off(check: str) -> None:
 
 
 def active_names(rank: int, world_size: int) -> list[str]:
-    cpu.activate()  # a second time
+    before = current_values()
+    cpu.activate()  # a second time, which wraps nothing again
+    assert all(one is other for one, other in zip(before, current_values(), strict=True))
     assert cpu.is_active() and cpu.needed()
     return [patch.name for patch, value in zip(cpu.patches(), current_values()) if not is_standin(value)]
 
@@ -108,8 +110,26 @@ def streams_and_memory(rank: int, world_size: int) -> None:
     torch.cuda.current_stream().wait_event(end)
     torch.cuda.synchronize()
     assert end.query() and start.elapsed_time(end) >= 0.0
+    assert 0.0 <= end.elapsed_time(torch.cuda.current_stream().record_event()) < 1e5
     assert torch.cuda.max_memory_allocated() > 50 * 2**20 and torch.cuda.memory_allocated() == 0
-    assert torch.cuda.mem_get_info()[1] == torch.cuda.get_device_properties(0).total_memory
+    free, total = torch.cuda.mem_get_info()
+    assert 2**28 < free < total == torch.cuda.get_device_properties(0).total_memory
+
+
+def unequal_shapes(rank: int, world_size: int) -> list[list[float]]:
+    """Gathered in a group that begins with rank 1; ``async_op`` is refused, not forgotten."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return []
+    found = [torch.empty(1), torch.empty(2)]
+    dist.all_gather(found, torch.full((rank,), float(rank)), group=group)
+    with pytest.raises(AssertionError, match="no asynchronous form"):
+        dist.all_gather(found, torch.zeros(rank), group=group, async_op=True)
+    return [part.tolist() for part in found]
+
+
+def test_gathering_unequal_shapes_within_a_group(gloo) -> None:
+    assert gloo(3, unequal_shapes)[1:] == [[[1.0], [2.0, 2.0]]] * 2
 
 
 def other_threads(rank: int, world_size: int) -> None:
