@@ -220,7 +220,9 @@ def it_refuses(folder: Path) -> None:
         "assisted generation is not supported": lambda: model.generate(
             ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=2
         ),
-        "attention_mask has shape": lambda: model(ids, attention_mask=torch.ones(2, 1, 9, 9)),
+        "attention_mask has shape [2, 1, 9, 9]": lambda: model(ids, attention_mask=torch.ones(2, 1, 9, 9)),
+        "attention_mask has shape [2, 8]": lambda: model(ids, attention_mask=torch.ones(2, 8)),
+        "attention_mask has shape [1, 9]": lambda: model(ids, attention_mask=torch.ones(1, 9)),
         "give input_ids or inputs_embeds": lambda: model(),
         "mixers lacks gla": lambda: config(num_hidden_layers=1, layer_kinds=["gla"]),
         "layer_kinds names 1 of 2 layers": lambda: config(num_hidden_layers=2, layer_kinds=["softmax"]),
