@@ -207,7 +207,7 @@ def check_world(plan: RunPlan) -> None:
 
 def _enough_processes(plan: RunPlan, product: int) -> str:
     per_node = plan.processes_per_node
-    if not plan.on_cpu and product > per_node and product % per_node == 0:
+    if not plan.on_cpu and product % per_node == 0:
         return f"NNODES={product // per_node}, or GPUS_PER_NODE={product} on one node"
     return f"GPUS_PER_NODE={product}"
 

@@ -127,6 +127,8 @@ def test_the_first_exception_is_told(tmp_path: Path):
         f"{rest}E1 api.py:986] failed (exitcode: -9) local_rank: 1 (pid: 3) of binary: p\n"
     )
     assert cause(tmp_path / "log") == "SIGKILL ended a process, most often for want of memory"
+    (tmp_path / "log").write_text("failed (exitcode: -11) local_rank: 0\n")
+    assert cause(tmp_path / "log") == "SIGSEGV ended a process"
     (tmp_path / "log").write_text("step 1/2\n")
     assert cause(tmp_path / "log") is None
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from linear_moe.launch import __main__ as launcher
+from linear_moe.launch import check_network as network
+from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.lock import hold_run
 from tests.launch.plans import make_plan
 
@@ -141,18 +143,25 @@ def test_an_interpreter_that_cannot_run_this(tmp_path: Path, shell: str, body: s
     assert done.stderr.count("\n") == 3
 
 
-def test_mistakes_are_found_without_torch():
-    code = (
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"TP": "3", "DATASET_PATH": "/x", "TOKENIZER": "/y", "LINEAR_MOE_KERNELS": "triton"}, 2),
+        ({"MODEL_SIZE": "tiny", "LINEAR_MOE_DRY_RUN": "1"}, 0),
+    ],
+    ids=["a mistake", "none"],
+)
+def test_a_run_is_checked_without_torch(given: dict[str, str], code: int):
+    program = (
         "import sys; from linear_moe.launch.__main__ import main; "
-        "given = {'TP': '3', 'DATASET_PATH': '/x', 'TOKENIZER': '/y', 'LINEAR_MOE_KERNELS': 'triton'}; "
-        "code = main(['--family', 'qwen2'], given); "
+        f"code = main(['--family', 'qwen2'], {given}); "
         "heavy = {'torch', 'megatron', 'transformers', 'tokenizers'} & set(sys.modules); "
         "sys.exit(code if not heavy else str(heavy))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == code, done.stderr
 
 
 def test_help_lists_every_variable(capsys: pytest.CaptureFixture):
@@ -218,6 +227,19 @@ def test_the_place_where_nodes_meet(tmp_path: Path, capsys: pytest.CaptureFixtur
             told = capsys.readouterr().err
             assert told.startswith(f"linear_moe: {what}") and told.count("\n") == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_port_that_is_taken_for_several_nodes(monkeypatch: pytest.MonkeyPatch):
+    """One node alone takes any free one."""
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setattr(network, "DEFAULT_PORT", taken.getsockname()[1])
+        network.check_network(make_plan(8))
+        network.check_network(make_plan(8, NODE_RANK="1", **nodes))  # it is the first that listens
+        with pytest.raises(PreflightError, match=r"is taken on this node(.|\n)*, the same on every node$"):
+            network.check_network(make_plan(8, **nodes))
 
 
 @pytest.mark.parametrize("word", ["1", "true", "YES"])

@@ -1,5 +1,6 @@
 """A run from its variables to torchrun, which is not started: what it is given, what is said, what is left behind."""
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def test_what_is_started(tmp_path: Path, started: list, capsys: pytest.CaptureFi
     assert "--train-iters 2" in log.read_text(), "how it was started"
     assert show(b"step 1/2  loss 1\n") and not show(b"building GPT model ...\n")
     out, err = capsys.readouterr()
-    assert "\nparameters  about " in out and f"\nlog         {log} (VERBOSE=true shows" in out
+    assert re.search(r"\nparameters  about 1\.\d\dM, \d{3}\.\d\dk active per token;", out)
+    assert f"\nlog         {log} (VERBOSE=true shows" in out
     assert [line.split(" ")[1] for line in err.splitlines()] == ["MB", "TRAIN_ITER"], "both do nothing"
     assert launcher.main(["--family", "qwen2"], given | {"VERBOSE": "true"}) == 0
     _, log, environment, show = started[1]
