@@ -7,7 +7,6 @@ and calls that it does not cover run as they would without it.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -66,18 +65,40 @@ def _when_asked(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed"
+    if torch.compiler.is_compiling():
+        return False, "torch.compile and torch.export trace operations of torch"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, f"no fused kernel computes in {dtype}"
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if (
-        device.type == "cpu" and is_interpreted and _asked() == "triton"
-    ):  # computes bfloat16 wrongly, without saying so
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
+    if device.type == "cpu" and is_interpreted and _asked() == "triton" and _has_triton():
+        # computes bfloat16 wrongly, without saying so
         return dtype != torch.bfloat16, "Triton's interpreter, float32 and float16"
-    if device.type != "cuda" or is_interpreted or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or is_interpreted or torch.version.hip is not None:
+        return False, "fused kernels need a CUDA device of NVIDIA"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return False, "fused kernels need a CUDA device of compute capability 8.0"
+    if not _has_triton():
+        return False, "triton cannot be imported"
     return True, "fused, each kind tried against float64 before its first use"
+
+
+_TRUE = ("1", "true", "on", "yes", "y")
+"""What Triton reads as true."""
+
+
+@cache
+def _has_triton() -> bool:
+    """Asked once: looking for what is not imported costs every operation 0.1 ms."""
+    try:
+        importlib.import_module("triton")
+    except Exception:  # not installed, or for another driver
+        return False
+    return True
+
+
+def _is_plain(x: Any) -> bool:
+    """Not a tensor that stands for others (fake ones, DTensor): a kernel reads memory."""
+    return not isinstance(x, Tensor) or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _fused_scan(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -141,6 +162,9 @@ def _operation(
         begins: whether it takes a ``state`` that is on its way.
     """
 
+    def takes_plain(*args: Any, **kwargs: Any) -> bool:
+        return all(map(_is_plain, (*args, *kwargs.values()))) and takes(*args, **kwargs)
+
     def run_fused(*args: Any, **kwargs: Any) -> Any:
         # Only now: Triton takes a second to import.
         module = importlib.import_module(f"linear_moe.kernels.triton.{fused}")
@@ -149,7 +173,7 @@ def _operation(
 
     is_scan = in_torch in (chunked_diag, chunked_delta, chunked_dplr)
     return op, (
-        Backend("triton", run_fused, _fused_scan if is_scan else _fused, takes, begins),
+        Backend("triton", run_fused, _fused_scan if is_scan else _fused, takes_plain, begins),
         Backend("chunked", getattr(in_torch, op), _always, begins=True),
         Backend("reference", getattr(reference, op), _when_asked),
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from linear_moe.kernels import checks, dispatch, step
@@ -36,10 +37,10 @@ def diag_decay(
 ) -> tuple[Tensor, Tensor]:
     """Read and write a memory that decays element by element.
 
-    Differentiable (once) in every tensor, through both results. Computes in float32, or float64 for float64
-    inputs (matmuls in TF32 only where ``torch.backends.cuda.matmul.allow_tf32`` says so; autocast is ignored). For the
-    backward pass chunked torch keeps the inputs alone, the fused kernels states of chunks besides (docs/kernels.md).
-    Any strides.
+    Differentiable (once) in every tensor, through both results. Computes in float32, or float64 for float64 inputs
+    (matmuls in TF32 only where ``torch.backends.cuda.matmul.allow_tf32`` says so; autocast is ignored); fused kernels
+    multiply inputs of half precision in their dtype, and add up in float32 (docs/kernels.md, Precision). For the
+    backward pass chunked torch keeps the inputs alone, the fused kernels states of chunks besides. Any strides.
 
     Args:
         q: ``[B, T, Hqk, K]``, any float dtype, the same for k and v.
@@ -358,6 +359,8 @@ def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     with without_autocast(like.device):
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            return _run_uncompiled(op, like, *args, **kwargs)
         return _run_picked(op, like, *args, **kwargs)
 
 
@@ -370,6 +373,11 @@ def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     dispatch.warn_if_unfused(op, backend, like.device)
     backend = dispatch.tried(op, backend, args, kwargs)
     return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
+
+
+@torch.compiler.disable(reason="an operation with a backward pass of its own is no part of a graph")
+def _run_uncompiled(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _run_picked(op, like, *args, **kwargs)
 
 
 def _arrived(kwargs: dict[str, Any]) -> dict[str, Any]:

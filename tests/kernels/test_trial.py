@@ -173,6 +173,23 @@ def test_what_surrounds_a_call_does_not_reach_its_trial() -> None:
         assert ran == ["delta_rule"] * 2
 
 
+def test_a_trial_may_use_what_is_not_deterministic() -> None:
+    """Float64's cumulative sums on a GPU, which would fail a right kernel; the call itself may not."""
+    allowed = []
+
+    def note(op: str, found: Any) -> Any:
+        allowed.append(not torch.are_deterministic_algorithms_enabled())
+        return found
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with pretended(note):
+            short("delta_rule").run(kernels)
+        assert allowed == [True, False] and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(("mode", "told"), [(0, []), (2, ["default", 2])])
 def test_waiting_is_allowed_to_the_trial_alone(
     mode: int, told: list[int | str], monkeypatch: pytest.MonkeyPatch

@@ -8,8 +8,8 @@ float64, through torch on the same device. An operation that differs, or does no
 then on, and says so.
 
 The row is cut into segments where those at hand will be, so that the kernels that run are the same, as compiled
-(the tests' ``trial_launches.py``). Not tried: other layouts and alignments, which compile variants of them. Nothing is
-tried while a CUDA graph is captured or ``torch.compile`` traces; a warm-up comes before both.
+(the tests' ``trial_launches.py``). Not tried: other alignments, which compile variants of them. Nothing is tried while
+a CUDA graph is captured; a warm-up comes before.
 """
 
 from __future__ import annotations
@@ -73,17 +73,18 @@ def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[
 
 
 def _trait(x: Any) -> Any:
-    """What of an argument makes another kind of call; of rows and tokens, which decide how rows are cut, the size."""
+    """What of an argument makes another kind of call; of rows and tokens, which decide how rows are cut, the size.
+
+    Strides of tokens are compiled in.
+    """
     if isinstance(x, Tensor):
         lengths = tuple(n.bit_length() for n in x.shape[:2])
-        return x.device, x.dtype, lengths, x.shape[2:], x.requires_grad
+        return x.device, x.dtype, lengths, x.shape[2:], x.stride()[1:], x.requires_grad
     return callable(x) or x
 
 
 def _cannot_wait(device: torch.device) -> bool:
-    return torch.compiler.is_compiling() or (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    )
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _try(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -109,12 +110,16 @@ def _try(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[st
 def _alone(device: torch.device) -> Iterator[None]:
     """What surrounds the call at hand does not see this one: checkpointing counts what is saved."""
     waiting = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)  # float64's cumulative sums on a GPU are not
     if waiting:  # torch warns whoever sets it, to its default too
         torch.cuda.set_sync_debug_mode("default")
     try:
         with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             yield
     finally:
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
         if waiting:
             torch.cuda.set_sync_debug_mode(waiting)
 
@@ -202,7 +207,7 @@ def _sample(given: dict[str, Any], first: Tensor, noise: torch.Generator) -> dic
         if name == "state" and x is not None:
             if not isinstance(x, Tensor):  # on its way
                 k, v = given["k"], given["v"]
-                x = torch.empty(1, v.shape[2], k.shape[3], v.shape[3], device=v.device)
+                x = v.new_empty(1, v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
             return _random(name, x, (len(LENGTHS) if is_packed else 1, *x.shape[1:]), noise)
         if name == "combine" or not isinstance(x, Tensor):
             return None if callable(x) else x  # it would talk to other ranks
