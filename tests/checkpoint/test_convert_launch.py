@@ -192,6 +192,12 @@ def test_other_nodes_wait_for_the_first(folders, tmp_path):
     ]
 
 
+def test_a_conversion_that_fails_ends_the_start(folders, tmp_path):
+    plan = plan_of(folders / "llama", tmp_path, "llama3")
+    with patch("linear_moe.launch.hugging_face.import_command", lambda *given: ["false"]):
+        assert convert(plan, lambda line: None) is False
+
+
 def test_mixers_of_yours_are_converted_by_their_module(folders, tmp_path, monkeypatch):
     (tmp_path / "my_mixers_to_convert.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from linear_moe.launch import check_mixers
 from linear_moe.launch.plan import registered_mixers
 from tests.launch.plans import case, message
 
@@ -134,6 +135,9 @@ OF_MIXERS = {
     "the 1 heads of mamba2 cannot be divided over tensor parallel size 2": {
         "LA_MODULE": "mamba2", "EXTRA_ARGS": "--mamba2-ssm-head-dim 256", "TP": "2", "GPUS_PER_NODE": "2",
     },
+    "the 1 heads of hgrn2 cannot be divided over tensor parallel size 2": {
+        "LA_MODULE": "hgrn2", "TP": "2", "GPUS_PER_NODE": "2",
+    },
     "mom_gla has a capacity, which context parallelism does not know": {
         "LA_MODULE": "mom_gla", "EXTRA_ARGS": "--mom-capacity 1.5", "CP": "2", "GPUS_PER_NODE": "2",
     },
@@ -164,3 +168,14 @@ def test_mixers_that_can_be_made_have_no_message():
     options = "--gla-gate-rank 8 --weight-decay 0 --la-conv-size 4 --mom-shared-memory --log-params-norm"
     assert message(LA_MODULE="gla,mom_deltanet", LAYER_TYPE_LIST="12N1", EXTRA_ARGS=options, **divided) == ""
     assert message(LA_MODULE="rwkv7", LAYER_TYPE_LIST="LNNN", AC="full") == "", "nobody needs its first value"
+
+
+def test_a_defect_of_a_mixer_is_no_mistake_of_the_variables(monkeypatch: pytest.MonkeyPatch):
+    """It is shown with its traceback, and nothing starts."""
+
+    def broken(*arguments: object) -> None:
+        raise ValueError("math domain error")
+
+    monkeypatch.setattr(check_mixers, "_check", broken)
+    with pytest.raises(ValueError, match=r"^math domain error$"):
+        message(AC="full")

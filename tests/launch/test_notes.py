@@ -66,3 +66,17 @@ def test_a_vocabulary_beside_a_tokenizer(tmp_path: Path):
 )
 def test_variables_of_experts_that_are_idle(variables: dict[str, str], found: list[str]):
     assert idle(**variables) == found
+
+
+def test_experts_that_are_not_cut_on_a_cpu():
+    """Told where nobody asked for it, and only with both parallel sizes."""
+    ranks = {"TP": "2", "GPUS_PER_NODE": "4"}
+    for cuda, variables, is_told in (
+        (0, {"EP": "2"}, True),
+        (0, {}, False),
+        (0, {"EP": "2", "TP": "1"}, False),
+        (0, {"EP": "2", "ETP": "1"}, False),
+        (4, {"EP": "2"}, False),
+    ):
+        told = [note for note in notes(make_plan(cuda, **ranks | variables)) if note.startswith("ETP is 1")]
+        assert len(told) == is_told, variables

@@ -76,6 +76,7 @@ def test_experts_with_a_capacity_and_warm_ups_that_end():
     )
     assert message(TRAIN_ITERS="1", WARMUP_ITERS="1").startswith("the warm-up takes 1 steps and the run 1.")
     assert message(TRAIN_ITERS="1", WARMUP_ITERS="0") == ""
+    assert message(LR="1e-4", MIN_LR="1e-4") == "", "a rate that stays"
 
 
 def test_words_of_the_command():
