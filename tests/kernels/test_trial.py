@@ -141,6 +141,10 @@ def test_each_kind_is_tried_once() -> None:
         assert trials() == 1 and trials() == 0 and trials(num_tokens=31) == 0 and trials(batch=3) == 0
         assert trials(num_tokens=32) == 1 and trials(batch=4) == 1
         assert trials(decay="vector") == 1 and trials(dtype=torch.float16) == 1 and trials(num_keys=8) == 1
+    with pretended() as ran:
+        for num_rows, width in ((5, 4), (900, 4), (5, 6)):  # an expert's, of which each step has others
+            kernels.weighted_swiglu(torch.ones(num_rows, width), torch.ones(num_rows))
+        assert len(ran) == 5
 
 
 def test_a_trial_runs_what_the_call_will_run() -> None:

@@ -75,11 +75,11 @@ def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[
 def _trait(x: Any) -> Any:
     """What of an argument makes another kind of call; of rows and tokens, which decide how rows are cut, the size.
 
-    Strides of tokens are compiled in.
+    Strides of tokens are compiled in. Experts' rows are cut alike whatever their number, which changes in every step.
     """
     if isinstance(x, Tensor):
-        lengths = tuple(n.bit_length() for n in x.shape[:2])
-        return x.device, x.dtype, lengths, x.shape[2:], x.stride()[1:], x.requires_grad
+        lengths = tuple(n.bit_length() for n in x.shape[:2]) if x.ndim > 2 else ()
+        return x.device, x.dtype, lengths, x.shape[2 if x.ndim > 2 else 1 :], x.stride()[1:], x.requires_grad
     return callable(x) or x
 
 
