@@ -60,6 +60,16 @@ def rows_are_chosen_and_repeated(folder: Path) -> None:
     assert cache.get_seq_length() == 0
 
 
+def generate_goes_on_from_a_cache(folder: Path) -> None:
+    """It reads what the cache has not, and leaves the cache with what it read."""
+    model, ids = opened(folder), some_tokens()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    kept = model.generate(ids, past_key_values=cache, **options)
+    assert kept.equal(model.generate(ids, **options))
+    assert cache.get_seq_length() == ids.shape[1] + 3  # the last token is not read
+
+
 def any_column_may_be_padding(folder: Path) -> None:
     """Holes in the middle, a row without tokens in the first call, and a call without tokens."""
     model, ids = opened(folder), some_tokens(2, 14)
@@ -213,7 +223,8 @@ def it_refuses(folder: Path) -> None:
     config = type(model.config)
     refused: dict[str, Callable[[], Any]] = {
         "cannot be taken back from the memory": lambda: cache.crop(-1),
-        "past_key_values is a DynamicCache": lambda: model(ids, past_key_values=DynamicCache()),
+        "past_key_values is a DynamicCache\n": lambda: model(ids, past_key_values=DynamicCache()),
+        "past_key_values is a DynamicCache": lambda: model.generate(ids, past_key_values=DynamicCache()),
         "does not hold the states": lambda: model.generate(
             ids, cache_implementation="static", max_new_tokens=2
         ),
@@ -232,12 +243,15 @@ def it_refuses(folder: Path) -> None:
         ),
         "router_score is 'tanh'": lambda: config(router_score="tanh"),
         "moe_layers says 1 of 2 layers": lambda: config(num_hidden_layers=2, moe_layers=[False]),
-        "layers with experts, but num_experts None": lambda: config(num_hidden_layers=1, moe_layers=[True]),
+        "layers with experts, but num_experts None": lambda: config(
+            num_hidden_layers=2, moe_layers=[True, False]
+        ),
         "layers with experts, but num_experts 8 of width None": lambda: config(num_experts=8),
         "latent attention with": lambda: config(kv_lora_rank=8, qk_nope_head_dim=8, v_head_dim=8),
     }
     experts = {"num_experts": 8, "moe_intermediate_size": 4, "num_experts_per_tok": 3}
     config(**experts, router_groups=4, router_topk_groups=2)
+    config(**experts, router_groups=4, router_topk_groups=4)
     for groups, chosen in ((3, 2), (4, 5), (4, 1), (4, None), (0, 1)):
         text = f"router_groups {groups}, router_topk_groups {chosen}"
         other = {"router_groups": groups, "router_topk_groups": chosen}
@@ -292,6 +306,7 @@ BEHAVIOURS = [
     a_state_does_not_grow,
     beams_carry_their_states,
     rows_are_chosen_and_repeated,
+    generate_goes_on_from_a_cache,
     any_column_may_be_padding,
     documents_in_a_row_are_read_alone,
     scores_do_not_depend_on_the_batch,

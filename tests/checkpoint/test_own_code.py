@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from tests.checkpoint.hf_models import MODELS, hf_logits, save_hf, some_tokens
 from tests.inference.models import argv
@@ -30,6 +31,9 @@ def test_our_code_computes_what_their_class_does(gloo, tmp_path: Path, name):
         assert found.startswith(f"the model cannot be exported with {plain}\n  why: ")
         return
     assert found == "LinearMoeForCausalLM"
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    _, told = load(tmp_path / name, trust_remote_code=True, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"], "a new tensor may change nothing, yet"
     ours = hf_logits(tmp_path / name, some_tokens(), trust_remote_code=True)
     torch.testing.assert_close(ours, hf_logits(tmp_path / "hf", some_tokens()), rtol=0, atol=1e-5)
 
