@@ -54,6 +54,7 @@ def test_an_empty_variable_is_not_set(text: str):
         ("TP", "0"),
         ("TP", "-1"),
         ("TP", "nan"),
+        ("TP", "\u00b2"),  # a digit, and no number
         ("TP", "1e999"),
         ("LR", "-1"),
         ("LR", "inf"),

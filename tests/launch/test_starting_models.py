@@ -13,6 +13,7 @@ from linear_moe.launch.megatron_args import training_arguments
 from linear_moe.launch.plan import RunPlan
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.resume import architecture
+from tests.data.token_files import write_tokenizer
 from tests.launch.plans import SMALL, make_plan
 
 UNSET = {"MODEL_SIZE": "", "LA_MODULE": "", "LAYER_TYPE_LIST": ""}
@@ -48,6 +49,13 @@ def test_a_run_that_has_moved_brings_its_tokenizer(tmp_path: Path, data: dict[st
     found = from_run(tmp_path / "old" / inside)
     assert found.tokenizer is not None and found.tokenizer.path == str(tmp_path / "old" / "tokenizer")
     assert found.padded_vocab_size == trained.padded_vocab_size == 512
+
+
+def test_the_rows_are_those_of_the_checkpoint_with_another_tokenizer(tmp_path: Path, data: dict[str, str]):
+    trained = saved(tmp_path / "old", TOKENIZER=data["TOKENIZER"], EXTRA_VOCAB_SIZE="212")
+    other = write_tokenizer(tmp_path / "other", 340)
+    assert from_run(tmp_path / "old").padded_vocab_size == trained.padded_vocab_size == 512
+    assert from_run(tmp_path / "old", TOKENIZER=other.path).padded_vocab_size == 512
 
 
 @pytest.mark.parametrize("given", [{}, {"TOKENIZER": "null"}], ids=["unset", "null"])
