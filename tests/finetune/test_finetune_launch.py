@@ -213,6 +213,14 @@ def test_a_run_goes_on_with_the_samples_that_it_has_not_seen(files, tmp_path):
     assert plan(files, tmp_path, RUN_NAME="mine", SEED="5").settings.seed == 5, "it has taken none to keep"
 
 
+def test_a_run_goes_on_elsewhere_and_with_other_evaluations(files, tmp_path):
+    """What is compared is the samples and their order: not where they lie, nor what else the command says."""
+    trained = plan(files, tmp_path / "here", RUN_NAME="mine", PACK="false")
+    saved_run(tmp_path / "there" / "mine", trained, files / "tokenizer")
+    more = {"RUN_NAME": "mine", "PACK": "false", "VALID_DATASET_PATH": str(files / "toy.jsonl")}
+    assert plan(files, tmp_path / "there", **more).run_dir == tmp_path / "there" / "mine"
+
+
 def test_a_run_keeps_its_tokenizer_with_the_template_that_it_learned(files, tmp_path):
     from transformers import AutoTokenizer
 
