@@ -191,7 +191,7 @@ def combine_kernel(
         combine_weak(
             x, y, log_decay, pairs, scaled_dx, scaled_dy, through, totals, dx, dy, d_log, sums,
             i_D, token, segment, head, last_chunk, of_group, length, readable, scale, num_heads,
-            x_t, y_t, a_t, a_d, D, C, LEVELS, EVERY, FORWARD, HAS_DECAY_GRADIENT,
+            x_t, y_t, a_t, a_d, D, BD, C, LEVELS, EVERY, FORWARD, HAS_DECAY_GRADIENT,
         )  # fmt: skip
     else:
         for part in range(0, BD, PART):

@@ -56,13 +56,13 @@ def combine_weak(
     x, y, log_decay, pairs, scaled_dx, scaled_dy, through, totals, dx, dy, d_log, sums,
     i_D, token, segment, head, last_chunk, of_group, length, readable, scale,
     num_heads: tl.constexpr, x_t: tl.constexpr, y_t: tl.constexpr, a_t: tl.constexpr, a_d: tl.constexpr,
-    D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, EVERY: tl.constexpr, FORWARD: tl.constexpr,
-    HAS_DECAY_GRADIENT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, EVERY: tl.constexpr,
+    FORWARD: tl.constexpr, HAS_DECAY_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """One group of chunks and block of columns of ``combine_kernel``."""
     dtype: tl.constexpr = dx.dtype.element_ty
     i_C, i_D = tl.arange(0, C), i_D[:, None]
-    m_D = i_D < D  # [BD, 1]
+    m_D = (i_D < D) | (D % BD == 0)  # [BD, 1]
     i_sums = i_C[:, None] * C + i_C[None, :]
     of_group += i_D
     b_passes = i_D * 0.0  # what passes through the chunk, and what it writes
