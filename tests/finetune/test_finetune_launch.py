@@ -73,6 +73,7 @@ def test_steps_follow_from_the_packs(files, tmp_path):
     assert plan(files, tmp_path, EVAL_ITERS="5").settings.eval_iters == 0, "there is nothing to evaluate on"
     assert plan(files, tmp_path, TRAIN_TOKENS="2560", WARMUP_TOKENS="512").settings.iterations == 10
     assert plan(files, tmp_path, TRAIN_ITERS="7", WARMUP_ITERS="2").settings.warmup_iterations == 2
+    assert plan(files, tmp_path, TRAIN_ITERS="1").settings.warmup_iterations == 0
     assert plan(files, tmp_path, PACK="false").settings.iterations > 3 * each
 
 

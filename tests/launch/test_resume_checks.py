@@ -28,6 +28,7 @@ def test_resume_with_the_same_model(tmp_path: Path):
     again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old", "LAYER_TYPE_LIST": "LLLN"}
     assert message(**again, TP="2", GPUS_PER_NODE="4", LR="1e-3", TRAIN_ITERS="20") == ""
     assert "resumed at step 5 of 10" in header(make_plan(**again))
+    assert message(**again, PRETRAIN_CHECKPOINT_PATH="/absent") == "", "it has weights of its own by now"
 
 
 def test_what_a_run_does_otherwise_is_told(data: dict[str, str], tmp_path: Path):
