@@ -43,6 +43,11 @@ MIN_CHUNKS = 4
 
 PROGRAMS_PER_PROCESSOR = 2
 
+NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2
+"""Of diag_scan.py."""
+WITHOUT_GRADIENT, READS, WRITES = 0, 1, 2
+"""What a run of it leaves for the gradient of the decay: nothing, what tokens read, what they write."""
+
 
 def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
     """For states.py, and for diag_scan.py without a decay; q and k of width ``num_keys`` and v of ``num_values``."""
@@ -53,19 +58,23 @@ def blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
     return _blocks(num_keys, num_values, *((64, 4, 2) if num_keys <= 128 else (32, 8, 2)))
 
 
-def scan_blocks(
-    num_keys: int, num_values: int, dtype: torch.dtype, has_decay: bool, has_gradient: bool
-) -> Blocks:
-    """For a run of diag_scan.py; ``has_gradient``: with the sums for the gradient of the decay."""
-    if dtype.itemsize == 4 or not has_decay:
+def scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype, decay: int, role: int) -> Blocks:
+    """For a run of diag_scan.py; ``role``: which sums for the gradient of the decay it leaves, if any."""
+    if dtype.itemsize == 4 or decay == NO_DECAY:
         return blocks(num_keys, num_values, dtype)
     if not has_wgmma():
         return _without_wgmma(num_keys, num_values)
-    values = 32 if has_gradient else 64
-    if num_keys <= 128:  # 8 warps share 64 rows in pairs, each with a product of its own: half the rate
-        needs_more = _is_masked(num_keys, num_values) and (has_gradient or num_keys > 64)
-        return _blocks(num_keys, num_values, values, 8 if needs_more else 4, 2)
-    return _blocks(num_keys, num_values, 16, 8, 1 if has_gradient else 2)
+    if num_keys > 128:
+        return _blocks(num_keys, num_values, 16, 8, 2 if role == WITHOUT_GRADIENT else 1)
+    if _is_masked(num_keys, num_values):
+        needs_more = role != WITHOUT_GRADIENT or num_keys > 64
+        return _blocks(num_keys, num_values, 32, 8 if needs_more else 4, 2)
+    # 8 warps share 64 rows in pairs, each with a product of its own: half the rate
+    is_token, is_wide = decay == TOKEN_DECAY, num_keys > 64
+    spills = is_wide and (role == READS if is_token else role == WRITES and num_values <= 64)
+    return _blocks(
+        num_keys, num_values, 32 if spills else 64, 4, 1 if is_wide and is_token and role == WRITES else 2
+    )
 
 
 def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:

@@ -2,21 +2,21 @@
 """Sums of log decays inside chunks, and the gradient of every log decay from its parts.
 
     g_t = sum of log2 a over tokens start .. t of the chunk                  kept as a sum of two float32
-    d log a_t = sum_{i >= t} (pair_i + read_i) + sum_{j < t} write_j + through       i, j in the chunk of t
+    d log a_t = sum_{i >= t} read_i + sum_{j < t} write_j + through                  i, j in the chunk of t
 
 A difference g_i - g_j of single float32 sums would lose a weak decay that follows strong ones; the two floats come
-from float64 and keep it. docs/kernels.md derives the gradient: ``pair`` from scores of two tokens of the chunk (net of
-the token with itself, which does not decay), ``read`` what token i reads of the memory before the chunk, ``write``
-what token j leaves behind it, ``through`` what only passes. The well-known sum of q dq - k dk over the whole sequence
-is the same in exact arithmetic, and mostly noise in bfloat16: its terms are larger than their sum.
+from float64 and keep it. docs/kernels.md derives the gradient: ``read`` is what token i reads of the memory before the
+chunk, plus what it reads of its chunk less what its chunk reads of it (of itself nothing, which does not decay; these
+sum to 0), ``write`` what token j leaves behind it, ``through`` what only passes. The well-known sum of q dq - k dk over
+the whole sequence is the same in exact arithmetic, and mostly noise in bfloat16: its terms are larger than their sum.
 
 ``through`` is the inner product of the memory before the chunk, decayed to its end, with the gradient of the memory
 after it. It is computed for the last chunk of a segment and every ``EVERY``-th before it; in between,
 through(c - 1) = through(c) + sum(read of c) - sum(write of c - 1). At the end of a document, whose last token writes
 undecayed, nothing is subtracted.
 
-Letters: S segments, H heads, C tokens in a chunk, L tokens of all rows, P partial sums, G groups of ``EVERY`` chunks in
-a segment.
+Letters: S segments, H heads, C tokens in a chunk, L tokens of all rows, PR and PW partial sums, G groups of ``EVERY``
+chunks in a segment.
 """
 
 import triton
@@ -45,7 +45,7 @@ def chunk_decay(log_decay, sums, head, left, DECAY: tl.constexpr, C: tl.constexp
     i_C = tl.arange(0, C)
     if DECAY == 1:  # one number per head
         left = tl.minimum(tl.maximum(left, 0), C)
-        log_a = tl.load(log_decay + head).to(tl.float64)
+        log_a = tl.load(log_decay + head).to(tl.float64 if HAS_LOW else tl.float32)
         log_a = tl.where(log_a < LOG_FORGET, LOG_FORGET, log_a) * LOG2_E
         g, last = log_a * tl.minimum(i_C + 1, left), log_a * left
         high, last_high = g.to(tl.float32), last.to(tl.float32)
@@ -110,12 +110,12 @@ def sums_kernel(
     ]
 )
 def decay_gradient_kernel(
-    pair, read, write,  # [P, H, L] float32
-    through,  # [P, num_groups, H] float32
+    read, write,  # [PR, H, L] and [PW, H, L] float32
+    through,  # [PW, num_groups, H] float32
     grad,  # [B, T, H] float32 contiguous, or [S, G, H] for a decay per head
     plan,
     num_tokens, num_heads, segment_size, segments_per_row, num_documents, num_groups, num_all,
-    C: tl.constexpr, EVERY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, G,
+    C: tl.constexpr, EVERY: tl.constexpr, PR: tl.constexpr, PW: tl.constexpr, BP: tl.constexpr, G,
     DECAY: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: groups of chunks of all segments, heads. From the end of the group to its start."""
@@ -129,21 +129,20 @@ def decay_gradient_kernel(
 
     place = chunk_slot(first.to(tl.int64), segment, group, C * EVERY)
     p_through = through + (i_P * tl.cast(num_groups, tl.int64) + place) * num_heads + head
-    m_through = mask_if(i_P < P, (last_chunk >= 0) & (readable > 0))
+    m_through = mask_if(i_P < PW, (last_chunk >= 0) & (readable > 0))
     b_through = tl.sum(tl.load(p_through, mask=m_through, other=0.0), 0)
     of_head = 0.0
     for step in range(0, EVERY):
         i_T = (last_chunk - step) * C + i_C
         is_token = (i_T >= 0) & (i_T < readable)
         p_PC = (i_P[:, None] * num_heads + head).to(tl.int64) * num_all + first + i_T[None, :]
-        m_PC = (i_P[:, None] < P) & is_token[None, :]
-        b_pair = tl.sum(tl.load(pair + p_PC, mask=m_PC, other=0.0), 0)  # [C]
-        b_read = tl.sum(tl.load(read + p_PC, mask=m_PC, other=0.0), 0)
-        b_write = tl.sum(tl.load(write + p_PC, mask=m_PC, other=0.0), 0)
-        earlier = tl.sum(tl.load(write + p_PC - 1, mask=m_PC & (i_C[None, :] > 0), other=0.0), 0)
+        m_read, m_write = (i_P[:, None] < PR) & is_token[None, :], (i_P[:, None] < PW) & is_token[None, :]
+        b_read = tl.sum(tl.load(read + p_PC, mask=m_read, other=0.0), 0)  # [C]
+        b_write = tl.sum(tl.load(write + p_PC, mask=m_write, other=0.0), 0)
+        earlier = tl.sum(tl.load(write + p_PC - 1, mask=m_write & (i_C[None, :] > 0), other=0.0), 0)
         if step > 0:
             b_through -= tl.sum(b_write, 0)
-        b_grad = tl.cumsum(b_pair + b_read, 0, reverse=True) + tl.cumsum(earlier, 0) + b_through
+        b_grad = tl.cumsum(b_read, 0, reverse=True) + tl.cumsum(earlier, 0) + b_through
         b_grad = tl.where(is_token, b_grad, 0.0)
         b_through += tl.sum(b_read, 0)
         if DECAY == 1:

@@ -7,12 +7,13 @@ not fill the device, and for packed documents, states.py first computes the memo
 Nothing is atomic and nothing waits for the device. docs/kernels.md has the derivation and the bytes.
 
 Letters: B batch, T tokens, Hqk query/key heads, H heads, K key dim, V value dim, N documents, S segments,
-L = B * T, P blocks of K, G groups of chunks in a segment.
+L = B * T, PR and PW blocks of K in the runs of dq and dk, G groups of chunks in a segment.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,19 @@ from torch import Tensor
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton import configs, diag_vector
+from linear_moe.kernels.triton.configs import (
+    HEAD_DECAY,
+    NO_DECAY,
+    READS,
+    TOKEN_DECAY,
+    WITHOUT_GRADIENT,
+    WRITES,
+)
 from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
 from linear_moe.kernels.triton.diag_scan import scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
 from linear_moe.kernels.triton.saved import save, saved
 from linear_moe.kernels.triton.states import Local, carry_kernel, local_state_kernel
-
-NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2
-WITHOUT_GRADIENT, READS, WRITES = 0, 1, 2
 
 
 def diag_decay(
@@ -136,12 +142,12 @@ class _DiagDecay(torch.autograd.Function):
 class _Parts:
     """What the runs of dq and dk leave for the gradient of the decay, float32."""
 
-    pair: Tensor
-    """``[P, H, L]``, as the next two."""
     read: Tensor
+    """``[PR, H, L]``."""
     write: Tensor
+    """``[PW, H, L]``."""
     through: Tensor
-    """``[P, groups of all segments, H]``."""
+    """``[PW, groups of all segments, H]``."""
 
 
 @dataclass(frozen=True)
@@ -247,9 +253,9 @@ class _Scan:
         """Fill ``o`` (and ``final``, ``saved``, ``parts``): one row of the table in diag_scan.py."""
         layout, num_heads = self.layout, self.num_heads
         num_keys, num_values = k.shape[-1], v.shape[-1]
-        cut = configs.scan_blocks(num_keys, num_values, v.dtype, self.decay != NO_DECAY, parts is not None)
-        stores_final = final is not None and not layout.is_split
         role = WITHOUT_GRADIENT if parts is None else WRITES if reverse else READS
+        cut = configs.scan_blocks(num_keys, num_values, v.dtype, self.decay, role)
+        stores_final = final is not None and not layout.is_split
         x = v if x is None else x
         grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
         scan_kernel[grid](
@@ -257,7 +263,6 @@ class _Scan:
             v if before is None else before,
             final if stores_final else v,
             v if saved is None else saved,
-            v if parts is None else parts.pair,
             v if parts is None else parts.write if reverse else parts.read,
             v if parts is None else parts.through,
             *self._sizes(), self._num_groups(), layout.num_all, self.scale,
@@ -278,13 +283,13 @@ class _Scan:
             shape = layout.num_rows, layout.num_tokens, num_heads
         else:
             shape = layout.num_segments, groups, num_heads
-        grad = torch.empty(shape, dtype=torch.float32, device=parts.pair.device)
-        num_parts = parts.pair.shape[0]
+        grad = torch.empty(shape, dtype=torch.float32, device=parts.read.device)
+        reads, writes = parts.read.shape[0], parts.write.shape[0]
         decay_gradient_kernel[(layout.num_segments * groups, num_heads)](
-            parts.pair, parts.read, parts.write, parts.through, grad, layout.plan,
+            parts.read, parts.write, parts.through, grad, layout.plan,
             *self._sizes(), self._num_groups(), layout.num_all,
-            C=self.chunk, EVERY=self._every(), P=num_parts, BP=triton.next_power_of_2(num_parts), G=groups,
-            DECAY=self.decay, IS_PACKED=layout.is_packed, num_warps=1,
+            C=self.chunk, EVERY=self._every(), PR=reads, PW=writes, BP=triton.next_power_of_2(max(reads, writes)),
+            G=groups, DECAY=self.decay, IS_PACKED=layout.is_packed, num_warps=1,
         )  # fmt: skip
         return grad if self.decay == TOKEN_DECAY else grad.sum((0, 1))
 
@@ -296,13 +301,16 @@ class _Scan:
     def new_parts(self, k: Tensor, v: Tensor) -> _Parts:
         """Room for the parts of the gradient of the decay; the runs of dq and dk have columns of K."""
         layout, num_keys, num_values = self.layout, k.shape[-1], v.shape[-1]
-        cut = configs.scan_blocks(num_values, num_keys, k.dtype, True, True)
-        blocks = triton.cdiv(num_keys, cut.values)
-        pair, read, write = torch.empty(
-            3, blocks, self.num_heads, layout.num_all, dtype=torch.float32, device=k.device
+        cuts = [
+            configs.scan_blocks(num_values, num_keys, k.dtype, self.decay, role) for role in (READS, WRITES)
+        ]
+        reads, writes = (triton.cdiv(num_keys, cut.values) for cut in cuts)
+        new = partial(torch.empty, dtype=torch.float32, device=k.device)
+        return _Parts(
+            new(reads, self.num_heads, layout.num_all),
+            new(writes, self.num_heads, layout.num_all),
+            new(writes, self._num_groups(), self.num_heads),
         )
-        shape = blocks, self._num_groups(), self.num_heads
-        return _Parts(pair, read, write, torch.empty(shape, dtype=torch.float32, device=k.device))
 
     def _num_groups(self) -> int:
         return self.layout.num_slots(self.chunk * self._every())

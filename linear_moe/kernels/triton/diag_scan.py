@@ -36,21 +36,36 @@ from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 @triton.jit
 def chunk_factors(
-    high, low, last_high, last_low, scale, REVERSE: tl.constexpr, HAS_LOW: tl.constexpr = True
+    high, low, last_high, last_low, scale, REVERSE: tl.constexpr, HAS_LOW: tl.constexpr = True, zero=0
 ):  # fmt: skip
-    """read [C], write [C] and pair [C, C] of one chunk; pair of the wrong order is 0, masked before exp2."""
+    """read [C], write [C] and pair [C, C] of one chunk; pair of the wrong order is 0, masked before exp2.
+
+    A ``zero`` that the compiler does not know for one keeps it from holding a register for each number of a column.
+    """
     i_C = tl.arange(0, high.shape[0])
+    i_J = i_C + zero
     to_end, from_start, span = last_high - high, high, high[:, None] - high[None, :]
     if HAS_LOW:
         to_end, from_start, span = to_end + (last_low - low), high + low, span + (low[:, None] - low[None, :])
     to_end, from_start = tl.exp2(to_end), tl.exp2(from_start)
     if REVERSE:
         read, write = to_end, from_start * scale
-        pair = tl.exp2(tl.where(i_C[:, None] <= i_C[None, :], -span, float("-inf"))) * scale
+        pair = tl.exp2(tl.where(i_C[:, None] <= i_J[None, :], -span, float("-inf"))) * scale
     else:
         read, write = from_start * scale, to_end
-        pair = tl.exp2(tl.where(i_C[:, None] >= i_C[None, :], span, float("-inf"))) * scale
+        pair = tl.exp2(tl.where(i_C[:, None] >= i_J[None, :], span, float("-inf"))) * scale
     return read, write, pair
+
+
+@triton.jit
+def of_memory(b_q, b_S, read, scale, DECAY: tl.constexpr, REVERSE: tl.constexpr):
+    """What the tokens of a chunk read of the memory before it, [C, BV] float32."""
+    b_o = tl.dot(b_q, b_S.to(b_q.dtype), input_precision="ieee")
+    if DECAY != 0:
+        b_o = b_o * read[:, None]
+    elif not REVERSE:
+        b_o = b_o * scale
+    return b_o
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "num_all", "num_groups"])
@@ -59,7 +74,7 @@ def scan_kernel(
     before,  # [S, H, DK, DV] float32 (strides S_K, S_V): what S starts from, or nothing
     final,  # the same: what S ends with
     saved,  # [G, H, DK, DV] (strides S_K, S_V): S before every EVERY-th chunk, counted from the end
-    pair_sums, inter_sums,  # [NV, H, L] float32
+    inter_sums,  # [NV, H, L] float32
     through,  # [NV, G, H] float32
     num_tokens, num_heads: tl.constexpr, segment_size, segments_per_row, num_documents, num_groups, num_all, scale,
     q_b, q_h, k_b, k_h, v_b, v_h, o_b, o_h, x_b, x_h,
@@ -72,6 +87,10 @@ def scan_kernel(
 ):  # fmt: skip
     """Grid: S * H * NV; the blocks of one head are neighbours, so that the second finds q and k in L2."""
     NV: tl.constexpr = (DV + BV - 1) // BV
+    AHEAD: tl.constexpr = (
+        DECAY == 2 and REVERSE and GRADIENT == 0
+    )  # G is loaded a chunk ahead: nothing else hides it
+    IS_EARLY: tl.constexpr = GRADIENT == 1 and BV >= 64  # reads the memory before the scores
     HAS_LOW: tl.constexpr = v.dtype.element_ty == tl.float32
     i_v = tl.program_id(0) % NV
     head = (tl.program_id(0) // NV) % num_heads
@@ -108,6 +127,8 @@ def scan_kernel(
         of_sums += origin
         if GRADIENT != 0:
             x += origin * x_t
+    if AHEAD:
+        next_total = tl.load(sums + C - 1, mask=num_chunks > 0, other=0.0)
     for step in range(0, num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
         left = tl.minimum(readable - chunk * C, C)
@@ -124,17 +145,28 @@ def scan_kernel(
         if STORE_SAVED and from_end % EVERY == 0:
             tl.store(saved + group * (DK * DV) + i_S, b_S.to(saved.dtype.element_ty), mask=m_S)
 
-        b_write = b_v
+        b_write, read = b_v, scale
         if DECAY != 0:
             high, low, last_high, last_low = chunk_decay(
                 log_decay, sums + past * (2 * num_heads), head, left, DECAY, C, HAS_LOW
             )  # fmt: skip
-            read, write, pair = chunk_factors(high, low, last_high, last_low, scale, REVERSE, HAS_LOW)
+            if AHEAD:
+                last_high = next_total
+                ahead = tl.cast(tl.minimum(step + 1, num_chunks - 1), tl.int64) * -C
+                next_total = tl.load(sums + ahead * (2 * num_heads) + C - 1)
+            zero = tl.minimum(left, 0) if IS_EARLY else 0  # without tokens all is 0
+            read, write, pair = chunk_factors(
+                high, low, last_high, last_low, scale, REVERSE, HAS_LOW, zero
+            )  # fmt: skip
             b_write = (b_v * write[:, None]).to(b_v.dtype)
         elif REVERSE:
             b_write = (b_v * scale).to(b_v.dtype)
 
-        # scores end before b_o begins: together they would not fit the registers
+        # b_x ends before the scores begin, or the scores' exponents before b_o: together they do not fit the registers
+        if IS_EARLY:
+            b_o = of_memory(b_q, b_S, read, scale, DECAY, REVERSE)
+            b_x = tl.load(x + past * x_t + i_C[:, None] * x_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
+            b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
         b_scores = tl.dot(b_q, b_kT, input_precision="ieee")  # [C, C]
         if DECAY != 0:
             b_scores = b_scores * pair
@@ -142,26 +174,23 @@ def scan_kernel(
             b_scores = tl.where(i_C[:, None] <= i_C[None, :], b_scores * scale, 0.0)
         else:
             b_scores = tl.where(i_C[:, None] >= i_C[None, :], b_scores * scale, 0.0)
-        if GRADIENT != 0:
+        if GRADIENT != 0 and not IS_EARLY:
             b_x = tl.load(x + past * x_t + i_C[:, None] * x_t + i_V[None, :], mask=m_v, other=0.0)  # [C, BV]
+        b_rounded = b_scores.to(b_v.dtype)
+        if not IS_EARLY:
+            b_o = of_memory(b_q, b_S, read, scale, DECAY, REVERSE)
+        if GRADIENT != 0 and not IS_EARLY:
+            b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
+        if GRADIENT == 2:
+            tl.store(inter_sums + of_sums + past + i_C, b_inter, mask=i_C < left)
+        b_o = tl.dot(b_rounded, b_v, b_o, input_precision="ieee")
+        m_o = (chunk * C + i_C[:, None] < length) & m_V[None, :]
+        tl.store(o + past * o_t + i_C[:, None] * o_t + i_V[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
         if GRADIENT == 1:
             b_pairs = tl.dot(b_x, tl.trans(b_v), input_precision="ieee")  # [C, C], of loaded tiles
             b_pairs = tl.where(i_C[:, None] > i_C[None, :], b_pairs * b_scores, 0.0)
-            b_pair = tl.sum(b_pairs, 1) - tl.sum(b_pairs, 0)
-            tl.store(pair_sums + of_sums + past + i_C, b_pair, mask=i_C < left)
-        b_scores = b_scores.to(b_v.dtype)
-
-        b_o = tl.dot(b_q, b_S.to(b_q.dtype), input_precision="ieee")  # [C, BV]
-        if DECAY != 0:
-            b_o = b_o * read[:, None]
-        elif not REVERSE:
-            b_o = b_o * scale
-        if GRADIENT != 0:
-            b_inter = tl.sum(b_o * b_x.to(tl.float32), 1)
+            b_inter += tl.sum(b_pairs, 1) - tl.sum(b_pairs, 0)
             tl.store(inter_sums + of_sums + past + i_C, b_inter, mask=i_C < left)
-        b_o = tl.dot(b_scores, b_v, b_o, input_precision="ieee")
-        m_o = (chunk * C + i_C[:, None] < length) & m_V[None, :]
-        tl.store(o + past * o_t + i_C[:, None] * o_t + i_V[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
 
         if DECAY != 0:
             b_S = b_S * tl.exp2(last_high)

@@ -50,6 +50,10 @@ def local_state_kernel(
     b_S = tl.zeros([BK, BV], tl.float32)
     kept = 1.0
     num_chunks = tl.cdiv(readable, C)
+    AHEAD: tl.constexpr = DECAY == 2 and REVERSE  # of the next chunk in time, as in diag_scan.py
+    if AHEAD:
+        last = sums_of(sums, row * num_tokens + start, segment, num_chunks - 1, head, num_heads, C) + C - 1
+        next_total = tl.load(last, mask=num_chunks > 0, other=0.0)
     for step in range(0, num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
         m_C = chunk * C + i_C < readable
@@ -64,6 +68,10 @@ def local_state_kernel(
                 log_decay, sums_of(sums, row * num_tokens + start, segment, chunk, head, num_heads, C), head,
                 readable - chunk * C, DECAY, C, v.dtype.element_ty == tl.float32,
             )  # fmt: skip
+            if AHEAD:
+                last_high = next_total
+                ahead = tl.cast(tl.minimum(step + 1, num_chunks - 1), tl.int64)
+                next_total = tl.load(last - ahead * (2 * C * num_heads))
             if REVERSE:
                 write = tl.exp2(high) * write_scale
             else:
