@@ -55,6 +55,10 @@ def main() -> int:
         except ValueError as error:
             _write(sys.stderr, f"linear_moe: {with_options(str(error))}")
             return 2
+        except KeyboardInterrupt:
+            bar.close()
+            _write(sys.stderr, "linear_moe: stopped; the same command goes on where this one was")
+            return 130
         bar.close()
         for warning in done.warnings:
             _write(sys.stderr, f"linear_moe: warning: {warning}")

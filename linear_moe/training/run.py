@@ -77,6 +77,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
         found = config["format"]
+        for name in ("architecture", "tokenizer", "params_dtype", "arguments") if found == FORMAT else ():
+            config[name]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read: {type(error).__name__}: {error}\n"

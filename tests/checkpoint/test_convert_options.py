@@ -32,6 +32,24 @@ def handed_on(rank, world, commands):
     return calls
 
 
+def stopped_by_hand(rank, world):
+    from linear_moe.checkpoint import __main__ as tool
+    from linear_moe.checkpoint import exporting
+
+    said = []
+    with (
+        patch.object(exporting, "export_model", side_effect=KeyboardInterrupt),
+        patch.object(tool, "_write", lambda stream, text: said.append(text)),
+        patch.object(sys, "argv", ["convert.py", *EXPORT.split()]),
+    ):
+        return tool.main(), said
+
+
+def test_a_conversion_stopped_by_hand_says_how_to_go_on(gloo):
+    code, (said,) = gloo(1, stopped_by_hand)[0]
+    assert code == 130 and "the same command goes on" in said
+
+
 def test_every_option_arrives(gloo):
     more = "--la-module gla --layer-type-list LN --layer-kinds gla,softmax --allow-pickle --extra-args=--x"
     out = "--step 7 --tokenizer t --shard-gb 0.25 --remote-code"
