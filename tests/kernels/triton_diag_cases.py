@@ -70,6 +70,12 @@ for decay in ("none", "head", "scalar"):
     case(f"{decay} packed", decay, groups=1, num_heads=2, **documents)(compare)
     case(f"{decay} without state", decay, num_tokens=20, has_state=False, **ONE)(compare)
     case(f"{decay} half precision", decay, num_tokens=150, chunk=None, dtype=torch.float16, **ONE)(compare)
+for decay, num_values in (
+    ("head", 64),
+    ("scalar", 128),
+):  # blocks of columns without masks, as wide as registers allow
+    whole = dict(num_keys=64, num_values=num_values, chunk=None, dtype=torch.float16)
+    case(f"{decay} half precision, whole tiles", decay, num_tokens=150, **whole, **ONE)(compare)
 case("chunks as shipped", "scalar", num_tokens=75, chunk=None, **ONE)(compare)
 case("one token", "scalar", num_tokens=1, **ONE)(compare)
 case("groups and blocks of columns", "scalar", num_tokens=20, batch=1, num_keys=40, num_values=35)(compare)
