@@ -26,6 +26,10 @@ from linear_moe.launch.resume import (
 from linear_moe.model.families import padded_vocab_size
 from linear_moe.model.pattern import layer_kinds
 
+LOOK_EVERY_S = 2
+PATIENCE_S = 60
+"""Nodes may start so far apart, and the first one may be about to try again."""
+
 _PATTERN = ("LAYER_TYPE_LIST", "LA_MODULE", "HYBRID_OVERRIDE_PATTERN")
 
 
@@ -97,11 +101,27 @@ def convert(plan: RunPlan, announce: Callable[[str], None]) -> bool:
         "converting it once, into" if plan.settings.node_rank == 0 else "waiting for the first node to make"
     )
     announce(f"PRETRAIN_CHECKPOINT_PATH={source} is a Hugging Face folder: {doing} {target}")
+    failed = plan.run_dir / "pretrained.failed"
     if plan.settings.node_rank > 0:
-        while checkpoint_iteration(target / "checkpoint") is None:
-            time.sleep(2)
-        return True
-    return subprocess.run(import_command(plan, source, target), check=False).returncode == 0
+        return _is_made(target, failed, announce)
+    failed.unlink(missing_ok=True)
+    is_made = subprocess.run(import_command(plan, source, target), check=False).returncode == 0
+    if not is_made and plan.settings.nnodes > 1:
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        failed.touch()
+    return is_made
+
+
+def _is_made(target: Path, failed: Path, announce: Callable[[str], None]) -> bool:
+    """Wait for the first node, which notes a failure, and takes the note of an earlier one away at its start."""
+    seen = 0
+    while checkpoint_iteration(target / "checkpoint") is None:
+        seen = seen + 1 if failed.exists() else 0
+        if seen * LOOK_EVERY_S > PATIENCE_S:
+            announce(f"the first node could not make {target}: its log says why")
+            return False
+        time.sleep(LOOK_EVERY_S)
+    return True
 
 
 def import_command(plan: RunPlan, source: Path, target: Path) -> list[str]:

@@ -196,6 +196,30 @@ def test_a_conversion_that_fails_ends_the_start(folders, tmp_path):
     plan = plan_of(folders / "llama", tmp_path, "llama3")
     with patch("linear_moe.launch.hugging_face.import_command", lambda *given: ["false"]):
         assert convert(plan, lambda line: None) is False
+    assert not plan.run_dir.exists()
+
+
+def test_a_conversion_that_fails_ends_the_start_of_other_nodes(folders, tmp_path):
+    """Unless the first node tries again within a minute: the note is of an earlier start."""
+    nodes = {"NNODES": "2", "MASTER_ADDR": "first"}
+    first, second = (plan_of(folders / "llama", tmp_path, "llama3", **nodes, NODE_RANK=rank) for rank in "01")
+    said, waited = [], []
+    with patch("linear_moe.launch.hugging_face.import_command", lambda *given: ["false"]):
+        assert convert(first, lambda line: None) is False
+    (note,) = second.run_dir.iterdir()
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if sum(waited) == 20:
+            note.unlink()
+        if sum(waited) == 40:
+            note.touch()
+
+    with patch("time.sleep", sleep):
+        assert convert(second, said.append) is False
+    assert 100 <= sum(waited) <= 110 and said[1].endswith(
+        "could not make " + f"{second.run_dir / 'pretrained'}: its log says why"
+    )
 
 
 def test_mixers_of_yours_are_converted_by_their_module(folders, tmp_path, monkeypatch):
