@@ -210,10 +210,13 @@ def _miscompiled(ttgir: str) -> int:
     """Tiles of two defects of Triton on sm_90 that its interpreter does not have.
 
     A product of matrices that is transposed in registers is said to be stored in the wrong order (3.4 to 3.7.0,
-    fla-org/flash-linear-attention#826). A load in a pipelined loop that feeds registers as well as a product has one
-    buffer, which is filled for the next turn while the asynchronous product may still read it (3.6).
+    fla-org/flash-linear-attention#826); one that was only reshaped still has neighbours of a row in order. A load in a
+    pipelined loop that feeds registers as well as a product has one buffer, which is filled for the next turn while the
+    asynchronous product may still read it (3.6).
     """
-    transposed = re.findall(r"ttg\.local_alloc %\S+ : \(tensor<\w+x(?:bf|f)16, #linear\d*>\)", ttgir)
+    in_order = re.findall(r"(#linear\d*) = #ttg\.linear<\{register = \[\[0, 1\]", ttgir)
+    stored = re.findall(r"ttg\.local_alloc %\S+ : \(tensor<\w+x(?:bf|f)16, (#linear\d*)>\)", ttgir)
+    transposed = [layout for layout in stored if layout not in in_order]
     single = set(re.findall(r"(%\S+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<1x", ttgir))
     indexed = re.findall(r"(%\S+) = ttg\.memdesc_index (%\w+)\[", ttgir)
     tiles = {tile for tile, buffer in indexed if buffer in single}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from compiled_kernels import compiled
+from compiled_kernels import ROOT, compiled
 
 
 def test_fits_an_h100(tmp_path: Path) -> None:
@@ -31,3 +34,14 @@ def test_single_precision_fits_an_rtx_4090(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--ops", "delta_rule", *calls, may_spill=True)
     assert len(rows) >= 5 and all(row["shared"] <= 99 * 1024 for row in rows), rows
     assert all(row["spilled"] <= 1024 for row in rows), rows
+
+
+def test_finds_a_product_that_is_transposed_in_registers() -> None:
+    """Not one that was only reshaped: Triton stores that in order."""
+    stored = "  %t = ttg.local_alloc %x : (tensor<64x32xbf16, #linear1>) -> !ttg.memdesc<64x32xbf16, #shared>"
+    layout = "#linear1 = #ttg.linear<{{register = [[{}], [8, 0], [0, 8]], lane = [[0, 2]]}}>\n"
+    program = "import sys, compile_check; print(*[compile_check._miscompiled(x) for x in sys.argv[1:]])"
+    command = [sys.executable, "-c", program, *(layout.format(step) + stored for step in ("1, 0", "0, 1"))]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["1", "0"], run.stdout + run.stderr

@@ -34,6 +34,7 @@ def test_fits_an_h100(tmp_path: Path) -> None:
     assert {
         *scans,
         "solve_kernel",
+        "pairs_kernel",
         "gradient_kernel",
         "solve_levels_kernel",
         "vector_pairs_kernel",

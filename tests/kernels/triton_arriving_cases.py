@@ -77,13 +77,15 @@ DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_
 )
 @case("bonus rows", "diag_decay", "vector", ("scale",), DIAG_VECTOR, extra="bonus", num_tokens=20, **ONE)
 @case("values rows", "diag_decay", "none", ("scale",), DIAG_VECTOR, extra="log_decay_v", num_tokens=20, **ONE)
-@case("delta none", "delta_rule", "none", ("solve",), ("gradient",), num_tokens=20, strided=True, **ONE)
+@case(
+    "delta none", "delta_rule", "none", ("solve",), ("pairs", "gradient"), num_tokens=20, strided=True, **ONE
+)
 @case(
     "delta scalar packed",
     "delta_rule",
     "scalar",
     ("plan", "sums", "solve"),
-    ("gradient",),
+    ("pairs", "gradient"),
     num_tokens=60,
     cu_seqlens=SHORT,
     **FEW,
@@ -93,7 +95,7 @@ DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_
     "delta_rule",
     "scalar",
     ("sums", "solve", "forward", "forward"),
-    ("gradient",),
+    ("pairs", "gradient"),
     num_tokens=70,
     processors=5,
     **ONE,

@@ -55,13 +55,9 @@ def diagonal_blocks(a, C: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def pair_of_blocks(x, N: tl.constexpr, B: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr):
-    """Block (ROW, COLUMN) of the 2 x 2 blocks of each of N matrices: [N, 2 B, 2 B] to [N, B, B]."""
-    half = tl.arange(0, 2)
-    x = tl.reshape(x, (N, 2, B, 2 * B))
-    x = tl.sum(tl.where(half[None, :, None, None] == ROW, x, 0.0), 1)
-    x = tl.reshape(x, (N, B, 2, B))
-    return tl.sum(tl.where(half[None, None, :, None] == COLUMN, x, 0.0), 2)
+def row_halves(x, N: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr):
+    """The upper and the lower rows, [N, B, WIDTH], of each of N matrices of 2 B rows."""
+    return tl.split(tl.permute(tl.reshape(x, (N, 2, B, WIDTH)), (0, 2, 3, 1)))
 
 
 @triton.jit
@@ -69,10 +65,11 @@ def merge(a, x, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr):
     """Inverses x of the [C / B, B, B] diagonal blocks of I + a to those of blocks twice as large."""
     N: tl.constexpr = C // (2 * B)
     half = tl.arange(0, 2)
-    below = pair_of_blocks(diagonal_blocks(a, C, 2 * B), N, B, 1, 0)
-    x = tl.reshape(x, (N, 2, B, B))
-    left = tl.sum(tl.where(half[None, :, None, None] == 0, x, 0.0), 1)
-    right = tl.sum(tl.where(half[None, :, None, None] == 1, x, 0.0), 1)
+    left_columns = tl.where(
+        half[None, None, :, None] == 0, tl.reshape(diagonal_blocks(a, C, 2 * B), (N, 2 * B, 2, B)), 0.0
+    )
+    _, below = row_halves(tl.sum(left_columns, 2), N, B, B)
+    left, right = row_halves(x, N, B, B)
     if N == 1:
         flat = tl.dot(tl.reshape(below, (B, B)), tl.reshape(left, (B, B)), input_precision=PRECISION)
         flat = tl.dot(tl.reshape(right, (B, B)), flat, input_precision=PRECISION)
@@ -91,11 +88,14 @@ def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + a)^-1, float32, of a strictly lower triangular [C, C]; C is 16, 32 or 64."""
     blocks = diagonal_blocks(a, C, 16)
     i = tl.arange(0, 16)
-    x = tl.zeros_like(blocks) + tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None]
-    for row in range(1, 16):
-        a_row = tl.sum(tl.where(i[None, :, None] == row, blocks, 0.0), 1)  # [N, 16]
-        known = tl.sum(a_row[:, :, None] * x, 1)
-        x = tl.where(i[None, :, None] == row, x - known[:, None, :], x)
+    span = i[:, None] ^ i[None, :]
+    is_below = i[:, None] > i[None, :]
+    x = tl.zeros_like(blocks) + tl.where(span == 0, 1.0, 0.0)[None]
+    x -= tl.where((is_below & (span < 2))[None], blocks, 0.0)
+    for level in tl.static_range(1, 4):
+        is_pair = is_below & (span >= 2**level) & (span < 2 ** (level + 1))
+        between = tl.where(is_pair[None], blocks, 0.0)
+        x -= tl.dot(x, tl.dot(between, x, input_precision=PRECISION), input_precision=PRECISION)
     if C >= 32:
         x = merge(a, x, C, 16, PRECISION)
     if C >= 64:

@@ -6,7 +6,7 @@ spills, except float32 with K over 64: without tensor cores, its products are wr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -84,6 +84,18 @@ def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     return Cut(keys, min(32, values), 4, 2)
 
 
+def ahead(scan: Cut) -> Cut:
+    """A scan of the delta rule, which fetches two steps ahead where others fetch one: then no load is waited for.
+
+    What it loads by hand takes registers: with masks, blocks of 32 columns spill in packed rows.
+    """
+    if scan.num_stages == 2 and scan.num_warps == 4:
+        return replace(scan, num_stages=3)
+    if configs.has_wgmma() and scan.num_warps == 8 and scan.keys <= 128:
+        return replace(scan, values=min(16, scan.values))
+    return scan
+
+
 def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for outputs: BK is the whole of K."""
     keys, values = _padded(num_keys), _padded(num_values)
@@ -92,21 +104,25 @@ def output(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     return Cut(keys, min(32, values), 8, 1)
 
 
-def gradient(num_keys: int, num_values: int, dtype: torch.dtype, has_decay: bool) -> Cut:
-    """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop, which holds registers apart.
-
-    Without a decay two programs of 4 warps fit a multiprocessor; with one they would spill.
-    """
+def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for gradients: blocks of K in the grid, blocks of V in a loop, which holds registers apart."""
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2 and not configs.has_wgmma():
         return Cut(min(32, keys), min(32, values), 8, 1)
     if dtype.itemsize == 2 and _is_masked(num_keys, num_values):
         return Cut(min(64, keys), 64 if values > 64 else min(32, values), 8, 2)
-    if dtype.itemsize == 2 and not has_decay:
-        return Cut(min(64, keys), min(32, values), 4, 2)
     if dtype.itemsize == 2:
-        return Cut(min(128, keys), 64 if values > 64 else min(32, values), 8, 1)
+        return Cut(min(64, keys), 64 if values > 64 else min(32, values), 4, 2)
     return Cut(min(32, keys), min(16, values), 8, 1)
+
+
+def pairs(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """Of the kernel for the gradients of scores, with a scalar decay or none: blocks of K and V in loops."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    if dtype.itemsize == 2 and configs.has_wgmma():
+        return Cut(min(64, keys), min(64, values), 4, 2)
+    block = 32 if dtype.itemsize == 2 else 16
+    return Cut(min(block, keys), min(block, values), 8, 1)
 
 
 def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
@@ -114,10 +130,9 @@ def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     keys, values = _padded(num_keys), _padded(num_values)
     if dtype.itemsize == 2 and not configs.has_wgmma():
         return Cut(16, 64 if values == 128 else min(32, values), 8, 1)
-    if dtype.itemsize == 2 and keys > 64 and not _is_masked(num_keys, num_values):
-        return Cut(32, 64 if values > 64 else min(16, values), 4, 1)
     if dtype.itemsize == 2:
-        return Cut(16, min(32, values), 4, 1)
+        is_wide = keys == 128 and values <= 128 and not _is_masked(num_keys, num_values)
+        return Cut(32 if is_wide else 16, min(32, values), 4, 1)
     return Cut(16, min(16, values), 8, 1)
 
 

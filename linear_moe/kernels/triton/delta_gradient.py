@@ -1,20 +1,19 @@
 # mypy: allow-untyped-defs
 """Gradients of q, k, beta and of decays that are scalars, from what the two scans left: all chunks at once.
 
-With D, L and P as in delta_chunk.py, S before the chunk, dS the gradient of the memory after it, y = D * (do e^T),
-x = D * (dv e^T) and sums over columns of V, docs/kernels_delta.md derives
+With S before the chunk, dS the gradient of the memory after it, Y, X and Z of delta_pairs.py, which comes first, and
+sums over columns of V, docs/kernels_delta.md derives
 
-    dq = scale * read * (do S^T) + scale * (y beta) K
-    dk = -read * (dv S^T) + write * beta * (e dS^T) + scale * (y beta)^T Q - (x beta + (x beta)^T) K     x strict
-    d beta_j = sum_i (scale * y_ij q_i . k_j - x_ij k_i . k_j) + write_j k_j . (e dS^T)_j = e_j . dv_j / beta_j
+    dq = scale * read * (do S^T) + Y K
+    dk = -read * (dv S^T) + write * beta * (e dS^T) + Y^T Q + (X + X^T) K
+    d beta_j = sum_i Z_ij / beta_j + write_j k_j . (e dS^T)_j = e_j . dv_j / beta_j
     d log a_t = sum_{i >= t > j} Z_ij + sum_{i >= t} R_i + sum_{j < t} W_j + total * <S, dS>
-    Z_ij = beta_j (scale * y_ij q_i . k_j - x_ij k_i . k_j)
     R_i = read_i (scale * q_i . (do S^T)_i - k_i . (dv S^T)_i)
     W_j = beta_j write_j k_j . (e dS^T)_j
 
 A program owns a chunk, a head and BK columns of K. Both last gradients are sums over K, so every block leaves its
-part. No product is transposed: scores of both orders are products of their own (see diag_scan.py on Triton). Where
-nothing reads the memory but its end (``HAS_OUTPUT``), all with q and do is left out.
+part. No product is transposed (see diag_scan.py on Triton), only what is loaded. Where nothing reads the memory but its
+end (``HAS_OUTPUT``), all with q and do is left out.
 
 Letters: S chunks of all documents, H heads, C tokens in a chunk, DK and DV the dims of k and v, BK a block of DK, BV of
 DV, NK and NV blocks, L tokens of all rows.
@@ -74,13 +73,12 @@ def reads_of_memory(
 
 @triton.jit
 def writes_to_memory(
-    e, states, d_states, v_t: tl.constexpr, left,
+    e, d_states, v_t: tl.constexpr, left,
     i_K, m_K, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """e dS^T, [C, BK], and S * dS summed over V, [BK]."""
+    """e dS^T, [C, BK]."""
     i_C = tl.arange(0, C)
     b_eS = tl.zeros([C, BK], tl.float32)
-    through = tl.zeros([BK], tl.float32)
     for block in range(0, (DV + BV - 1) // BV):
         i_V = block * BV + tl.arange(0, BV)
         m_V = (i_V < DV) | (DV % BV == 0)
@@ -89,12 +87,22 @@ def writes_to_memory(
         i_ST, m_ST = i_K[None, :] * DV + i_V[:, None], m_V[:, None] & m_K[None, :]
         b_dST = tl.load(d_states + i_ST, mask=m_ST, other=0.0)  # [BV, BK]
         b_eS = tl.dot(b_e, b_dST, b_eS, input_precision="ieee")
-        # Loaded again: a load that a product and registers share has one buffer, into which Triton (3.6, sm_90) fetches
-        # the next block while the product, which is asynchronous, still reads it.
-        i_S, m_S = i_K[:, None] * DV + i_V[None, :], m_K[:, None] & m_V[None, :]
-        b_S = tl.load(states + i_S, mask=m_S, other=0.0).to(tl.float32)  # [BK, BV]
-        through += tl.sum(b_S * tl.load(d_states + i_S, mask=m_S, other=0.0).to(tl.float32), 1)
-    return b_eS, through
+    return b_eS
+
+
+@triton.jit
+def sum_through(states, d_states, first, size, BLOCK: tl.constexpr, LENGTH: tl.constexpr):
+    """S * dS summed over ``size`` numbers from ``first`` on, at most ``LENGTH``.
+
+    Loaded again: a load that a product and registers share has one buffer, into which Triton (3.6, sm_90) fetches the
+    next block while the product, which is asynchronous, still reads it.
+    """
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, LENGTH // BLOCK):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        b_S = tl.load(states + first + i, mask=i < size, other=0.0).to(tl.float32)
+        b_sum += b_S * tl.load(d_states + first + i, mask=i < size, other=0.0).to(tl.float32)
+    return tl.sum(b_sum, 0)
 
 
 @triton.jit
@@ -124,10 +132,11 @@ def clear_values(
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
 def gradient_kernel(
     q, k, do, beta, log_decay, sums, plan,
+    pairs,  # delta_pairs.py
     e, dv,  # [L, H, DV]
     states, d_states,  # [S, H, DK, DV]
     dq, dk,  # [L, H, DK]
-    d_beta, d_decay,  # [NK, L, H] float32
+    d_beta, d_decay,  # [NK + 1, L, H] float32; the last part is of the pairs
     num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, num_all, scale,
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h,
     o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
@@ -136,6 +145,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """Grid: S * H * NK."""
     NK: tl.constexpr = (DK + BK - 1) // BK
+    BLOCK: tl.constexpr = 2048
+    LENGTH: tl.constexpr = (BK * DV + BLOCK - 1) // BLOCK * BLOCK
     i_k = tl.program_id(0) % NK
     head = (tl.program_id(0) // NK) % num_heads
     chunk = tl.program_id(0) // NK // num_heads
@@ -152,7 +163,8 @@ def gradient_kernel(
     d_beta, d_decay = d_beta + of_part, d_decay + of_part
     m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
     if left > 0:
-        tile = (chunk.to(tl.int64) * num_heads + head) * (DK * DV)
+        place = chunk.to(tl.int64) * num_heads + head
+        tile = place * (DK * DV)
         v_t: tl.constexpr = num_heads * DV
         of_v = token.to(tl.int64) * v_t + head * DV
         do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
@@ -163,64 +175,47 @@ def gradient_kernel(
         k += batch * k_b + at * k_t + (head // K_PER).to(tl.int64) * k_h
         p_beta = beta + batch * b_b + (at + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=m_C, other=0.0).to(tl.float32)
-        is_below = i_C[:, None] > i_C[None, :]
-
-        # what tokens read of each other
-        b_y, b_x = products_of_tokens(do, e, of_dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         HAS_LOW: tl.constexpr = k.dtype.element_ty == tl.float32
-        read, write, total, pair = factors(
+        read, write, total, _ = factors(
             log_decay, sums, head, num_heads, token, chunk, left, DECAY, False, C, HAS_LOW
         )
-        is_own = i_C[:, None] == i_C[None, :]
-        b_own = tl.sum(tl.where(is_own, b_x, 0.0), 1)  # e_j . dv_j
-        b_y = b_y * pair * scale
-        b_x = tl.where(is_below, b_x * pair, 0.0)
-        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
-        b_z = tl.dot(b_k, tl.trans(b_k), input_precision="ieee") * -b_x
-        if HAS_OUTPUT:
-            b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)
-            b_z += tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_y
-        b_dbeta = tl.sum(b_z, 0)
-        if DECAY != 0:
-            b_later = tl.cumsum(b_z * b_beta[None, :], 0, reverse=True)  # [t, j]
-            b_log = tl.sum(tl.where(is_below, b_later, 0.0), 1)
-        if HAS_OUTPUT:
-            b_dq = tl.dot((b_y * b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
-        b_dk = tl.dot((b_x * -b_beta[None, :]).to(b_k.dtype), b_k, input_precision="ieee")
 
-        # what they read of the memory before the chunk
-        b_oS, b_vS = reads_of_memory(
+        # what tokens read of the memory before the chunk
+        b_dq, b_dk = reads_of_memory(
             do, of_dv, states + tile, o_t, v_t, left, i_K, m_K, DV, BK, BV, C, HAS_OUTPUT
         )
-        if DECAY != 0:
-            b_R = -tl.sum(b_k.to(tl.float32) * b_vS, 1) * read
-            if HAS_OUTPUT:
-                b_R += tl.sum(b_q.to(tl.float32) * b_oS, 1) * (read * scale)
-            b_log += tl.sum(tl.where(i_C[:, None] <= i_C[None, :], b_R[None, :], 0.0), 1)
-        b_dk -= b_vS * read[:, None]
+        b_dk = b_dk * -read[:, None]
+        b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=m_q, other=0.0)  # [C, BK]
         if HAS_OUTPUT:
-            b_dq += b_oS * (read * scale)[:, None]
-            tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
-
-        # what they leave in the one after: a loop of its own, since three sums at once would fill the registers
-        b_eS, through = writes_to_memory(
-            e, states + tile, d_states + tile, v_t, left, i_K, m_K, DV, BK, BV, C
-        )
-        b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
-        tl.store(d_beta + i_token, beta_gradient(b_dbeta + b_W, b_own, b_beta, i_k == 0), mask=m_C)
+            b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=m_q, other=0.0)
+            b_dq = b_dq * (read * scale)[:, None]
         if DECAY != 0:
-            b_log += tl.sum(tl.where(is_below, (b_W * b_beta)[None, :], 0.0), 1) + tl.sum(through) * total
+            b_R = tl.sum(b_k.to(tl.float32) * b_dk, 1)
+            if HAS_OUTPUT:
+                b_R += tl.sum(b_q.to(tl.float32) * b_dq, 1)
+
+        # what they give each other
+        p_pairs = pairs + place * (2 * C * C) + i_C[:, None] * C + i_C[None, :]
+        if HAS_OUTPUT:
+            b_y = tl.load(p_pairs)
+            b_dq = tl.dot(b_y, b_k, b_dq, input_precision="ieee")
+            tl.store(dq + i_g, b_dq.to(dq.dtype.element_ty), mask=m_q)
+            b_dk = tl.dot(tl.trans(b_y), b_q, b_dk, input_precision="ieee")
+        b_x = tl.load(p_pairs + C * C)
+        b_dk = tl.dot(b_x, b_k, b_dk, input_precision="ieee")
+        b_dk = tl.dot(tl.trans(b_x), b_k, b_dk, input_precision="ieee")
+
+        # what they leave in the memory after it: a loop of its own, since three sums at once would fill the registers
+        b_eS = writes_to_memory(e, d_states + tile, v_t, left, i_K, m_K, DV, BK, BV, C)
+        b_W = tl.sum(b_k.to(tl.float32) * b_eS, 1) * write
+        tl.store(d_beta + i_token, beta_gradient(b_W, 0.0, b_beta, False), mask=m_C)
+        if DECAY != 0:
+            size = tl.minimum(BK, DK - i_k * BK) * DV
+            b_log = sum_through(states + tile, d_states + tile, i_k * (BK * DV), size, BLOCK, LENGTH) * total
+            is_later = i_C[:, None] >= i_C[None, :]
+            b_log += tl.sum(tl.where(is_later, b_R[:, None], (b_W * b_beta)[:, None]), 0)
             tl.store(d_decay + i_token, b_log, mask=m_C)
         b_dk += b_eS * (write * b_beta)[:, None]
-
-        # what they write for each other
-        b_y, b_x = products_of_tokens(e, do, e, of_dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
-        _, _, _, pair = factors(log_decay, sums, head, num_heads, token, chunk, left, DECAY, True, C, HAS_LOW)
-        b_x = tl.where(i_C[:, None] < i_C[None, :], b_x * pair * -b_beta[:, None], 0.0)
-        if HAS_OUTPUT:
-            b_y = b_y * pair * (b_beta * scale)[:, None]
-            b_dk = tl.dot(b_y.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-        b_dk = tl.dot(b_x.to(b_k.dtype), b_k, b_dk, input_precision="ieee")
         tl.store(dk + i_g, b_dk.to(dk.dtype.element_ty), mask=m_q)
     else:  # after the last document; unused chunks have no tokens
         nothing, none = tl.zeros([C, BK], tl.float32), tl.zeros([C], tl.float32)

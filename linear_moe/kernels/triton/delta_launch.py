@@ -20,6 +20,7 @@ from linear_moe.kernels.triton.delta_chunk import solve_kernel
 from linear_moe.kernels.triton.delta_gradient import gradient_kernel
 from linear_moe.kernels.triton.delta_levels import solve_levels_kernel
 from linear_moe.kernels.triton.delta_output import output_kernel
+from linear_moe.kernels.triton.delta_pairs import pairs_kernel
 from linear_moe.kernels.triton.delta_scan import backward_kernel, forward_kernel
 from linear_moe.kernels.triton.delta_vector_gradient import vector_gradient_kernel
 from linear_moe.kernels.triton.delta_vector_pairs import vector_pairs_kernel
@@ -150,7 +151,7 @@ class DeltaChunks(ChunkLaunch):
         num_values = self.num_keys if v is None else self.num_values
         documents = layout.num_documents * self.pieces
         final = self._empty(documents, self.num_heads, self.num_keys, num_values, dtype=torch.float32)
-        cut = delta_configs.forward_scan(self.num_keys, num_values, self.dtype)
+        cut = delta_configs.ahead(delta_configs.forward_scan(self.num_keys, num_values, self.dtype))
         dims = {**self._dims(), "DV": num_values}
         forward_kernel[(documents * self.num_heads * triton.cdiv(num_values, cut.values),)](
             k_read, k_write, beta if v is None else v, beta, self.log_decay, self.sums, solved.totals,
@@ -202,7 +203,7 @@ class DeltaChunks(ChunkLaunch):
         documents = layout.num_documents * self.pieces
         shape = documents, self.num_heads, self.num_keys, self.num_values
         d_initial = self._empty(*shape, dtype=torch.float32)
-        cut = delta_configs.backward_scan(self.num_keys, self.num_values, self.dtype)
+        cut = delta_configs.ahead(delta_configs.backward_scan(self.num_keys, self.num_values, self.dtype))
         backward_kernel[(documents * self.num_heads * self._blocks_of_values(cut),)](
             q_read, k_read, k_write, do, beta, self.log_decay, self.sums, solved.totals, solved.inverse,
             solved.scores, layout.plan, layout.first_segment, d_initial if d_final is None else d_final,
@@ -235,15 +236,16 @@ class DeltaChunks(ChunkLaunch):
         dq = torch.empty_like(dk) if has_output else dk
         q, do = k if q is None else q, beta if do is None else do
         cut = self._gradient_blocks()
-        grid = (self._places() * triton.cdiv(self.num_keys, cut.keys),)
-        parts = triton.cdiv(self.num_keys, cut.keys), *tokens
+        blocks = triton.cdiv(self.num_keys, cut.keys)
+        grid = (self._places() * blocks,)
+        parts = blocks + (self.decay != KEY_DECAY), *tokens
         d_beta = self._empty(*parts, dtype=torch.float32)
         strides = *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], *beta.stride()
         if self.decay == KEY_DECAY:
             d_decay = self._empty(*tokens, self.num_keys, dtype=self.log_decay.dtype)
             dims = self._dims()
             del dims["DECAY"]
-            pairs, own = self._vector_pairs(do, beta, errors, dv, has_output)
+            pairs, own = self._vector_pairs(do, errors, dv, has_output)
             vector_gradient_kernel[grid](
                 q, k, do, beta, self.log_decay, self.sums, solved.totals, layout.plan, pairs, own, errors, dv,
                 states, d_states, dq, dk, d_decay, d_beta, *self._sizes(), layout.num_documents,
@@ -252,8 +254,15 @@ class DeltaChunks(ChunkLaunch):
             )  # fmt: skip
             return dq, dk, d_beta.sum(0), d_decay
         d_decay = d_beta if self.decay == NO_DECAY else self._empty(*parts, dtype=torch.float32)
+        pairs = self._new_pairs()
+        of_pairs = delta_configs.pairs(self.num_keys, self.num_values, self.dtype)
+        pairs_kernel[(self._places(),)](
+            q, k, do, beta, self.log_decay, self.sums, layout.plan, errors, dv, pairs, d_beta[-1], d_decay[-1],
+            *self._sizes(), layout.num_documents, self.scale, *strides,
+            K_PER=self._sharing(k), HAS_OUTPUT=has_output, **self._dims(), **of_pairs.launch,
+        )  # fmt: skip
         gradient_kernel[grid](
-            q, k, do, beta, self.log_decay, self.sums, layout.plan, errors, dv, states, d_states,
+            q, k, do, beta, self.log_decay, self.sums, layout.plan, pairs, errors, dv, states, d_states,
             dq, dk, d_beta, d_decay, *self._sizes(), layout.num_documents, layout.num_all, self.scale, *strides,
             K_PER=self._sharing(k), HAS_OUTPUT=has_output, **self._dims(), **cut.launch,
         )  # fmt: skip
@@ -263,26 +272,26 @@ class DeltaChunks(ChunkLaunch):
         return dq, dk, d_beta.sum(0), d_decay.to(self.log_decay.dtype)
 
     def _vector_pairs(
-        self, do: Tensor, beta: Tensor, errors: Tensor, dv: Tensor, has_output: bool
+        self, do: Tensor, errors: Tensor, dv: Tensor, has_output: bool
     ) -> tuple[Tensor, Tensor]:
         """What tokens of a chunk give each other: ``[S, H, 2, C, C]`` and, float32, ``[S, H, C]``."""
-        layout, shape = self.layout, (self.layout.num_segments, self.num_heads)
-        pairs = self._empty(*shape, 2, self.chunk, self.chunk)
-        own = self._empty(*shape, self.chunk, dtype=torch.float32)
+        layout, pairs = self.layout, self._new_pairs()
+        own = self._empty(layout.num_segments, self.num_heads, self.chunk, dtype=torch.float32)
         cut = delta_configs.vector_pairs(self.num_values, self.dtype)
         vector_pairs_kernel[(self._places(),)](
-            do, beta, errors, dv, layout.plan, pairs, own, *self._sizes(), layout.num_documents, self.scale,
-            *do.stride()[:3], *beta.stride(), DV=self.num_values, BV=cut.values, C=self.chunk,
+            do, errors, dv, layout.plan, pairs, own, *self._sizes(), layout.num_documents, self.scale,
+            *do.stride()[:3], DV=self.num_values, BV=cut.values, C=self.chunk,
             HAS_OUTPUT=has_output, IS_PACKED=layout.is_packed,
             num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
         return pairs, own
 
+    def _new_pairs(self) -> Tensor:
+        return self._empty(self.layout.num_segments, self.num_heads, 2, self.chunk, self.chunk)
+
     def _gradient_blocks(self) -> delta_configs.Cut:
-        sizes = self.num_keys, self.num_values, self.dtype
-        if self.decay == KEY_DECAY:
-            return delta_configs.vector_gradient(*sizes)
-        return delta_configs.gradient(*sizes, self.decay != NO_DECAY)
+        blocks = delta_configs.vector_gradient if self.decay == KEY_DECAY else delta_configs.gradient
+        return blocks(self.num_keys, self.num_values, self.dtype)
 
     def _blocks_of_values(self, cut: delta_configs.Cut) -> int:
         return triton.cdiv(self.num_values, cut.values)

@@ -4,19 +4,22 @@
     L_ij = sum_d k_id k_jd D_ijd,    P_ij = scale beta_j sum_d q_id k_jd D_ijd        D_ijd = decay of tokens j + 1 .. i
 
 Both are sums over levels, as in diag_levels.py: at the level where tokens i and j part, one tile of k, decayed to the
-border between them, holds readers and writers, so that no exponent is positive. Beside them the kernel leaves k and q
+border between them, holds readers and writers, so that no exponent is positive. Pairs in one block of 16 tokens are
+products of that size (delta_near.py), the others of whole chunks, in a loop of their own, which holds registers apart.
+Beside them the kernel leaves k and q
 as they read the memory before the chunk, k as it is written to the memory after it, and what the chunk keeps: with
 these the scans and the outputs know no decay of their own. Without q (``HAS_OUTPUT``) there are no scores.
 
-Letters: S chunks of all documents, H heads, C tokens in a chunk, DK the dim of k, BK a block of it, L tokens of all
-rows. ``K_PER`` heads of the scan share one head of k.
+Letters: S chunks of all documents, H heads, C tokens in a chunk, N = C / 16, DK the dim of k, BK a block of it, L
+tokens of all rows. ``K_PER`` heads of the scan share one head of k.
 """
 
 import triton
 import triton.language as tl
 
 from linear_moe.kernels.triton.delta_chunk import unit_lower_inverse
-from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_over
+from linear_moe.kernels.triton.delta_near import far_sums, near_sums, of_blocks, on_diagonal
+from linear_moe.kernels.triton.diag_levels import halves, load_log_decay
 from linear_moe.kernels.triton.layout import segment_of
 
 
@@ -48,41 +51,76 @@ def solve_levels_kernel(
         of_chunk = ((batch * num_tokens + first) * num_heads + head) * DK
         q_read, k_read, k_write = q_read + of_chunk, k_read + of_chunk, k_write + of_chunk
         tile = chunk.to(tl.int64) * num_heads + head
-        b_P = tl.zeros([C, C], tl.float32)
-        b_L = tl.zeros([C, C], tl.float32)
-        i_pair = i_C[:, None] * C + i_C[None, :]
-        for block in range(0, (DK + BK - 1) // BK):
-            i_K = block * BK + tl.arange(0, BK)
-            m_K = (i_K < DK) | (DK % BK == 0)
-            mask = (i_C[:, None] < left) & m_K[None, :]
+        N: tl.constexpr = C // 16
+        dtype: tl.constexpr = inverse.dtype.element_ty
+        n, i = tl.arange(0, N), tl.arange(0, 16)
+        i_T = n[:, None, None] * 16 + i[None, :, None]
+
+        b_P, b_L = tl.zeros([N, 16, 16], tl.float32), tl.zeros([N, 16, 16], tl.float32)
+        for block in range(0, (DK + BK - 1) // BK):  # pairs of tokens in one block of 16
+            i_K = block * BK + tl.arange(0, BK)[None, None, :]
+            mask = (i_T < left) & ((i_K < DK) | (DK % BK == 0))
+            b_k = tl.load(k + i_T * k_t + i_K, mask=mask, other=0.0)  # [N, 16, BK]
             if HAS_OUTPUT:
-                b_q = tl.load(q + i_C[:, None] * q_t + i_K[None, :], mask=mask, other=0.0)
-            b_k = tl.load(k + i_C[:, None] * k_t + i_K[None, :], mask=mask, other=0.0)
-            b_a = load_log_decay(log_decay + i_C[:, None] * a_t + i_K[None, :] * a_d, mask)  # [C, BK]
-            tl.store(totals + tile * DK + i_K, tl.exp2(tl.sum(b_a, 0)), mask=m_K)
-            high, low = halves(b_a, inverse.dtype.element_ty)
-            for level in range(0, LEVELS):
-                factor = tl.exp2(sum_over(table, level, high, low))
-                b_z = (b_k * factor).to(inverse.dtype.element_ty)
-                is_level = (
-                    tl.load(table + (2 * (LEVELS + 2) + level) * (C * C) + i_pair) > 0
-                )  # in both orders
+                b_q = tl.load(q + i_T * q_t + i_K, mask=mask, other=0.0)
+                own = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
+                b_P += tl.where((i[:, None] == i[None, :])[None], own, 0.0)
+            high, low = halves(load_log_decay(log_decay + i_T * a_t + i_K * a_d, mask), dtype)
+            for level in range(0, 4):
+                factor = tl.exp2(near_sums(table, level, high, low, C))
+                is_level = (((i[:, None] ^ i[None, :]) >> level) == 1)[None]
+                b_z = (b_k * factor).to(dtype)
+                b_zT = tl.permute(b_z, (0, 2, 1))
                 if HAS_OUTPUT:
-                    b_x = (b_q * factor).to(inverse.dtype.element_ty)
-                    b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision="ieee"), 0.0)
-                b_L += tl.where(is_level, tl.dot(b_z, tl.trans(b_z), input_precision="ieee"), 0.0)
-            p_K = i_C[:, None] * (num_heads * DK) + i_K[None, :]
-            read = tl.exp2(sum_over(table, LEVELS, high, low))
+                    b_x = (b_q * factor).to(dtype)
+                    b_P += tl.where(is_level, tl.dot(b_x, b_zT, input_precision="ieee"), 0.0)
+                b_L += tl.where(is_level, tl.dot(b_z, b_zT, input_precision="ieee"), 0.0)
+
+        b_P, b_L = on_diagonal(b_P, C), on_diagonal(b_L, C)
+        is_earlier, is_later = n[None, :] < n[:, None], n[None, :] > n[:, None]
+        for block in range(0, (DK + BK - 1) // BK):  # the other pairs, and what the memory meets
+            i_K = block * BK + tl.arange(0, BK)[None, None, :]
+            mask = (i_T < left) & ((i_K < DK) | (DK % BK == 0))
+            b_k = tl.load(k + i_T * k_t + i_K, mask=mask, other=0.0)
             if HAS_OUTPUT:
-                own = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
-                b_P += tl.where(i_C[:, None] == i_C[None, :], own[:, None], 0.0)
-                tl.store(q_read + p_K, (b_q * read).to(q_read.dtype.element_ty), mask=mask)
-            tl.store(k_read + p_K, (b_k * read).to(k_read.dtype.element_ty), mask=mask)
-            write = tl.exp2(sum_over(table, LEVELS + 1, high, low))
-            tl.store(k_write + p_K, (b_k * write).to(k_write.dtype.element_ty), mask=mask)
+                b_q = tl.load(q + i_T * q_t + i_K, mask=mask, other=0.0)
+            high, low = halves(load_log_decay(log_decay + i_T * a_t + i_K * a_d, mask), dtype)
+            up_to = near_sums(table, LEVELS, high, low, C)
+            later = near_sums(table, LEVELS + 1, high, low, C)
+            sums = tl.min(up_to, 1)  # [N, BK], of whole blocks: sums only fall
+            i_total = block * BK + tl.arange(0, BK)
+            tl.store(totals + tile * DK + i_total, tl.exp2(tl.sum(sums, 0)), mask=i_total < DK)
+            p_K = i_T * (num_heads * DK) + i_K
+            read = tl.exp2(up_to + of_blocks(sums, is_earlier))
+            if HAS_OUTPUT:
+                tl.store(q_read + p_K, (b_q * read).to(dtype), mask=mask)
+            tl.store(k_read + p_K, (b_k * read).to(dtype), mask=mask)
+            write = tl.exp2(later + of_blocks(sums, is_later))
+            tl.store(k_write + p_K, (b_k * write).to(dtype), mask=mask)
+            for level in tl.static_range(4, LEVELS):
+                b_sums = tl.where((((n >> (level - 4)) & 1) == 1)[:, None, None], up_to, later)
+                if level > 4:
+                    b_sums += far_sums(sums, level, C)
+                factor = tl.exp2(b_sums)
+                b_z = tl.reshape((b_k * factor).to(dtype), (C, BK))
+                if HAS_OUTPUT:
+                    b_x = tl.reshape((b_q * factor).to(dtype), (C, BK))
+                if level == LEVELS - 1:  # readers are all later than writers
+                    is_reader = (i_C >> level == 1)[:, None]
+                    b_zT = tl.trans(tl.where(is_reader, 0.0, b_z).to(dtype))
+                    b_z = tl.where(is_reader, b_z, 0.0).to(dtype)
+                    if HAS_OUTPUT:
+                        b_x = tl.where(is_reader, b_x, 0.0).to(dtype)
+                        b_P = tl.dot(b_x, b_zT, b_P, input_precision="ieee")
+                    b_L = tl.dot(b_z, b_zT, b_L, input_precision="ieee")
+                else:
+                    is_level = ((i_C[:, None] ^ i_C[None, :]) >> level) == 1
+                    if HAS_OUTPUT:
+                        b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision="ieee"), 0.0)
+                    b_L += tl.where(is_level, tl.dot(b_z, tl.trans(b_z), input_precision="ieee"), 0.0)
         p_beta = beta + batch * b_b + (first + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=i_C < left, other=0.0).to(tl.float32)
-        p_tile, is_below = tile * (C * C) + i_pair, i_C[:, None] > i_C[None, :]
+        p_tile, is_below = tile * (C * C) + i_C[:, None] * C + i_C[None, :], i_C[:, None] > i_C[None, :]
         if HAS_OUTPUT:
             b_P = tl.where(i_C[:, None] >= i_C[None, :], b_P * (b_beta * scale)[None, :], 0.0)
             tl.store(scores + p_tile, b_P.to(scores.dtype.element_ty))

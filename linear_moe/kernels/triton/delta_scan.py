@@ -24,7 +24,8 @@ BK >= DK, BV a block of DV, NV blocks of it, L tokens of all rows.
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.triton.delta_chunk import factors
+from linear_moe.kernels.triton.decay_sums import chunk_decay, sums_of
+from linear_moe.kernels.triton.diag_scan import chunk_factors
 
 
 @triton.jit
@@ -50,23 +51,41 @@ def document_of(
 
 
 @triton.jit
-def step_factors(
-    beta, log_decay, sums, totals, head, num_heads, token, left, b_t, chunk, i_K, DK: tl.constexpr,
-    BK: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, HAS_LOW: tl.constexpr,
+def load_gates(
+    beta, log_decay, sums, head, num_heads, token, step, count, length, first, b_t,
+    DECAY: tl.constexpr, C: tl.constexpr, HAS_LOW: tl.constexpr,
 ):  # fmt: skip
-    """read [C], write * beta [C] and total [BK] of a step; ``beta`` points at its first token."""
+    """beta [C] of a step, and what it knows of its decay; of no step, numbers that nobody uses.
+
+    Triton does not fetch numbers like these ahead: a scan loads them during the step before.
+    """
     i_C = tl.arange(0, C)
-    b_beta = tl.load(beta + i_C * b_t, mask=i_C < left, other=0.0).to(tl.float32)
+    step = tl.maximum(tl.minimum(step, count - 1), 0)
+    left, past = length - step * C, tl.cast(step, tl.int64) * C
+    b_beta = tl.load(beta + past * b_t + i_C * b_t, mask=i_C < left, other=0.0)
+    chunk = tl.where(count > 0, first + step, 0)
+    high, low, last_high, last_low = 0.0, 0.0, 0.0, 0.0
+    if (DECAY == 1) | (DECAY == 2):
+        p_sums = sums_of(sums, tl.where(count > 0, token + past, 0), chunk, 0, head, num_heads, C)
+        high, low, last_high, last_low = chunk_decay(log_decay, p_sums, head, left, DECAY, C, HAS_LOW)
+    return b_beta, high, low, last_high, last_low
+
+
+@triton.jit
+def step_factors(
+    gates, totals, tile, i_K, DK: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+):  # fmt: skip
+    """read [C], write * beta [C] and total [BK] of a step."""
+    b_beta, high, low, last_high, last_low = gates
+    read, write = tl.full([C], 1.0, tl.float32), b_beta.to(tl.float32)
+    total = tl.full([BK], 1.0, tl.float32)
     if DECAY == 3:
-        read, write = tl.full([C], 1.0, tl.float32), b_beta
-        p_total = totals + (tl.cast(chunk, tl.int64) * num_heads + head) * DK + i_K
-        total = tl.load(p_total, mask=(i_K < DK) | (DK == BK), other=0.0)
-    else:
-        read, write, kept, _ = factors(
-            log_decay, sums, head, num_heads, token, chunk, left, DECAY, False, C, HAS_LOW
-        )
-        write = write * b_beta
-        total = tl.full([BK], 1.0, tl.float32) * kept
+        total = tl.load(totals + tile * DK + i_K, mask=(i_K < DK) | (DK == BK), other=0.0)
+    elif DECAY != 0:
+        read, to_end, _ = chunk_factors(high, low, last_high, last_low, 1.0, False, HAS_LOW)
+        write = write * to_end
+        total *= tl.exp2(last_high)
     return read, write, total
 
 
@@ -108,6 +127,10 @@ def forward_kernel(
     if HAS_INITIAL:
         b_S = tl.load(initial + of_document + i_S, mask=m_S, other=0.0)
 
+    HAS_LOW: tl.constexpr = k_read.dtype.element_ty == tl.float32
+    gates = load_gates(
+        beta, log_decay, sums, head, num_heads, token, 0, count, length, first, b_t, DECAY, C, HAS_LOW
+    )  # fmt: skip
     for step in range(0, count):
         left = length - step * C
         past = tl.cast(step, tl.int64) * C
@@ -119,20 +142,22 @@ def forward_kernel(
             mask=m_C[:, None] & m_K[None, :],
             other=0.0,
         )  # [C, BK]
-        b_kT = tl.load(
-            k_write + past * w_t + i_K[:, None] + i_C[None, :] * w_t,
-            mask=m_K[:, None] & m_C[None, :],
-            other=0.0,
-        )  # [BK, C]
+        b_kT = tl.trans(b_k)  # [BK, C]
+        if DECAY == 3:
+            b_kT = tl.load(
+                k_write + past * w_t + i_K[:, None] + i_C[None, :] * w_t,
+                mask=m_K[:, None] & m_C[None, :],
+                other=0.0,
+            )
         m_v = m_C[:, None] & m_V[None, :]
         b_v = tl.zeros([C, BV], tl.float32)
         if HAS_V:
             p_v = v + past * v_t + i_C[:, None] * v_t + i_V[None, :]
             b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)  # [C, BV]
         b_T = tl.load(inverse + tile * (C * C) + i_C[:, None] * C + i_C[None, :])  # [C, C]
-        read, write, total = step_factors(
-            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, left, b_t,
-            chunk, i_K, DK, BK, DECAY, C, k_read.dtype.element_ty == tl.float32,
+        read, write, total = step_factors(gates, totals, tile, i_K, DK, BK, DECAY, C, HAS_LOW)
+        gates = load_gates(
+            beta, log_decay, sums, head, num_heads, token, step + 1, count, length, first, b_t, DECAY, C, HAS_LOW
         )  # fmt: skip
         b_state = b_S.to(b_k.dtype)
         if not ONLY_FINAL:
@@ -186,6 +211,10 @@ def backward_kernel(
     if HAS_FINAL:
         b_dS = tl.load(d_final + of_document + i_S, mask=m_S, other=0.0)
 
+    HAS_LOW: tl.constexpr = k_read.dtype.element_ty == tl.float32
+    gates = load_gates(
+        beta, log_decay, sums, head, num_heads, token, count - 1, count, length, first, b_t, DECAY, C, HAS_LOW
+    )  # fmt: skip
     for back in range(0, count):
         step = count - 1 - back
         left = length - step * C
@@ -199,9 +228,9 @@ def backward_kernel(
             mask=m_C[:, None] & m_K[None, :],
             other=0.0,
         )  # [C, BK]
-        b_kT = tl.load(
-            k_read + past * k_t + i_K[:, None] + i_C[None, :] * k_t, mask=m_kT, other=0.0
-        )  # [BK, C]
+        b_kT = tl.trans(b_k)  # [BK, C]
+        if DECAY == 3:
+            b_kT = tl.load(k_read + past * k_t + i_K[:, None] + i_C[None, :] * k_t, mask=m_kT, other=0.0)
         p_tile = tile * (C * C) + i_C[:, None] + i_C[None, :] * C  # transposed
         b_TT = tl.load(inverse + p_tile)  # [C, C]
         if HAS_OUTPUT:
@@ -209,9 +238,9 @@ def backward_kernel(
             p_do = do + past * o_t + i_C[:, None] * o_t + i_V[None, :]
             b_do = tl.load(p_do, mask=m_v, other=0.0)  # [C, BV]
             b_PT = tl.load(scores + p_tile)
-        read, write, total = step_factors(
-            beta + past * b_t, log_decay, sums, totals, head, num_heads, token + past, left, b_t,
-            chunk, i_K, DK, BK, DECAY, C, k_read.dtype.element_ty == tl.float32,
+        read, write, total = step_factors(gates, totals, tile, i_K, DK, BK, DECAY, C, HAS_LOW)
+        gates = load_gates(
+            beta, log_decay, sums, head, num_heads, token, step - 1, count, length, first, b_t, DECAY, C, HAS_LOW
         )  # fmt: skip
         b_state = b_dS.to(b_k.dtype)
         if not ONLY_INITIAL:

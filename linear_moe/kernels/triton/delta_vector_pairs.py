@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
 """What tokens of a chunk give each other in the backward pass of the delta rule with a decay for each row.
 
-    Y_ij = scale beta_j do_i . e_j  (i > j)      scale do_j . e_i  (i < j)      scale do_i . e_i  (i = j)
-    X_ij = beta_j dv_i . e_j        (i > j)      dv_j . e_i        (i < j)      own_i = e_i . dv_i
+    Y_ij = Y_ji = scale do_i . e_j  (i >= j)     X_ij = X_ji = dv_i . e_j  (i > j)     own_i = e_i . dv_i
 
-without any decay: below the diagonal what readers get of writers, above it what writers get of readers. A kernel of its
+without any decay: below the diagonal what readers get of writers, above it what writers get of readers. Both orders
+are products of their own, of the same numbers: what cancels in delta_vector_gradient.py relies on it. A kernel of its
 own: every block of K of delta_vector_gradient.py would compute the same again, more work than it has of its own.
 
 Letters: S chunks of all documents, H heads, C tokens in a chunk, DV the dim of v, BV a block of it, L tokens.
@@ -17,13 +17,13 @@ from linear_moe.kernels.triton.delta_gradient import products_of_tokens
 from linear_moe.kernels.triton.layout import segment_of
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
+@triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
 def vector_pairs_kernel(
-    do, beta, e, dv, plan,
+    do, e, dv, plan,
     pairs,  # [S, H, 2, C, C]: Y, if there is do, and X
     own,  # [S, H, C] float32
     num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
-    o_b, o_t: tl.constexpr, o_h, b_b, b_t: tl.constexpr, b_h,
+    o_b, o_t: tl.constexpr, o_h,
     DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: S * H."""
@@ -39,15 +39,10 @@ def vector_pairs_kernel(
         of_v = token.to(tl.int64) * v_t + head * DV
         do += batch * o_b + at * o_t + head.to(tl.int64) * o_h
         e, dv = e + of_v, dv + of_v
-        p_beta = beta + batch * b_b + (at + i_C) * b_t + head.to(tl.int64) * b_h
-        b_beta = tl.load(p_beta, mask=i_C < left, other=0.0).to(tl.float32)
-        is_below = i_C[:, None] > i_C[None, :]
-        of_column = tl.where(is_below, b_beta[None, :], 0.0)
 
         b_y, b_x = products_of_tokens(do, e, dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         is_own = i_C[:, None] == i_C[None, :]
         tl.store(own + tile * C + i_C, tl.sum(tl.where(is_own, b_x, 0.0), 1))
-        b_y, b_x = b_y * tl.where(is_own, 1.0, of_column), b_x * of_column
         b_u, b_v = products_of_tokens(e, do, e, dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         is_above = i_C[:, None] < i_C[None, :]
         p_pairs = pairs + tile * (2 * C * C) + i_C[:, None] * C + i_C[None, :]
