@@ -109,8 +109,8 @@ class Threads:
         self.guesses = 0
         """Branches on something unknown."""
 
-    def run(self, code: list[Instruction], limit: int) -> list[Step]:
-        """From start to exit, or ``limit`` instructions."""
+    def run(self, code: list[Instruction], limit: int, *, leaves: bool = True) -> list[Step]:
+        """From start to exit, or ``limit`` instructions; ``leaves``: by exits that depend on something unknown."""
         actions = [action(self, one) for one in code]
         guards = [self.reader(one.guard[1:] or "PT") for one in code]
         steps: list[Step] = []
@@ -122,7 +122,7 @@ class Threads:
             at += 1
             if not is_on:
                 continue
-            if one.words[0] == "EXIT" and (guard is None or np.all(guard)):
+            if one.words[0] == "EXIT" and (leaves if guard is None else np.all(guard)):
                 break
             if one.target >= 0 and one.words[0] == "BRA":
                 if one.target == at - 1:

@@ -58,6 +58,12 @@ def uneven(tensors: dict[str, Tensor]) -> None:
     log_decay[..., ::3] = -1e-3
 
 
+def mostly_weak(tensors: dict[str, Tensor]) -> None:
+    """What float16's chunks keep is enough for one border for all of their pairs, but in the second."""
+    tensors["log_decay"][:] *= 0.1
+    tensors["log_decay"][:, 70:80, :, 3] = -3.0
+
+
 for decay in DECAYS[:3]:
     case(f"{decay} rows", decay, num_tokens=20, **ONE)(compare)
 case("vector rows", "vector", num_tokens=35, groups=2, num_heads=4, batch=1)(compare)
@@ -68,6 +74,13 @@ case("packed", "vector", chunk=32, num_tokens=205, cu_seqlens=PACKED, groups=1, 
 case("half precision", "vector", num_tokens=80, chunk=None, dtype=torch.float16, **ONE)(compare)
 weak = dict(num_tokens=70, chunk=None, dtype=torch.float16, change=decays(-0.01))
 case("half precision, weak", "vector", **weak, **ONE)(compare)
+border = dict(chunk=None, dtype=torch.float16, change=mostly_weak, **ONE)
+case("half precision, one border", "vector", num_tokens=200, processors=0, **border)(compare)
+documents = dict(num_tokens=200, cu_seqlens=(0, 0, 1, 18, 130, 195))
+case("half precision, one border, packed", "vector", num_keys=20, num_values=40, **documents, **border)(
+    compare
+)
+case("half precision, one border, segment", "vector", num_tokens=150, **border)(compare_segment)
 case("strong", "vector", num_tokens=40, change=decays(-30.0), **ONE)(compare)
 case("forgets all", "vector", num_tokens=40, change=decays(FORGET), **ONE)(compare)
 case("uneven", "vector", num_tokens=50, strength=0.01, change=uneven, **ONE)(compare)

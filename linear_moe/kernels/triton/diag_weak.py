@@ -24,6 +24,13 @@ from linear_moe.kernels.triton.layout import chunk_slot, mask_if
 
 
 @triton.jit
+def keeps(totals, place, LEAST: tl.constexpr, DK: tl.constexpr):
+    """Whether a chunk keeps ``LEAST`` or more of every row of the memory, of at most 256."""
+    i_K = tl.arange(0, 256)
+    return tl.min(tl.load(totals + place * DK + i_K, mask=i_K < DK, other=1.0), 0) >= LEAST
+
+
+@triton.jit
 def scale_weak(
     b_pairs, x, y, b_a, b_total, scaled_x, scaled_y, sums, i_D, m_D, x_t, y_t, out_t, left, scale,
     LEVELS: tl.constexpr,

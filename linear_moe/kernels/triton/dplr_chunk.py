@@ -19,6 +19,7 @@ import triton.language as tl
 
 from linear_moe.kernels.triton.delta_chunk import unit_lower_inverse
 from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_over
+from linear_moe.kernels.triton.diag_weak import keeps
 from linear_moe.kernels.triton.layout import segment_of
 
 
@@ -49,15 +50,19 @@ def dplr_solve_kernel(
     a_r, a_t: tl.constexpr, a_h, b_r, b_t: tl.constexpr, b_h,
     g_r, g_t: tl.constexpr, g_h, g_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
+    LEAST: tl.constexpr, PRECISION: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: S * H."""
+    """Grid: S * H. Chunks that keep ``LEAST`` of every row of the memory are left: dplr_weak.py solved them."""
     dtype: tl.constexpr = inverse.dtype.element_ty
     head, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     row, start, _length, left = segment_of(
         plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
     )
-    if left > 0:
+    tile = chunk.to(tl.int64) * num_heads + head
+    is_here = left > 0
+    if LEAST < 1:
+        is_here = is_here & (not keeps(totals, tile, LEAST, DK))
+    if is_here:
         i_C = tl.arange(0, C)
         batch, first, group = row.to(tl.int64), start.to(tl.int64), (head // K_PER).to(tl.int64)
         q += batch * q_r + first * q_t + group * q_h
@@ -66,7 +71,6 @@ def dplr_solve_kernel(
         b += batch * b_r + first * b_t + group * b_h
         log_decay += batch * g_r + first * g_t + head.to(tl.int64) * g_h
         of_chunk = ((batch * num_tokens + first) * num_heads + head) * DK
-        tile = chunk.to(tl.int64) * num_heads + head
         b_ab = tl.zeros([C, C], tl.float32)
         b_ak = tl.zeros([C, C], tl.float32)
         b_qb = tl.zeros([C, C], tl.float32)

@@ -18,6 +18,16 @@ def solve(num_keys: int, dtype: torch.dtype) -> Cut:
     return Cut(16, 0, 8, 1)
 
 
+def solve_weak(num_keys: int, dtype: torch.dtype) -> Cut:
+    """The same where decays are weak (dplr_weak.py)."""
+    return Cut(16, 0, 4 if configs.has_wgmma() else 8, 1)
+
+
+def least_kept(dtype: torch.dtype) -> float:
+    """What a chunk must keep of every row of the memory for dplr_weak.py; above 1: never."""
+    return 2.0 ** configs.least_total(16, dtype, False)
+
+
 def scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the scan, either way: BK is the whole of K, S of BK x BV float32 stays in registers."""
     cut = delta_configs.backward_scan(num_keys, num_values, dtype)
@@ -41,3 +51,10 @@ def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     if dtype.itemsize == 2:
         return Cut(16, 64 if values == 128 else min(32, values), 8, 1)
     return Cut(16, min(16, values), 8, 1)
+
+
+def gradient_weak(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
+    """The same where decays are weak (dplr_weak.py); dims that need masks, which take registers, in narrower blocks."""
+    keys, values = (max(16, triton.next_power_of_2(dim)) for dim in (num_keys, num_values))
+    widest = 32 if (keys, values) == (num_keys, num_values) else 16
+    return Cut(min(widest, keys), min(64, values), 4 if configs.has_wgmma() else 8, 1)

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from linear_moe.kernels.triton.delta_vector_gradient import spread
 from linear_moe.kernels.triton.diag_levels import halves, load_log_decay, sum_over
+from linear_moe.kernels.triton.diag_weak import keeps
 from linear_moe.kernels.triton.layout import segment_of
 
 
@@ -69,8 +70,10 @@ def products_with_memories(
 
 
 @triton.jit
-def add_both(total, x, y):
-    """total + x y^T on and below the diagonal, its transpose above it: a product of its own, none is transposed."""
+def add_pairs(total, x, y, HAS_BOTH: tl.constexpr):
+    """total + x y^T; ``HAS_BOTH``: its transpose above the diagonal, a product of its own, none is transposed."""
+    if not HAS_BOTH:
+        return tl.dot(x, tl.trans(y), total, input_precision="ieee")
     i_C = tl.arange(0, total.shape[0])
     below = tl.dot(x, tl.trans(y), input_precision="ieee")
     above = tl.dot(y, tl.trans(x), input_precision="ieee")
@@ -80,18 +83,26 @@ def add_both(total, x, y):
 @triton.jit
 def pairs_of_reader(
     p_pairs, x, w, v, x_t: tl.constexpr, w_t: tl.constexpr, v_t: tl.constexpr, scale, left,
-    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_V: tl.constexpr,
+    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_V: tl.constexpr, HAS_BOTH: tl.constexpr,
+    HAS_OWN: tl.constexpr,
 ):  # fmt: skip
-    """Stores scale * x w^T and scale * x v^T, each in both orders: one after the other reader, for registers."""
+    """Stores scale * x w^T and scale * x v^T: one after the other reader, for registers.
+
+    Each in both orders, or only where it reads, ``HAS_OWN`` on the diagonal too.
+    """
     dtype: tl.constexpr = p_pairs.dtype.element_ty
     y_b = tl.zeros([C, C], tl.float32)
     y_k = tl.zeros([C, C], tl.float32)
     for block in range(0, (DV + BV - 1) // BV):
         i_V = block * BV + tl.arange(0, BV)
         b_x = load_values(x, x_t, i_V, left, DV, BV, C)
-        y_b = add_both(y_b, b_x, load_values(w, w_t, i_V, left, DV, BV, C))
+        y_b = add_pairs(y_b, b_x, load_values(w, w_t, i_V, left, DV, BV, C), HAS_BOTH)
         if HAS_V:
-            y_k = add_both(y_k, b_x, load_values(v, v_t, i_V, left, DV, BV, C))
+            y_k = add_pairs(y_k, b_x, load_values(v, v_t, i_V, left, DV, BV, C), HAS_BOTH)
+    if not HAS_BOTH:
+        i = tl.arange(0, C)
+        is_read = (i[:, None] >= i[None, :]) if HAS_OWN else (i[:, None] > i[None, :])
+        y_b, y_k = tl.where(is_read, y_b, 0.0), tl.where(is_read, y_k, 0.0)
     tl.store(p_pairs, (y_b * scale).to(dtype))
     if HAS_V:
         tl.store(p_pairs + C * C, (y_k * scale).to(dtype))
@@ -101,14 +112,14 @@ def pairs_of_reader(
 def dplr_pairs_kernel(
     v, do,
     w, z,  # [L, H, DV]
-    plan,
+    totals, plan,
     pairs,  # [S, H, 4, C, C]: y_ab, y_ak, y_qb, y_qk
     num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
     v_r, v_t: tl.constexpr, v_h, o_r, o_t: tl.constexpr, o_h,
-    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEAST: tl.constexpr,
     HAS_OUTPUT: tl.constexpr, HAS_V: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: S * H."""
+    """Grid: S * H. In both orders for levels, one for dplr_weak.py."""
     head, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     row, start, _length, left = segment_of(
         plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
@@ -121,12 +132,18 @@ def dplr_pairs_kernel(
         w, z = w + of_w, z + of_w
         v += batch * v_r + at * v_t + head.to(tl.int64) * v_h
         do += batch * o_r + at * o_t + head.to(tl.int64) * o_h
-        tile = (chunk.to(tl.int64) * num_heads + head) * (4 * C * C)
-        p_pairs = pairs + tile + i_C[:, None] * C + i_C[None, :]
-        pairs_of_reader(p_pairs, z, w, v, w_t, w_t, v_t, 1.0, left, DV, BV, C, HAS_V)
-        if HAS_OUTPUT:
-            p_pairs += 2 * C * C
-            pairs_of_reader(p_pairs, do, w, v, o_t, w_t, v_t, scale, left, DV, BV, C, HAS_V)
+        place = chunk.to(tl.int64) * num_heads + head
+        p_pairs = pairs + place * (4 * C * C) + i_C[:, None] * C + i_C[None, :]
+        if LEAST < 1 and keeps(totals, place, LEAST, DK):
+            pairs_of_reader(p_pairs, z, w, v, w_t, w_t, v_t, 1.0, left, DV, BV, C, HAS_V, False, False)
+            if HAS_OUTPUT:
+                p_pairs += 2 * C * C
+                pairs_of_reader(p_pairs, do, w, v, o_t, w_t, v_t, scale, left, DV, BV, C, HAS_V, False, True)
+        else:
+            pairs_of_reader(p_pairs, z, w, v, w_t, w_t, v_t, 1.0, left, DV, BV, C, HAS_V, True, False)
+            if HAS_OUTPUT:
+                p_pairs += 2 * C * C
+                pairs_of_reader(p_pairs, do, w, v, o_t, w_t, v_t, scale, left, DV, BV, C, HAS_V, True, True)
 
 
 @triton.jit
@@ -198,10 +215,10 @@ def dplr_gradient_kernel(
     g_r, g_t: tl.constexpr, g_h, g_d: tl.constexpr, v_r, v_t: tl.constexpr, v_h,
     o_r, o_t: tl.constexpr, o_h,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, HAS_OUTPUT: tl.constexpr, HAS_V: tl.constexpr,
-    IS_PACKED: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, LEAST: tl.constexpr, HAS_OUTPUT: tl.constexpr,
+    HAS_V: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: S * H * NK. Tokens after the last document get zeros."""
+    """Grid: S * H * NK. Tokens after the last document get zeros; chunks that keep ``LEAST`` are dplr_weak.py's."""
     dtype: tl.constexpr = w.dtype.element_ty
     NK: tl.constexpr = (DK + BK - 1) // BK
     i_k = tl.program_id(0) % NK
@@ -210,6 +227,9 @@ def dplr_gradient_kernel(
     row, start, length, left = segment_of(
         plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
     )
+    place = chunk.to(tl.int64) * num_heads + head
+    if LEAST < 1 and (left > 0) & keeps(totals, place, LEAST, DK):
+        return
     i_C, i_K = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     m_K = (i_K < DK) | (DK % BK == 0)
     batch, at = row.to(tl.int64), start.to(tl.int64)
@@ -224,7 +244,6 @@ def dplr_gradient_kernel(
     b_db = tl.zeros([C, BK], tl.float32)
     b_log = tl.zeros([C, BK], tl.float32)
     if left > 0:
-        place = chunk.to(tl.int64) * num_heads + head
         of_head, of_group = head.to(tl.int64), (head // K_PER).to(tl.int64)
         mask = (i_C[:, None] < left) & m_K[None, :]
         k += batch * k_r + at * k_t + of_group * k_h

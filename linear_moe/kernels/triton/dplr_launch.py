@@ -20,6 +20,7 @@ from linear_moe.kernels.triton.diag_levels import level_sums
 from linear_moe.kernels.triton.dplr_chunk import dplr_solve_kernel
 from linear_moe.kernels.triton.dplr_gradient import dplr_gradient_kernel, dplr_pairs_kernel
 from linear_moe.kernels.triton.dplr_scan import dplr_read_kernel, dplr_scan_kernel
+from linear_moe.kernels.triton.dplr_weak import dplr_gradient_weak_kernel, dplr_solve_weak_kernel
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,19 @@ class DplrChunks(ChunkLaunch):
         q_read = torch.empty_like(a_read) if has_q else a_read
         totals = self._empty(layout.num_segments, self.num_heads, self.num_keys, dtype=torch.float32)
         q = k if q is None else q
-        cut = dplr_configs.solve(self.num_keys, self.dtype)
-        dplr_solve_kernel[(self._places(),)](
-            q, k, a, b, log_decay, self.table, layout.plan, inverse, scores_ak, scores_qb, scores_qk,
-            q_read, a_read, b_write, k_write, totals, *self._sizes(), layout.num_documents, self.scale,
-            *self._strides(q, k, a, b), *log_decay.stride(),
-            K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, LEVELS=self._levels(),
-            PRECISION="ieee" if self.dtype == torch.float32 else "tf32x3", HAS_OUTPUT=has_q,
-            IS_PACKED=layout.is_packed, **cut.launch,
-        )  # fmt: skip
+        least = dplr_configs.least_kept(self.dtype)
+        ways = [(dplr_solve_kernel, dplr_configs.solve(self.num_keys, self.dtype))]
+        if least < 1:
+            ways.insert(0, (dplr_solve_weak_kernel, dplr_configs.solve_weak(self.num_keys, self.dtype)))
+        for kernel, cut in ways:  # the first says which chunks it leaves to the second
+            kernel[(self._places(),)](
+                q, k, a, b, log_decay, self.table, layout.plan, inverse, scores_ak, scores_qb, scores_qk,
+                q_read, a_read, b_write, k_write, totals, *self._sizes(), layout.num_documents, self.scale,
+                *self._strides(q, k, a, b), *log_decay.stride(),
+                K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, LEVELS=self._levels(), LEAST=least,
+                PRECISION="ieee" if self.dtype == torch.float32 else "tf32x3", HAS_OUTPUT=has_q,
+                IS_PACKED=layout.is_packed, **cut.launch,
+            )  # fmt: skip
         return Solved(inverse, scores_ak, scores_qb, scores_qk, q_read, a_read, b_write, k_write, totals)
 
     def forward(
@@ -176,27 +181,34 @@ class DplrChunks(ChunkLaunch):
         layout, like = self.layout, (k if q is None else q, k, a, b, log_decay)
         grads = [self._empty(*self._tokens(), self.num_keys, dtype=x.dtype) for x in like[1:]]
         dq = torch.empty_like(grads[0]) if q is not None else None
-        pairs = self._pairs(w if v is None else v, do, w, z, has_v=v is not None)
-        cut = dplr_configs.gradient(self.num_keys, self.num_values, self.dtype)
-        dplr_gradient_kernel[(self._places() * triton.cdiv(self.num_keys, cut.keys),)](
-            *like, self.table, solved.totals, layout.plan, w if v is None else v, w if do is None else do,
-            w, z, states, d_states, pairs, grads[0] if dq is None else dq, *grads,
-            *self._sizes(), layout.num_documents, self.scale, *self._strides(*like[:4]), *log_decay.stride(),
-            *self._strides(w if v is None else v, w if do is None else do),
-            K_PER=self._sharing(k), DK=self.num_keys, DV=self.num_values, C=self.chunk,
-            LEVELS=self._levels(), HAS_OUTPUT=q is not None, HAS_V=v is not None,
-            IS_PACKED=layout.is_packed, **cut.launch,
-        )  # fmt: skip
+        pairs = self._pairs(w if v is None else v, do, w, z, solved.totals, has_v=v is not None)
+        dims, least = (self.num_keys, self.num_values, self.dtype), dplr_configs.least_kept(self.dtype)
+        ways = [(dplr_gradient_kernel, dplr_configs.gradient(*dims))]
+        if least < 1:
+            ways.append((dplr_gradient_weak_kernel, dplr_configs.gradient_weak(*dims)))
+        for kernel, cut in ways:  # each for chunks of its own
+            kernel[(self._places() * triton.cdiv(self.num_keys, cut.keys),)](
+                *like, self.table, solved.totals, layout.plan, w if v is None else v, w if do is None else do,
+                w, z, states, d_states, pairs, grads[0] if dq is None else dq, *grads,
+                *self._sizes(), layout.num_documents, self.scale, *self._strides(*like[:4]), *log_decay.stride(),
+                *self._strides(w if v is None else v, w if do is None else do),
+                K_PER=self._sharing(k), DK=self.num_keys, DV=self.num_values, C=self.chunk,
+                LEVELS=self._levels(), LEAST=least, HAS_OUTPUT=q is not None, HAS_V=v is not None,
+                IS_PACKED=layout.is_packed, **cut.launch,
+            )  # fmt: skip
         return dq, None if v is None else grads[0], grads[1], grads[2], grads[3]
 
-    def _pairs(self, v: Tensor, do: Tensor | None, w: Tensor, z: Tensor, *, has_v: bool) -> Tensor:
+    def _pairs(
+        self, v: Tensor, do: Tensor | None, w: Tensor, z: Tensor, totals: Tensor, *, has_v: bool
+    ) -> Tensor:
         """What the scores' gradients are before any decay, ``[S, H, 4, C, C]``."""
         layout, of_output = self.layout, w if do is None else do
         pairs = self._empty(layout.num_segments, self.num_heads, 4, self.chunk, self.chunk)
         cut = dplr_configs.pairs(self.num_values, self.dtype)
         dplr_pairs_kernel[(self._places(),)](
-            v, of_output, w, z, layout.plan, pairs, *self._sizes(), layout.num_documents, self.scale,
-            *self._strides(v, of_output), DV=self.num_values, C=self.chunk,
+            v, of_output, w, z, totals, layout.plan, pairs, *self._sizes(), layout.num_documents, self.scale,
+            *self._strides(v, of_output), DK=self.num_keys, DV=self.num_values, C=self.chunk,
+            LEAST=dplr_configs.least_kept(self.dtype),
             HAS_OUTPUT=do is not None, HAS_V=has_v, IS_PACKED=layout.is_packed,
             BV=cut.values, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
