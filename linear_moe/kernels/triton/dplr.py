@@ -3,8 +3,8 @@
     S_t = (diag(exp(log_decay_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T,     o_t = scale * S_t^T q_t
 
 dplr_chunk.py solves every chunk by itself, dplr_weak.py those whose decays are weak, dplr_scan.py carries the memory
-from chunk to chunk and reads it; backward it carries its gradient and gives dv, and dplr_gradient.py and dplr_weak.py do
-the rest. Between forward and backward stay the inputs, the memory before every chunk, w, what tokens found under a,
+from chunk to chunk and reads it; backward it carries its gradient and gives dv, dplr_gradient.py and dplr_weak.py
+do the rest. Between forward and backward stay the inputs, the memory before every chunk, w, what tokens found under a,
 and what the first kernels left. Nothing is atomic and nothing waits for the device. docs/kernels_dplr.md has the
 derivation and the bytes.
 
