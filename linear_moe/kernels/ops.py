@@ -360,7 +360,10 @@ def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     with without_autocast(like.device):
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            return _run_uncompiled(op, like, *args, **kwargs)
+            # Only now: it imports torch._dynamo, which takes a second, and Triton.
+            from linear_moe.kernels.uncompiled import run_uncompiled
+
+            return run_uncompiled(_run_picked, op, like, *args, **kwargs)
         return _run_picked(op, like, *args, **kwargs)
 
 
@@ -373,11 +376,6 @@ def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     dispatch.warn_if_unfused(op, backend, like.device)
     backend = dispatch.tried(op, backend, args, kwargs)
     return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
-
-
-@torch.compiler.disable(reason="an operation with a backward pass of its own is no part of a graph")
-def _run_uncompiled(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _run_picked(op, like, *args, **kwargs)
 
 
 def _arrived(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 from linear_moe import kernels
@@ -24,7 +29,32 @@ class Layer(torch.nn.Module):
         return kernels.gated_rms_norm(y, gate=x)
 
 
+def alone(act: Callable[[], None]) -> None:
+    """In a process of its own: what trains on a CPU here leaves torch a compiler that compiles nothing."""
+    program = f"import test_traced; test_traced.{act.__name__}()"
+    paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_compilers_are_not_imported() -> None:
+    """Seconds; and whoever sets TRITON_INTERPRET does so before Triton is imported."""
+    program = (
+        "import sys; from linear_moe import kernels; print({'triton', 'torch._dynamo'} & {*sys.modules})"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert run.stdout == "set()\n", run.stdout + run.stderr[-3000:]
+
+
 def test_without_gradients_a_model_is_one_graph() -> None:
+    alone(without_gradients)
+
+
+def without_gradients() -> None:
+    """Exports a layer."""
     x = torch.randn(1, 12, 1, 8) * 0.3
     with torch.no_grad():
         graph = torch.export.export(Layer(), (x,), strict=True).module()
@@ -32,9 +62,14 @@ def test_without_gradients_a_model_is_one_graph() -> None:
 
 
 def test_with_gradients_every_operation_is_between_graphs() -> None:
+    alone(with_gradients)
+
+
+def with_gradients() -> None:
+    """Compiles a layer, and looks for why the compiler stopped."""
+    from torch._dynamo.utils import counters
+
     x = torch.randn(1, 12, 1, 8).mul_(0.3).requires_grad_()
-    torch._dynamo.reset()
-    counters.clear()
     compiled = torch.compile(Layer(), backend="eager")(x)
     (found,) = torch.autograd.grad(compiled.sum(), x)
     (expected,) = torch.autograd.grad(Layer()(x).sum(), x)
