@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def test_each_kind_is_tried_once() -> None:
         for num_rows, width in ((5, 4), (900, 4), (5, 6)):  # an expert's, of which each step has others
             kernels.weighted_swiglu(torch.ones(num_rows, width), torch.ones(num_rows))
         assert len(ran) == 5
+    with pretended() as ran:
+        for x in (torch.ones(2, 3, 4, 5), torch.ones(3, 2, 4, 5).transpose(0, 1)):  # strides are compiled in
+            kernels.gated_rms_norm(x)
+        assert len(ran) == 4
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4])
+def test_samples_lie_as_the_tensors_at_hand(first: int) -> None:
+    """Kernels are compiled for alignments and strides."""
+    like = torch.zeros(2, 7, 40)[:, :, first : first + 20].unflatten(-1, (4, 5))
+    found = trial._random("q", like, (1, 5, 4, 5), torch.Generator())
+    assert found.shape == (1, 5, 4, 5) and found.stride() == like.stride()
+    assert found.data_ptr() % 16 == like.data_ptr() % 16
 
 
 def test_a_trial_runs_what_the_call_will_run() -> None:
@@ -218,6 +232,17 @@ def test_a_memory_on_its_way_is_not_waited_for_by_the_trial() -> None:
     with pretended() as ran:
         inputs.run(kernels, state=arrive)
     assert len(waited) == 1 and len(ran) == 2
+
+    wanted: list[str] = []
+    gradients = trial._gradients
+
+    def note(results: Any, call: Any, names: list[str], incoming: Any) -> Any:
+        wanted.extend(names)
+        return gradients(results, call, names, incoming)
+
+    with pretended(), mock.patch.object(trial, "_gradients", note):
+        inputs.differentiable().run(kernels, state=arrive)
+    assert "state" in wanted, "which may want one"
 
 
 def test_an_error_of_the_kernel_is_told() -> None:
