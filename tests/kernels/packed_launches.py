@@ -57,29 +57,40 @@ def both_ways(outputs: Iterator[Tensor | None] | list[Tensor | None], inputs: li
     torch.autograd.grad(found, inputs, [torch.zeros_like(x) for x in found])
 
 
-def scan(op: str, kind: str, boundaries: tuple[int, ...]) -> None:
-    """A scan, or what a run does to a memory."""
-    shape = 1, boundaries[-1], HEADS
-    inputs = {name: token(*shape, WIDTH) for name in ("k", "v")}
-    decays = {"head": shape[2:], "scalar": shape, "vector": (*shape, WIDTH), "bonus": (*shape, WIDTH)}
+def arguments(
+    op: str, kind: str, shape: tuple[int, int, int], width: int, boundaries: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """Of a scan, or of what a run does to a memory: rows of ``shape`` ``[B, T, H]``, or one with ``boundaries``."""
+    found = {name: token(*shape, width) for name in ("k", "v")}
+    decays = {"head": shape[2:], "scalar": shape, "vector": (*shape, width), "bonus": (*shape, width)}
     if kind in decays:
-        inputs["log_decay"] = token(*decays[kind], dtype=torch.float32)
+        found["log_decay"] = token(*decays[kind], dtype=torch.float32)
     if kind == "values":
-        inputs["log_decay_v"] = token(*shape, WIDTH, dtype=torch.float32)
+        found["log_decay_v"] = token(*shape, width, dtype=torch.float32)
     if kind == "bonus":
-        inputs["bonus"] = token(HEADS, WIDTH, dtype=torch.float32)
+        found["bonus"] = token(shape[2], width, dtype=torch.float32)
     if op.startswith("delta_rule"):
-        inputs["beta"] = token(*shape)
+        found["beta"] = token(*shape)
     if op.startswith("dplr"):
-        inputs |= {name: token(*shape, WIDTH) for name in ("a", "b")}
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    if op.endswith("_segment"):
-        segment = getattr(kernels, op)(**inputs, cu_seqlens=cu_seqlens)
-        both_ways([segment.state, segment.log_decay, segment.decay], list(inputs.values()))
-    else:
-        inputs["q"] = token(*shape, WIDTH)
-        inputs["state"] = token(len(boundaries) - 1, HEADS, WIDTH, WIDTH, dtype=torch.float32)
-        both_ways(getattr(kernels, op)(**inputs, cu_seqlens=cu_seqlens), list(inputs.values()))
+        found |= {name: token(*shape, width) for name in ("a", "b")}
+    if not op.endswith("_segment"):
+        found["q"] = token(*shape, width)
+    return found | ({"cu_seqlens": torch.tensor(boundaries, dtype=torch.int32)} if boundaries else {})
+
+
+def run(op: str, given: dict[str, Tensor]) -> None:
+    """Forward and backward."""
+    found = getattr(kernels, op)(**given)
+    outputs = [found.state, found.log_decay, found.decay] if op.endswith("_segment") else found
+    both_ways(outputs, [x for x in given.values() if x.requires_grad])
+
+
+def scan(op: str, kind: str, boundaries: tuple[int, ...]) -> None:
+    """Of packed documents, each with a memory of its own."""
+    given = arguments(op, kind, (1, boundaries[-1], HEADS), WIDTH, boundaries)
+    if not op.endswith("_segment"):
+        given["state"] = token(len(boundaries) - 1, HEADS, WIDTH, WIDTH, dtype=torch.float32)
+    run(op, given)
 
 
 def small(op: str, _: str, boundaries: tuple[int, ...]) -> None:

@@ -10,12 +10,8 @@ import inspect
 import json
 from typing import Any
 
-from packed_launches import KINDS, Variants, both_ways, token, variants  # isort: skip  # makes Triton compile
+from packed_launches import KINDS, Variants, arguments, run, variants  # isort: skip  # makes Triton compile
 
-import torch
-from torch import Tensor
-
-from linear_moe import kernels
 from linear_moe.kernels import dispatch
 from linear_moe.kernels.triton import trial
 
@@ -26,34 +22,6 @@ SHAPES = {
     "odd": (2, 4096, 3),
 }
 WIDTHS = {"odd": 72}
-
-
-def arguments(
-    op: str, kind: str, shape: tuple[int, int, int], width: int, is_packed: bool
-) -> dict[str, Tensor]:
-    """Of a call."""
-    found = {name: token(*shape, width) for name in ("k", "v")}
-    decays = {"head": shape[2:], "scalar": shape, "vector": (*shape, width), "bonus": (*shape, width)}
-    if kind in decays:
-        found["log_decay"] = token(*decays[kind], dtype=torch.float32)
-    if kind == "values":
-        found["log_decay_v"] = token(*shape, width, dtype=torch.float32)
-    if kind == "bonus":
-        found["bonus"] = token(shape[2], width, dtype=torch.float32)
-    if op.startswith("delta_rule"):
-        found["beta"] = token(*shape)
-    if op.startswith("dplr"):
-        found |= {name: token(*shape, width) for name in ("a", "b")}
-    if is_packed:
-        found["cu_seqlens"] = torch.tensor([0, 300, shape[1]], dtype=torch.int32)
-    return found if op.endswith("_segment") else found | {"q": token(*shape, width)}
-
-
-def call(op: str, given: dict[str, Any]) -> None:
-    """Forward and backward."""
-    found = getattr(kernels, op)(**given)
-    outputs = [found.state, found.log_decay, found.decay] if op.endswith("_segment") else found
-    both_ways(outputs, [x for x in given.values() if x.requires_grad])
 
 
 def tried(op: str, given: dict[str, Any]) -> None:
@@ -73,8 +41,9 @@ def main() -> None:
     for words, shape in SHAPES.items():
         for op, kinds in KINDS.items():
             for kind in kinds:
-                given = arguments(op, kind, shape, WIDTHS.get(words, 128), words == "documents")
-                real = variants(lambda: call(op, given))  # noqa: B023
+                boundaries = (0, 300, shape[1]) if words == "documents" else ()
+                given = arguments(op, kind, shape, WIDTHS.get(words, 128), boundaries)
+                real = variants(lambda: run(op, given))  # noqa: B023
                 trials = variants(lambda: tried(op, given))  # noqa: B023
                 print(
                     json.dumps([f"{op} {kind} {words}", without(trials, real), without(real, trials)]),
