@@ -20,7 +20,7 @@ def solve(num_keys: int, dtype: torch.dtype) -> Cut:
 
 def solve_weak(num_keys: int, dtype: torch.dtype) -> Cut:
     """The same where decays are weak (dplr_weak.py)."""
-    return Cut(16, 0, 4 if configs.has_wgmma() else 8, 1)
+    return Cut(16, 0, 4, 1)
 
 
 def least_kept(dtype: torch.dtype) -> float:
@@ -57,4 +57,4 @@ def gradient_weak(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """The same where decays are weak (dplr_weak.py); dims that need masks, which take registers, in narrower blocks."""
     keys, values = (max(16, triton.next_power_of_2(dim)) for dim in (num_keys, num_values))
     widest = 32 if (keys, values) == (num_keys, num_values) else 16
-    return Cut(min(widest, keys), min(64, values), 4 if configs.has_wgmma() else 8, 1)
+    return Cut(min(widest, keys), min(64, values), 4, 1)
