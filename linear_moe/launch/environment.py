@@ -49,7 +49,7 @@ class RunSettings:
 
     # Data and tokenizer.
     dataset_path: str = "mock"
-    """Prefix of .bin/.idx files, or a blend "0.3 prefix1 0.7 prefix2", or `mock`: generated tokens, no file at all."""
+    """Prefix of .bin/.idx, or a blend "0.3 prefix1 0.7 prefix2" (no weights: by size), or `mock`: no file at all."""
     tokenizer: str | None = None
     """Folder with tokenizer.json, or `null`: numbers, no text. Not set: `null` with mock data, else required."""
     vocab_size: int | None = None

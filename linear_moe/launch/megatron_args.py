@@ -104,7 +104,7 @@ def _data(plan: RunPlan) -> list[str]:
     else:
         flags = [
             "--data-path",
-            *(s.dataset_path.split() if plan.blend_weights else plan.prefixes),
+            *(s.dataset_path.split() if plan.blend_weights else _weighted(plan.prefixes)),
             "--data-cache-path",
             str(plan.run_dir.parent / "data_cache"),
         ]
@@ -120,6 +120,13 @@ def _data(plan: RunPlan) -> list[str]:
     if plan.on_cpu:
         flags += ["--num-workers", "0"]  # loader processes would take the cores that train
     return flags
+
+
+def _weighted(prefixes: list[str]) -> list[str]:
+    # Several without weights are one epoch for Megatron, behind which the run would end with a StopIteration.
+    if len(prefixes) == 1 or not all(Path(prefix + ".idx").exists() for prefix in prefixes):
+        return prefixes
+    return [word for prefix in prefixes for word in (str(read_index(prefix).num_tokens), prefix)]
 
 
 def _split(plan: RunPlan) -> str:

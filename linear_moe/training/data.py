@@ -68,15 +68,17 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
 
 
 def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """Megatron's dataset provider: train, validation and test sets of ``num_samples`` sequences each."""
+    """Megatron's dataset provider: train, validation and test sets of ``num_samples`` sequences each; 0 is no set."""
     args = get_args()
     if args.instruction_data is not None:
         return instruction_datasets(args) if needs_data(args, vp_stage) else (None, None, None)
     config = dataset_config(args)
     dataset = MockGPTDataset if config.mock else GPTDataset
-    return BlendedMegatronDatasetBuilder(
+    found = BlendedMegatronDatasetBuilder(
         dataset, num_samples, lambda: needs_data(args, vp_stage), config
     ).build()
+    # The sampler refuses an empty set, and of a blend nothing asked is nothing given.
+    return tuple(None if asked == 0 else part for part, asked in zip(found, num_samples, strict=True))
 
 
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from linear_moe.launch.megatron_args import shell_text, torchrun_command, training_arguments
@@ -18,6 +19,7 @@ from linear_moe.model.families import (
     size_fields,
 )
 from linear_moe.training.run import ARCHITECTURE, MEGATRON_NAMES
+from tests.data.token_files import write_tokenizer, write_tokens
 from tests.launch.plans import make_plan, message
 
 
@@ -198,6 +200,15 @@ def test_blends(parser: argparse.ArgumentParser):
     assert args.data_path == ["0.3", "/a", "0.7", "/b"]
     assert make_plan(DATASET_PATH="0.3 /a 0.7 /b", TOKENIZER="null").prefixes == ["/a", "/b"]
     assert make_plan(DATASET_PATH="/a /b", TOKENIZER="null").prefixes == ["/a", "/b"]
+
+
+def test_a_blend_without_weights(parser: argparse.ArgumentParser, tmp_path: Path):
+    """Each is drawn by its tokens: Megatron would end the run behind one epoch of them."""
+    tokenizer = write_tokenizer(tmp_path / "tok")
+    prefixes = [write_tokens(tmp_path / str(n), np.arange(n) % 300, tokenizer) for n in (3000, 1000)]
+    args = parse(parser, DATASET_PATH=" ".join(prefixes), TOKENIZER="null")
+    assert args.data_path == ["3000", prefixes[0], "1000", prefixes[1]]
+    assert parse(parser, DATASET_PATH=prefixes[0], TOKENIZER="null").data_path == prefixes[:1]
 
 
 NOT_OF_A_VARIABLE = {

@@ -238,6 +238,14 @@ def test_masking_ends_is_a_choice(gloo, corpus):
         assert torch.equal(batch["loss_mask"] == 0, batch["tokens"] == eod)
 
 
+def test_a_blend_of_which_nothing_is_held_out_to_evaluate(gloo, corpus):
+    """EVAL_ITERS=0: no set of no sequences, which Megatron's sampler refuses."""
+    batches, _ = from_files(
+        gloo, corpus, "--data-path", "0.3", corpus[1], "0.7", corpus[1], "--split", "9,1,0"
+    )
+    assert len(batches) == 6
+
+
 def test_boundaries_follow_the_ends(gloo, corpus):
     """Of packed token files: a document ends with its end token, and positions count from its start."""
     batches, eod = from_files(gloo, corpus, *PACK)
