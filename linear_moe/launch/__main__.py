@@ -36,7 +36,7 @@ from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import check_kernels, preflight
 from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
 from linear_moe.launch.resume import checkpoint_iteration
-from linear_moe.launch.starting_model import starting_model
+from linear_moe.launch.starting_model import starting_model, with_start
 from linear_moe.model.families import FAMILIES
 
 _MISTAKE = 2
@@ -78,11 +78,12 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int) -> RunPlan:
     """What the person leaves out of the model is that of the checkpoint."""
-    given = {name: text.strip() for name, text in environment.items() if text.strip()}
+    given: Mapping[str, str] = {n: text.strip() for n, text in environment.items() if text.strip()}
     if given.get("PRETRAIN_CHECKPOINT_PATH", "none") == "none":
         return plan_run(read_environment(given, family), devices)
+    given = with_start(given, _announce)
     if "LAYER_TYPE_LIST" in given:
-        given.setdefault("LA_MODULE", default_mixer(family))
+        given = {"LA_MODULE": default_mixer(family), **given}
     model = starting_model(given, family, "pretrain")
     settings = read_environment({**given, **model.variables}, family)
     return plan_run(settings, devices, model.families, model.names)

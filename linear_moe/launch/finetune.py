@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from linear_moe.data.instructions.packing import Schedule
-from linear_moe.data.instructions.prepare import Prepared, prepare
+from linear_moe.data.instructions.prepare import Prepared, open_prepared, prepare
 from linear_moe.data.instructions.template import read_template
 from linear_moe.launch.check_layout import check_schedule
 from linear_moe.launch.environment import RunSettings, given_values, read_environment
@@ -20,7 +20,7 @@ from linear_moe.launch.instructions import FinetuneSettings, Instructions, sched
 from linear_moe.launch.plan import NULL_TOKENIZER, RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.resume import check_no_iteration, checkpoint_iteration, read_config
-from linear_moe.launch.starting_model import starting_model
+from linear_moe.launch.starting_model import starting_model, with_start
 
 DEFAULTS = {"LR": "1e-5", "MIN_LR": "1e-6", "PACK": "true"}
 """Where finetuning differs from pretraining."""
@@ -40,7 +40,9 @@ def plan_finetune(
     Raises PreflightError for a mistake in the variables or in the samples.
     """
     settings = FinetuneSettings(**given_values(environment, FinetuneSettings))
-    given = {name: text.strip() for name, text in environment.items() if text.strip()}
+    given: Mapping[str, str] = {n: text.strip() for n, text in environment.items() if text.strip()}
+    _check_data(given)
+    given = with_start(given, announce)
     _check_given(given, settings)
     try:
         model = starting_model(given, family)
@@ -58,34 +60,29 @@ def plan_finetune(
         raise
     except ValueError as error:
         raise PreflightError.of(error) from None
-    plan = replace(plan, settings=_with_steps(plan, given))
+    plan = _with_saved_samples(replace(plan, settings=_with_steps(plan, given)))
     check_schedule(plan)
     _check_same_order(plan)
     return plan
 
 
-def _check_given(given: Mapping[str, str], settings: FinetuneSettings) -> None:
+def _check_data(given: Mapping[str, str]) -> None:
     if given.get("DATASET_PATH", "mock") == "mock":
         raise PreflightError(
             "DATASET_PATH is not set.",
             "finetuning learns from JSONL, one conversation a line.",
             "DATASET_PATH=<file>.jsonl (docs/finetune.md shows the formats)",
         )
+
+
+def _check_given(given: Mapping[str, str], settings: FinetuneSettings) -> None:
     if "PRETRAIN_CHECKPOINT_PATH" not in given:
         raise PreflightError(
             "PRETRAIN_CHECKPOINT_PATH is not set.",
             "finetuning starts from the weights of a trained model.",
             "PRETRAIN_CHECKPOINT_PATH=<run folder>, or none to start from random weights",
         )
-    start = given["PRETRAIN_CHECKPOINT_PATH"]
-    if start != "none" and not Path(start).exists():
-        raise PreflightError(
-            f"PRETRAIN_CHECKPOINT_PATH={start} does not exist.",
-            "finetuning starts from the weights there.",
-            "a run folder, its checkpoint/, a Hugging Face folder, or none to start from random weights",
-        )
-    if start != "none":
-        check_no_iteration(Path(start))
+    check_no_iteration(Path(given["PRETRAIN_CHECKPOINT_PATH"]))
     if settings.epochs == 0:
         raise PreflightError("EPOCHS=0 trains nothing.", "it counts passes over the samples.", "EPOCHS=1")
 
@@ -168,6 +165,25 @@ def _with_steps(plan: RunPlan, given: Mapping[str, str]) -> RunSettings:
     whole = 0 if instructions.valid_packs is None else instructions.valid_packs.steps_per_epoch
     changes["eval_iters"] = 0 if whole == 0 else wanted.get("eval_iters", whole)
     return replace(plan.settings, **changes)
+
+
+def _with_saved_samples(plan: RunPlan) -> RunPlan:
+    """A run that goes on keeps its folder of samples where files that differ from before gave the same ones.
+
+    The tokenizer that a run keeps has the chat template in it that was given to the run besides.
+    """
+    assert plan.instructions is not None and plan.instructions.train is not None
+    saved, now = read_config(plan.run_dir).get("arguments", []), plan.instructions.train
+    name = _flags(saved).get("--instruction-data", now.folder.name)
+    if name == now.folder.name:
+        return plan
+    try:
+        before = open_prepared(now.folder.with_name(name))
+    except ValueError:
+        return plan  # removed: they cannot be compared
+    if not before.holds(now):
+        return plan
+    return replace(plan, instructions=replace(plan.instructions, train=before))
 
 
 def _check_same_order(plan: RunPlan) -> None:

@@ -1,17 +1,18 @@
 """The model of a run as the variables and the size that would make it again: what a person need not say twice."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
+from linear_moe.launch.environment import RunSettings
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.hugging_face import future_config, hugging_face_folder
 from linear_moe.launch.instructions import kept_tokenizer
 from linear_moe.launch.plan import NULL_TOKENIZER
-from linear_moe.launch.resume import mixer_options, read_config
+from linear_moe.launch.resume import checkpoint_iteration, mixer_options, read_config
 from linear_moe.model.families import FAMILIES, Family, flag_value, size_of
 
 SCRIPTS = {
@@ -38,6 +39,31 @@ class StartingModel:
     def names(self) -> tuple[str, ...]:
         """Variables that are the checkpoint's alone."""
         return tuple(name for name in self.variables if name != "EXTRA_ARGS")
+
+
+def with_start(given: Mapping[str, str], announce: Callable[[str], None]) -> Mapping[str, str]:
+    """``given`` variables; a run that goes on stands for a PRETRAIN_CHECKPOINT_PATH that is not there any more.
+
+    Its own checkpoint has the weights, and its ``config.json`` the model. ``announce`` is told so.
+    Raises PreflightError when the path does not exist, and no run goes on.
+    """
+    start, name = given.get("PRETRAIN_CHECKPOINT_PATH"), given.get("RUN_NAME")
+    if start == "none" or (start is not None and Path(start).exists()):
+        return given
+    output = Path(given.get("OUTPUT_BASEPATH", RunSettings.output_basepath))
+    if name is not None and checkpoint_iteration(output / name / "checkpoint") is not None:
+        missing = "is not set" if start is None else f"{start} is gone"
+        announce(f"PRETRAIN_CHECKPOINT_PATH {missing}: {output / name} goes on from its own checkpoint.")
+        return {**given, "PRETRAIN_CHECKPOINT_PATH": str(output / name)}
+    if start is None:
+        return given
+    # Without a name the model would have said which run is meant, and is not there to say it.
+    goes_on = f"RUN_NAME=<run in {output}> to go on with one that started there, or " if name is None else ""
+    raise PreflightError(
+        f"PRETRAIN_CHECKPOINT_PATH={start} does not exist.",
+        "a new run starts from the weights there; only one that has saved steps of its own needs them no more.",
+        f"{goes_on}a run folder, its checkpoint/, a Hugging Face folder, or none to start from random weights",
+    )
 
 
 def starting_model(given: Mapping[str, str], family: str, task: str = "finetune") -> StartingModel:

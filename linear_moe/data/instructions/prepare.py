@@ -57,6 +57,11 @@ class Prepared:
         part = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
         return Sample(self.tokens[part], self.learned[part])
 
+    def holds(self, other: "Prepared") -> bool:
+        """Whether the samples are those of another folder, in the same order."""
+        names = ("ends", "tokens", "learned")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+
 
 def prepare(
     paths: list[str],
