@@ -79,7 +79,7 @@ class _OutputLoss(torch.autograd.Function):
         mask_N = mask_TB.reshape(-1).to(torch.promote_types(hidden_ND.dtype, torch.float32))
         needs_gradient = any(ctx.needs_input_grad[:2])
         d_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=mask_N.dtype) if needs_gradient else None
+        d_weight_VD = torch.empty_like(weight_VD, dtype=mask_N.dtype) if needs_gradient else None
         losses = []
         for x_MD, label_M, mask_M, rows in zip(
             hidden_ND.split(chunk), label_N.split(chunk), mask_N.split(chunk), _rows(len(label_N), chunk), strict=True
@@ -88,7 +88,7 @@ class _OutputLoss(torch.autograd.Function):
             losses.append(cross_entropy_(logits_MV, label_M, mask_M, combine=_over(group)))
             if d_hidden_ND is not None and d_weight_VD is not None:
                 torch.mm(logits_MV, weight_VD, out=d_hidden_ND[rows])
-                _add_product(d_weight_VD, logits_MV.t(), x_MD)
+                _add_product(d_weight_VD, logits_MV.t(), x_MD, is_first=rows.start == 0)
         if d_hidden_ND is not None:
             d_hidden_TBD = _sum_over(group, d_hidden_ND.view_as(hidden_TBD), is_sequence_parallel)
             ctx.save_for_backward(d_hidden_TBD, d_weight_VD, mask_N)
@@ -103,7 +103,11 @@ class _OutputLoss(torch.autograd.Function):
         factor = (d_loss_N * mask_N).sum() / mask_N.square().sum().clamp(min=1e-30)
         is_of_this_form = (d_loss_N - factor * mask_N).abs().amax() <= 1e-4 * d_loss_N.abs().amax()
         factor = torch.where(is_of_this_form, factor, float("nan"))
-        d_weight = (d_weight_VD * factor).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            # Rounded as it is written: in float32 first, it would be twice the weight's size, written and read again.
+            d_weight = torch.empty_like(d_weight_VD, dtype=ctx.dtype)
+            torch.mul(d_weight_VD, factor, out=d_weight)
         return (d_hidden_TBD * factor).to(d_hidden_TBD.dtype), d_weight, None, None, None, None, None
 
 
@@ -127,15 +131,16 @@ def _combine(group: dist.ProcessGroup, found: tuple[Tensor, Tensor, Tensor]) -> 
     return whole, sums[0], sums[1]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, summed in total's dtype."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """``total += a @ b``, summed in total's dtype; the first product needs no zeros to be added to."""
+    beta = 0 if is_first else 1  # 0: torch does not look at what is there, NaN or not
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif a.is_cuda:
         # The GEMM adds to what is there; a product of its own would be written, read and added.
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 def _sum_over(group: dist.ProcessGroup, x: Tensor, is_sequence_parallel: bool) -> Tensor:
