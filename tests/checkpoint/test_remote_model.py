@@ -3,6 +3,7 @@
 The truth is our model: its logits, and the text that it chooses one token at a time from whole forward passes.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -51,6 +52,7 @@ FAMILIES = {
     "tied": [flag for flag in of_family("llama3", "tiny", ["deltanet"]) if "untie" not in flag],
     "sigmoid_router": of_family("mixtral", "tiny", ["softmax", "rwkv6"], *E4),
 }
+CONFIG = Path(lsm.__file__).parents[1] / "checkpoint" / "remote" / "model" / "configuration_linear_moe.py"
 HYBRIDS = 3
 """Models that have every mixer beside softmax attention between them."""
 CASES = [*(f"hybrid {i}" for i in range(HYBRIDS)), "options", "behaviours", "exported_run"]
@@ -78,7 +80,9 @@ def results(tmp_path_factory, _pool):
     command = [sys.executable, str(Path(__file__).with_name("remote_reader.py")), str(root)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((root / "results.json").read_text())
+    configs = [json.loads((root / name / "config.json").read_text()) for name in cases]
+    written = sorted({name for config in configs for name in config})
+    return json.loads((root / "results.json").read_text()) | {"written": written}
 
 
 @pytest.mark.parametrize("case", [*lsm.names(), *FAMILIES, *CASES])
@@ -96,3 +100,12 @@ def test_the_exported_model_is_ours(results, case):
 @pytest.mark.parametrize("behaviour", [behaviour.__name__ for behaviour in BEHAVIOURS])
 def test_transformers_can_use_it(results, behaviour):
     assert "error" not in results[behaviour], results[behaviour]["error"]
+
+
+def test_what_the_config_declares_is_what_export_writes(results):
+    """Besides what transformers itself has: nothing that a reader would take for a fact of the model is left empty."""
+    (config,) = (node for node in ast.parse(CONFIG.read_text()).body if isinstance(node, ast.ClassDef))
+    declared = {field.target.id for field in config.body if isinstance(field, ast.AnnAssign)}
+    of_tokens = {"pad_token_id", "bos_token_id", "eos_token_id"}  # in generation_config.json
+    of_all_models = {"architectures", "auto_map", "model_type", "dtype"}
+    assert {*results["written"]} - of_all_models == declared - of_tokens

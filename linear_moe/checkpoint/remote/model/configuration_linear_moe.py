@@ -33,7 +33,6 @@ class LinearMoeConfig(PreTrainedConfig):
     """What builds a :class:`LinearMoeForCausalLM`, written by linear_moe's export.
 
     Args:
-        family: name of the family whose switches the model has; for the reader only.
         vocab_size: rows of the embedding.
         hidden_size: channels of the residual stream.
         intermediate_size: width of a dense feed-forward block; 0: layers without experts have none.
@@ -79,7 +78,6 @@ class LinearMoeConfig(PreTrainedConfig):
     model_type = "linear_moe"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    family: str | None = None
     vocab_size: int = 151936
     hidden_size: int = 1024
     intermediate_size: int = 2816
