@@ -75,13 +75,30 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     config = dataset_config(args)
     dataset = MockGPTDataset if config.mock else GPTDataset
     found = BlendedMegatronDatasetBuilder(
-        dataset, num_samples, lambda: needs_data(args, vp_stage), config
+        dataset, enough_samples(args, num_samples), lambda: needs_data(args, vp_stage), config
     ).build()
     # The sampler refuses an empty set, and of a blend nothing asked is nothing given.
     return tuple(None if asked == 0 else part for part, asked in zip(found, num_samples, strict=True))
 
 
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def enough_samples(args: argparse.Namespace, num_samples: list[int]) -> list[int]:
+    """``num_samples``, or more: Megatron counts from step 0 what a run reads on from its checkpoint.
+
+    It falls short for one that has ended, or whose batch or evaluations have changed, and a blend has no sequence more.
+    """
+    train, valid, test = num_samples
+    steps = max(
+        args.train_iters - args.iteration, 1
+    )  # its sampler wants some left, also behind the last step
+    train = max(train, args.consumed_train_samples + steps * args.global_batch_size)
+    if valid:
+        before, after = args.iteration // args.eval_interval, args.train_iters // args.eval_interval
+        evaluations = max(after - before, 0) + 1
+        valid = max(valid, args.consumed_valid_samples + evaluations * test)
+    return [train, valid, test]
 
 
 def needs_data(args: argparse.Namespace, vp_stage: int | None = None) -> bool:

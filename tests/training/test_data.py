@@ -146,8 +146,8 @@ def test_trimming_keeps_every_document(rows):
     assert [sorted(set(row)) for row in trimmed.tolist()] == [sorted(set(row)) for row in rows]
 
 
-def loaded(rank: int, world: int, argv: list[str], count: int) -> dict[str, Any]:
-    """The first batches of the training set that the provider makes, through Megatron's loader."""
+def loaded(rank: int, world: int, argv: list[str], count: int, done: int = 0) -> dict[str, Any]:
+    """The batches of the training set behind ``done`` steps, as Megatron's loader gives them."""
     from megatron.training import get_tokenizer
     from megatron.training.training import build_train_valid_test_data_iterators
 
@@ -155,8 +155,9 @@ def loaded(rank: int, world: int, argv: list[str], count: int) -> dict[str, Any]
     from linear_moe.training.pretrain import prepare_arguments
 
     args = prepare_arguments([*argv, "--micro-batch-size", "2"])
-    args.iteration = 0
-    args.consumed_train_samples = args.consumed_valid_samples = 0
+    args.iteration = done
+    args.consumed_train_samples = done * args.global_batch_size
+    args.consumed_valid_samples = 0
     with with_model_parallel(tp=world):
         train, _, _ = build_train_valid_test_data_iterators(train_valid_test_datasets)
         assert train is not None
@@ -203,7 +204,7 @@ def corpus(request, tmp_path_factory) -> tuple[str, str, list[list[int]], bool]:
     return str(folder / "tokenizer"), str(folder / "tokens"), texts, request.param != "own padding token"
 
 
-def from_files(gloo: Any, corpus: Any, *extra: str) -> tuple[list[dict[str, Any]], int]:
+def from_files(gloo: Any, corpus: Any, *extra: str, done: int = 0) -> tuple[list[dict[str, Any]], int]:
     tokenizer, prefix, _, is_ambiguous = corpus
     argv = [flag for flag in SMALL if flag != "--mock-data"]
     argv += [
@@ -215,7 +216,7 @@ def from_files(gloo: Any, corpus: Any, *extra: str) -> tuple[list[dict[str, Any]
         prefix,
     ]
     argv += ["--vocab-size", "270", "--padded-vocab-size", "384", "--train-iters", "8", "--split", "1,0,0"]
-    (found,) = gloo(1, loaded, [*argv, *extra], 6)
+    (found,) = gloo(1, loaded, [*argv, *extra], 0 if done else 6, done)
     assert (found["pad"] == found["eod"]) == is_ambiguous
     return found["batches"], found["eod"]
 
@@ -238,12 +239,36 @@ def test_masking_ends_is_a_choice(gloo, corpus):
         assert torch.equal(batch["loss_mask"] == 0, batch["tokens"] == eod)
 
 
-def test_a_blend_of_which_nothing_is_held_out_to_evaluate(gloo, corpus):
-    """EVAL_ITERS=0: no set of no sequences, which Megatron's sampler refuses."""
-    batches, _ = from_files(
-        gloo, corpus, "--data-path", "0.3", corpus[1], "0.7", corpus[1], "--split", "9,1,0"
-    )
-    assert len(batches) == 6
+@pytest.mark.parametrize("done", [0, 8, 20], ids=["new", "finished", "longer before"])
+def test_a_blend_is_as_long_as_its_run(gloo, corpus, done):
+    """It has just what is asked for, so that Megatron's sampler refuses a run that has ended, and EVAL_ITERS=0."""
+    blend = ("0.3", corpus[1], "0.7", corpus[1])
+    batches, _ = from_files(gloo, corpus, "--data-path", *blend, "--split", "9,1,0", done=done)
+    assert len(batches) == (0 if done else 6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, [800, 480, 80]),
+        ({"iteration": 40, "consumed_train_samples": 320, "consumed_valid_samples": 160}, [800, 480, 80]),
+        ({"iteration": 100, "consumed_train_samples": 800, "consumed_valid_samples": 400}, [808, 480, 80]),
+        ({"iteration": 130, "consumed_train_samples": 1040, "consumed_valid_samples": 0}, [1048, 480, 80]),
+        ({"iteration": 40, "consumed_train_samples": 640, "consumed_valid_samples": 800}, [1120, 1120, 80]),
+    ],
+    ids=["new", "resumed", "finished", "longer before", "other batch and evaluations before"],
+)
+def test_a_resumed_run_has_enough_samples(changed: dict[str, int], found: list[int]):
+    """100 steps of 8 sequences, 10 batches evaluated after each 20 and at the end."""
+    from argparse import Namespace
+
+    from linear_moe.training.data import enough_samples
+
+    args = Namespace(train_iters=100, global_batch_size=8, eval_interval=20, iteration=0)
+    args.consumed_train_samples = args.consumed_valid_samples = 0
+    vars(args).update(changed)
+    assert enough_samples(args, [800, 480, 80]) == found
+    assert enough_samples(args, [800, 0, 0])[1:] == [0, 0]
 
 
 def test_boundaries_follow_the_ends(gloo, corpus):
