@@ -230,6 +230,14 @@ def test_halo_gives_every_run_the_tokens_before_it(monkeypatch, cp_size, packed,
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("packed", CASES)
+@pytest.mark.parametrize("cp_size", [2, 3, 4])
+def test_how_much_of_its_document_comes_before_a_run(cp_size, packed):
+    for layout in layouts(cp_size, packed):
+        expected = [positions[0] - start if positions else 0 for _, positions, start in runs(layout)]
+        assert halo.lengths_before(layout, torch.device("cpu")).tolist() == expected
+
+
 def test_a_halo_longer_than_a_chunk_is_refused():
     layout = SequenceLayout(1, 8, 4, 0)
     with pytest.raises(ValueError, match=r"why: .*neighbour"):
