@@ -43,6 +43,7 @@ class FeatureMap:
         biases: names of learned vectors ``[K]``.
         init_matrix: fills a matrix in place.
         init_bias: fills a bias in place.
+        has_signs: whether channels may be negative, and so a sum of weights 0.
     """
 
     apply: Callable[[Tensor, Weights], Tensor]
@@ -51,6 +52,7 @@ class FeatureMap:
     biases: tuple[str, ...] = ()
     init_matrix: Callable[[Tensor], object] = torch.nn.init.eye_
     init_bias: Callable[[Tensor], object] = torch.nn.init.zeros_
+    has_signs: bool = False
 
     def parameters(self, prefix: str, num_keys: int) -> tuple[Parameter, ...]:
         """The learned tensors, shared by all heads, as ``<prefix>_<name>``."""
@@ -103,10 +105,10 @@ def _init_linear(x: Tensor) -> None:
 
 
 PLAIN: dict[str, FeatureMap] = {
-    "identity": FeatureMap(lambda x, w: x),
+    "identity": FeatureMap(lambda x, w: x, has_signs=True),
     "elu": FeatureMap(lambda x, w: _EluPlusOne.apply(x)),
     "relu": FeatureMap(lambda x, w: F.relu(x)),
-    "swish": FeatureMap(lambda x, w: F.silu(x)),
+    "swish": FeatureMap(lambda x, w: F.silu(x), has_signs=True),
 }
 """Maps without weights that keep the width."""
 
@@ -121,6 +123,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = PLAIN | {
         biases=("bias1", "bias2"),
         init_matrix=_init_linear,
         init_bias=_init_linear,
+        has_signs=True,
     ),
     "dpfp": FeatureMap(_dpfp, 2 * DPFP_SHIFTS),
 }

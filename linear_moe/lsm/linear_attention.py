@@ -13,7 +13,9 @@ here elu and a swish gate, as in the earlier Linear-MoE system.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -40,11 +42,11 @@ class LinearAttention(NormalizedSum):
         tie_feature_map_qk: bool = False
         """One set of weights of a learned phi for queries and keys."""
         norm_q: bool = False
-        """Divide mapped queries by the sum of their channels; wants a positive feature map."""
+        """Divide mapped queries by the sum of their channels; wants a map that is not negative, see normalize."""
         norm_k: bool = False
-        """Divide mapped keys by the sum of their channels; wants a positive feature map."""
+        """Divide mapped keys by the sum of their channels; wants a map that is not negative, see normalize."""
         normalize: bool = False
-        """Divide by the sum of the attention weights; wants a positive map: not identity, swish or a product."""
+        """Divide by the sum of the attention weights; with identity, swish or a product it may be 0 (a warning)."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -53,6 +55,9 @@ class LinearAttention(NormalizedSum):
             kernel_width("feature_map", self.feature_map, self.mapped_k_dim, attempt)
             num_values = self.head_v_dim + self.normalize
             kernel_width("normalize", self.normalize, num_values, "False, or a smaller expand_v")
+            divided = tuple(name for name in ("norm_q", "norm_k", "normalize") if getattr(self, name))
+            if divided and FEATURE_MAPS[self.feature_map].has_signs:
+                _warn_of_signs_once(self.feature_map, divided)
 
         @property
         def mapped_k_dim(self) -> int:
@@ -106,6 +111,18 @@ class LinearAttention(NormalizedSum):
 
     def _prefix(self, name: str) -> str:
         return "feature_map" if self.cfg.tie_feature_map_qk else f"feature_map_{name}"
+
+
+@cache
+def _warn_of_signs_once(feature_map: str, options: tuple[str, ...]) -> None:
+    """A warning, since models are trained so elsewhere, the common library's too, and their checkpoints must open."""
+    warnings.warn(
+        f"linear attention divides by sums ({', '.join(options)}) of a feature map with negative channels "
+        f"({feature_map}): a sum may be 0 or change its sign, and near 0 outputs and gradients have no bound, so "
+        f"training may diverge; elu, relu, hedgehog, t2r and dpfp are never negative, and without these options the "
+        f"output norm keeps outputs in bounds",
+        stacklevel=2,
+    )
 
 
 def _sum_norm(x: Tensor) -> Tensor:

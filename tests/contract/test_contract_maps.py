@@ -1,11 +1,14 @@
 """Feature maps: widths that the kernels take, what learned maps start as, and the weights that quadratic maps give."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
 from linear_moe import lsm
+from linear_moe.launch.relay import is_our_line
+from linear_moe.lsm import linear_attention
 from linear_moe.lsm.feature_maps import FEATURE_MAPS, second_order
 from tests.contract.cases import SHAPE, make
 from tests.contract.test_contract_tables import THREE_PARTS
@@ -51,6 +54,28 @@ def test_learned_maps_start_as_published():
         else:
             assert all(0 < value.abs().max() <= 8**-0.5 for value in w.values())
             assert not torch.equal(q, FEATURE_MAPS[name](x, w, "feature_map_k"))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("name", ["linear_attention", "mom_linear_attention"])
+def test_sums_that_may_be_0_are_divided_by_with_a_warning(feature_map, name):
+    """One for each map and option, however many layers there are; such a model is made, as it was saved."""
+    warn_once = linear_attention._warn_of_signs_once
+    warn_once.cache_clear()
+    mixer = make("linear_attention", {"feature_map": feature_map}).mixer
+    w = {p.name: torch.randn(p.shape) for p in mixer.parameters()}
+    has_signs = bool((FEATURE_MAPS[feature_map](torch.randn(99, 8), w, "feature_map_q") < 0).any())
+    config = lsm.get(name).Config
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        config(**(SHAPE | {"feature_map": feature_map}))
+        assert not said, "nothing is divided"
+        for option in ("normalize", "norm_q", "norm_k"):
+            for _ in range(3):
+                assert getattr(config(**(SHAPE | {"feature_map": feature_map, option: True})), option)
+    told = [str(warning.message) for warning in said]
+    assert len(told) == 3 * has_signs and all(f"({feature_map})" in line for line in told)
+    assert all(is_our_line(f"{w.filename}:{w.lineno}: UserWarning".encode()) for w in said), "a run shows it"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
