@@ -147,6 +147,12 @@ def test_each_kind_is_tried_once() -> None:
             kernels.weighted_swiglu(torch.ones(num_rows, width), torch.ones(num_rows))
         assert len(ran) == 5
     with pretended() as ran:
+        for num_rows, width in ((5, 4), (900, 4), (5, 6)):  # heads of a memory's slots
+            order = torch.arange(2 * num_rows)
+            slots = kernels.spread_rows(torch.ones(num_rows, 3, width), order, order.view(-1, 2))
+            kernels.collect_rows(slots, order, order.view(-1, 2), torch.ones(num_rows, 2))
+        assert len(ran) == 10
+    with pretended() as ran:
         for x in (torch.ones(2, 3, 4, 5), torch.ones(3, 2, 4, 5).transpose(0, 1)):  # strides are compiled in
             kernels.gated_rms_norm(x)
         assert len(ran) == 4

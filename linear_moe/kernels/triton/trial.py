@@ -18,6 +18,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ LENGTHS = (61, 0, 83)
 
 NUM_ROWS = 48
 """Of tokens that do not follow each other: logits, experts' rows."""
+
+_OF_ROWS = ("spread_rows", "collect_rows")
+"""Operations that cut rows alike whatever their number, with any dims behind it."""
 
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.15}
 """Largest difference over the largest element; a tile of other numbers is far above, rounding and TF32 are below."""
@@ -57,11 +61,12 @@ def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[
     Raises:
         RuntimeError: the kernel broke the CUDA context.
     """
+    trait = partial(_trait, is_cut=op not in _OF_ROWS)
     kind = (
         op,
         torch.is_grad_enabled(),
-        *map(_trait, args),
-        *((name, _trait(x)) for name, x in kwargs.items()),
+        *map(trait, args),
+        *((name, trait(x)) for name, x in kwargs.items()),
     )
     found = _passed.get(kind)
     if found is None:
@@ -72,14 +77,16 @@ def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[
     return found
 
 
-def _trait(x: Any) -> Any:
+def _trait(x: Any, is_cut: bool) -> Any:
     """What of an argument makes another kind of call; of rows and tokens, which decide how rows are cut, the size.
 
     Strides of tokens are compiled in. Experts' rows are cut alike whatever their number, which changes in every step.
     """
     if isinstance(x, Tensor):
-        lengths = tuple(n.bit_length() for n in x.shape[:2]) if x.ndim > 2 else ()
-        return x.device, x.dtype, lengths, x.shape[2 if x.ndim > 2 else 1 :], x.stride()[1:], x.requires_grad
+        num_lengths = 2 if is_cut and x.ndim > 2 else 0
+        lengths, rest = x.shape[:num_lengths], x.shape[max(num_lengths, 1) :]
+        sizes = *(n.bit_length() for n in lengths), *rest
+        return x.device, x.dtype, sizes, x.stride()[1:], x.requires_grad
     return callable(x) or x
 
 
