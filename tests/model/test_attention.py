@@ -21,7 +21,8 @@ DOCUMENTS = [[0, 5, 6, 16, 16], [0, 0, 8, 9, 16]]
 
 
 def core_attention(cp_group=ALONE, attn_mask_type=AttnMaskType.causal, **kwargs) -> CoreAttention:
-    options = {"softmax_scale": kwargs.pop("softmax_scale", None)}
+    names = {"softmax_scale", "attention_type"} & set(kwargs)
+    options = {name: kwargs.pop(name) for name in names}
     kwargs = {"attention_dropout": 0.0, **kwargs}
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=H, **kwargs)
     groups = SimpleNamespace(tp=ALONE, cp=cp_group)
@@ -87,7 +88,7 @@ def test_thd():
     same_with_gradients(got, true, [q, k, v])
 
 
-@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("queries", [1, 2, 5])
 @pytest.mark.parametrize("attn_mask_type", [AttnMaskType.causal, AttnMaskType.no_mask])
 def test_decoding_queries_are_the_last_tokens(queries, attn_mask_type):
     leaves = inputs(queries=queries)
@@ -157,6 +158,10 @@ def test_dropout_only_in_training(monkeypatch):
     assert forks and not torch.equal(many[0], many[1])
     expected = by_definition(*leaves)
     assert ((many.mean(0) - expected).abs() < 6 * many.std(0) / 10 + 1e-9).all()  # unbiased
+    forks.clear()
+    core.config.sequence_parallel = True  # Megatron has switched to the generator of the rank
+    core(*leaves, None)
+    assert not forks
 
 
 @pytest.mark.parametrize(
@@ -166,6 +171,8 @@ def test_dropout_only_in_training(monkeypatch):
         {"softmax_type": "learnable"},
         {"apply_query_key_layer_scaling": True},
         {"qk_clip": True},
+        {"log_max_attention_logit": True},
+        {"attention_type": "cross"},
         {"attn_mask_type": AttnMaskType.padding},
     ],
 )
@@ -180,8 +187,8 @@ def test_what_cannot_be_combined_is_refused():
     mask = torch.zeros(B, 1, S, S, dtype=torch.bool)
     refused = [
         lambda: core_attention(two)(q, k, v, mask),
-        lambda: core_attention(two)(q[:1], k, v, None),
-        lambda: core_attention()(q[:1], k, v, None, packed_seq_params=packed(DOCUMENTS)),
+        lambda: core_attention(two)(q[:4], k, v, None),
+        lambda: core_attention()(q[:1], k, v, None, packed_seq_params=packed([[0, 1]] * B)),
         lambda: core_attention()(q, k, v, None, attention_bias=mask),
         lambda: core_attention()(q, k, v, mask.double()),
     ]
@@ -213,6 +220,47 @@ def test_ragged_batch_of_documents(monkeypatch):
     for start, end in ((0, 16), (0, 4), (4, 8), (8, 12), (12, 16)):
         got = attention._documents(q[start:end], k[:end], v[:end], layout, 1 / math.sqrt(K))
         torch.testing.assert_close(got, true[start:end])
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "dtype", "ragged"),
+    [
+        (16, 16, torch.bfloat16, True),
+        (16, 8, torch.float16, True),
+        (256, 8, torch.bfloat16, True),
+        (264, 8, torch.bfloat16, False),
+        (12, 12, torch.bfloat16, False),
+        (8, 16, torch.bfloat16, False),
+        (16, 16, torch.float32, False),
+    ],
+)
+def test_documents_need_no_mask_where_flash_attention_runs(monkeypatch, key_dim, value_dim, dtype, ragged):
+    """On a GPU: values are as wide as keys there, by zeros that are cut off again."""
+    true = [torch.randn(S, B, heads, width) for heads, width in ((H, key_dim), (G, key_dim), (G, value_dim))]
+    q, k, v = (x.to(dtype).as_subclass(OnGpu) for x in true)
+    rows = []
+
+    def documents(q, k, v, layout, scale):
+        rows.append(v.shape[-1])
+        return core._sdpa(q, k, v, layout, None, scale)
+
+    monkeypatch.setattr(attention, "_documents", documents)
+    monkeypatch.setattr(attention, "_warn_of_mask_once", lambda is_cuda: None)
+    core = core_attention().eval()
+    expected = by_definition(*(x.to(dtype).double() for x in true), documents=DOCUMENTS)
+    for mask in (None, torch.zeros(1, 1, S, S, dtype=torch.bool)):
+        got = core(q, k, v, mask, packed_seq_params=packed(DOCUMENTS))
+        assert got.shape == (S, B, H * value_dim)
+        torch.testing.assert_close(got.as_subclass(torch.Tensor).double(), expected, atol=3e-2, rtol=2e-2)
+    core.train().attention_dropout, core.config.sequence_parallel = 0.5, True
+    core(q, k, v, None, packed_seq_params=packed(DOCUMENTS))
+    assert rows == [key_dim] * ragged  # never with a mask, nor with dropout
 
 
 def attend_in_parallel(rank: int, world_size: int, documents) -> list[torch.Tensor]:

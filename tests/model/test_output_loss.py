@@ -27,7 +27,8 @@ class OneRank:
 def inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    mask = (torch.rand(2, 13, generator=generator) > 0.3).double()
+    kept, weights = torch.rand(2, 2, 13, generator=generator, dtype=torch.float64)
+    mask = torch.where(kept > 0.3, 0.1 * weights, 0.0)  # tokens may weigh differently
     labels = torch.randint(0, 37, (2, 13), generator=generator)
     return dict(hidden=draw(13, 2, 8), weight=draw(37, 8), labels=labels, mask=mask)
 
@@ -72,10 +73,15 @@ def test_nothing_unmasked_has_no_gradient(inputs: dict[str, Tensor]) -> None:
     assert d_hidden.abs().max() == d_weight.abs().max() == 0
 
 
-def test_another_weighting_than_the_mask_is_not_silently_wrong(inputs: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("scale", [-1.0, 1e-6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_another_weighting_than_the_mask_is_not_silently_wrong(
+    inputs: dict[str, Tensor], scale: float, masked: bool
+) -> None:
     factor = inputs["mask"].clone()
-    factor[0, 0] = 2.0
-    _, d_hidden, d_weight = run(inputs, 7, factor)
+    token = (factor == 0 if masked else factor > 0).nonzero()[0]
+    factor[tuple(token)] += 2.0
+    _, d_hidden, d_weight = run(inputs, 7, scale * factor)
     assert d_hidden.isnan().all() and d_weight.isnan().all()
 
 
@@ -108,6 +114,22 @@ def test_half_precision_rounds_once_per_product(inputs: dict[str, Tensor]) -> No
     d_weight = run(many, 26, many["mask"])[2].double() / 200
     wanted = expected[2] / 2.5
     assert (d_weight - wanted).norm() <= 0.01 * wanted.norm(), "a sum of 200 chunks"
+
+
+def test_weights_that_are_on_their_way_are_waited_for(inputs: dict[str, Tensor]) -> None:
+    """Those of a distributed optimizer that overlaps: its hooks wait in a call of the layer, and none is made here."""
+    layer: Any = types.SimpleNamespace(
+        weight=torch.full_like(inputs["weight"], torch.nan), tp_group=OneRank(), sequence_parallel=False
+    )
+    layer._forward_pre_hooks = {0: lambda module, args: module.weight.copy_(inputs["weight"])}
+    losses = loss_in_chunks(5)(
+        hidden_states=inputs["hidden"],
+        output_layer=layer,
+        output_weight=None,
+        labels=inputs["labels"],
+        loss_mask=inputs["mask"],
+    )
+    torch.testing.assert_close(losses, truth(inputs, 1.0)[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
