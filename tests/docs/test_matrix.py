@@ -5,6 +5,7 @@
 
 import math
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ def table(head: list[str], rows: dict[str, list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()])
 
 
+def prose(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False)
+
+
 def layouts_of_mixers() -> dict[str, list[str]]:
     """By mixer: T where ``make test`` compares a layout with one process, P where ``make parity`` does."""
 
@@ -125,7 +130,14 @@ def layouts_of_families() -> dict[str, list[str]]:
 
 def document(ran: Any) -> str:
     cells = {m: ["T" if trained(ran(f)[m]) else "**no**" for f in FAMILIES] for m in MIXERS}
+    mixers = f"""
+The layout against one process: losses of six steps and the gradient of every parameter. The mixer is in a stack with
+others, of the kind of qwen2, with experts but for {" and ".join(DENSE)} (Megatron refuses experts under TP without SP).
+A number stands behind each dimension; some cells pack documents, some do not. RWKV7 refuses `recompute-layers`: its
+first layer hands a value to the later ones."""
     models = ", ".join(" ".join(model) for model in families_in_layouts.STACKS)
+    families = f"""
+The same comparison of shrunken models: {models}; and of those of the table above, which are of the kind of qwen2."""
     return f"""# What was run
 
 Written by `tests/docs/test_matrix.py`, whose test fails when this file says anything else than what ran.
@@ -141,16 +153,13 @@ the mixer and one of softmax attention.
 
 ## Mixer x layout
 
-The layout against one process: losses of six steps and the gradient of every parameter. The mixer is in a stack with
-others, of the kind of qwen2, with experts but for {" and ".join(DENSE)} (Megatron refuses experts under TP without SP).
-A number stands behind each dimension; some cells pack documents, some do not. RWKV7 refuses `recompute-layers`: its
-first layer hands a value to the later ones.
+{prose(mixers)}
 
 {table(["mixer", *LAYOUTS], layouts_of_mixers())}
 
 ## Family x layout
 
-The same comparison of shrunken models: {models}; and of those of the table above, which are of the kind of qwen2.
+{prose(families)}
 
 {table(["family", *LAYOUTS], layouts_of_families())}
 """
