@@ -10,31 +10,42 @@ EXPERTS, GROUPS, OPEN, TOPK, SCALE, BALANCE = 16, 8, 3, 6, 16.0, 0.01
 FLAGS = [
     *("--num-experts", str(EXPERTS), "--moe-router-topk", str(TOPK), "--moe-router-num-groups", str(GROUPS)),
     *("--moe-router-group-topk", str(OPEN), "--moe-router-topk-scaling-factor", str(SCALE)),
-    *("--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", str(BALANCE)),
+    *("--moe-aux-loss-coeff", str(BALANCE), "--moe-router-load-balancing-type"),
 ]
+SEQUENCE = "seq_aux_loss"
 
 
-def routed(rank: int, world: int) -> list[Tensor]:
+def routed(rank: int, world: int, balance: str, padding_TB: Tensor | None) -> list[Tensor]:
     """Choices, weights and the router's gradient of the balancing loss alone: by Megatron's router with our groups."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    router = build(["gla"], *FLAGS, moe=True, train=True, dtype=torch.float32).decoder.layers[0].mlp.router
+    router = (
+        build(["gla"], *FLAGS, balance, moe=True, train=True, dtype=torch.float32)
+        .decoder.layers[0]
+        .mlp.router
+    )
     x_TBD = torch.randn(40, 3, 64)
-    probs, chosen = router(x_TBD)
+    probs, chosen = router(x_TBD, padding_TB)
     (probs.sum() * 0.0).backward()
     return [x_TBD, router.weight.detach(), probs.detach(), chosen, router.weight.grad]
 
 
-def test_choice_weights_and_balance(gloo):
-    (seen,) = gloo(1, routed)
+@pytest.mark.parametrize(
+    ("balance", "is_padded"),
+    [(SEQUENCE, False), ("aux_loss", False), ("aux_loss", True), ("global_aux_loss", True)],
+)
+def test_choice_weights_and_balance(gloo, balance, is_padded):
+    """The balance is that of every sequence, or of all tokens at once that are no padding."""
+    padding_TB = torch.arange(40)[:, None] >= torch.tensor([40, 31, 7]) if is_padded else None
+    (seen,) = gloo(1, routed, balance, padding_TB)
     x_TBD, weight, probs, chosen, gradient = seen
     weight = weight.clone().requires_grad_()
     scores_TBE = (x_TBD @ weight.T).softmax(-1)
     T, B, _ = x_TBD.shape
-    loss = torch.zeros(())
+    counted_TB = torch.ones(T, B, dtype=torch.bool) if padding_TB is None else ~padding_TB
+    selected_TBE = torch.zeros(T, B, EXPERTS)
     for b in range(B):
-        selected_TE = torch.zeros(T, EXPERTS)
         for t in range(T):
             s = scores_TBE[t, b]
             best = s.view(GROUPS, -1).max(-1).values.topk(OPEN).indices.tolist()
@@ -43,16 +54,19 @@ def test_choice_weights_and_balance(gloo):
             row = t * B + b
             assert sorted(chosen[row].nonzero()[:, 0].tolist()) == sorted(mine)
             torch.testing.assert_close(probs[row, mine], SCALE * s[mine].detach(), rtol=1e-5, atol=1e-7)
-            selected_TE[t, mine] = 1
-        fraction_E = selected_TE.sum(0) * EXPERTS / (TOPK * T)
-        loss = loss + BALANCE * (fraction_E * scores_TBE[:, b].mean(0)).sum() / B
-    loss.backward()
+            selected_TBE[t, b, mine] = 1
+    parts = range(B) if balance == SEQUENCE else [slice(None)]
+    for part in parts:
+        counted = counted_TB[:, part]
+        fraction_E = selected_TBE[:, part][counted].mean(0) * EXPERTS / TOPK
+        loss = BALANCE * (fraction_E * scores_TBE[:, part][counted].mean(0)).sum() / len(parts)
+        loss.backward(retain_graph=True)
     torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-8)
 
 
 def refusal(rank: int, world: int, flags: list[str]) -> str:
     try:
-        build(["gla"], *FLAGS, *flags, moe=True)
+        build(["gla"], *FLAGS, SEQUENCE, *flags, moe=True)
     except ValueError as error:
         return str(error)
     return ""

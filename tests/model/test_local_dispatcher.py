@@ -118,17 +118,20 @@ def test_what_is_made_again_is_not_kept() -> None:
     assert torch.equal(torch.autograd.grad(y.square().sum(), weight)[0], true) and calls == [1]
 
 
-def local(rank: int, world_size: int, options: dict[str, Any]) -> bool:
+def local(rank: int, world_size: int, options: dict[str, Any], sequential: bool = False) -> bool:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from linear_moe.model.backend import make_backend
 
     with with_model_parallel(ep=options.get("expert_model_parallel_size", 1)):
-        backend = make_backend("local", sequential_experts=False)
-        stock = get_moe_module_spec_for_backend(backend, num_experts=E, moe_grouped_gemm=True)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        layer = MoE(**stock.keywords, config=config(**options), pg_collection=groups, is_mtp_layer=False)
+        backend = make_backend("local", sequential_experts=sequential)
+        stock = get_moe_module_spec_for_backend(backend, num_experts=E, moe_grouped_gemm=not sequential)
+        groups, own = ProcessGroupCollection.use_mpu_process_groups(), dict(options)
+        again = own.pop("recompute_expert_inputs", False)
+        settings = config(**own)
+        settings.recompute_expert_inputs = again
+        layer = MoE(**stock.keywords, config=settings, pg_collection=groups, is_mtp_layer=False)
         return isinstance(layer.token_dispatcher, LocalDispatcher)
 
 
@@ -142,6 +145,15 @@ def local(rank: int, world_size: int, options: dict[str, Any]) -> bool:
 )
 def test_megatron_dispatches_where_it_must(gloo: Any, world_size: int, options: dict[str, Any]) -> None:
     assert gloo(world_size, local, options) == [False] * world_size
+
+
+@pytest.mark.parametrize("options", [{"moe_expert_capacity_factor": 1.0}, {}])
+def test_inputs_that_cannot_be_made_again(gloo: Any, options: dict[str, Any]) -> None:
+    """They come from other ranks, or no experts ask for them."""
+    with pytest.raises(
+        ValueError, match=r"--recompute-expert-inputs needs all experts .*\n  why: .*\n  try: "
+    ):
+        gloo(1, local, options | {"recompute_expert_inputs": True}, not options)
 
 
 def test_experts_in_rising_order_and_others_where_too_few() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,36 @@ def test_a_loss_weighs_by_the_tokens_that_are_no_padding(
     assert given == {"aux_loss": 1.0, "valid_token_count": torch.tensor(count)}
     one.routing(torch.zeros(6, 4))
     assert one.attach_and_log_load_balancing_loss() == {}, "the next micro-batch has no padding"
+
+
+HALF, WHOLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "x", "weight", "bias", "router_dtype", "here"),
+    [
+        (True, HALF, HALF, None, "fp32", True),
+        (False, HALF, HALF, None, "fp32", False),
+        (True, WHOLE, HALF, None, "fp32", False),
+        (True, HALF, WHOLE, None, "fp32", False),
+        (True, HALF, HALF, 1, "fp32", False),
+        (True, HALF, HALF, None, "fp64", False),
+    ],
+)
+def test_whose_logits_they_are(
+    is_cuda: bool,
+    x: torch.dtype,
+    weight: torch.dtype,
+    bias: Any,
+    router_dtype: str,
+    here: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Megatron's, wherever ours would be others: a bias, or another precision."""
+    monkeypatch.setattr(TopKRouter, "gating", lambda self, input: "theirs")
+    monkeypatch.setattr(router, "logits", lambda input, weight_ED: (input, weight_ED))
+    one: Any = object.__new__(router.Router)
+    one.weight, one.bias = SimpleNamespace(dtype=weight), bias
+    one.config = SimpleNamespace(moe_router_dtype=router_dtype)
+    given: Any = SimpleNamespace(is_cuda=is_cuda, dtype=x)
+    assert one.gating(given) == ((given, one.weight) if here else "theirs")
