@@ -58,6 +58,8 @@ KINDS = {
     "dplr_delta_rule_segment": ("vector",),
 }
 """Decays of each operator, for which there are kernels of their own; a fused backend need not take them all."""
+AROUND = ("rotate_heads",)
+"""Other operators: of heads K wide, V channels are turned."""
 DIMS = ("64x64", "128x128", "128x256", "256x128", "256x256")
 
 
@@ -146,7 +148,11 @@ def check(
     """Forward and backward of one call."""
     num_keys, num_values = (int(n) for n in dims.split("x"))
     name = f"{op} {kind} {str(dtype).removeprefix('torch.')} {dims}{' packed' if packed else ''}"
-    inputs = _inputs(op, kind, dtype, num_keys, num_values, packed)
+    inputs = (
+        _rotary(dtype, num_keys, num_values)
+        if op == "rotate_heads"
+        else _inputs(op, kind, dtype, num_keys, num_values, packed)
+    )
     with compiling_only(name, arch) as rows:
         if op.endswith("_segment"):
             segment = getattr(kernels, op)(**inputs)
@@ -185,6 +191,13 @@ def _inputs(
     if packed:
         inputs["cu_seqlens"] = torch.tensor([0, 300, 2048], dtype=torch.int32)
     return inputs
+
+
+def _rotary(dtype: torch.dtype, width: int, turned: int) -> dict[str, Tensor]:
+    """Slices of a fused projection."""
+    q, k, _ = torch.zeros(1, 2048, 20, width, dtype=dtype).split([16, 2, 2], dim=2)
+    angles = torch.zeros(1, 2048, min(width, turned) // 2)
+    return {"q": q.requires_grad_(), "k": k.requires_grad_(), "angles": angles}
 
 
 def _row(call: str, kernel: Any, kwargs: dict[str, Any], seconds: float, arch: int) -> Row:
@@ -271,7 +284,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--ops", nargs="+", default=[*KINDS, *AROUND], choices=[*KINDS, *AROUND])
     parser.add_argument("--kinds", nargs="+", help="decays; all by default")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--dims", nargs="+", default=list(DIMS), help="KxV")
@@ -282,8 +295,8 @@ def main() -> int:
     rows: list[Row] = []
     failed = []
     for op in asked.ops:
-        for kind in KINDS[op]:
-            if asked.kinds and kind not in asked.kinds:
+        for kind in KINDS.get(op, ("",)):
+            if kind and asked.kinds and kind not in asked.kinds:
                 continue
             for dtype in asked.dtypes:
                 for dims in asked.dims:

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from compile_check import KINDS  # asks for fused kernels, not interpreted
+from compile_check import AROUND, KINDS  # asks for fused kernels, not interpreted
 from emulator.launch import emulated
 from torch import Tensor
 
@@ -36,7 +36,11 @@ HEAD_LIMIT = 5.0
 def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: int, packed: bool) -> bool:
     """One call; whether it is right."""
     torch.manual_seed(0)
-    inputs = _inputs(op, kind, dims, dtype, tokens, packed)
+    inputs = (
+        _rotary(dims, dtype, tokens)
+        if op == "rotate_heads"
+        else _inputs(op, kind, dims, dtype, tokens, packed)
+    )
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     with mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "chunked"}):
         expected = _results(op, wide)
@@ -61,12 +65,16 @@ def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: 
 
 def _results(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Results and gradients."""
-    leaves = {name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    leaves = {
+        name: x.detach().clone().requires_grad_(x.is_floating_point() and name != "angles")
+        for name, x in inputs.items()
+    }
     if op.endswith("_segment"):
         segment = getattr(kernels, op)(**leaves)
         outputs = {"state": segment.state, "decay": segment.decay, "log_decay": segment.log_decay}
     else:
-        outputs = dict(zip(("o", "state"), getattr(kernels, op)(**leaves, scale=0.5)))
+        names = ("q", "k") if op == "rotate_heads" else ("o", "state")
+        outputs = dict(zip(names, getattr(kernels, op)(**leaves, scale=0.5)))
     outputs = {name: x for name, x in outputs.items() if x is not None}
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs.values()]
@@ -110,12 +118,19 @@ def _inputs(
     return inputs | ({"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)} if packed else {})
 
 
+def _rotary(dims: str, dtype: torch.dtype, tokens: int) -> dict[str, Tensor]:
+    """Two rows of heads K wide of which V channels are turned, by angles of up to a million."""
+    width, turned = (int(n) for n in dims.split("x"))
+    inputs = {name: torch.randn(2, tokens, heads, width).to(dtype) for name, heads in (("q", 9), ("k", 3))}
+    return inputs | {"angles": torch.rand(2, tokens, min(width, turned) // 2) ** 4 * 1e6}
+
+
 def main() -> int:
     """Every combination asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--ops", nargs="+", default=[*KINDS, *AROUND], choices=[*KINDS, *AROUND])
     parser.add_argument("--kinds", nargs="+", help="decays; all by default")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--dims", nargs="+", default=["128x128"], help="KxV")
@@ -129,10 +144,10 @@ def main() -> int:
     wrong = [
         (op, kind)
         for op in asked.ops
-        for kind in KINDS[op]
+        for kind in KINDS.get(op, ("",))
         for dtype in asked.dtypes
         for dims in asked.dims
-        if not asked.kinds or kind in asked.kinds
+        if not kind or not asked.kinds or kind in asked.kinds
         if not check(op, kind, dims, getattr(torch, dtype), *options)
     ]
     print(f"{len(wrong)} calls are wrong")

@@ -44,7 +44,7 @@ PARTS = {
     "experts: SwiGLU": r"swiglu",
     "experts: permutation": r"rows\.py|routing\.py|local_dispatcher",
     "router": r"moe/|model/router",
-    "softmax attention": r"attention|rope",
+    "softmax attention": r"attention|rope|rotary",
     "projections": r"tensor_parallel/layers|mixer_projections|mixer_layer",
     "short convolution": r"short_conv|conv\.py|conv_input",
     "scan": r"triton/(diag|delta|dplr|decay|states|segment|chunk)",

@@ -24,6 +24,8 @@ COMPARISONS = {
     "ls": "<=",
     "hi": ">",
 }
+WHOLE = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
+"""What conversions to whole numbers make of a fraction."""
 OPERATORS = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^"}
 FUNCTIONS = {
     "abs": "np.abs({0})",
@@ -319,7 +321,8 @@ class Writer:
         value = self._value(operands[1], source)
         if target == "tf32":
             return self._set(operands[0], f"to_tf32({value})", guard)
-        assert not {"rzi", "rni", "rmi", "rpi"} & set(words), words
+        for word in WHOLE.keys() & set(words):
+            value = f"{WHOLE[word]}({value})"
         number = "float32" if target in ("bf16", "f16") else _name(target)
         return self._set_value(operands[0], f"np.asarray({value}).astype(np.{number})", target, guard)
 

@@ -184,6 +184,23 @@ def check_scaled(x: Tensor, weight: Tensor) -> None:
     _check_shape("weight", weight, x.shape[:3], "[B, T, H]")
 
 
+def check_rotary(q: Tensor, k: Tensor, angles: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.rotate_heads` takes."""
+    for name, x in (("q", q), ("k", k), ("angles", angles)):
+        _check_float(name, x, q.device)
+    if q.ndim != 4:
+        _fail("q", f"has shape {_show(q.shape)}", "q is [B, T, H, K]", "q.unflatten(-1, (H, K))")
+    if k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        why = "k is [B, T, G, K], of the tokens and the width of q"
+        _fail("k", f"has shape {_show(k.shape)}", why, f"a tensor {_show([*q.shape[:2], 'G', q.shape[3]])}")
+    if angles.ndim != 3 or angles.shape[:2] != q.shape[:2] or not 0 < 2 * angles.shape[2] <= q.shape[3]:
+        why = f"angles is [B, T, R], one for two of the {q.shape[3]} channels of a head"
+        shape = _show([*q.shape[:2], q.shape[3] // 2])
+        _fail("angles", f"has shape {_show(angles.shape)}", why, f"a tensor {shape}, or with fewer angles")
+    if angles.requires_grad and torch.is_grad_enabled():
+        _fail("angles", "requires a gradient", "angles are constants here", "angles.detach()")
+
+
 def check_skip_gate_norm(
     x: Tensor,
     skip: Tensor,
@@ -295,5 +312,5 @@ def _fail(name: str, found: str, why: str, instead: str) -> NoReturn:
     raise ValueError(f"{name} {found}\n  why: {why}\n  try: {instead}")
 
 
-def _show(shape: Sequence[int]) -> str:
-    return str(list(shape))
+def _show(shape: Sequence[int | str]) -> str:
+    return str(list(shape)).replace("'", "")

@@ -247,6 +247,21 @@ def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
     return _run("scale_heads", x, x, weight)
 
 
+def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Rotary positions: q and k, channels ``i`` and ``R + i`` of each head turned by ``angles[..., i]``.
+
+    Computes in float32, or float64 for float64 inputs, and keeps only the angles for the backward pass.
+
+    Args:
+        q: ``[B, T, H, K]``, any float dtype, any strides.
+        k: ``[B, T, G, K]``.
+        angles: ``[B, T, R]`` with ``2 R <= K``, constants. Channels from 2 R on are copied.
+        scale: of what is turned (YaRN's temperature).
+    """
+    checks.check_rotary(q, k, angles)
+    return _run("rotate_heads", q, q, k, angles, scale=scale)
+
+
 def skip_gate_norm(
     x: Tensor,
     skip: Tensor,

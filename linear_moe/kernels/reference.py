@@ -239,6 +239,21 @@ def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(heads, 2).to(x.dtype)
 
 
+def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Two channels as a complex number, times ``scale e^(i angle)``, one head after the other."""
+    dtype, num_angles = torch.promote_types(q.dtype, torch.float32), angles.shape[2]
+    turn = torch.polar(torch.full_like(angles, scale, dtype=dtype), angles.to(dtype))
+    found = []
+    for x in (q, k):
+        heads = []
+        for h in range(x.shape[2]):
+            y = x[:, :, h].to(dtype)
+            pairs = torch.complex(y[..., :num_angles], y[..., num_angles : 2 * num_angles]) * turn
+            heads.append(torch.cat([pairs.real, pairs.imag, y[..., 2 * num_angles :]], -1))
+        found.append(torch.stack(heads, 2).to(x.dtype))
+    return found[0], found[1]
+
+
 def skip_gate_norm(
     x: Tensor,
     skip: Tensor,

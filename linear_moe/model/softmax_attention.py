@@ -6,6 +6,11 @@ Reading a prompt attends row by row, so that no row's result depends on another'
 step is one call of PyTorch's fused attention for all rows and heads: the query heads that share a key head are the
 rows of one product, and a mask of one byte per cached token ends each row.
 
+Positions: Megatron turns queries and keys one after the other, each in ten passes, or by Transformer Engine's kernel
+(``apply_rope_fusion``). Where there is a fused kernel of ours, it turns both at once, in training and decoding, and
+Megatron is told that there are no positions left. Its own path stays for ``thd``, where documents lie end to end and
+each has its own positions, and for channels turned in neighbouring pairs.
+
 Letters: B rows, T tokens of a call, S capacity of the cache, H query heads, G key heads, K key dim, V value dim.
 """
 
@@ -19,7 +24,12 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn import functional as F
 
+from linear_moe.kernels import dispatch, rotate_heads
 from linear_moe.model.decoding import DecodingContext
+
+
+class OfRows(tuple[Tensor, Tensor]):
+    """Megatron's pair of rotary tables, for queries and keys, of tokens that lie in rows: the first is the second."""
 
 
 class SoftmaxAttention(SelfAttention):
@@ -37,6 +47,9 @@ class SoftmaxAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """``[T, B, D]`` to the same and the bias that the caller adds (Megatron's contract)."""
         if not isinstance(inference_context, DecodingContext):
+            packed = kwargs.get("packed_seq_params")
+            if isinstance(rotary_pos_emb, Tensor) and (packed is None or packed.qkv_format == "sbhd"):
+                rotary_pos_emb = OfRows((rotary_pos_emb, rotary_pos_emb))
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -56,7 +69,7 @@ class SoftmaxAttention(SelfAttention):
         if rotary_pos_emb is not None and not self._has_no_rope():
             freqs = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
             freqs_TB1K = context.hold(self.layer_number, freqs)[:, 0][context.positions_TB]
-            q_TBHK, k_TBGK = (self._rotate(x, freqs_TB1K) for x in (q_TBHK, k_TBGK))
+            q_TBHK, k_TBGK = self._rotate(q_TBHK, k_TBGK, freqs_TB1K)
         k_BGSK, v_BGSV = context.write(self.layer_number, k_TBGK, v_TBGV)
         if context.reading is None:
             out_TBC = attend_one(q_TBHK[0], k_BGSK, v_BGSV, context.allowed_B11S, self._scale())[None]
@@ -79,14 +92,38 @@ class SoftmaxAttention(SelfAttention):
                 outputs.append(self.core_attention(reading.of_row(q_TBHK, row), *kept, None))
         return reading.join(outputs)
 
-    def _rotate(self, x_TBHK: Tensor, freqs_TB1K: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(
-            x_TBHK,
-            freqs_TB1K,
-            config=self.config,
-            mscale=self._yarn_concentration_factor,
-            cp_group=self.pg_collection.cp,
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """The step of Megatron's ``forward`` before it turns queries and keys, if it is given a table for that."""
+        is_ours = inference_context is None and isinstance(rotary_pos_emb, OfRows)
+        if is_ours and self._turns_both(query):
+            query, key = self._rotate(query, key, rotary_pos_emb[0])
+            rotary_pos_emb = None
+        return super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
         )
+
+    def _turns_both(self, x: Tensor) -> bool:
+        return not (self.config.apply_rope_fusion or self.config.rotary_interleaved) and _has_fused_rotary(x)
+
+    def _rotate(self, q_TBHK: Tensor, k_TBGK: Tensor, freqs_TB1R: Tensor) -> tuple[Tensor, ...]:
+        """By the angles of a table of one row or of all; its second half repeats the first."""
+        scale = self._yarn_concentration_factor
+        if self._turns_both(q_TBHK):
+            angles_TBR = freqs_TB1R[:, :, 0, : freqs_TB1R.shape[-1] // 2].expand(*q_TBHK.shape[:2], -1)
+            q_BTHK, k_BTGK, angles_BTR = (x.transpose(0, 1) for x in (q_TBHK, k_TBGK, angles_TBR))
+            turned = rotate_heads(q_BTHK, k_BTGK, angles_BTR, scale=scale)
+            return tuple(x.transpose(0, 1) for x in turned)
+        options = dict(config=self.config, mscale=scale, cp_group=self.pg_collection.cp)
+        return tuple(apply_rotary_pos_emb(x, freqs_TB1R, **options) for x in (q_TBHK, k_TBGK))
 
     def _has_no_rope(self) -> bool:
         pattern = self.config.no_rope_freq
@@ -95,6 +132,11 @@ class SoftmaxAttention(SelfAttention):
     def _scale(self) -> float | None:
         scale: float | None = self.core_attention.softmax_scale
         return scale
+
+
+def _has_fused_rotary(x: Tensor) -> bool:
+    """Else Megatron's own."""
+    return dispatch.pick("rotate_heads", x.device, x.dtype)[0].name == "triton"
 
 
 def attend_one(

@@ -71,6 +71,14 @@ def skip_gate_norm() -> Errors:
     )
 
 
+@CASES.add("rotary positions")
+def rotate_heads() -> Errors:
+    """Of six channels of 16."""
+    angles = torch.randn(1, TOKENS, 3)
+    inputs = {name: torch.randn(TOKENS, 1, WIDTH).half() for name in ("q", "k")}
+    return compared(lambda q, k: results(kernels.rotate_heads(q[None], k[None], angles)), inputs)
+
+
 @CASES.add("rows")
 def rows() -> Errors:
     """Spread to two slots each."""

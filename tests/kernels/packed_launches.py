@@ -109,13 +109,17 @@ def small(op: str, _: str, boundaries: tuple[int, ...]) -> None:
         operation(token(tokens, 512).detach(), order[:tokens] % 512, per_token.detach())
     elif op == "short_conv":
         both_ways(operation(*inputs, cu_seqlens=torch.tensor(boundaries, dtype=torch.int32)), inputs)
+    elif op == "rotate_heads":
+        both_ways(operation(x, x, torch.zeros(1, tokens, WIDTH // 2)), [x])
     elif op.endswith("_rows"):
         both_ways([operation(*inputs, order, order.view(-1, 2))], inputs)
     else:
         both_ways([operation(*inputs)], inputs)
 
 
-SMALL = ("short_conv", "gated_rms_norm", "weighted_swiglu", "spread_rows", "collect_rows", "cross_entropy_")
+SMALL = (
+    "short_conv", "gated_rms_norm", "rotate_heads", "weighted_swiglu", "spread_rows", "collect_rows", "cross_entropy_",
+)  # fmt: skip
 CALLS = [(scan, op, kind) for op, kinds in KINDS.items() for kind in kinds] + [
     (small, op, "") for op in SMALL
 ]

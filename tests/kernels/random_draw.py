@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 from random_calls import FULL, PER_GEOMETRY, SMALL, Call, Dice, Size, judge
 from random_scans import KINDS, LOW_RANK, SEGMENTS, scan
-from random_small import OPERATIONS
+from random_small import OPERATIONS, rotate_heads
 from scan_cases import poison_empty
 
 from linear_moe import kernels
@@ -57,6 +57,8 @@ def _plan() -> dict[str, tuple[Draw, torch.dtype]]:
         add(partial(scan, LOW_RANK, kind), dtype, LOW_RANK, kind)
     for dtype, kind in zip(HALVES[2:], ("vector", "scalar")):
         add(partial(scan, f"{LOW_RANK}_segment", kind), dtype, f"{LOW_RANK}_segment", kind)
+    for dtype in HALVES[1:]:
+        add(rotate_heads, dtype, "rotate_heads")
     return found
 
 

@@ -153,4 +153,28 @@ def run_unit(module: ModuleType | type, call: Call, given: dict[str, Tensor]) ->
     return {"y": module.weighted_swiglu(**given)}
 
 
+def rotate_heads(dtype: torch.dtype, size: Size, dice: Dice) -> Call:
+    """Angles of a few turns and of many, for all channels or some; several query heads for a key head or fewer."""
+    geometry = dice.geometry
+    batch, heads, groups = (geometry.randint(1, n) for n in (size.batch, 4 * size.heads, 2 * size.heads))
+    num_tokens, width = dice.tokens(size), max(2, dice.dim(size.dim))
+    num_angles = geometry.choice([width // 2, geometry.randint(1, width // 2)])
+    words = [f"B{batch}T{num_tokens}H{heads}G{groups}K{width}R{num_angles}"]
+    call = Call("rotate_heads", dtype, words, run=run_rotary)
+    call.tensors = {"q": dice.normal(batch, num_tokens, heads, width)}
+    call.tensors["k"] = dice.normal(batch, num_tokens, groups, width)
+    call.tensors["angles"] = dice.uniform(batch, num_tokens, num_angles) * dice.own.choice([6.0, 1e3, -1e6])
+    call.layouts = {name: dice.layout() for name in call.tensors}
+    call.wide = call.constant = frozenset({"angles"})
+    call.options["scale"] = geometry.choice([1.0, 1.2])
+    call.upstream = dice.own.choice(["both", "q", "k", "sum"])
+    rounded(call)
+    return call
+
+
+def run_rotary(module: ModuleType | type, call: Call, given: dict[str, Tensor]) -> Outputs:
+    """Both results."""
+    return dict(zip(("q", "k"), module.rotate_heads(**given, **call.options), strict=True))
+
+
 OPERATIONS = (short_conv, gated_rms_norm, cross_entropy_, spread_rows, collect_rows, weighted_swiglu)

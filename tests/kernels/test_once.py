@@ -20,6 +20,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "short_conv": lambda x: kernels.short_conv(x, x[0, :3].movedim(0, -1))[0],
     "gated_rms_norm": lambda x: kernels.gated_rms_norm(x, gate=x),
     "scale_heads": lambda x: kernels.scale_heads(x, x[..., 0]),
+    "rotate_heads": lambda x: kernels.rotate_heads(x, x, x[..., 0, :2].detach())[0],
     "weighted_swiglu": lambda x: kernels.weighted_swiglu(x[0, :, 0], x[0, :, 0, 0]),
     "collect_rows": lambda x: kernels.collect_rows(x[0], torch.arange(6), torch.arange(6)[:, None], x[0, :, 0, :1]),
 }  # fmt: skip

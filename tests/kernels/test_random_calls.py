@@ -21,7 +21,9 @@ from torch import Tensor
 from linear_moe import kernels
 from linear_moe.kernels import reference
 
-SAMPLE = [126, 146, 137, 157, 167, 187, 197, 232, 418, 447, 453, 498, 500, 518, 525, 537, 545, 684, 733, 752]
+SAMPLE = [
+    126, 146, 137, 157, 167, 187, 197, 232, 418, 447, 453, 498, 500, 518, 525, 537, 545, 684, 733, 752, 781,
+]  # fmt: skip
 """Every operator, most kinds of decay."""
 LONG_CASES = [0, 20, 30, 50, 80, 90, 670]
 """In bfloat16: diagonal decay none, scalar, vector, of values; the delta rule with scalar and vector decay; RWKV7's."""

@@ -1,4 +1,4 @@
-"""Fused convolution, gated norm, cross entropy and rows on a CUDA device, against their definitions in float64."""
+"""Fused convolution, norms, rotary positions, loss and rows on a CUDA device, against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -59,10 +59,16 @@ def skip_norm(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
+def rotary(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    q, k = t["x"].unflatten(-1, (5, 128)).split([4, 1], dim=2)
+    whole, part = t["angles"].detach(), t["angles"][..., :16].detach()
+    return [*module.rotate_heads(q, k, whole, scale=1.1), *module.rotate_heads(q, k * 0.5, part)]
+
+
 CALLS: dict[str, Call] = {
-    f.__name__: f for f in (short_conv, gated_norm, skip_norm, rows, cross_entropy, unit)
+    f.__name__: f for f in (short_conv, gated_norm, skip_norm, rows, cross_entropy, unit, rotary)
 }
-WIDE = ("factor",)
+WIDE = ("factor", "angles")
 """What stays float32 in bfloat16 runs."""
 
 
@@ -74,6 +80,7 @@ def make(packed: bool) -> dict[str, Tensor]:
     found = dict(
         x=normal(batch, tokens, 640),
         gate=normal(batch, tokens, 640),
+        angles=normal(batch, tokens, 64) * 200,
         taps=normal(4, 96, 4),
         weight=normal(128),
         share=torch.rand(600, slots, generator=draw, dtype=torch.float64),
