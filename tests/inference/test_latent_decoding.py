@@ -12,14 +12,14 @@ LENGTHS = [11, 7]
 STEPS = 20
 
 
-def decode(rank: int, world: int, size_name: str) -> dict[str, Tensor]:
+def decode(rank: int, world: int, size_name: str, flags: list[str]) -> dict[str, Tensor]:
     """Logits after prompts of two lengths and after every further token, and of the whole rows."""
     from linear_moe.inference.decoder import Decoder
     from tests.workers import leave_model_parallel
 
     size = shrunken(FAMILY.sizes[size_name])
     parallel = ["--tensor-model-parallel-size", str(world)]
-    model = build(FAMILY, size, ["softmax", "gla", "softmax"], *parallel, dtype=torch.float64)
+    model = build(FAMILY, size, ["softmax", "gla", "softmax"], *parallel, *flags, dtype=torch.float64)
     rows_BT, found = tokens(), []
     positions_BT = torch.arange(rows_BT.shape[1]).expand_as(rows_BT)
     with torch.no_grad():
@@ -44,9 +44,17 @@ def decode(rank: int, world: int, size_name: str) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "world"), [("A2.4B", 1), ("A21B", 1), ("A21B", 2)])
-def test_every_step_is_the_whole_sequence(gloo, size, world):
-    seen = gloo(world, decode, size)[0]
+@pytest.mark.parametrize(
+    ("size", "world", "flags"),
+    [
+        ("A2.4B", 1, ["--mscale", "1.5"]),  # the rotary table has a factor of its own
+        ("A2.4B", 1, ["--rope-type", "rope"]),
+        ("A21B", 1, []),
+        ("A21B", 2, []),
+    ],
+)
+def test_every_step_is_the_whole_sequence(gloo, size, world, flags):
+    seen = gloo(world, decode, size, flags)[0]
     torch.testing.assert_close(
         seen["found"], seen["expected"], atol=1e-6, rtol=1e-6
     )  # rotary tables are float32
