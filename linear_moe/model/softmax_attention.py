@@ -76,7 +76,7 @@ class SoftmaxAttention(SelfAttention):
         else:
             out_TBC = self._attend_rows(context, q_TBHK, k_BGSK, v_BGSV)
         if gate is not None:
-            out_TBC = self._apply_output_gate(out_TBC, gate)
+            out_TBC = gated(out_TBC, gate)
         return self.linear_proj(out_TBC)
 
     def _attend_rows(
@@ -147,3 +147,9 @@ def attend_one(
     q_BGLK = q_BHK.unflatten(1, (groups, -1))
     out_BGLV = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSV, attn_mask=allowed_B11S, scale=scale)
     return torch.flatten(out_BGLV, 1)
+
+
+def gated(out_TBC: Tensor, gate_TBHK: Tensor) -> Tensor:
+    """As in training, where torch compiles Megatron's own, once: here it would again for other shapes, seconds each."""
+    weight_TBC = torch.sigmoid(gate_TBHK.float()).reshape(out_TBC.shape)
+    return (out_TBC * weight_TBC).to(out_TBC.dtype)

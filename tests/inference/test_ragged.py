@@ -3,6 +3,8 @@
 The truth is the forward pass of training over one row without any memory. Float64, router too; every mixer.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -78,6 +80,28 @@ def test_families(gloo, family):
     """Latent attention, compressed queries or not, groups of experts; scaled rotary embeddings; gated outputs."""
     found = gloo(1, errors, ["gla", "softmax", "softmax"], (), family)[0]
     assert max(found.values()) < 1e-9, found
+
+
+def without_megatrons_gate(rank, world):
+    from megatron.core.transformer.attention import SelfAttention
+
+    from linear_moe.inference.decoder import Decoder
+
+    loaded = random_family("qwen3_next", "80B-A3B", ["softmax", "softmax"], *SMALL[:2])
+    text = [[1, 5, 9, 2, 4], [3, 3, 7, 8, 1]]
+    whole_BTV = whole_forward(loaded.model, text)
+    with patch.object(SelfAttention, "_apply_output_gate", side_effect=AssertionError):
+        decoder = Decoder(loaded.model, 2, 8)
+        found = [
+            decoder.read([row[:4] for row in text]),
+            decoder.step(torch.tensor([row[4] for row in text])),
+        ]
+    return float((torch.stack(found, 1) - whole_BTV[:, 3:]).abs().max())
+
+
+def test_output_gates_are_not_compiled_for_every_shape(gloo):
+    """Megatron's method is, by torch, where there is a GPU."""
+    assert gloo(1, without_megatrons_gate)[0] < 1e-9
 
 
 @pytest.mark.parametrize(
