@@ -29,8 +29,6 @@ from linear_moe.model.config import LinearMoEConfig, mixer_config
 from linear_moe.model.pattern import SOFTMAX
 
 DEFAULT = "default"
-INIT_STD = {SOFTMAX: 0.05}
-"""Of the weights, by model; 0.02 for all others (README: why)."""
 NEAR = 0.15
 """A memory this much larger or smaller than asked for, in octaves, counts as equal."""
 
@@ -54,7 +52,9 @@ class Setup:
     per_pairs: int = 16
     """Sequences of each number of pairs in a batch."""
     lr: float = 3e-3
-    """Peak learning rate, the same for all (README: why)."""
+    """Peak learning rate."""
+    init_std: float = 0.02
+    """Standard deviation of the weights at the start."""
     weight_decay: float = 0.1
     """Of matrices."""
     test_per_pairs: int = 256
@@ -143,7 +143,7 @@ def build(job: Job, setup: Setup, seed: int) -> tuple[torch.nn.Module, dict[str,
     model_parallel_cuda_manual_seed(seed)
     chosen = {kind: options(kind, job.size, setup) for kind in job.kinds if kind != SOFTMAX}
     config = LinearMoEModelConfig(
-        transformer=_transformer(job.kinds, chosen, setup, INIT_STD.get(job.model, 0.02)),
+        transformer=_transformer(job.kinds, chosen, setup),
         vocab_size=setup.task.vocab_size,
         seq_length=setup.task.length,
         should_pad_vocab=False,
@@ -161,9 +161,7 @@ def build(job: Job, setup: Setup, seed: int) -> tuple[torch.nn.Module, dict[str,
     return model, facts
 
 
-def _transformer(
-    kinds: list[str], chosen: dict[str, dict[str, Any]], setup: Setup, init_std: float = 0.02
-) -> LinearMoEConfig:
+def _transformer(kinds: list[str], chosen: dict[str, dict[str, Any]], setup: Setup) -> LinearMoEConfig:
     return LinearMoEConfig(
         num_layers=setup.num_layers,
         hidden_size=setup.hidden_size,
@@ -177,7 +175,7 @@ def _transformer(
         activation_func=F.silu,
         add_bias_linear=False,
         bias_dropout_fusion=False,
-        init_method_std=init_std,
+        init_method_std=setup.init_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=torch.float32,

@@ -72,7 +72,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--steps", type=int, default=1500, help="optimizer steps")
     add("--per-pairs", type=int, default=16, help="sequences of each number of pairs in a batch")
-    add("--lr", type=float, default=3e-3, help="peak learning rate, the same for all")
+    add("--lr", type=float, nargs="+", default=[3e-3], help="peak learning rates to try")
+    add("--init-std", type=float, nargs="+", default=[0.02, 0.08], help="of the weights at the start, to try")
+    add(
+        "--enough",
+        type=float,
+        default=0.98,
+        help="mean accuracy with which a model is not tried with another start",
+    )
     add("--minutes", type=float, help="stop after so long with what there is")
     add("--gang-seconds", type=float, help="stop one model's seeds after so long (marked in the table)")
     add(
@@ -92,7 +99,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if given.quick:
         quick: dict[str, Any] = dict(
             models=list(QUICK), hybrids=[], ladder=[], seeds=1, pairs=[2, 3, 4], length=18, num_keys=8, num_fillers=2,
-            state_size=512, steps=150, lr=5e-3, results=HERE / "results" / "quick",
+            state_size=512, steps=150, lr=[5e-3], init_std=[0.02], results=HERE / "results" / "quick",
         )  # fmt: skip
         for name, value in quick.items():
             if getattr(given, name) == parser.get_default(name):
@@ -100,19 +107,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def setup_of(given: argparse.Namespace) -> Any:
-    """The options that every cell shares."""
+def setups_of(given: argparse.Namespace) -> list[Any]:
+    """The options that every cell shares, once for each learning rate and start that is tried, in this order."""
     import cells
 
     task = mqar.Task(tuple(sorted(given.pairs)), given.length, given.num_keys, given.num_fillers)
-    return cells.Setup(
-        task=task,
-        hidden_size=given.hidden_size,
-        conv_size=given.conv_size,
-        steps=given.steps,
-        per_pairs=given.per_pairs,
-        lr=given.lr,
-    )
+    return [
+        cells.Setup(
+            task=task,
+            hidden_size=given.hidden_size,
+            conv_size=given.conv_size,
+            steps=given.steps,
+            per_pairs=given.per_pairs,
+            lr=lr,
+            init_std=init_std,
+        )
+        for init_std in given.init_std
+        for lr in given.lr
+    ]
 
 
 def jobs_of(given: argparse.Namespace) -> list[Any]:
@@ -235,10 +247,9 @@ def save(store: tables.Store, found: list[dict[str, Any]]) -> None:
 
 
 def train(given: argparse.Namespace, store: tables.Store) -> None:
-    """Everything that is not in the store yet."""
+    """Everything that is not in the store yet, one learning rate and start of the weights after the other."""
     start = time.time()
-    jobs, setup = jobs_of(given), setup_of(given)
-    import cells
+    jobs, setups = jobs_of(given), setups_of(given)
     import gang
 
     from linear_moe.training import cpu
@@ -251,23 +262,43 @@ def train(given: argparse.Namespace, store: tables.Store) -> None:
         deadline=float("inf") if given.minutes is None else start + 60 * given.minutes,
         seconds=given.gang_seconds or float("inf"),
     )
+    for setup in setups:
+        work = deque((job, is_gpu and not given.no_graph) for job in _left(jobs, setup, setups, given, store))
+        total = sum(len(job.seeds) for job in jobs)
+        left = sum(len(job.seeds) for job, _ in work)
+        say(
+            f"learning rate {setup.lr:g}, initial std {setup.init_std:g}: {total} cells, {total - left} of them "
+            f"finished before or not needed; {left} to train on {processes} processes"
+        )
+        if processes:
+            Pool(setup, limits, min(processes, max(1, len(work)))).run(work, store)
+        while not processes and work and time.time() < limits.deadline:
+            job, _ = work.popleft()
+            save(store, [cell.as_dict() for cell in gang.train_gang(job, setup, record=False, limits=limits)])
+        if work:
+            say(f"out of time: {len(work)} models not begun; the same command goes on from here")
+            break
+    say(f"{(time.time() - start) / 60:.1f} minutes")
+
+
+def _left(
+    jobs: list[Any], setup: Any, setups: list[Any], given: argparse.Namespace, store: tables.Store
+) -> list[Any]:
+    """What is still to be trained with a setup: not what is there, nor what another setup has all but solved."""
+    import cells
+
     finished = store.finished(setup.fingerprint())
-    work: deque[tuple[Any, bool]] = deque()
+    best = tables.chosen([store.cells(one.fingerprint()) for one in setups])
+    left = []
     for job in jobs:
+        cells_so_far = [best.get((job.model, job.size, seed), {}) for seed in job.seeds]
+        scores = [tables.score(cell) for cell in cells_so_far if cell.get("complete")]
+        if len(scores) == len(job.seeds) and sum(scores) / len(scores) >= given.enough:
+            continue
         seeds = tuple(seed for seed in job.seeds if (job.model, job.size, seed) not in finished)
         if seeds:
-            work.append((cells.Job(job.model, job.size, seeds), is_gpu and not given.no_graph))
-    total = sum(len(job.seeds) for job in jobs)
-    left = sum(len(job.seeds) for job, _ in work)
-    say(f"{total} cells, {total - left} of them finished before; {left} to train on {processes} processes")
-    if processes:
-        Pool(setup, limits, min(processes, max(1, len(work)))).run(work, store)
-    while not processes and work and time.time() < limits.deadline:
-        job, _ = work.popleft()
-        save(store, [cell.as_dict() for cell in gang.train_gang(job, setup, record=False, limits=limits)])
-    if work:
-        say(f"out of time: {len(work)} models not begun; the same command goes on from here")
-    say(f"{(time.time() - start) / 60:.1f} minutes")
+            left.append(cells.Job(job.model, job.size, seeds))
+    return left
 
 
 def say(line: str) -> None:
@@ -277,8 +308,8 @@ def say(line: str) -> None:
 
 def report(given: argparse.Namespace, store: tables.Store) -> None:
     """Write table and plot."""
-    setup = setup_of(given)
-    if not store.cells(setup.fingerprint()):
+    setups = setups_of(given)
+    if not any(store.cells(setup.fingerprint()) for setup in setups):
         if given.report_only:
             raise ValueError(
                 f"{store.path} holds no result of these options\n"
@@ -290,7 +321,7 @@ def report(given: argparse.Namespace, store: tables.Store) -> None:
             f"  why: all were cut off or not begun, and table and plot are made of results\n"
             f"  try: more --minutes, or fewer --steps and --models; --seeds is at least 1"
         )
-    for path in tables.write(store, setup):
+    for path in tables.write(store, setups):
         say(f"wrote {path}")
 
 

@@ -62,14 +62,23 @@ class Store:
         return {key for key, cell in self.cells(fingerprint).items() if cell.get("complete")}
 
 
-def write(store: Store, setup: Any) -> list[Path]:
-    """Make ``recall.json``, ``recall.md`` and ``recall.png`` from the cells of this setup."""
-    cells = store.cells(setup.fingerprint())
+def write(store: Store, setups: list[Any]) -> list[Path]:
+    """Make ``recall.json``, ``recall.md`` and ``recall.png`` from the cells of these setups, the best of each row."""
+    setup, tried = setups[0], [store.cells(one.fingerprint()) for one in setups]
+    cells = chosen(tried)
     table, pairs = rows(cells), [str(n) for n in setup.task.pairs]
+    for row in table:
+        of_row = [
+            {k: cell for k, cell in one.items() if k[:2] == (row["model"], row["size"])} for one in tried
+        ]
+        seeds = [sum(not cell.get("error") for cell in one.values()) for one in of_row]
+        row["tried"] = sum(count == max(seeds) for count in seeds)
+        its = next(one for one, of in zip(setups, of_row) if any(cell is cells[k] for k, cell in of.items()))
+        row |= {"lr": its.lr, "init_std": its.init_std}
     found = claims(cells)
     store.folder.mkdir(parents=True, exist_ok=True)
     paths = [store.folder / f"recall.{ending}" for ending in ("json", "md", "png")]
-    results = {"setup": asdict(setup), "rows": table, "claims": found}
+    results = {"setups": [asdict(one) for one in setups], "rows": table, "claims": found}
     paths[0].write_text(json.dumps(_without_nan(results), indent=1) + "\n")
     paths[1].write_text(markdown(table, found, pairs, setup))
     plot(table, pairs, paths[2])
@@ -83,6 +92,22 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def chosen(
+    tried: list[dict[tuple[str, str, int], dict[str, Any]]],
+) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Of every model and size the cells of one setup: of those with the most seeds, that of the best mean."""
+    best: dict[tuple[str, str], tuple[int, float]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, str, int], dict[str, Any]]] = {}
+    for cells in tried:
+        for model, size in dict.fromkeys((model, size) for model, size, _ in cells):
+            group = {key: cell for key, cell in cells.items() if key[:2] == (model, size)}
+            scores = [score(cell) for cell in group.values() if not cell.get("error")]
+            rank = (len(scores), statistics.fmean(scores) if scores else 0.0)
+            if (model, size) not in best or rank > best[model, size]:
+                best[model, size], found[model, size] = rank, group
+    return {key: cell for group in found.values() for key, cell in group.items()}
 
 
 def rows(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[Row]:
@@ -176,15 +201,17 @@ def markdown(table: list[Row], found: list[Row], pairs: list[str], setup: Any) -
         "",
         f"Accuracy in % by number of key-value pairs, mean and 95 % interval over seeds. {setup.num_layers} layers, "
         f"width {setup.hidden_size}, {setup.task.length} tokens, {setup.task.num_keys} keys and values, "
-        f"{setup.steps} steps of {setup.per_pairs * len(setup.task.pairs)} sequences, learning rate {setup.lr:g}. "
+        f"{setup.steps} steps of {setup.per_pairs * len(setup.task.pairs)} sequences. "
+        "lr, std: learning rate and standard deviation of the initial weights; of those tried with all seeds (in "
+        "brackets how many) the ones with the best mean. "
         "State: elements of recurrent memory per layer. Fewer steps than planned: every number of pairs was solved, "
         "or, marked *, time was up. A hybrid ends in softmax attention, whose cache grows with the sequence.",
     ]
     for size in dict.fromkeys(row["size"] for row in table):
         title = "Default size" if size == "default" else f"Equal state, {size} elements wanted"
         lines += ["", f"## {title}", ""]
-        lines += [f"| model | state | parameters | steps | {' | '.join(pairs)} | mean |"]
-        lines += ["|---" * (5 + len(pairs)) + "|"]
+        lines += [f"| model | state | parameters | lr, std | steps | {' | '.join(pairs)} | mean |"]
+        lines += ["|---" * (6 + len(pairs)) + "|"]
         lines += [_line(row, pairs) for row in table if row["size"] == size]
     lines += ["", "## What the papers claim", ""]
     lines += [
@@ -201,12 +228,14 @@ def markdown(table: list[Row], found: list[Row], pairs: list[str], setup: Any) -
 
 def _line(row: Row, pairs: list[str]) -> str:
     if not row["seeds"]:
-        return f"| {row['model']} | failed: {row['failed']} |" + " |" * (3 + len(pairs))
+        return f"| {row['model']} | failed: {row['failed']} |" + " |" * (4 + len(pairs))
     steps = f"{min(row['steps'])}-{max(row['steps'])}" if len(set(row["steps"])) > 1 else str(row["steps"][0])
     scores = " | ".join(percent(row["accuracy"][n]) for n in pairs)
     state = row["state_size"] if row["state_size"] is not None else "KV cache"
     mark = "*" if row["is_short_of_time"] else ""
-    return f"| {row['model']} | {state} | {row['parameters']} | {steps}{mark} | {scores} | {percent(row['mean'])} |"
+    start = f"{row['lr']:g}, {row['init_std']:g} ({row['tried']})"
+    facts = f"{row['model']} | {state} | {row['parameters']} | {start} | {steps}{mark}"
+    return f"| {facts} | {scores} | {percent(row['mean'])} |"
 
 
 def percent(value: list[float]) -> str:

@@ -72,6 +72,50 @@ def test_claims_and_intervals_are_what_they_say() -> None:
     assert found == {"delta rule over decay": "shown", "hybrid over pure": "not shown"}
 
 
+def test_a_row_is_of_the_start_that_did_best_over_all_seeds() -> None:
+    first, second = (
+        {
+            (model, "64", seed): {"setup": setup, "accuracy": {"4": accuracy}}
+            for model, accuracies in found.items()
+            for seed, accuracy in enumerate(accuracies)
+        }
+        for setup, found in (
+            ("a", {"gla": (0.2, 0.3), "mamba2": (0.8, 0.1), "kda": (0.5,)}),
+            ("b", {"gla": (0.4, 0.3), "mamba2": (0.4, 0.4), "retention": (0.6,), "kda": (0.1, 0.2)}),
+        )
+    )
+    best = tables.chosen([first, second, {("gla", "64", 0): {"setup": "c", "accuracy": {"4": 1.0}}}])
+    found = {(model, seed): cell["setup"] for (model, _, seed), cell in best.items()}
+    assert found == {
+        **{("gla", 0): "b", ("gla", 1): "b", ("mamba2", 0): "a", ("mamba2", 1): "a"},
+        **{("retention", 0): "b", ("kda", 0): "b", ("kda", 1): "b"},
+    }
+
+
+def test_another_start_is_tried_where_the_first_left_something(tmp_path: Path) -> None:
+    import cells
+    import run
+
+    given = run.arguments(["--models", "gla", "kda", "--hybrids", "--ladder", "--results", str(tmp_path)])
+    first, second = setups = run.setups_of(given)
+    assert (first.init_std, second.init_std) == (0.02, 0.08)
+    model, _ = cells.build(cells.Job("gla", "default", (0,)), second, 0)
+    assert model.output_layer.weight.std().item() == pytest.approx(0.08, rel=0.05)
+    jobs = [job for job in run.jobs_of(given) if job.size == "1024"]
+    store = tables.Store(tmp_path)
+    for model, accuracies in (("gla", (1.0, 1.0, 0.95)), ("kda", (1.0, 1.0, 0.9))):
+        lines = [
+            {"model": model, "size": "1024", "seed": i, "accuracy": {"4": x}}
+            for i, x in enumerate(accuracies)
+        ]
+        store.add([cell | {"setup": first.fingerprint(), "complete": True} for cell in lines])
+    store.add([{"model": "kda", "size": "1024", "seed": 1, "setup": second.fingerprint(), "complete": True}
+               | {"accuracy": {"4": 1.0}}])  # fmt: skip
+    assert run._left(jobs, first, setups, given, store) == []
+    (left,) = run._left(jobs, second, setups, given, store)
+    assert (left.model, left.seeds) == ("kda", (0, 2))
+
+
 def test_memory_of_equal_size() -> None:
     import cells
 
@@ -91,7 +135,17 @@ def test_memory_of_equal_size() -> None:
 SMALL = (
     "--pairs 1 2 --length 8 --num-keys 4 --hidden-size 32 --state-size 128 --steps 4 --per-pairs 4 --seeds 2"
 )
-FLAGS = [*SMALL.split(), "--models", "gla", "softmax", "--hybrids", "--ladder", "--results"]
+FLAGS = [
+    *SMALL.split(),
+    "--init-std",
+    "0.02",
+    "--models",
+    "gla",
+    "softmax",
+    "--hybrids",
+    "--ladder",
+    "--results",
+]
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,13 +170,13 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFi
     import run
 
     run.main([*FLAGS, str(tmp_path), "--processes", "0"])
-    assert "5 of them finished before; 1 to train" in capsys.readouterr().out
+    assert "5 of them finished before or not needed; 1 to train" in capsys.readouterr().out
     assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == len(lines) + 2
     table = json.loads((tmp_path / "recall.json").read_text())
     assert [row["seeds"] for row in table["rows"]] == [2, 2, 2]
     assert "| softmax | KV cache |" in (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").stat().st_size > 10_000
-    other = run.setup_of(run.arguments([*FLAGS, str(tmp_path), "--lr", "1e-3"]))
+    other, *_ = run.setups_of(run.arguments([*FLAGS, str(tmp_path), "--lr", "1e-3"]))
     assert not tables.Store(tmp_path).finished(other.fingerprint()), "another learning rate is another table"
     capsys.readouterr()
     for flags in (
