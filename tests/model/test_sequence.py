@@ -59,6 +59,8 @@ def test_one_thd_sequence():
         (packed([[0, 8]]), 2, None),
         (packed([[0, 7]]), 1, None),
         (packed([[1, 8]]), 1, None),
+        (packed([[0, 8], [0, 7]]), 2, None),
+        (packed([[0, 8], [1, 8]]), 2, None),
         (packed([[0, 5, 4, 8]]), 1, None),
         (PackedSeqParams(qkv_format="sbhd"), 1, None),
         (PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=torch.tensor([[0.0, 8.0]])), 1, None),

@@ -37,6 +37,31 @@ def test_tables_count_once(gloo, flags, chunks):
         assert norm == pytest.approx(math.sqrt(one), rel=1e-6)
 
 
+def tables_of_other_stages(rank: int, world: int) -> tuple[bool, list[torch.Tensor | None]]:
+    """Of a stage without such a layer: whether its tables change nothing, and their gradients."""
+    model = build(["hgrn2", "gla", "gla", "gla"], *PP2, train=True, dtype=torch.float32)
+    tables = [x for name, x in model.named_parameters() if "_tables." in name]
+    if rank == 0:
+        return True, [torch.zeros(0) for _ in tables]
+    torch.manual_seed(0)
+    given, tokens_BT = torch.randn(8, 2, 64), torch.randint(0, 100, (2, 8))
+    outputs = []
+    for value in (0.0, 7.0):
+        for table in tables:
+            table.data.fill_(value)
+        model.set_input_tensor(given)
+        outputs.append(model(tokens_BT, torch.arange(8).expand(2, -1), None, labels=tokens_BT))
+    outputs[-1].sum().backward()
+    return torch.equal(*outputs), [table.grad for table in tables]
+
+
+def test_tables_that_no_layer_of_a_stage_reads_have_a_gradient_all_the_same(gloo):
+    """Where gradients are summed while the backward pass runs, a bucket waits for all of its parameters."""
+    for same, grads in gloo(2, tables_of_other_stages):
+        assert same and grads
+        assert all(grad is not None and not grad.any() for grad in grads)
+
+
 RECOMPUTE = (
     "--recompute-granularity",
     "full",
