@@ -192,6 +192,9 @@ def test_empty_answers_are_counted(tokenizer, tmp_path):
     samples = of_lines(tmp_path, tokenizer, [CHAT, empty])
     assert (samples.report.samples, samples.report.empty_answers) == (1, 1)
     assert samples.report.notes(256) == ["lines.jsonl: 1 of 2 samples have an empty answer and are left out."]
+    asked = {"messages": [{"role": "system", "content": ""}, *CHAT["messages"]]}
+    report = of_lines(tmp_path, tokenizer, [asked, "", CHAT]).report
+    assert (report.samples, report.empty_answers) == (2, 0), "nor is an empty line a sample"
 
 
 BAD = {
@@ -199,6 +202,13 @@ BAD = {
     "no object": ("[1]", "lines.jsonl:2 is no sample"),
     "other fields": ({"text": "Peru"}, "lines.jsonl:2 has neither messages nor instruction and output"),
     "messages no list": ({"messages": "Peru"}, "lines.jsonl:2 has messages that are no list"),
+    "messages of texts": ({"messages": ["Peru", "Lima"]}, "lines.jsonl:2 has messages that are no list"),
+    "no output": ({"instruction": "Peru"}, "lines.jsonl:2 has neither messages nor instruction and output"),
+    "no instruction": ({"output": "Lima"}, "lines.jsonl:2 has neither messages nor instruction and output"),
+    "no role": (
+        {"messages": [{"content": "Peru"}, *CHAT["messages"]]},
+        "has no text under role and content in message 1",
+    ),
     "no assistant": ({"messages": USER}, "lines.jsonl:2 has no turn of the assistant\n"),
     "no turns": ({"messages": []}, "lines.jsonl:2 has no turn of the user and none of the assistant"),
     "no content": (
@@ -207,6 +217,10 @@ BAD = {
     ),
     "half a pair": ('{"instruction": "x", "output": "\\ud83d"}', "lines.jsonl:2 holds what is no text"),
     "tools no list": ({**CHAT, "tools": "capital"}, "lines.jsonl:2 has tools that are no list of objects"),
+    "tools some": (
+        {**CHAT, "tools": [{"name": "capital"}, "sum"]},
+        "lines.jsonl:2 has tools that are no list of objects",
+    ),
     "no question": ({"instruction": None, "output": "x"}, "lines.jsonl:2 has no text under 'instruction'"),
     "no text": ({"instruction": 3, "output": "x"}, "lines.jsonl:2 has no text under 'instruction'"),
 }
@@ -250,8 +264,15 @@ def test_where_earlier_turns_are_rewritten_each_answer_is_a_sample(tokenizer, tm
         assert opened(tokenizer).decode(samples.sample(i).tokens) == text.rstrip()
 
 
-def test_a_template_that_rewrites_prompts_is_refused(tokenizer, tmp_path):
-    template = "{{ messages | length }}" + CHATML
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }}" + CHATML,
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    ],
+    ids=["the number of turns", "no answers"],
+)
+def test_a_template_that_rewrites_prompts_is_refused(tokenizer, tmp_path, template):
     with pytest.raises(ValueError, match="cannot be split into prompts and answers"):
         of_lines(tmp_path, tokenizer, [CHAT], template=template)
 

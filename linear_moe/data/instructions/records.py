@@ -108,9 +108,7 @@ def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
 def _turns(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     fields = {name: record.get(name, "") for name in ("instruction", "input", "output")}
     for name, value in fields.items():
-        if name == "input" and value is None:
-            fields[name] = ""
-        elif not isinstance(value, str):
+        if not isinstance(value, str) and not (name == "input" and value is None):
             raise _problem(where, f"has no text under {name!r}", f"it is a {type(value).__name__}")
     question = "\n\n".join(filter(None, (fields["instruction"], fields["input"])))
     return [{"role": "user", "content": question}, {"role": "assistant", "content": fields["output"]}]
