@@ -58,8 +58,10 @@ KINDS = {
     "dplr_delta_rule_segment": ("vector",),
 }
 """Decays of each operator, for which there are kernels of their own; a fused backend need not take them all."""
-AROUND = ("rotate_heads",)
-"""Other operators: of heads K wide, V channels are turned."""
+AROUND = ("rotate_heads", "adam_")
+"""Other operators: of heads K wide, V channels are turned; the parameter's copy has the dtype, but for float32."""
+STEP = dict(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=0.3)
+"""Of an optimizer."""
 DIMS = ("64x64", "128x128", "128x256", "256x128", "256x256")
 
 
@@ -145,9 +147,14 @@ def compiling_only(call: str, arch: int = 90) -> Iterator[list[Row]]:
 def check(
     op: str, kind: str, dtype: torch.dtype, dims: str, packed: bool = False, arch: int = 90
 ) -> list[Row]:
-    """Forward and backward of one call."""
+    """Forward and backward of one call; an optimizer's step, with either weight decay."""
     num_keys, num_values = (int(n) for n in dims.split("x"))
     name = f"{op} {kind} {str(dtype).removeprefix('torch.')} {dims}{' packed' if packed else ''}"
+    if op == "adam_":
+        with compiling_only(name, arch) as rows:
+            for decoupled in (False, True):
+                kernels.adam_(**parameter(5000, dtype), **STEP, decoupled=decoupled)
+        return rows
     inputs = (
         _rotary(dtype, num_keys, num_values)
         if op == "rotate_heads"
@@ -198,6 +205,13 @@ def _rotary(dtype: torch.dtype, width: int, turned: int) -> dict[str, Tensor]:
     q, k, _ = torch.zeros(1, 2048, 20, width, dtype=dtype).split([16, 2, 2], dim=2)
     angles = torch.zeros(1, 2048, min(width, turned) // 2)
     return {"q": q.requires_grad_(), "k": k.requires_grad_(), "angles": angles}
+
+
+def parameter(size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """With moments after two steps, the third one's gradient, and a copy unless that would be float32."""
+    found = {name: torch.randn(size) for name in ("param", "grad", "exp_avg")}
+    found |= {"exp_avg_sq": torch.rand(size), "step": torch.tensor(3.0)}
+    return found if dtype == torch.float32 else found | {"half": torch.zeros(size, dtype=dtype)}
 
 
 def _row(call: str, kernel: Any, kwargs: dict[str, Any], seconds: float, arch: int) -> Row:

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from compile_check import AROUND, KINDS  # asks for fused kernels, not interpreted
+from compile_check import AROUND, KINDS, STEP, parameter  # asks for fused kernels, not interpreted
 from emulator.launch import emulated
 from torch import Tensor
 
@@ -36,11 +36,10 @@ HEAD_LIMIT = 5.0
 def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: int, packed: bool) -> bool:
     """One call; whether it is right."""
     torch.manual_seed(0)
-    inputs = (
-        _rotary(dims, dtype, tokens)
-        if op == "rotate_heads"
-        else _inputs(op, kind, dims, dtype, tokens, packed)
-    )
+    if op in AROUND:
+        inputs = _rotary(dims, dtype, tokens) if op == "rotate_heads" else parameter(9 * tokens, dtype)
+    else:
+        inputs = _inputs(op, kind, dims, dtype, tokens, packed)
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     with mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "chunked"}):
         expected = _results(op, wide)
@@ -65,6 +64,10 @@ def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: 
 
 def _results(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Results and gradients."""
+    if op == "adam_":
+        written = {name: x.clone() for name, x in inputs.items()}
+        kernels.adam_(**written, **STEP, decoupled=True)
+        return {name: x for name, x in written.items() if name not in ("grad", "step")}
     leaves = {
         name: x.detach().clone().requires_grad_(x.is_floating_point() and name != "angles")
         for name, x in inputs.items()

@@ -54,7 +54,7 @@ PARTS = {
     "residual stream": r"fused_bias_dropout|several readers",
     "output loss": r"output_loss|cross_entropy|pretrain.py:loss",
     "gradients into float32": r"distributed/",
-    "optimizer": r"optimizer",
+    "optimizer": r"optimizer|one_pass|triton/adam",
 }
 """Parts of a step by who asks for an operation; the first that fits."""
 

@@ -44,8 +44,8 @@ WRITES_ONLY = ("copy_", "fill_", "zero_", "_like", "new_")
 """In-place operations, and makers of tensors, that do not read what they are given."""
 LAUNCHES = {"sort": 8, "topk": 3, "cumsum": 2}
 """Kernels of an operation that has several."""
-IN_PLACE = ("write_kernel",)
-"""Kernels of ours that write what they read: the gradient of logits."""
+IN_PLACE = {"write_kernel": ("logits",), "adam_kernel": ("param", "exp_avg", "exp_avg_sq")}
+"""What kernels of ours write where they read it."""
 CALLER = re.compile(r"/(linear_moe|megatron)/(.+\.py)$")
 PASSED_ON = re.compile(
     r"kernels/(ops|dispatch|autocast|arriving|recompute)\.py|triton/layout\.py|/core/(utils|timers)\.py"
@@ -138,7 +138,8 @@ class Recorder(TorchDispatchMode):
         bound = dict(zip([p.name for p in kernel.params], args)) | kwargs
         found = unique([x for x in bound.values() if isinstance(x, Tensor)])
         name, moved = kernel.fn.__name__, sum(map(size, found))
-        self._add(name, moved * (1 + (name in IN_PLACE)), triton_flops(bound), 1, found, True)
+        moved += sum(size(bound[written]) for written in IN_PLACE.get(name, ()))
+        self._add(name, moved, triton_flops(bound), 1, found, True)
 
     def read(self, x: Tensor) -> float | int:
         """Some number, where the host waits for one."""
@@ -223,6 +224,8 @@ def mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """What an operation writes in place."""
     found = []
     for i, argument in enumerate(func._schema.arguments):
+        if argument.name == "grads" and kwargs.get("grad_scale") is None:
+            continue  # of torch's optimizers, which say that they write these, and do so only where they scale them
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += on_device(args[i] if i < len(args) else kwargs.get(argument.name))
     return unique(found)

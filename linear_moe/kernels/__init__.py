@@ -17,10 +17,12 @@ from linear_moe.kernels.ops import (
     spread_rows,
     weighted_swiglu,
 )
+from linear_moe.kernels.optimizer import adam_
 from linear_moe.kernels.segment import Segment
 
 __all__ = [
     "Segment",
+    "adam_",
     "collect_rows",
     "cross_entropy_",
     "delta_rule",

@@ -265,6 +265,19 @@ def check_swiglu(x: Tensor, weight: Tensor) -> None:
     _check_shape("weight", weight, x.shape[:1], "[M]")
 
 
+def check_adam(param: Tensor, tensors: dict[str, Tensor], half: Tensor | None, step: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.adam_` takes."""
+    _check_float("param", param, param.device)
+    for name, x in (tensors | ({} if half is None else {"half": half})).items():
+        _check_float(name, x, param.device)
+        _check_shape(name, x, param.shape, "param's shape")
+        if name != "half" and x.dtype != param.dtype:
+            _fail(name, f"is {x.dtype} but param is {param.dtype}", "they are added up", f"{param.dtype}")
+    if step.device.type != "cpu" or step.ndim:
+        found = f"has shape {_show(step.shape)} on {step.device}"
+        _fail("step", found, "the host would wait for its value", "torch.tensor(1.0), on the CPU")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> int:
     """Returns the number of documents. Values are looked at where `_has_values`."""
     if cu_seqlens is None:

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import (
+    adam,
     chunked_delta,
     chunked_diag,
     chunked_dplr,
@@ -70,7 +71,7 @@ def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         return False, "torch.compile and torch.export trace operations of torch"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, f"no fused kernel computes in {dtype}"
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
+    is_interpreted = _is_interpreted()
     if device.type == "cpu" and is_interpreted and _asked() == "triton" and _has_triton():
         # computes bfloat16 wrongly, without saying so
         return dtype != torch.bfloat16, "Triton's interpreter, float32 and float16"
@@ -85,6 +86,10 @@ def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 _TRUE = ("1", "true", "on", "yes", "y")
 """What Triton reads as true."""
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
 
 
 @cache
@@ -145,6 +150,27 @@ def _takes_group(x: Tensor, *others: Any, num_groups: int = 1, **options: Any) -
     return x.shape[2] * x.shape[3] <= 8192 * num_groups
 
 
+def _takes_flat(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    half: Tensor | None = None,
+    *,
+    step: Tensor,
+    **options: Any,
+) -> bool:
+    """Contiguous tensors, and a half that has half of the bits."""
+    tensors = [param, grad, exp_avg, exp_avg_sq]
+    if half is not None:
+        dtypes = (torch.float16,) if _is_interpreted() else (torch.float16, torch.bfloat16)
+        if half.dtype not in dtypes:
+            return False
+        tensors.append(half)
+    same = all(x.dtype == torch.float32 for x in tensors[:4])
+    return same and step.device.type == "cpu" and all(x.is_contiguous() for x in tensors)
+
+
 def _operation(
     op: str,
     in_torch: ModuleType,
@@ -197,6 +223,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("spread_rows", rows, "rows"),
         _operation("collect_rows", rows, "rows"),
         _operation("weighted_swiglu", swiglu, "swiglu"),
+        _operation("adam_", adam, "adam", _takes_flat),
     ]
 )
 
@@ -233,6 +260,17 @@ def tried(op: str, backend: Backend, args: tuple[Any, ...], kwargs: dict[str, An
     trial = importlib.import_module("linear_moe.kernels.triton.trial")
     in_torch = next(other for other in BACKENDS[op] if other.name == "chunked")
     return backend if trial.passes(op, backend.run, in_torch.run, args, kwargs) else in_torch
+
+
+def fused(op: str, *args: Any, **kwargs: Any) -> Callable[[], Any] | None:
+    """The call, to be made, if a fused kernel covers it and passes its trial: for who has better than chunked torch.
+
+    Arguments are not checked.
+    """
+    like = args[0]
+    backend, _ = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
+    backend = tried(op, backend, args, kwargs)
+    return partial(backend.run, *args, **kwargs) if backend.name == "triton" else None
 
 
 def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels.adam import definition as adam_  # noqa: F401  # element by element, as all of torch
 from linear_moe.kernels.segment import Segment
 
 TokenInputs = tuple[Tensor | None, ...]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from linear_moe.training import cpu, optimizer_step
+from linear_moe.training import cpu, one_pass, optimizer_step
 from linear_moe.training.optimizer_step import ADAM
 
 SUPPORTED = (0, 19)
@@ -58,6 +58,7 @@ def install(
     import megatron.core.optimizer as optimizers
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.core.optimizer.optimizer as optimizer_module
     import megatron.training.checkpointing as checkpointing
     import megatron.training.training as training
 
@@ -74,6 +75,7 @@ def install(
         _assign(optimizers, "_get_megatron_optimizer_based_on_param_groups", optimizer_step.fuse_adam)
         _assign(clip_grads, "l2_norm_impl", optimizer_step.norm_of_all)
         _assign(clip_grads, "multi_tensor_scale_impl", optimizer_step.scale_all)
+        _assign(optimizer_module, "clip_grad_by_total_norm_fp32", one_pass.clip_later)
     _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
     _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
     _assign(training, "train_step", _note_learning_rate)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.training import one_pass
+
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -41,7 +43,7 @@ def scale_all(original: Callable) -> Callable:
 
 
 def fuse_adam(original: Callable) -> Callable:
-    """``_get_megatron_optimizer_based_on_param_groups``: torch's Adam as one kernel.
+    """``_get_megatron_optimizer_based_on_param_groups``: torch's Adam as one kernel, large parameters by one of ours.
 
     The choice is made before every step anew: loading a checkpoint brings that of the saved run, and steps that are
     counted on the other device.
@@ -53,6 +55,7 @@ def fuse_adam(original: Callable) -> Callable:
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, ADAM):
             inner.register_step_pre_hook(_choose_fused)
+            one_pass.install(optimizer)
         return optimizer
 
     return build
@@ -63,7 +66,7 @@ def _choose_fused(inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         group["fused"] = all(_can_fuse(param) for param in group["params"])
         for param in group["params"]:
             state = inner.state.get(param, {})
-            if "step" in state:  # a fused step counts where the weights are
+            if "step" in state and param.grad is not None:  # a fused step counts where the weights are
                 state["step"] = state["step"].to(param.device if group["fused"] else "cpu")
 
 

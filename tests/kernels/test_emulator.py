@@ -97,7 +97,7 @@ def test_a_buffer_filled_while_a_product_reads_it_is_a_hazard() -> None:
 def test_results_of_hopper_in_bfloat16() -> None:
     """Asynchronous products and copies, and the gradients that had the race."""
     command = [sys.executable, str(ROOT / "benchmarks/emulate_check.py"), "--ops"]
-    command += ["delta_rule", "diag_decay", "rotate_heads"]
+    command += ["delta_rule", "diag_decay", "rotate_heads", "adam_"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options = "--kinds", "scalar", "--dims", "64x128", "--tokens", "70"
     run = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)

@@ -53,3 +53,23 @@ def test_scaling_into_another_list() -> None:
     source, target = [torch.ones(3), torch.full((2, 2), 5.0)], [torch.zeros(3), torch.zeros(2, 2)]
     optimizer_step.scale_all(lambda: None)(0, torch.zeros(1), [source, target], 0.5)
     assert [x.unique().tolist() for x in (*source, *target)] == [[1.0], [5.0], [0.5], [2.5]]
+
+
+def test_steps_of_what_is_not_stepped_stay_where_they_are() -> None:
+    """Those of parameters that a kernel of ours takes are counted on the host, which would wait for them."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    params[0].grad = torch.ones(3)
+    inner, moved = torch.optim.AdamW(params), []
+
+    class Step:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def to(self, device: Any) -> Step:
+            moved.append(self.name)
+            return self
+
+    for name, param in zip(("stepped", "not"), params, strict=True):
+        inner.state[param] = {"step": Step(name)}
+    optimizer_step._choose_fused(inner, None, None)
+    assert moved == ["stepped"]

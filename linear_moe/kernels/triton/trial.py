@@ -37,6 +37,9 @@ LENGTHS = (61, 0, 83)
 NUM_ROWS = 48
 """Of tokens that do not follow each other: logits, experts' rows."""
 
+NUM_ELEMENTS = 2100
+"""Of a parameter: two blocks and a part of one."""
+
 _OF_ROWS = ("spread_rows", "collect_rows")
 """Operations that cut rows alike whatever their number, with any dims behind it."""
 
@@ -87,7 +90,7 @@ def _trait(x: Any, is_cut: bool) -> Any:
         lengths, rest = x.shape[:num_lengths], x.shape[max(num_lengths, 1) :]
         sizes = *(n.bit_length() for n in lengths), *rest
         return x.device, x.dtype, sizes, x.stride()[1:], x.requires_grad
-    return callable(x) or x
+    return float if isinstance(x, float) else callable(x) or x  # no float is compiled in
 
 
 def _cannot_wait(device: torch.device) -> bool:
@@ -152,7 +155,7 @@ def _difference(fused: Run, exact: Run, call: inspect.BoundArguments) -> str:
     noise = torch.Generator(first.device).manual_seed(0)
     call.arguments = _sample(given, first, noise)
     in_double = {name: _double(x) for name, x in call.arguments.items()}
-    with configs.standing_for(*first.shape[:2]):
+    with configs.standing_for(*(*first.shape, 1, 1)[:2]):
         found = _results(fused, call, wanted)
         incoming = {name: torch.empty_like(y).normal_(generator=noise) for name, y in found.items()}
         found |= _gradients(found, call, wanted, incoming)
@@ -184,6 +187,8 @@ def _results(run: Run, call: inspect.BoundArguments, wanted: list[str]) -> dict[
         named = {f"result {i}": y for i, y in enumerate(found if isinstance(found, tuple) else (found,))}
     if "logits" in call.arguments:
         named["the gradient of logits"] = call.arguments["logits"]  # which has been written there
+    if "exp_avg" in call.arguments:
+        named |= {name: call.arguments.get(name) for name in ("param", "exp_avg", "exp_avg_sq", "half")}
     return {name: y for name, y in named.items() if y is not None}
 
 
@@ -208,6 +213,8 @@ def _sample(given: dict[str, Any], first: Tensor, noise: torch.Generator) -> dic
     """Random arguments for those of a call, by their names in :mod:`linear_moe.kernels.ops`."""
     if "place" in given:
         return _sample_of_rows(given, noise)
+    if "exp_avg" in given:
+        return _sample_of_parameter(given, noise)
     is_packed = given.get("cu_seqlens") is not None
 
     def sample(name: str, x: Any) -> Any:
@@ -247,6 +254,19 @@ def _sample_of_rows(given: dict[str, Any], noise: torch.Generator) -> dict[str, 
     if weight is not None:
         found["weight"] = _random("weight", weight, (num_tokens, num_slots), noise)
     return found
+
+
+def _sample_of_parameter(given: dict[str, Any], noise: torch.Generator) -> dict[str, Any]:
+    """The third of large steps: of a usual one, little is to be seen in the parameter."""
+    tensors = ("param", "grad", "exp_avg", "exp_avg_sq", "half")
+    found = given | {
+        name: _random(name, given[name].view(-1), (min(given[name].numel(), NUM_ELEMENTS),), noise)
+        for name in tensors
+        if given.get(name) is not None
+    }
+    found["exp_avg_sq"].abs_()
+    step = torch.full_like(given["step"], 3.0)
+    return found | dict(step=step, lr=1.0, eps=0.1, weight_decay=0.2, factor=0.5)
 
 
 def _random(name: str, like: Tensor, size: tuple[int, ...], noise: torch.Generator) -> Tensor:

@@ -1,0 +1,258 @@
+"""The optimizer's step in one pass: what Megatron's own does, through each of its optimizers over Adam.
+
+The kernel is the real one in Triton's interpreter, where that can run; tests/kernels/test_adam.py is about it alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.kernels import adam, dispatch
+from linear_moe.kernels.triton import trial
+from linear_moe.training import engine, one_pass, optimizer_step
+from tests.workers import with_model_parallel
+
+SIZES = (3, 200, 64, 1000)
+LARGE = 64
+"""From which size the kernel takes a parameter here: cut over two ranks, a shard may be smaller."""
+
+
+def interpreted() -> Any:
+    """The module of the fused kernel, for this process's CPU."""
+    from linear_moe.kernels import triton
+
+    spec = importlib.util.spec_from_file_location("interpreted_adam", Path(triton.__path__[0], "adam.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict("os.environ", TRITON_INTERPRET="1"):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def kernel(spoil: float = 1.0) -> Iterator[list[int]]:
+    """There is one for CPUs, interpreted but for bfloat16, which the interpreter cannot; the sizes of what it steps.
+
+    With ``spoil`` it multiplies gradients by that.
+    """
+    sizes: list[int] = []
+    fused_adam = interpreted()
+
+    def run(
+        param: Tensor, grad: Tensor, m: Tensor, v: Tensor, half: Tensor | None = None, **options: Any
+    ) -> None:
+        sizes.append(param.numel())
+        module = adam if half is not None and half.dtype == torch.bfloat16 else fused_adam
+        module.adam_(param, grad * spoil, m, v, half, **options)
+
+    fused, in_torch, definition = dispatch.BACKENDS["adam_"]
+    fused = dataclasses.replace(fused, run=run, available=in_torch.available)
+    with (
+        mock.patch.dict(dispatch.BACKENDS, adam_=(fused, in_torch, definition)),
+        mock.patch.dict("os.environ"),
+        mock.patch.object(trial, "_passed", {}),
+        mock.patch.object(one_pass, "LARGE", LARGE),
+        mock.patch.object(optimizer_step, "_can_fuse", lambda param: True),  # torch's kernel takes the rest
+    ):
+        os.environ.pop(dispatch.ENVIRONMENT_VARIABLE, None)
+        yield sizes
+
+
+class Run:
+    """A small model under one of Megatron's optimizers."""
+
+    def __init__(self, dtype: torch.dtype, distributed: bool, overlap: bool = False, **options: Any) -> None:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.module import MegatronModule
+
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        module = MegatronModule(config)
+        for index, size in enumerate(SIZES):
+            param = torch.nn.Parameter((torch.arange(float(size)) % 7 - 3).to(dtype))
+            if index == 1:
+                param = torch.nn.Parameter(param.detach().float())  # a gate: float32 in any model
+            if index == 3:
+                param = torch.nn.Parameter(param.detach().view(25, 40))
+            if index == 2:
+                param.allreduce = False  # an expert, which has an optimizer of its own
+            module.register_parameter(f"p{index}", param)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_param_gather=overlap,
+            overlap_grad_reduce=overlap,
+        )  # fmt: skip
+        self.model = DistributedDataParallel(config, ddp, module)
+        usual: dict[str, Any] = dict(lr=0.1, clip_grad=1.0, weight_decay=0.1, grad_norm_skip_threshold=50.0)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", use_distributed_optimizer=distributed, bf16=dtype == torch.bfloat16,
+                fp16=dtype == torch.float16, initial_loss_scale=8.0, hysteresis=1, **usual | options,
+            ),
+            [self.model],
+        )  # fmt: skip
+
+    def step(self, number: int, factor: float = 1.0) -> Any:
+        generator = torch.Generator().manual_seed(number)
+        for param in self.model.parameters():
+            param.main_grad.copy_(torch.randn(param.shape, generator=generator) * factor)
+        return self.optimizer.step()
+
+    def everything(self) -> list[torch.Tensor]:
+        """Weights of the model, and of the optimizers with their states."""
+        states = [
+            x
+            for one in self.inner()
+            for group in one.param_groups
+            for param in group["params"]
+            for x in (param, *(one.state[param][name] for name in ("exp_avg", "exp_avg_sq", "step")))
+        ]
+        return [*(param.detach() for param in self.model.parameters()), *states]
+
+    def load(self, other: Run) -> None:
+        """Weights and optimizers of another run, as from a checkpoint: ``state_dict`` has no states of parameters."""
+        for mine, its in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            mine.data.copy_(its)
+        for mine, its in zip(
+            self.optimizer.chained_optimizers, other.optimizer.chained_optimizers, strict=True
+        ):
+            mine.load_state_dict(copy.deepcopy(its.state_dict()))
+            params = zip(mine.model_param_group_index_map, its.model_param_group_index_map, strict=True)
+            for my_param, its_param in params:
+                state = its._get_main_param_and_optimizer_states(its_param)
+                mine._set_main_param_and_optimizer_states(my_param, {n: x.clone() for n, x in state.items()})
+
+    def inner(self) -> list[Any]:
+        return [one.optimizer for one in self.optimizer.chained_optimizers]
+
+
+def stock_run(**case: Any) -> Run:
+    """Under Megatron's own step."""
+    with mock.patch.object(one_pass, "install"):
+        return Run(**case)
+
+
+def assert_same(ours: Run, stock: Run) -> None:
+    for one, other in zip(ours.everything(), stock.everything(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+    params = [param for one in ours.inner() for group in one.param_groups for param in group["params"]]
+    assert all(param.grad is not None for param in params)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "bf16, shards": dict(dtype=torch.bfloat16, distributed=True),
+    "bf16, shards, overlapped gathers": dict(dtype=torch.bfloat16, distributed=True, overlap=True),
+    "bf16": dict(dtype=torch.bfloat16, distributed=False),
+    "fp16, shards": dict(dtype=torch.float16, distributed=True),
+    "fp16": dict(dtype=torch.float16, distributed=False),
+    "fp32, shards": dict(dtype=torch.float32, distributed=True),
+    "fp32": dict(dtype=torch.float32, distributed=False),
+    "Adam with a penalty": dict(dtype=torch.bfloat16, distributed=True, decoupled_weight_decay=False),
+}
+
+
+def same_as_stock(rank: int, world_size: int, name: str) -> None:
+    """A usual step, one that is skipped, one that is not clipped, and another usual one."""
+    engine.install()
+    case = KINDS[name]
+    scales = 1.0, (float("inf") if case["dtype"] == torch.float16 else 2.0), 0.001, 1.0
+    with with_model_parallel(gloo_groups=True), kernel() as sizes:
+        ours, stock = Run(**case), stock_run(**case)
+        for number, factor in enumerate(scales):
+            sizes.clear()
+            found = ours.step(number, factor)
+            assert found == stock.step(number, factor) and found[0] == (number != 1)
+            assert set(sizes) == ({64, 200, 1000} if found[0] else set()) or world_size > 1
+            assert_same(ours, stock)
+            assert all(size >= LARGE for size in sizes)
+            factors = {getattr(param, one_pass.FACTOR) for param in ours.optimizer.get_parameters()}
+            assert (factors == {1.0}) == found[0] or factor == float("inf"), (
+                "a factor waits for one step alone"
+            )
+        assert len(ours.optimizer.chained_optimizers) == 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_pass_is_what_megatron_does(gloo: Any, name: str) -> None:
+    gloo(1, same_as_stock, name)
+
+
+def test_shards_in_one_pass(gloo: Any) -> None:
+    """Of two ranks: cut where they may be, some of them too small for the kernel."""
+    gloo(2, same_as_stock, "bf16, shards")
+
+
+def a_wrong_kernel(rank: int, world_size: int) -> None:
+    engine.install()
+    case = KINDS["fp16, shards"]
+    with with_model_parallel(gloo_groups=True), kernel(spoil=1.3) as sizes:
+        ours, stock = Run(**case), stock_run(**case)
+        with pytest.warns(UserWarning, match="fused kernel of adam_ is not used") as caught:
+            assert ours.step(0) == stock.step(0)
+        assert len(caught) == 2 == len(sizes), "with a copy and without"
+        assert ours.step(1) == stock.step(1) and len(sizes) == 2
+        assert_same(ours, stock)
+
+
+def test_a_wrong_kernel_leaves_the_step_to_torch(gloo: Any) -> None:
+    gloo(1, a_wrong_kernel)
+
+
+def resumed(rank: int, world_size: int) -> None:
+    """From a checkpoint of its own and from one of Megatron's step, whose steps are counted elsewhere."""
+    engine.install()
+    case = KINDS["bf16, shards"]
+    with with_model_parallel(gloo_groups=True), kernel():
+        straight, other, stock = Run(**case), Run(**case), stock_run(**case)
+        for run in (straight, stock):
+            run.step(0), run.step(1)
+        other.load(straight)
+        straight.step(2), other.step(2)
+        for one, two in zip(straight.everything(), other.everything(), strict=True):
+            assert torch.equal(one, two)
+        other.load(stock)
+        stock.step(2), other.step(2)
+        assert_same(other, stock)
+        stock.load(other)
+        stock.step(3), other.step(3)
+        assert_same(other, stock)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resumes_bit_exactly_and_from_megatron(gloo: Any, world_size: int) -> None:
+    gloo(world_size, resumed)
+
+
+def who_has_it(rank: int, world_size: int) -> None:
+    engine.install()
+    case = KINDS["bf16, shards"]
+    has_it = lambda run: [hasattr(p, one_pass.FACTOR) for p in run.optimizer.get_parameters()]  # noqa: E731
+    with with_model_parallel(gloo_groups=True):
+        assert not any(has_it(Run(**case))), "a CPU"
+        with kernel():
+            assert all(has_it(Run(**case))) and not any(has_it(Run(**case, log_num_zeros_in_grad=True)))
+            run = Run(**case)
+            for group in run.optimizer.param_groups:
+                group["amsgrad"] = len(group["params"]) and group["params"][0].numel() == 64
+            stock = stock_run(**case)
+            run.step(0), stock.step(0)
+            states = [item for one in run.inner() for item in one.state.items()]
+            sizes = [param.numel() for param, state in states if "max_exp_avg_sq" in state]
+            assert sizes == [64], "torch's own step, on a gradient that is clipped"
+            torch.testing.assert_close(run.everything()[2], stock.everything()[2])
+
+
+def test_who_steps_in_one_pass(gloo: Any) -> None:
+    gloo(1, who_has_it)
