@@ -255,7 +255,7 @@ def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) ->
     Args:
         q: ``[B, T, H, K]``, any float dtype, any strides.
         k: ``[B, T, G, K]``.
-        angles: ``[B, T, R]`` with ``2 R <= K``, constants. Channels from 2 R on are copied.
+        angles: ``[B, T, R]`` with ``2 R <= K``, constants; float64 counts. Channels from 2 R on are copied.
         scale: of what is turned (YaRN's temperature).
     """
     checks.check_rotary(q, k, angles)

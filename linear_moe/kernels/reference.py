@@ -243,7 +243,8 @@ def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
 def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Two channels as a complex number, times ``scale e^(i angle)``, one head after the other."""
     dtype, num_angles = torch.promote_types(q.dtype, torch.float32), angles.shape[2]
-    turn = torch.polar(torch.full_like(angles, scale, dtype=dtype), angles.to(dtype))
+    angles = angles.to(torch.promote_types(angles.dtype, dtype))
+    turn = torch.polar(torch.full_like(angles, scale), angles).to(dtype.to_complex())
     found = []
     for x in (q, k):
         heads = []

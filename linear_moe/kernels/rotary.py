@@ -38,6 +38,7 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x: Tensor, angles: Tensor, scale: float) -> Tensor:
     dtype, num_angles = torch.promote_types(x.dtype, torch.float32), angles.shape[-1]
-    cos, sin = (f(angles.to(dtype)).unsqueeze(2) * scale for f in (torch.cos, torch.sin))
+    angles = angles.to(torch.promote_types(angles.dtype, dtype)).unsqueeze(2)
+    cos, sin = angles.cos().to(dtype) * scale, angles.sin().to(dtype) * scale
     first, second, rest = x.to(dtype).split([num_angles, num_angles, x.shape[-1] - 2 * num_angles], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)

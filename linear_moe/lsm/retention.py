@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linear_moe.kernels import rotate_heads
 from linear_moe.lsm.mixer import Mixer, Placement, Projection
 from linear_moe.lsm.options import one_of, positive
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import widen
 
 XPOS_SCALE_BASE, XPOS_SMOOTHING = 512, 0.4
 """Tokens over which channel i fades by zeta_i, and what keeps the fastest channel from vanishing (arXiv:2212.10554)."""
@@ -72,18 +72,16 @@ class Retention(DiagonalDecay):
         head_H = torch.arange(place.num_heads, device=q_BTHK.device, dtype=exact) + place.first_head
         log_decay = torch.log1p(-torch.exp2(-5 - head_H))
         if self.cfg.rotary != "none":
-            turns_2BTK = self._turns(p["positions"]).to(exact)
-            q_BTHK, k_BTHK = _turned(q_BTHK, turns_2BTK), _turned(k_BTHK, turns_2BTK)
+            q_BTHK, k_BTHK = rotate_heads(q_BTHK, k_BTHK, self._angles(p["positions"]))
         if self.cfg.rotary == "xpos":
             log_decay = (log_decay[:, None] + self._log_zeta(log_decay)).expand(q_BTHK.shape)
         return {"q": q_BTHK, "k": k_BTHK, "v": p["v"], "log_decay": log_decay}
 
-    def _turns(self, positions_BT: Tensor) -> Tensor:
-        """Cosines and sines ``[2, B, T, K / 2]`` in float64: float32 angles are off by 0.06 at a million tokens."""
+    def _angles(self, positions_BT: Tensor) -> Tensor:
+        """``[B, T, K / 2]`` in float64: those of float32 are off by 0.06 at a million tokens."""
         num_keys = self.cfg.head_k_dim
         powers = torch.arange(0, num_keys, 2, device=positions_BT.device, dtype=torch.float64) / num_keys
-        angles_BTK = positions_BT.double().unsqueeze(-1) * self.cfg.rotary_base**-powers
-        return torch.stack([angles_BTK.cos(), angles_BTK.sin()])
+        return positions_BT.double().unsqueeze(-1) * self.cfg.rotary_base**-powers
 
     def _log_zeta(self, like: Tensor) -> Tensor:
         """Log decay per token of each channel, ``[K]``: the two of a pair fade alike."""
@@ -91,10 +89,3 @@ class Retention(DiagonalDecay):
         pair = torch.arange(0, num_keys, 2, device=like.device, dtype=like.dtype) / num_keys
         log_zeta = torch.log((pair + XPOS_SMOOTHING) / (1 + XPOS_SMOOTHING)) / XPOS_SCALE_BASE
         return torch.cat([log_zeta, log_zeta])
-
-
-def _turned(x_BTHK: Tensor, turns_2BTK: Tensor) -> Tensor:
-    """Every pair of channels i and i + K/2 by its angle, in x's dtype."""
-    cos, sin = turns_2BTK.unsqueeze(3)
-    first, second = widen(x_BTHK).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTHK.dtype)

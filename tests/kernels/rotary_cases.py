@@ -18,6 +18,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a part of each head": dict(shape=(2, 7, 2, 1, 44), angles=5, scale=0.8),
     "rows at places of their own": dict(shape=(3, 1, 2, 2, 16), angles=8, own=True),
     "a million tokens further": dict(shape=(1, 18, 2, 1, 24), angles=9, first=1_000_000),
+    "a billion, in float64": dict(shape=(1, 6, 2, 1, 16), angles=8, first=10**9, exact=True),
     "dense": dict(shape=(2, 5, 4, 2, 16), angles=4, dense=True),
 }
 """Rows, tokens, heads of queries and of keys, and their width; angles of a token."""
@@ -36,7 +37,8 @@ def make(name: str, dtype: torch.dtype) -> dict[str, Any]:
     if case.get("own"):
         places = places + torch.tensor([[3], [0], [70]])
     slower = 10_000.0 ** (-torch.arange(num_angles) / num_angles)
-    angles = (places.unsqueeze(-1) * slower).float().expand(batch, tokens, num_angles)
+    angles = (places.unsqueeze(-1) * slower.double()).expand(batch, tokens, num_angles)
+    angles = angles if case.get("exact") else angles.float()
     given = dict(q=q.detach().requires_grad_(), k=k.detach().requires_grad_(), angles=angles)
     return given | ({"scale": case["scale"]} if "scale" in case else {})
 

@@ -25,6 +25,7 @@ class Layer(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, H, K]`` to the same."""
         y, _ = kernels.short_conv(x, x[0, :4].movedim(0, -1))
+        y, _ = kernels.rotate_heads(y, x, x[:, :, 0, :3].detach())
         y, _ = kernels.delta_rule(y, y, y, y[..., 0].sigmoid(), -y[..., 1].abs())
         return kernels.gated_rms_norm(y, gate=x)
 

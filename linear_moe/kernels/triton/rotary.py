@@ -67,7 +67,7 @@ def _rotate(q: Tensor, k: Tensor, angles: Tensor, scale: float, sign: float) -> 
 
 @triton.jit
 def cos_and_sin(x):
-    """Of an angle in float32, to about 1e-7 however many turns it has: a quarter of a turn is left by float64.
+    """Of an angle, to about 1e-7 however many turns it has: a quarter of a turn is left by float64.
 
     Triton's own are a call for each, with branches for each element.
     """
@@ -113,7 +113,7 @@ def rotate_kernel(
     i_R, m_token = tl.arange(0, BLOCK), token < num_tokens
     m_R = m_token[:, None] & (i_R < R)[None, :]
     p_a = angles + (row * a_b + token * a_t)[:, None] + i_R[None, :]
-    b_cos, b_sin = cos_and_sin(tl.load(p_a, mask=m_R, other=0.0).to(tl.float32))
+    b_cos, b_sin = cos_and_sin(tl.load(p_a, mask=m_R, other=0.0))
     b_cos *= scale
     b_sin *= scale * sign
     first, of_queries = tl.program_id(2) * HEADS, tl.cdiv(num_heads, HEADS) * HEADS
