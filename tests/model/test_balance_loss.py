@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from linear_moe.model import memory_balance
 from linear_moe.model.memory_balance import MemoryBalance
 
-B, T, E, K = 2, 6, 4, 2
+B, T, E, K = 3, 6, 4, 2
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +97,5 @@ def test_the_tally_is_taken_once():
     with torch.no_grad():  # the first pass of a recomputed layer
         even.attach(probs[..., :K], probs, index)
     assert torch.allclose(even.take(), torch.tensor([3.0, 3.0, *[0.75] * E]))
+    even.attach(probs[..., :K], probs, index)
+    assert torch.allclose(even.take(), torch.tensor([1.0, 1.0, *[0.25] * E]))
