@@ -199,7 +199,9 @@ def a_wrong_kernel(rank: int, world_size: int) -> None:
     case = KINDS["fp16, shards"]
     with with_model_parallel(gloo_groups=True), kernel(spoil=1.3) as sizes:
         ours, stock = Run(**case), stock_run(**case)
-        with pytest.warns(UserWarning, match="fused kernel of adam_ is not used") as caught:
+        with pytest.warns(
+            UserWarning, match="kernel of adam_ is not used.* It runs on torch's own step"
+        ) as caught:
             assert ours.step(0) == stock.step(0)
         assert len(caught) == 2 == len(sizes), "with a copy and without"
         assert ours.step(1) == stock.step(1) and len(sizes) == 2
