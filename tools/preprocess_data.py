@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 import warnings
 
@@ -42,7 +43,7 @@ def main() -> int:
         print(f"linear_moe: {error}", file=sys.stderr)
         return 2
     print(f"{manifest.num_documents} documents, {manifest.num_tokens} tokens of {manifest.vocab_size}")
-    print(f"DATASET_PATH={prefix} TOKENIZER={manifest.tokenizer}")
+    print(f"DATASET_PATH={shlex.quote(prefix)} TOKENIZER={shlex.quote(manifest.tokenizer)}")
     return 0
 
 

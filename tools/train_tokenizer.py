@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> int:
     except ValueError as error:
         print(f"linear_moe: {error}", file=sys.stderr)
         return 2
-    print(f"{info.vocab_size} tokens, end of document {info.eod}: TOKENIZER={info.path}")
+    print(f"{info.vocab_size} tokens, end of document {info.eod}: TOKENIZER={shlex.quote(info.path)}")
     return 0
 
 

@@ -17,6 +17,8 @@ _SKIPPED_FOLDERS = {
 }  # fmt: skip
 _SUFFIXES = {".py", ".txt", ".rst"}
 _LARGEST_FILE = 400_000
+_COMPRESSED = {b"\x1f\x8b": "gzip -dc", b"\x28\xb5\x2f\xfd": "zstd -dc", b"\xfd7zXZ": "xz -dc"}
+"""First bytes of a file, and what unpacks it."""
 
 
 def python_documents() -> Iterator[str]:
@@ -50,7 +52,7 @@ def _manual_topics(path: Path) -> Iterator[str]:
 
 
 def check_inputs(paths: Iterable[str]) -> None:
-    """Raises ValueError for the first of `paths` that is not a file."""
+    """Raises ValueError for the first of `paths` that is not a file, or is a compressed one."""
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(
@@ -59,6 +61,15 @@ def check_inputs(paths: Iterable[str]) -> None:
                 f"inputs are JSONL, or text files of one document each.\n"
                 f"  try: --input with the paths of files"
             )
+        with open(path, "rb") as stream:
+            start = stream.read(6)
+        for magic, command in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise ValueError(
+                    f"{path} is compressed.\n"
+                    f"  why: inputs are text, in JSONL or of one document each.\n"
+                    f"  try: {command} {path} > {Path(path).with_suffix('')}"
+                )
 
 
 def read_documents(path: str, key: str = "text") -> Iterator[str]:
@@ -95,11 +106,13 @@ def _text_of(line: bytes, key: str, where: str) -> str:
             f"  try: give plain text another suffix, .txt, to read the file as one document"
         ) from None
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        is_object = isinstance(value, dict)
+        held = ", ".join(value) if is_object else f"a {type(value).__name__}, and each is one object"
+        named = "--json-key NAME, with the name of the field that holds the text"
         raise ValueError(
             f"{where} has no text under {key!r}.\n"
-            f"  why: the line holds {keys}.\n"
-            f"  try: --json-key NAME, with the name of the field that holds the text"
+            f"  why: the line holds {held}.\n"
+            f"  try: {named if is_object else f'lines of {{"{key}": ".."}}'}"
         )
     try:
         value[key].encode()

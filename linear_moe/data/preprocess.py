@@ -59,7 +59,7 @@ def _usable(tokenizer: str) -> TokenizerInfo:
         raise ValueError(
             f"--tokenizer {tokenizer} cannot be used: {error}.\n"
             f"  why: a tokenizer is a folder with tokenizer.json and tokenizer_config.json.\n"
-            f"  try: the folder that tools/train_tokenizer.py wrote, or a Hugging Face model"
+            f"  try: the folder that tools/train_tokenizer.py wrote, or the downloaded folder of a Hugging Face model"
         ) from None
 
 

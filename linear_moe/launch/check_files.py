@@ -32,6 +32,8 @@ def check_data(plan: RunPlan) -> None:
         try:
             info = read_index(prefix)
         except FileNotFoundError as error:
+            if _is_weight(prefix):
+                raise _half_a_blend(plan) from None
             raise PreflightError(
                 f"DATASET_PATH={prefix}: there is no {error.filename}.",
                 "DATASET_PATH is the path of a .bin/.idx pair without its suffix, often ending in _text_document"
@@ -57,6 +59,23 @@ def check_data(plan: RunPlan) -> None:
                 "EVAL_ITERS=0 to train on all of them, or more than 50 documents",
             )
         _check_vocabulary(plan, prefix)
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        float(word.rstrip("%"))
+    except ValueError:
+        return False
+    return True
+
+
+def _half_a_blend(plan: RunPlan) -> PreflightError:
+    named = [prefix for prefix in plan.prefixes if not _is_weight(prefix)]
+    return PreflightError(
+        f"DATASET_PATH={plan.settings.dataset_path} is no blend.",
+        "a blend is a number and a prefix in turn, with a space between each two; a prefix in it has no spaces.",
+        f"DATASET_PATH='{' '.join(f'{1 / max(len(named), 1):.2g} {prefix}' for prefix in named or ['<prefix>'])}'",
+    )
 
 
 def _data_hint(prefix: str) -> str:

@@ -1,5 +1,6 @@
 """From text to token files and back to the same text; all or nothing on disk."""
 
+import gzip
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from linear_moe.data import preprocess as module
-from linear_moe.data.corpus import python_documents, read_documents
+from linear_moe.data.corpus import check_inputs, python_documents, read_documents
 from linear_moe.data.indexed import read_manifest, read_tokens
 from linear_moe.data.preprocess import preprocess
 from linear_moe.data.tokenizer import (
@@ -139,7 +140,7 @@ def test_a_failure_keeps_the_old_files(
     ("line", "problem"),
     [
         ('{"body": "x"}', "has no text under 'text'.\n  why: the line holds body."),
-        ('["x"]', "has no text under 'text'.\n  why: the line holds list."),
+        ('["x"]', "has no text under 'text'.\n  why: the line holds a list, and each is one object."),
         ('{"text": 3}', "has no text under 'text'."),
     ],
 )
@@ -148,6 +149,15 @@ def test_lines_without_text(tmp_path: Path, line: str, problem: str):
     with pytest.raises(ValueError) as error:
         list(read_documents(str(tmp_path / "a.jsonl")))
     assert f"a.jsonl:1 {problem}" in str(error.value)
+
+
+def test_a_compressed_input_is_named(tmp_path: Path):
+    """Corpora are passed on so; as text in a wrong encoding it would be a riddle."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}'))
+    with pytest.raises(ValueError) as error:
+        check_inputs([f"{tmp_path}/a.jsonl.gz"])
+    assert str(error.value).startswith(f"{tmp_path}/a.jsonl.gz is compressed.\n  why: ")
+    assert str(error.value).endswith(f"try: gzip -dc {tmp_path}/a.jsonl.gz > {tmp_path}/a.jsonl")
 
 
 def test_what_is_no_utf_8_is_named(tmp_path: Path):

@@ -153,6 +153,15 @@ def test_every_part_of_a_blend_is_checked(data: dict[str, str], tmp_path: Path):
     assert f"DATASET_PATH={tmp_path}/gone: there is no" in message(**{**data, "DATASET_PATH": blend})
 
 
+@pytest.mark.parametrize("words", ["0.3 {p} 0.7", "30% {p} 70% {p}", "{p} 0.7", "1 2"])
+def test_what_is_no_blend_though_it_has_weights(data: dict[str, str], words: str):
+    found = message(**{**data, "DATASET_PATH": words.format(p=data["DATASET_PATH"])})
+    assert " is no blend.\n  why: a blend is a number and a prefix in turn" in found
+    count = words.count("{p}")
+    each = f"{1 / max(count, 1):.2g} {data['DATASET_PATH'] if count else '<prefix>'}"
+    assert found.endswith(f"try: DATASET_PATH='{' '.join([each] * max(count, 1))}'")
+
+
 @pytest.mark.parametrize("weights", [("0", "1"), ("-0.5", "1.5"), ("nan", "1"), ("1", "inf")])
 def test_weights_of_a_blend_are_positive(data: dict[str, str], weights: tuple[str, str]):
     path = data["DATASET_PATH"]
