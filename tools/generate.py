@@ -63,6 +63,11 @@ class Session:
 
             self.chat = ChatTemplate(loaded.tokenizer, read_template(args.chat_template))
         ends = self.chat.ends() if self.chat else [loaded.tokenizer.eod]
+        drawing = {"--top-k": args.top_k, "--top-p": args.top_p < 1, "--seed": args.seed}
+        if args.temperature == 0 and (idle := [flag for flag, is_given in drawing.items() if is_given]):
+            self.say_once(
+                f"--temperature 0, the default, draws nothing, whatever {' and '.join(idle)} may be"
+            )
         self.options = {
             "max_new_tokens": args.max_new_tokens,
             "temperature": args.temperature,

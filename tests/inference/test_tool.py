@@ -203,6 +203,14 @@ def test_ends_and_prompts_of_a_chat(run):
         ChatTemplate(Outer(), "{{ raise_exception('no system') }}").prompt(messages)
 
 
+def test_options_of_drawing_that_change_nothing(gloo, run):
+    """Greedy is the default, so that who asks for a nucleus without a temperature has to be told."""
+    ask = ["--prompt", "import", "--top-k", "5", "--top-p", "0.9", "--max-new-tokens", "1"]
+    told = "linear_moe: --temperature 0, the default, draws nothing, whatever --top-k and --top-p may be\n"
+    assert gloo(1, command, run, ask)[0][2] == told
+    assert gloo(1, command, run, [*ask, "--temperature", "1"])[0][2] == ""
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
