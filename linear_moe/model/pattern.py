@@ -51,7 +51,7 @@ def canonical_mixer(name: str, known: Collection[str]) -> str:
     raise ValueError(
         f"unknown mixer {name!r}{f'; the nearest name is {nearest!r}' if near else ''}.\n"
         f"  why: the registered mixers are {', '.join(known)}.\n"
-        f"  try: LA_MODULE={nearest}"
+        f"  try: LA_MODULE={nearest}{'' if near else ', or MIXER_MODULES=<your module that registers it>'}"
     )
 
 
@@ -149,7 +149,7 @@ def _unknown_symbol(variable: str, pattern: str, position: int, symbols: dict[st
         )
     legend = ", ".join(f"{key} = {kind}" for key, kind in symbols.items())
     layer = "a symbol is a whole layer with its feed-forward block; " if symbol == "-" else ""
-    fixed = pattern.replace(symbol, _nearest_symbol(symbol, symbols))
+    fixed = "".join(x if x in symbols else _nearest_symbol(x, symbols) for x in pattern)
     return (
         f"unknown layer symbol {where}.\n  why: {layer}the symbols are {legend}.\n  try: {variable}='{fixed}'"
     )

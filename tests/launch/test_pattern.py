@@ -41,6 +41,16 @@ def test_spellings(spelling: str, name: str):
     assert canonical_mixer(spelling, KNOWN) == name
 
 
+@pytest.mark.parametrize(
+    ("name", "end"), [("rwkv8", "rwkv7"), ("x", "MIXER_MODULES=<your module that registers it>")]
+)
+def test_no_mixer_of_that_name(name: str, end: str):
+    """A typing error, or a mixer of another package."""
+    with pytest.raises(ValueError) as error:
+        canonical_mixer(name, {*KNOWN, "rwkv7"})
+    assert str(error.value).endswith(end)
+
+
 def test_aliases_lead_to_names_not_to_aliases():
     assert not set(ALIASES.values()) & set(ALIASES)
 
@@ -61,9 +71,15 @@ def test_aliases_lead_to_names_not_to_aliases():
             ("23", "gla,deltanet", 2),
         ),
         (
+            "unknown layer symbol 'l' at position 1 of LAYER_TYPE_LIST=lxn.\n"
+            "  why: the symbols are L = gla, N = softmax.\n"
+            "  try: LAYER_TYPE_LIST='LLN'",
+            ("lxn", "gla", 3),
+        ),
+        (
             "unknown layer symbol 'L' at position 1 of HYBRID_OVERRIDE_PATTERN=LN.\n"
             "  why: the symbols are M = mamba2, * = softmax.\n"
-            "  try: HYBRID_OVERRIDE_PATTERN='MN'",
+            "  try: HYBRID_OVERRIDE_PATTERN='M*'",
             (None, "gla", 2, "LN"),
         ),
         (

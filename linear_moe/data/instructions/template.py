@@ -70,8 +70,8 @@ class ChatTemplate:
             raise ValueError(
                 f"{sample.where} has messages, but the tokenizer has no chat template\n"
                 f"  why: how turns are marked depends on the model, and a wrong guess is learned silently\n"
-                f"  try: CHAT_TEMPLATE=<file with a Jinja template>, the tokenizer of a chat model, or samples with "
-                f"instruction and output"
+                f"  try: CHAT_TEMPLATE=<file with a Jinja template>, CHAT_TEMPLATE=plain (headings), or the tokenizer "
+                f"of a chat model"
             )
         if sample.tools and "tools" not in self.source:
             raise ValueError(
