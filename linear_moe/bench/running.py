@@ -18,6 +18,7 @@ from linear_moe.launch.cluster import cuda_device_count
 from linear_moe.launch.header import default_threads
 from linear_moe.launch.megatron_args import torchrun_command
 from linear_moe.launch.plan import RunPlan
+from linear_moe.launch.relay import ended_by_signal
 
 WATCHED = "linear_moe.bench.watched"
 GRACE = 40
@@ -142,4 +143,5 @@ def failure(log: str) -> str:
     """The error that ended a run, from its log: the first that is not torchrun's own."""
     errors = [error for error in _ERROR.findall(log) if "ChildFailedError" not in error]
     lines = log.strip().splitlines()
-    return (errors[0] if errors else lines[-1] if lines else "it wrote nothing")[:300]
+    last = lines[-1] if lines else "it wrote nothing"
+    return (errors[0] if errors else ended_by_signal(log) or last)[:300]

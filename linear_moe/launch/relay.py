@@ -106,11 +106,18 @@ def cause(log: Path) -> str | None:
     A process that a signal ended had no last words: what the others say is that it is gone.
     """
     text = _end(log)
-    if (killed := _KILLED.search(text)) is not None:
-        name = signal.Signals(int(killed[1])).name
-        return f"{name} ended a process{', most often for want of memory' if name == 'SIGKILL' else ''}"
+    if (ended := ended_by_signal(text)) is not None:
+        return ended
     found = _EXCEPTION.search(text)
     return found[0][:_LONGEST_CAUSE] if found is not None else None
+
+
+def ended_by_signal(text: str) -> str | None:
+    """Of the text of a log: the signal that ended a process, if torchrun names one."""
+    if (killed := _KILLED.search(text)) is None:
+        return None
+    name = signal.Signals(int(killed[1])).name
+    return f"{name} ended a process{', most often for want of memory' if name == 'SIGKILL' else ''}"
 
 
 def _end(log: Path) -> str:

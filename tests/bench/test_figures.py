@@ -63,6 +63,8 @@ def test_a_run_that_did_not_end(tmp_path: Path, count: int, code: int | None, st
 def test_the_error_of_a_log():
     assert running.failure("") == "it wrote nothing"
     assert running.failure("a\nb \n") == "b"
+    killed = "E1 api.py:986] failed (exitcode: -9) local_rank: 0\nx.ChildFailedError: \n======\n"
+    assert running.failure(killed) == "SIGKILL ended a process, most often for want of memory"
     assert len(running.failure("ValueError: " + "x" * 900)) == 300
 
 
