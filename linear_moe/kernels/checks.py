@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels.arriving import State
+from linear_moe.kernels.log_decay import FORMS
 
 MAX_HEAD_DIM = 256
 
@@ -175,6 +176,20 @@ def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, acti
         _check_shape("gate", gate, x.shape, "[B, T, H, D], as x")
     if activation not in ("swish", "sigmoid"):
         _fail("activation", f"is {activation!r}", "there is no other", '"swish" or "sigmoid"')
+
+
+def check_log_decay_of(x: Tensor, rate: Tensor | None, bias: Tensor | None, form: str) -> None:
+    """Everything :func:`linear_moe.kernels.log_decay_of` takes."""
+    check_gated_norm(x, None, None, "swish")
+    for name, tensor, shape, legend in (
+        ("rate", rate, x.shape[2:3], "[H]"),
+        ("bias", bias, x.shape[2:], "[H, K]"),
+    ):
+        if tensor is not None:
+            _check_float(name, tensor, x.device)
+            _check_shape(name, tensor, shape, legend)
+    if form not in FORMS:
+        _fail("form", f"is {form!r}", "there is no other", " or ".join(f'"{name}"' for name in FORMS))
 
 
 def check_scaled(x: Tensor, weight: Tensor) -> None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels import log_decay_of
 from linear_moe.lsm.mixer import Mixer, Placement, Projection
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DiagonalDecay
 from linear_moe.lsm.registry import register
-from linear_moe.lsm.tables import widen
 
 
 @register("gla")
@@ -61,7 +60,7 @@ class GatedLinearAttention(DiagonalDecay):
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """The log decay in float32: it is summed over the whole sequence."""
-        log_decay_BTHK = F.logsigmoid(widen(p["a"])) / self.cfg.gate_logit_normalizer
+        log_decay_BTHK = log_decay_of(p["a"], form="log_sigmoid", scale=1 / self.cfg.gate_logit_normalizer)
         if self.cfg.gate_clamp_min is not None:
             log_decay_BTHK = log_decay_BTHK.clamp_min(self.cfg.gate_clamp_min)
         return {"q": p["q"], "k": p["k"], "v": p["v"], "log_decay": log_decay_BTHK}

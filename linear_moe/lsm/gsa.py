@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe import kernels
-from linear_moe.kernels import Segment, reference
+from linear_moe.kernels import Segment, log_decay_of, reference
 from linear_moe.kernels.arriving import states_of
 from linear_moe.lsm.mixer import Memory, Mixer, Placement, Projection
 from linear_moe.lsm.options import kernel_width, one_of, positive
@@ -67,7 +67,7 @@ class GatedSlotAttention(DiagonalDecay):
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Activate q, k and v; the log decay in float32, what a slot takes in from it."""
-        log_decay_BTHM = F.logsigmoid(widen(p["f"])) / self.cfg.gate_logit_normalizer
+        log_decay_BTHM = log_decay_of(p["f"], form="log_sigmoid", scale=1 / self.cfg.gate_logit_normalizer)
         return {
             "q": F.silu(p["q"]),
             "k": F.silu(p["k"]),

@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels import log_decay_of
 from linear_moe.lsm.gating import activated, init_dt_bias, init_log_rate, unit, write_strength
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import positive
@@ -83,12 +83,12 @@ class KimiDeltaAttention(DeltaRule):
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """Unit q and k, decay and write strength in float32."""
         q, k, v = (activated(p[name], self.cfg.conv_size) for name in "qkv")
-        rate_H1 = widen(w["A_log"]).exp()[:, None]
-        logit_BTHK = widen(p["f"]) + widen(w["dt_bias"])
+        rate_H = widen(w["A_log"]).exp()
         if self.cfg.lower_bound is None:
-            log_decay_BTHK = -rate_H1 * F.softplus(logit_BTHK)
+            log_decay_BTHK = log_decay_of(p["f"], rate_H, w["dt_bias"])
         else:
-            log_decay_BTHK = self.cfg.lower_bound * torch.sigmoid(rate_H1 * logit_BTHK)
+            logit_BTHK = rate_H[:, None] * (widen(p["f"]) + widen(w["dt_bias"]))
+            log_decay_BTHK = log_decay_of(logit_BTHK, form="sigmoid", scale=-self.cfg.lower_bound)
         return {
             "q": unit(q),
             "k": unit(k),

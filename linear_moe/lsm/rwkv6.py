@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels import log_decay_of
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DiagonalDecay
@@ -102,8 +103,14 @@ class RWKV6(DiagonalDecay):
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """The log decay in float32: it is summed over the whole sequence."""
-        bonus_HK = widen(w["bonus"])
-        return {"q": p["q"], "k": p["k"], "v": p["v"], "log_decay": -widen(p["w"]).exp(), "bonus": bonus_HK}
+        log_decay_BTHK = log_decay_of(p["w"], form="exp")
+        return {
+            "q": p["q"],
+            "k": p["k"],
+            "v": p["v"],
+            "log_decay": log_decay_BTHK,
+            "bonus": widen(w["bonus"]),
+        }
 
     @property
     def scale(self) -> float:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linear_moe.kernels import log_decay_of
 from linear_moe.lsm import output
 from linear_moe.lsm.gating import unit
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
@@ -117,7 +118,7 @@ class RWKV7(DiagonalPlusLowRank):
             "v": _value(p),
             "a": -removed_BTHK,
             "b": removed_BTHK * torch.sigmoid(widen(p["a"])).to(removed_BTHK.dtype),
-            "log_decay": -SLOWEST * torch.sigmoid(widen(p["w"])),
+            "log_decay": log_decay_of(p["w"], form="sigmoid", scale=SLOWEST),
         }
 
     def read_out(

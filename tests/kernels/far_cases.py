@@ -61,6 +61,14 @@ def gated_norm() -> Errors:
     return compared(lambda x, gate: [kernels.gated_rms_norm(x[None], gate=gate[None])], inputs)
 
 
+@CASES.add("log decay")
+def log_decay() -> Errors:
+    """With a bias."""
+    bias = torch.randn(1, WIDTH).half()
+    inputs = {"x": torch.randn(TOKENS, 1, WIDTH).half()}
+    return compared(lambda x: [kernels.log_decay_of(x[None], bias=bias)], inputs)
+
+
 @CASES.add("skip, gate and norm")
 def skip_gate_norm() -> Errors:
     """Of one head."""

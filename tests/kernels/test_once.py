@@ -19,6 +19,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "delta_rule_segment": lambda x: kernels.delta_rule_segment(x, x, x[..., 0]).state,
     "short_conv": lambda x: kernels.short_conv(x, x[0, :3].movedim(0, -1))[0],
     "gated_rms_norm": lambda x: kernels.gated_rms_norm(x, gate=x),
+    "log_decay_of": lambda x: kernels.log_decay_of(x, x[0, 0, :, 0]),
     "scale_heads": lambda x: kernels.scale_heads(x, x[..., 0]),
     "rotate_heads": lambda x: kernels.rotate_heads(x, x, x[..., 0, :2].detach())[0],
     "weighted_swiglu": lambda x: kernels.weighted_swiglu(x[0, :, 0], x[0, :, 0, 0]),

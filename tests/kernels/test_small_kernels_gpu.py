@@ -65,8 +65,16 @@ def rotary(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     return [*module.rotate_heads(q, k, whole, scale=1.1), *module.rotate_heads(q, k * 0.5, part)]
 
 
+def log_decay(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x, bias = t["x"].unflatten(-1, (5, 128)), t["weight"].expand(5, 128)
+    return [
+        module.log_decay_of(x, bias[0, :5].exp(), bias),
+        *(module.log_decay_of(x, form=form, scale=0.3) for form in ("log_sigmoid", "sigmoid", "exp")),
+    ]
+
+
 CALLS: dict[str, Call] = {
-    f.__name__: f for f in (short_conv, gated_norm, skip_norm, rows, cross_entropy, unit, rotary)
+    f.__name__: f for f in (short_conv, gated_norm, skip_norm, log_decay, rows, cross_entropy, unit, rotary)
 }
 WIDE = ("factor", "angles")
 """What stays float32 in bfloat16 runs."""
