@@ -218,8 +218,8 @@ def check_rotary(q: Tensor, k: Tensor, angles: Tensor) -> None:
 
 def check_skip_gate_norm(
     x: Tensor,
-    skip: Tensor,
-    skip_weight: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
     weight: Tensor,
     gate: Tensor | None,
     num_groups: int,
@@ -232,8 +232,16 @@ def check_skip_gate_norm(
         ("skip_weight", skip_weight, x.shape[2:3], "[H]"),
         ("weight", weight, x.shape[2:], "[H, V]"),
     ):
-        _check_float(name, tensor, x.device)
-        _check_shape(name, tensor, shape, legend)
+        if tensor is not None:
+            _check_float(name, tensor, x.device)
+            _check_shape(name, tensor, shape, legend)
+    if (skip is None) != (skip_weight is None):
+        _fail(
+            "skip_weight",
+            f"is{'' if skip_weight is None else ' not'} None",
+            "it is the factor of skip",
+            "both",
+        )
     if num_groups < 1 or x.shape[2] % num_groups:
         _fail("num_groups", f"is {num_groups}", f"every group has as many of the {x.shape[2]} heads", "1")
 

@@ -293,8 +293,8 @@ def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) ->
 
 def skip_gate_norm(
     x: Tensor,
-    skip: Tensor,
-    skip_weight: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
     weight: Tensor,
     gate: Tensor | None = None,
     *,
@@ -308,8 +308,8 @@ def skip_gate_norm(
 
     Args:
         x: ``[B, T, H, V]``, any float dtype, any strides.
-        skip: ``[B, T, H, V]``.
-        skip_weight: ``[H]``.
+        skip: ``[B, T, H, V]``; ``None``: no skip, as where a norm over several heads is all there is.
+        skip_weight: ``[H]``; ``None`` if ``skip`` is.
         weight: ``[H, V]``.
         gate: ``[B, T, H, V]``; ``None``: no gate.
         num_groups: groups of neighbouring heads with one RMS each; divides H.

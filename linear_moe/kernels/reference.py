@@ -282,8 +282,8 @@ def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) ->
 
 def skip_gate_norm(
     x: Tensor,
-    skip: Tensor,
-    skip_weight: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
     weight: Tensor,
     gate: Tensor | None = None,
     *,
@@ -295,7 +295,9 @@ def skip_gate_norm(
     dtype, groups = torch.promote_types(x.dtype, torch.float32), []
     for heads in torch.arange(x.shape[2]).chunk(num_groups):
         at = slice(int(heads[0]), int(heads[-1]) + 1)
-        y = x[:, :, at].to(dtype) + skip_weight[at, None].to(dtype) * skip[:, :, at].to(dtype)
+        y = x[:, :, at].to(dtype)
+        if skip is not None and skip_weight is not None:
+            y = y + skip_weight[at, None].to(dtype) * skip[:, :, at].to(dtype)
         if gate is not None:
             opening = torch.sigmoid(gate[:, :, at].to(dtype))
             y = y * (opening * gate[:, :, at].to(dtype) if activation == "swish" else opening)

@@ -1,4 +1,4 @@
-"""What Mamba2 does with what it read: a skip, the gate, then one RMS norm for the heads of a group.
+"""What Mamba2 does with what it read: a skip, the gate, then one RMS norm for the heads of a group. Others norm alone.
 
     y = w * p / sqrt(mean(p^2) + eps),    p = (x + d * skip) * act(gate)
 
@@ -22,8 +22,8 @@ from linear_moe.kernels.recompute import recompute
 
 def skip_gate_norm(
     x: Tensor,
-    skip: Tensor,
-    skip_weight: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
     weight: Tensor,
     gate: Tensor | None = None,
     *,
@@ -42,12 +42,12 @@ def _normalize(
     activation: str,
     eps: float,
     x: Tensor,
-    skip: Tensor,
+    skip: Tensor | None,
     gate: Tensor | None,
-    skip_weight: Tensor,
+    skip_weight: Tensor | None,
     weight: Tensor,
 ) -> tuple[Tensor]:
-    y = x + skip_weight.unsqueeze(-1) * skip
+    y = x if skip is None or skip_weight is None else x + skip_weight.unsqueeze(-1) * skip
     if gate is not None:
         y = y * (F.silu(gate) if activation == "swish" else torch.sigmoid(gate))
     groups = y.flatten(-2).unflatten(-1, (num_groups, -1))

@@ -18,6 +18,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no gate": dict(num_groups=2, shape=(2, 5, 4, 24)),
     "one token, wide": dict(gate=True, shape=(1, 1, 2, 600)),
     "time first, slices": dict(gate=True, strided=True),
+    "norm alone": dict(skip=False, num_groups=2, shape=(2, 21, 4, 20)),
+    "no skip, time first, slices": dict(skip=False, gate=True, strided=True),
 }
 
 
@@ -37,9 +39,11 @@ def make(name: str, dtype: torch.dtype) -> dict[str, Any]:
     x[0, 0] *= 1e-4
     skip[0, 0] *= 1e-4
     tensors = dict(x=x, skip=skip, skip_weight=normal(heads), weight=normal(heads, width))
+    if not case.pop("skip", True):
+        tensors |= dict(skip=None, skip_weight=None)
     if case.pop("gate", False):
         tensors["gate"] = gate
-    return {n: t.detach().requires_grad_() for n, t in tensors.items()} | case
+    return {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()} | case
 
 
 def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[float]:

@@ -28,7 +28,8 @@ def test_torch_path_is_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_fused_kernel(name: str, fused_errors: Callable[[str], list[float]]) -> None:
-    assert len(fused_errors(name)) == (6 if "gate" in CASES[name] else 5)
+    num_tensors = 2 + ("gate" in CASES[name]) + 2 * CASES[name].get("skip", True)
+    assert len(fused_errors(name)) == 1 + num_tensors
     assert max(fused_errors(name)) <= SINGLE
 
 
@@ -51,6 +52,7 @@ def test_groups_that_no_program_can_hold_are_for_torch() -> None:
     ("change", "message"),
     [
         (dict(skip=torch.zeros(1, 2, 3, 5)), "skip has shape"),
+        (dict(skip=None), "skip_weight is not None"),
         (dict(skip_weight=torch.zeros(4)), r"skip_weight has shape \[4\]"),
         (dict(weight=torch.zeros(4)), r"weight has shape \[4\]"),
         (dict(gate=torch.zeros(1, 2, 3)), "gate has shape"),

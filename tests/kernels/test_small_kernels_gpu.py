@@ -55,6 +55,7 @@ def skip_norm(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     weight = t["weight"].expand(5, 128)
     return [
         module.skip_gate_norm(x, gate, weight[0, :5], weight, gate * 0.5),
+        module.skip_gate_norm(x, None, None, weight),
         module.scale_heads(x, gate[..., 3]),
     ]
 

@@ -30,8 +30,8 @@ RUN = 16
 
 def skip_gate_norm(
     x: Tensor,
-    skip: Tensor,
-    skip_weight: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
     weight: Tensor,
     gate: Tensor | None = None,
     *,
@@ -40,10 +40,8 @@ def skip_gate_norm(
     eps: float = 1e-6,
 ) -> Tensor:
     """See :func:`linear_moe.kernels.skip_gate_norm`; float32, float16 and bfloat16, up to 8192 channels a group."""
-    gate = None if gate is None else rows_together(gate)
-    return _SkipGateNorm.apply(
-        rows_together(x), rows_together(skip), skip_weight, weight, gate, num_groups, activation, eps
-    )
+    skip, gate = (None if t is None else rows_together(t) for t in (skip, gate))
+    return _SkipGateNorm.apply(rows_together(x), skip, skip_weight, weight, gate, num_groups, activation, eps)
 
 
 class _SkipGateNorm(torch.autograd.Function):
@@ -51,8 +49,8 @@ class _SkipGateNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        skip: Tensor,
-        skip_weight: Tensor,
+        skip: Tensor | None,
+        skip_weight: Tensor | None,
         weight: Tensor,
         gate: Tensor | None,
         num_groups: int,
@@ -61,12 +59,12 @@ class _SkipGateNorm(torch.autograd.Function):
     ) -> Tensor:
         y = in_order_of(x if gate is None else gate, x)
         ctx.grid = x.shape[0] * triton.cdiv(x.shape[1], RUN), num_groups
-        ctx.constants = _constants(x, num_groups, activation, gate is not None)
+        ctx.constants = _constants(x, num_groups, activation, skip is not None, gate is not None)
         ctx.eps = eps
-        g = x if gate is None else gate
+        s, d, g = _given(x, skip, skip_weight, gate)
         forward_kernel[ctx.grid](
-            x, skip, skip_weight.contiguous(), weight.contiguous(), g, y, x.shape[1], eps,
-            *x.stride()[:3], *skip.stride()[:3], *g.stride()[:3], *y.stride()[:2], **ctx.constants,
+            x, s, d, weight.contiguous(), g, y, x.shape[1], eps,
+            *x.stride()[:3], *s.stride()[:3], *g.stride()[:3], *y.stride()[:2], **ctx.constants,
         )  # fmt: skip
         ctx.save_for_backward(x, skip, skip_weight, weight, gate)
         return y
@@ -75,27 +73,36 @@ class _SkipGateNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, skip, skip_weight, weight, gate = ctx.saved_tensors
-        dy, g = rows_together(dy), x if gate is None else gate
-        dx, d_skip = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-        dg = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
-        parts = x.new_empty(2, ctx.grid[0], *x.shape[2:], dtype=torch.float32)
+        dy, (s, d, g) = rows_together(dy), _given(x, skip, skip_weight, gate)
+        dx, d_skip, dg = (
+            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (x, skip, gate)
+        )
+        parts = x.new_empty(1 if skip is None else 2, ctx.grid[0], *x.shape[2:], dtype=torch.float32)
         backward_kernel[ctx.grid](
-            x, skip, skip_weight.contiguous(), weight.contiguous(), g, dy, dx, d_skip,
-            dx if dg is None else dg, parts, x.shape[1], ctx.eps,
-            *x.stride()[:3], *skip.stride()[:3], *g.stride()[:3], *dy.stride()[:3], **ctx.constants,
+            x, s, d, weight.contiguous(), g, dy, dx, dx if d_skip is None else d_skip, dx if dg is None else dg,
+            parts, x.shape[1], ctx.eps,
+            *x.stride()[:3], *s.stride()[:3], *g.stride()[:3], *dy.stride()[:3], **ctx.constants,
         )  # fmt: skip
-        d_weight, d_skip_weight = parts.sum(1)
-        return (
-            dx, d_skip, d_skip_weight.sum(-1).to(skip_weight.dtype), d_weight.to(weight.dtype), dg, None, None, None
-        )  # fmt: skip
+        d_weight, *of_skip = parts.sum(1)
+        d_skip_weight = None if skip_weight is None else of_skip[0].sum(-1).to(skip_weight.dtype)
+        return dx, d_skip, d_skip_weight, d_weight.to(weight.dtype), dg, None, None, None
 
 
-def _constants(x: Tensor, num_groups: int, activation: str, has_gate: bool) -> dict[str, Any]:
+def _given(
+    x: Tensor, skip: Tensor | None, skip_weight: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Skip, its weight and the gate; x stands for what there is not."""
+    s, g = (x if t is None else t for t in (skip, gate))
+    return s, x if skip_weight is None else skip_weight.contiguous(), g
+
+
+def _constants(x: Tensor, num_groups: int, activation: str, has_skip: bool, has_gate: bool) -> dict[str, Any]:
     heads, width = x.shape[2], x.shape[3]
     block = max(16, triton.next_power_of_2(heads // num_groups * width))
     return dict(
         H=heads, V=width, W=heads // num_groups * width, BLOCK=block, RUN=RUN, IS_SWISH=activation == "swish",
-        HAS_GATE=has_gate, num_warps=min(16, max(4, block // 256)),
+        HAS_SKIP=has_skip, HAS_GATE=has_gate, num_warps=min(16, max(4, block // 256)),
     )  # fmt: skip
 
 
@@ -110,7 +117,7 @@ def forward_kernel(
     x, skip, skip_weight, weight, gate, y, num_tokens, eps,
     x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h, y_b, y_t,
     H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
-    IS_SWISH: tl.constexpr, HAS_GATE: tl.constexpr,
+    IS_SWISH: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     """y ``[B, T, H, V]``, heads together. Grid: (B * R, G)."""
     runs = tl.cdiv(num_tokens, RUN)
@@ -121,14 +128,15 @@ def forward_kernel(
     channel = tl.program_id(1) * W + i_W
     i_head, i_V = channel // V, channel % V
     b_w = tl.load(weight + channel, mask=m_W, other=0.0).to(tl.float32)
-    b_d = tl.load(skip_weight + i_head, mask=m_W, other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        b_d = tl.load(skip_weight + i_head, mask=m_W, other=0.0).to(tl.float32)
     for t in range(tl.minimum(RUN, num_tokens - first)):
         token = (first + t).to(tl.int64)
         b_y = tl.load(_place(x, row, token, i_head, i_V, x_b, x_t, x_h), mask=m_W, other=0.0).to(tl.float32)
-        b_s = tl.load(_place(skip, row, token, i_head, i_V, s_b, s_t, s_h), mask=m_W, other=0.0).to(
-            tl.float32
-        )
-        b_y += b_d * b_s
+        if HAS_SKIP:
+            at_skip = _place(skip, row, token, i_head, i_V, s_b, s_t, s_h)
+            b_s = tl.load(at_skip, mask=m_W, other=0.0).to(tl.float32)
+            b_y += b_d * b_s
         if HAS_GATE:
             at_gate = _place(gate, row, token, i_head, i_V, g_b, g_t, g_h)
             b_g = tl.load(at_gate, mask=m_W, other=0.0).to(tl.float32)
@@ -145,9 +153,12 @@ def backward_kernel(
     x, skip, skip_weight, weight, gate, dy, dx, d_skip, d_gate, parts, num_tokens, eps,
     x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h, dy_b, dy_t, dy_h,
     H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
-    IS_SWISH: tl.constexpr, HAS_GATE: tl.constexpr,
+    IS_SWISH: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """dx, d_skip and d_gate ``[B, T, H, V]``, contiguous; ``parts`` ``[2, B * R, H, V]``: dw, and dx s, of each run."""
+    """dx, d_skip and d_gate ``[B, T, H, V]``, contiguous; ``parts`` ``[2, B * R, H, V]``: dw, and dx s, of each run.
+
+    Without a skip there is no d_skip, and only the first of ``parts``.
+    """
     runs = tl.cdiv(num_tokens, RUN)
     row = (tl.program_id(0) // runs).to(tl.int64)
     first = tl.program_id(0) % runs * RUN
@@ -156,19 +167,20 @@ def backward_kernel(
     channel = tl.program_id(1) * W + i_W
     i_head, i_V = channel // V, channel % V
     b_w = tl.load(weight + channel, mask=m_W, other=0.0).to(tl.float32)
-    b_d = tl.load(skip_weight + i_head, mask=m_W, other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        b_d = tl.load(skip_weight + i_head, mask=m_W, other=0.0).to(tl.float32)
     d_weight, d_skipped = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for t in range(tl.minimum(RUN, num_tokens - first)):
         token = (first + t).to(tl.int64)
         at = (row * num_tokens + token) * (H * V)
         b_p = tl.load(_place(x, row, token, i_head, i_V, x_b, x_t, x_h), mask=m_W, other=0.0).to(tl.float32)
-        b_s = tl.load(_place(skip, row, token, i_head, i_V, s_b, s_t, s_h), mask=m_W, other=0.0).to(
-            tl.float32
-        )
         b_dy = tl.load(_place(dy, row, token, i_head, i_V, dy_b, dy_t, dy_h), mask=m_W, other=0.0).to(
             tl.float32
         )
-        b_p += b_d * b_s
+        if HAS_SKIP:
+            at_skip = _place(skip, row, token, i_head, i_V, s_b, s_t, s_h)
+            b_s = tl.load(at_skip, mask=m_W, other=0.0).to(tl.float32)
+            b_p += b_d * b_s
         b_a = tl.full([BLOCK], 1.0, tl.float32)
         b_slope = tl.zeros([BLOCK], tl.float32)
         if HAS_GATE:
@@ -187,8 +199,10 @@ def backward_kernel(
             tl.store(d_gate + at + channel, (b_dq * b_p * b_slope).to(d_gate.dtype.element_ty), mask=m_W)
         b_dx = b_dq * b_a
         tl.store(dx + at + channel, b_dx.to(dx.dtype.element_ty), mask=m_W)
-        tl.store(d_skip + at + channel, (b_dx * b_d).to(d_skip.dtype.element_ty), mask=m_W)
-        d_skipped += b_dx * b_s
+        if HAS_SKIP:
+            tl.store(d_skip + at + channel, (b_dx * b_d).to(d_skip.dtype.element_ty), mask=m_W)
+            d_skipped += b_dx * b_s
     parts += tl.program_id(0).to(tl.int64) * (H * V)
     tl.store(parts + channel, d_weight, mask=m_W)
-    tl.store(parts + tl.num_programs(0).to(tl.int64) * (H * V) + channel, d_skipped, mask=m_W)
+    if HAS_SKIP:
+        tl.store(parts + tl.num_programs(0).to(tl.int64) * (H * V) + channel, d_skipped, mask=m_W)
