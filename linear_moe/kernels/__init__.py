@@ -2,6 +2,7 @@
 
 from linear_moe.kernels.ops import (
     collect_rows,
+    conv_and_split,
     cross_entropy_,
     delta_rule,
     delta_rule_segment,
@@ -25,6 +26,7 @@ __all__ = [
     "Segment",
     "adam_",
     "collect_rows",
+    "conv_and_split",
     "cross_entropy_",
     "delta_rule",
     "delta_rule_segment",

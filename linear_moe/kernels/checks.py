@@ -160,6 +160,28 @@ def check_conv(
         _check_shape("state", state, (num_documents, weight.shape[-1] - 1, *channels), "[N, W - 1, *C]")
 
 
+def check_conv_and_split(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: Sequence[int],
+    activation: str | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything :func:`linear_moe.kernels.conv_and_split` takes."""
+    if x.ndim != 4:
+        _fail("x", f"has shape {_show(x.shape)}", "x is [B, T, H, D]", "x.unflatten(-1, (H, D))")
+    if weight.ndim != 3 or not 0 < weight.shape[1] <= x.shape[-1]:
+        why = f"weight is [H, C, W], of up to {x.shape[-1]} channels"
+        _fail("weight", f"has shape {_show(weight.shape)}", why, "one filter of W >= 1 numbers per channel")
+    ends = [sum(widths[: n + 1]) for n in range(len(widths))]
+    if weight.shape[1] not in ends or x.shape[-1] != ends[-1]:
+        why = f"they are the {x.shape[-1]} channels of x, and some of them its first {weight.shape[1]}, with filters"
+        _fail("widths", f"is {tuple(widths)}", why, f"({weight.shape[1]}, {x.shape[-1] - weight.shape[1]})")
+    check_conv(x[..., : weight.shape[1]], weight, bias, activation, state, cu_seqlens)
+
+
 def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str) -> None:
     """Everything :func:`linear_moe.kernels.gated_rms_norm` takes."""
     _check_float("x", x, x.device)

@@ -42,6 +42,32 @@ def short_conv(
     return cast(Tensor, y), final
 
 
+def conv_and_split(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    widths: tuple[int, ...],
+    activation: str | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """See :func:`linear_moe.kernels.conv_and_split`."""
+    head, others = x.tensor_split([weight.shape[1]], dim=-1)
+    y, final = short_conv(head, weight, bias, activation=activation, state=state, cu_seqlens=cu_seqlens)
+    return *cut(y, others, widths), final
+
+
+def cut(convolved: Tensor, others: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Views of ``widths`` channels each, of one tensor and then of another; none reaches from one into the other."""
+    parts, first = [], 0
+    for width in widths:
+        behind = first - convolved.shape[-1]
+        parts.append(convolved.narrow(-1, first, width) if behind < 0 else others.narrow(-1, behind, width))
+        first += width
+    return tuple(parts)
+
+
 def last_inputs(x: Tensor, history: int, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The last ``history`` inputs of each row or document, ``[N, history, *C]``, with those of ``state`` before them.
 

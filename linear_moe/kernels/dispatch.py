@@ -216,6 +216,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("delta_rule_segment", chunked_delta, "delta_segment"),
         _operation("dplr_delta_rule_segment", chunked_dplr, "dplr_segment"),
         _operation("short_conv", conv, "short_conv", _takes_taps),
+        _operation("conv_and_split", conv, "short_conv", _takes_taps),
         _operation("gated_rms_norm", gated_norm, "gated_norm", _takes_width),
         _operation("log_decay_of", log_decay, "log_decay", _takes_width),
         _operation("scale_heads", scaled, "scaled", _takes_width),

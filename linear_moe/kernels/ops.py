@@ -11,7 +11,7 @@ V value dim, N documents (B when not packed), W convolution width, C channels (a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from linear_moe.kernels import checks, dispatch, step
 from linear_moe.kernels.arriving import State
 from linear_moe.kernels.autocast import without_autocast
+from linear_moe.kernels.conv import cut
 from linear_moe.kernels.cross_entropy import Statistics
 from linear_moe.kernels.segment import Segment
 
@@ -198,6 +199,46 @@ def short_conv(
     checks.check_conv(x, weight, bias, activation, state, cu_seqlens)
     options = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
     return _run("short_conv", x, x, weight, bias, **options)
+
+
+def conv_and_split(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    widths: tuple[int, ...],
+    activation: str | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`short_conv` of the first channels of every head of a fused projection, and the projections one by one.
+
+    As the two in a row, but the gradients of the projections need no pass of their own to lie side by side.
+
+    Args:
+        x: ``[B, T, H, D]``, any float dtype.
+        weight: ``[H, C, W]``, of the first C channels.
+        bias: ``[H, C]``.
+        widths: of the projections in the order of their channels, D in all; the first ones are C together.
+        activation: as in :func:`short_conv`, as are the others.
+        state: ``[N, W - 1, H, C]``.
+        cu_seqlens: as in :func:`diag_decay`.
+
+    Returns:
+        ``[B, T, H, width]`` for each of ``widths``, and the last W - 1 inputs of the convolution, ``[N, W - 1, H, C]``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.check_conv_and_split(x, weight, bias, widths, activation, state, cu_seqlens)
+    options: dict[str, Any] = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
+    if torch.is_grad_enabled():
+        return cast(
+            tuple[Tensor, ...], _run("conv_and_split", x, x, weight, bias, widths=tuple(widths), **options)
+        )
+    head, others = x.tensor_split([weight.shape[1]], dim=-1)
+    y, final = short_conv(head, weight, bias, **options)
+    return *cut(y, others, tuple(widths)), final
 
 
 def gated_rms_norm(

@@ -211,6 +211,23 @@ def short_conv(
     return y.to(x.dtype), window.to(x.dtype)
 
 
+def conv_and_split(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    widths: tuple[int, ...],
+    activation: str | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The convolution, then torch's split of its output beside the other channels."""
+    channels = weight.shape[1]
+    options = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
+    y, final = short_conv(x[..., :channels], weight, bias, **options)  # type: ignore[arg-type]
+    return *torch.cat([y, x[..., channels:]], -1).split(widths, dim=-1), final
+
+
 def gated_rms_norm(
     x: Tensor,
     weight: Tensor | None = None,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.kernels import short_conv
+from linear_moe.kernels import conv_and_split, short_conv
 from linear_moe.lsm.tables import MixerState, Placement, Projection
 
 if TYPE_CHECKING:
@@ -48,13 +48,17 @@ def split(
 
 def conv_input(table: Sequence[Projection], head_BTHC: Tensor, w: dict[str, Tensor]) -> Tensor:
     """The channels of the convolution with their projections' biases, unless whoever made them has added those."""
-    convolved = [p for p in table if p.conv]
-    if not any(_has_bias(p, w) for p in convolved):
-        return head_BTHC
-    zeros = head_BTHC.new_zeros(())
-    heads = head_BTHC.shape[2]
-    biases = [w[f"{p.name}_bias"] if _has_bias(p, w) else zeros.expand(heads, p.width) for p in convolved]
-    return head_BTHC + torch.cat(biases, dim=-1)
+    return _biased([p for p in table if p.conv], head_BTHC, w)
+
+
+def _biased(table: Sequence[Projection], x_BTHW: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """One addition for all projections."""
+    if not any(_has_bias(p, w) for p in table):
+        return x_BTHW
+    zeros = x_BTHW.new_zeros(())
+    heads = x_BTHW.shape[2]
+    biases = [w[f"{p.name}_bias"] if _has_bias(p, w) else zeros.expand(heads, p.width) for p in table]
+    return x_BTHW + torch.cat(biases, dim=-1)
 
 
 def _has_bias(p: Projection, w: dict[str, Tensor]) -> bool:
@@ -70,38 +74,17 @@ def _convolved(
     cu_seqlens: Tensor | None,
     activation: str | None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Named views of one fused tensor, the first ones through the convolution, and its tail."""
+    """Named parts of one fused tensor, the first ones through the convolution, and its tail."""
     weight, bias = taps
-    first = [p for p in table if p.conv] if weight is not None else []
-    plain = [p for p in table if p not in first]
-    views, tail = _parts(x_BTHW, first, plain), None
-    if weight is not None:
-        head, tail = short_conv(
-            conv_input(first, views[0], w),
-            weight,
-            bias,
-            activation=activation,
-            state=state,
-            cu_seqlens=cu_seqlens,
+    x_BTHW, widths, tail = _biased(table, x_BTHW, w), tuple(p.width for p in table), None
+    if weight is None:
+        # Time first, as Megatron has it in memory, so that their gradients, laid side by side, need no copy.
+        parts = [part.transpose(0, 1) for part in x_BTHW.transpose(0, 1).split(widths, dim=-1)]
+    else:
+        *parts, tail = conv_and_split(
+            x_BTHW, weight, bias, widths=widths, activation=activation, state=state, cu_seqlens=cu_seqlens
         )
-        # Not split into one: its gradient would be copied.
-        views[:1] = head.split([p.width for p in first], dim=-1) if len(first) > 1 else [head]
-    named = dict(zip([p.name for p in (*first, *plain)], views, strict=True))
-    for p in plain:
-        if _has_bias(p, w):
-            named[p.name] = named[p.name] + w[f"{p.name}_bias"]
-    return named, tail
-
-
-def _parts(x_BTHW: Tensor, together: list[Projection], apart: list[Projection]) -> list[Tensor]:
-    """Views of channels: first those of several projections, if there are any, then of one each.
-
-    One split, so that their gradients are laid side by side once; and of time first, as Megatron has it in memory, so
-    that what comes of it needs no copy.
-    """
-    widths = [sum(p.width for p in together)] if together else []
-    widths += [p.width for p in apart]
-    return [part.transpose(0, 1) for part in x_BTHW.transpose(0, 1).split(widths, dim=-1)]
+    return dict(zip([p.name for p in table], parts, strict=True)), tail
 
 
 def positions(x_BTHW: Tensor, length_N: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

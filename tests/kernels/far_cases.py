@@ -54,6 +54,14 @@ def short_conv() -> Errors:
     )
 
 
+@CASES.add("short convolution of parts")
+def conv_and_split() -> Errors:
+    """Of 8 of 16 channels."""
+    weight = torch.randn(1, 8, 4).half()
+    inputs = {"x": torch.randn(TOKENS, 1, WIDTH).half()}
+    return compared(lambda x: results(kernels.conv_and_split(x[None], weight, widths=(4, 4, 8))), inputs)
+
+
 @CASES.add("gated norm")
 def gated_norm() -> Errors:
     """With a gate."""

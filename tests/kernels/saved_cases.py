@@ -139,6 +139,12 @@ add(
     dict(x=KEY, weight=(HEADS, KEYS, 4), bias=(HEADS, KEYS), state=(1, 3, HEADS, KEYS)),
     activation="silu",
 )
+add(
+    "short convolution of parts",
+    "conv_and_split",
+    dict(x=KEY, weight=(HEADS, KEYS // 2, 4), bias=(HEADS, KEYS // 2)),
+    widths=(KEYS // 2, KEYS - KEYS // 2),
+)
 add("short convolution packed", "short_conv", dict(x=KEY, weight=(HEADS, KEYS, 4)), cu_seqlens=DOCUMENTS)
 add("gated norm", "gated_rms_norm", dict(x=KEY, weight=(KEYS,), gate=KEY))
 add("log decay", "log_decay_of", dict(x=KEY, rate=(HEADS,), bias=(HEADS, KEYS)))

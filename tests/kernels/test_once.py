@@ -18,6 +18,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "diag_decay_segment": lambda x: kernels.diag_decay_segment(x, x).state,
     "delta_rule_segment": lambda x: kernels.delta_rule_segment(x, x, x[..., 0]).state,
     "short_conv": lambda x: kernels.short_conv(x, x[0, :3].movedim(0, -1))[0],
+    "conv_and_split": lambda x: kernels.conv_and_split(x, x[0, :2, :, :2].movedim(0, -1), widths=(2, 2))[0],
     "gated_rms_norm": lambda x: kernels.gated_rms_norm(x, gate=x),
     "log_decay_of": lambda x: kernels.log_decay_of(x, x[0, 0, :, 0]),
     "scale_heads": lambda x: kernels.scale_heads(x, x[..., 0]),

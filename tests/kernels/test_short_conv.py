@@ -9,10 +9,13 @@ import torch
 from scan_cases import error, gradients, poison_empty
 from torch import Tensor
 
+from linear_moe import kernels
 from linear_moe.kernels import conv, reference, short_conv
 
 EXACT = 1e-10
 PACKED = (0, 0, 1, 3, 3, 20, 22, 40, 40)
+WIDTHS = (5, 70, 3, 2, 4)
+"""Of the projections in one fused tensor, three of them convolved."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +48,25 @@ def make(
     return inputs
 
 
-def results(function: Any, inputs: dict[str, Any], activation: str | None) -> list[Tensor]:
-    outputs = list(function(**inputs, activation=activation))
+def make_wide(**sizes: Any) -> dict[str, Any]:
+    """Of a fused projection, whose last channels are not convolved."""
+    inputs, channels = make(channels=(2, sum(WIDTHS)), **sizes), sum(WIDTHS[:3])
+    inputs["weight"] = inputs["weight"].detach()[:, :channels].clone().requires_grad_()
+    for name in ("bias", "state"):
+        inputs[name] = inputs[name].detach()[..., :channels].clone().requires_grad_()
+    return inputs
+
+
+def results(
+    function: Any,
+    inputs: dict[str, Any],
+    activation: str | None,
+    used: tuple[int, ...] | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """Outputs, those ``used`` or all, and gradients."""
+    outputs = list(function(**inputs, activation=activation, **options))
+    outputs = outputs if used is None else [outputs[n] for n in used]
     leaves = {name: x for name, x in inputs.items() if name != "cu_seqlens" and x is not None}
     return [*outputs, *gradients(outputs, leaves).values()]
 
@@ -66,6 +86,34 @@ def test_runs_shorter_than_the_window(num_tokens: int) -> None:
     inputs = make(num_tokens, channels=(5,))
     found, truth = (results(f, inputs, "silu") for f in (short_conv, reference.short_conv))
     assert all(error(f, t) <= EXACT for f, t in zip(found, truth))
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED])
+def test_parts_of_a_fused_projection(cu_seqlens: tuple[int, ...] | None) -> None:
+    inputs = make_wide(cu_seqlens=cu_seqlens)
+    found, truth = (
+        results(module.conv_and_split, inputs, "silu", widths=WIDTHS) for module in (kernels, reference)
+    )
+    assert [tuple(part.shape[2:]) for part in found[:5]] == [(2, width) for width in WIDTHS]
+    assert all(error(f, t) <= EXACT for f, t in zip(found, truth, strict=True))
+    with torch.no_grad():
+        without = kernels.conv_and_split(**inputs, activation="silu", widths=WIDTHS)
+    assert all(error(f, t) <= EXACT for f, t in zip(without, truth[:6], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(1, 5, 4)), r"x has shape \[1, 5, 4\]"),
+        (dict(weight=torch.zeros(2, 5, 4)), r"weight has shape \[2, 5, 4\]"),
+        (dict(widths=(2, 2)), r"widths is \(2, 2\)"),
+        (dict(widths=(3, 2)), r"widths is \(3, 2\)"),
+    ],
+)
+def test_refuses_parts_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    right: dict[str, Any] = dict(x=torch.zeros(1, 5, 2, 4), weight=torch.zeros(2, 3, 4), widths=(3, 1))
+    with pytest.raises(ValueError, match=message):
+        kernels.conv_and_split(**{**right, **change})
 
 
 def test_defaults_are_no_bias_and_zero_history() -> None:

@@ -24,7 +24,10 @@ Call = Callable[[ModuleType, dict[str, Tensor]], list[Tensor]]
 
 def short_conv(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     x = t["x"].unflatten(-1, (4, 160))[..., :96]  # slices of a fused projection
-    return list(module.short_conv(x, t["taps"], activation="silu", cu_seqlens=t.get("cu_seqlens")))
+    options = dict(activation="silu", cu_seqlens=t.get("cu_seqlens"))
+    wide = t["x"].unflatten(-1, (4, 160))
+    parts = module.conv_and_split(wide, t["taps"], widths=(16, 80, 60, 4), **options)
+    return [*module.short_conv(x, t["taps"], **options), *parts]
 
 
 def gated_norm(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from interpreted_cases import Cases
 from scan_cases import error
-from test_short_conv import PACKED, make, results
+from test_short_conv import PACKED, WIDTHS, make, make_wide, results
 
 from linear_moe.kernels import reference
 
@@ -49,13 +49,25 @@ def turned() -> float:
     return _largest(exact, "silu")
 
 
-def _largest(exact: dict[str, Any], activation: str | None) -> float:
+@case("parts, packed", (0, 0, 1, 9, 14), 4)
+@case("some of the parts are used, time first", None, 2, used=(0, 3))
+def parts(cu: tuple[int, ...] | None, width: int, used: Any = None) -> float:
+    """Of a fused projection, one of them wider than a block."""
+    exact = make_wide(num_tokens=15 if cu else 5, width=width, cu_seqlens=cu)
+    if cu is None:
+        exact["x"] = exact["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    return _largest(exact, "silu", "conv_and_split", used, widths=WIDTHS)
+
+
+def _largest(
+    exact: dict[str, Any], activation: str | None, op: str = "short_conv", used: Any = None, **options: Any
+) -> float:
     from linear_moe.kernels.triton import short_conv
 
     single = {n: x if x is None or not x.is_floating_point() else _same_strides(x) for n, x in exact.items()}
     with mock.patch.object(short_conv, "RUN", 32):  # tokens of more than one program
-        found = results(short_conv.short_conv, single, activation)
-    truth = results(reference.short_conv, exact, activation)
+        found = results(getattr(short_conv, op), single, activation, used, **options)
+    truth = results(getattr(reference, op), exact, activation, used, **options)
     return max(float(error(f.double(), t)) for f, t in zip(found, truth, strict=True))
 
 

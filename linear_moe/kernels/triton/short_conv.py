@@ -10,7 +10,8 @@ With dp = dy * act'(p), and p computed again from the inputs, the gradients are
 The sums over tokens are taken by runs of ``RUN`` tokens and then over runs, always in the same order. Everything is
 float32 inside; no input is copied whose last dimension is contiguous.
 
-Letters: B batch, T tokens, G groups of channels, D channels of a group, W width, N documents, R runs of tokens.
+Letters: B batch, T tokens, G groups of channels, D channels of a group, C of them with a filter, W width, N documents,
+R runs of tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from linear_moe.kernels.conv import last_inputs
+from linear_moe.kernels.conv import cut, last_inputs
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together
 from linear_moe.kernels.triton.short_conv_kernels import backward_kernel, forward_kernel, history_kernel
@@ -46,8 +47,31 @@ def short_conv(
     """See :func:`linear_moe.kernels.short_conv`; float32, float16 and bfloat16."""
     if state is not None:
         state = state.to(x.dtype)
-    y = _ShortConv.apply(_grouped(x), weight, bias, state, cu_seqlens, activation == "silu")
+    grouped = _grouped(x)
+    (y,) = _ShortConv.apply(
+        grouped, weight, bias, state, cu_seqlens, activation == "silu", (grouped.shape[-1],)
+    )
     return y.view(x.shape), last_inputs(x, weight.shape[-1] - 1, state, cu_seqlens)
+
+
+def conv_and_split(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    widths: tuple[int, ...],
+    activation: str | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """See :func:`linear_moe.kernels.conv_and_split`; float32, float16 and bfloat16.
+
+    The gradients of the parts go to their places in one tensor, those of convolved ones by the kernel itself.
+    """
+    if state is not None:
+        state = state.to(x.dtype)
+    parts = _ShortConv.apply(rows_together(x), weight, bias, state, cu_seqlens, activation == "silu", widths)
+    return *parts, last_inputs(x[..., : weight.shape[1]], weight.shape[-1] - 1, state, cu_seqlens)
 
 
 def _grouped(x: Tensor) -> Tensor:
@@ -56,6 +80,8 @@ def _grouped(x: Tensor) -> Tensor:
 
 
 class _ShortConv(torch.autograd.Function):
+    """Parts of ``x``, ``widths`` channels of a group each: first those of the convolved channels, then the others."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -65,35 +91,41 @@ class _ShortConv(torch.autograd.Function):
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         is_silu: bool,
-    ) -> Tensor:
+        widths: tuple[int, ...],
+    ) -> tuple[Tensor, ...]:
         call = _Call.plan(x, weight, bias, state, cu_seqlens, is_silu)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        forward_kernel[call.grid](*call.tensors, y, *call.sizes, **call.constants)
-        ctx.is_silu = is_silu
+        y = x.new_empty(*x.shape[:3], call.group)
+        tensors = x[..., : call.group], *call.tensors[1:]
+        forward_kernel[call.grid(call.group)](*tensors, y, *call.sizes, D=call.group, **call.constants)
+        ctx.is_silu, ctx.widths = is_silu, widths
         document = None if cu_seqlens is None else call.tensors[-1]
         ctx.save_for_backward(x, weight, bias, state, cu_seqlens, document)
-        return y
+        ctx.set_materialize_grads(False)
+        return cut(y, x.detach()[..., call.group :], widths)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x, weight, bias, state, cu_seqlens, document = ctx.saved_tensors
         call = _Call.plan(x, weight, bias, state, cu_seqlens, ctx.is_silu, document)
-        dy = rows_together(dy)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        parts = x.new_empty(call.num_runs, call.width + 1, call.channels, dtype=torch.float32)
-        strides = dy.stride()[:3]
-        constants = call.constants | {"TILE": TILE_BACKWARD}
-        backward_kernel[call.grid](*call.tensors, dy, dx, parts, *call.sizes, *strides, **constants)
-        sums = parts.sum(0)
-        d_weight = sums[:-1].t().reshape(weight.shape).to(weight.dtype)
-        d_bias = None if bias is None else sums[-1].reshape(bias.shape).to(bias.dtype)
+        dx = torch.empty_like(x)
+        sums = x.new_empty(call.num_runs, call.width + 1, call.channels, dtype=torch.float32)
         d_state = None
         if state is not None and ctx.needs_input_grad[3]:
             d_state = torch.empty_like(state, memory_format=torch.contiguous_format)
-            grid = (call.num_documents, call.grid[1])
-            history_kernel[grid](*call.tensors, dy, d_state, *call.sizes, *strides, **call.constants)
-        return dx, d_weight, d_bias, d_state, None, None
+        first = 0
+        for dy, width in zip(grads, ctx.widths, strict=True):
+            x_here, dx_here = (t.narrow(-1, first, width) for t in (x, dx))
+            if first >= call.group:
+                dx_here.zero_() if dy is None else dx_here.copy_(dy)
+            else:
+                dy = torch.zeros_like(x_here) if dy is None else dy
+                call.back(x_here, rows_together(dy), dx_here, sums, d_state, first)
+            first += width
+        total = sums.sum(0)
+        d_weight = total[:-1].t().reshape(weight.shape).to(weight.dtype)
+        d_bias = None if bias is None else total[-1].reshape(bias.shape).to(bias.dtype)
+        return dx, d_weight, d_bias, d_state, None, None, None
 
 
 @dataclass(frozen=True)
@@ -103,11 +135,35 @@ class _Call:
     tensors: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     constants: dict[str, Any]
-    grid: tuple[int, int]
+    num_groups: int
     num_runs: int
     num_documents: int
-    channels: int
+    group: int
+    """Channels of a group that have filters, its first ones."""
     width: int
+
+    @property
+    def channels(self) -> int:
+        """Of all groups."""
+        return self.num_groups * self.group
+
+    def grid(self, width: int) -> tuple[int, int]:
+        """For so many channels of each group."""
+        return self.num_runs, self.num_groups * triton.cdiv(width, BLOCK)
+
+    def back(
+        self, x: Tensor, dy: Tensor, dx: Tensor, sums: Tensor, d_state: Tensor | None, first: int
+    ) -> None:
+        """Write the gradients of the channels that ``x``, ``dy`` and ``dx`` have, from each group's ``first`` on."""
+        width, strides = dy.shape[-1], dy.stride()[:3]
+        tensors, constants = (x, *self.tensors[1:], dy), self.constants | {"D": width, "C": self.group}
+        backward_kernel[self.grid(width)](
+            *tensors, dx, sums, *self.sizes, *strides, *dx.stride()[:3], first,
+            **constants | {"TILE": TILE_BACKWARD},
+        )  # fmt: skip
+        if d_state is not None:
+            grid = self.num_documents, self.grid(width)[1]
+            history_kernel[grid](*tensors, d_state, *self.sizes, *strides, first, **constants)
 
     @classmethod
     def plan(
@@ -120,31 +176,32 @@ class _Call:
         is_silu: bool,
         document: Tensor | None = None,
     ) -> _Call:
-        rows, num_tokens, groups, group = x.shape
+        rows, num_tokens, groups, _ = x.shape
         width, num_runs = weight.shape[-1], triton.cdiv(num_tokens, RUN)
-        cu = x if cu_seqlens is None else cu_seqlens.contiguous()
+        taps = weight.reshape(-1, width).contiguous()  # stands for what there is not, too
+        cu = taps if cu_seqlens is None else cu_seqlens.contiguous()
         num_documents = rows if cu_seqlens is None else cu.shape[0] - 1
         if document is None:
-            document = x if cu_seqlens is None else _document_of(cu, num_tokens)
+            document = taps if cu_seqlens is None else _document_of(cu, num_tokens)
         constants: dict[str, Any] = dict(
-            W=width, D=group, TILE=TILE, BLOCK=BLOCK, RUN=RUN, SILU=is_silu, num_warps=4,
+            W=width, TILE=TILE, BLOCK=BLOCK, RUN=RUN, SILU=is_silu, num_warps=4,
             HAS_BIAS=bias is not None, HAS_STATE=state is not None, IS_PACKED=cu_seqlens is not None,
         )  # fmt: skip
         return cls(
             tensors=(
                 x,
-                weight.reshape(-1, width).contiguous(),
-                x if bias is None else bias.reshape(-1).contiguous(),
-                x if state is None else state.contiguous(),
+                taps,
+                taps if bias is None else bias.reshape(-1).contiguous(),
+                taps if state is None else state.contiguous(),
                 cu,
                 document,
             ),
             sizes=(num_tokens, num_documents, groups, num_runs, *x.stride()[:3]),
             constants=constants,
-            grid=(rows * num_runs, groups * triton.cdiv(group, BLOCK)),
+            num_groups=groups,
             num_runs=rows * num_runs,
             num_documents=num_documents,
-            channels=groups * group,
+            group=weight.numel() // width // groups,
             width=width,
         )
 

@@ -102,20 +102,23 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "num_documents", "num_runs"])
 def backward_kernel(
     x, weight, bias, state, cu_seqlens, document, dy, dx, parts,
-    num_tokens, num_documents, num_groups, num_runs, x_b, x_t, x_g, dy_b, dy_t, dy_g,
-    W: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    num_tokens, num_documents, num_groups, num_runs, x_b, x_t, x_g, dy_b, dy_t, dy_g, dx_b, dx_t, dx_g, first,
+    W: tl.constexpr, D: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dx ``[B, T, G, D]``, contiguous, and ``parts`` ``[B * R, W + 1, G * D]``: dweight and dbias of each run."""
+    """dx, and dweight and dbias of each run, ``parts`` ``[B * R, W + 1, G * C]``.
+
+    Of D of C channels from ``first`` on: x, dy and dx, ``[B, T, G, D]``, have no others.
+    """
     NB: tl.constexpr = (D + BLOCK - 1) // BLOCK
     row, run, group = tl.program_id(0) // num_runs, tl.program_id(0) % num_runs, tl.program_id(1) // NB
     i_D = (tl.program_id(1) % NB) * BLOCK + tl.arange(0, BLOCK)
     m_D = i_D < D
-    num_channels = num_groups * D
-    x += row.to(tl.int64) * x_b + group.to(tl.int64) * (x_g - D)
-    dy += row.to(tl.int64) * dy_b + group.to(tl.int64) * (dy_g - D)
-    i_D += group * D
-    dx += row.to(tl.int64) * num_tokens * num_channels
+    num_channels = num_groups * C
+    x += row.to(tl.int64) * x_b + group.to(tl.int64) * (x_g - C) - first
+    dy += row.to(tl.int64) * dy_b + group.to(tl.int64) * (dy_g - C) - first
+    dx += row.to(tl.int64) * dx_b + group.to(tl.int64) * (dx_g - C) - first
+    i_D += group * C + first
     d_bias = tl.zeros([TILE, BLOCK], tl.float32)
     d_tap_0, d_tap_1, d_tap_2, d_tap_3 = d_bias, d_bias, d_bias, d_bias
     for tile in range(tl.cdiv(tl.minimum(RUN, num_tokens - run * RUN), TILE)):
@@ -147,7 +150,7 @@ def backward_kernel(
                     else:
                         d_tap_3 += term
         m_x = (token < num_tokens)[:, None] & m_D[None, :]
-        at_x = token.to(tl.int64)[:, None] * num_channels + i_D[None, :]
+        at_x = token.to(tl.int64)[:, None] * dx_t + i_D[None, :]
         tl.store(dx + at_x, d_input.to(dx.dtype.element_ty), mask=m_x)
     parts += tl.program_id(0).to(tl.int64) * (W + 1) * num_channels + i_D
     tl.store(parts, tl.sum(d_tap_0, 0), mask=m_D)
@@ -163,32 +166,32 @@ def backward_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "num_documents", "num_runs"])
 def history_kernel(
     x, weight, bias, state, cu_seqlens, document, dy, d_state,
-    num_tokens, num_documents, num_groups, num_runs, x_b, x_t, x_g, dy_b, dy_t, dy_g,
-    W: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    num_tokens, num_documents, num_groups, num_runs, x_b, x_t, x_g, dy_b, dy_t, dy_g, first,
+    W: tl.constexpr, D: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """d_state ``[N, W - 1, G * D]``: what the first tokens of each document read of its history. Grid: (N, blocks)."""
+    """d_state ``[N, W - 1, G * C]``: what the first tokens of each document read of its history. Grid: (N, blocks)."""
     NB: tl.constexpr = (D + BLOCK - 1) // BLOCK
     n, group = tl.program_id(0), tl.program_id(1) // NB
     i_D = (tl.program_id(1) % NB) * BLOCK + tl.arange(0, BLOCK)
     m_D = i_D < D
-    num_channels = num_groups * D
+    num_channels = num_groups * C
     if IS_PACKED:
-        row, first = 0, tl.load(cu_seqlens + n).to(tl.int32)
+        row, start = 0, tl.load(cu_seqlens + n).to(tl.int32)
         end = tl.load(cu_seqlens + n + 1).to(tl.int32)
     else:
-        row, first, end = n, 0, num_tokens
+        row, start, end = n, 0, num_tokens
         x += row.to(tl.int64) * x_b
         dy += row.to(tl.int64) * dy_b
-    x += group.to(tl.int64) * (x_g - D)
-    dy += group.to(tl.int64) * (dy_g - D)
-    i_D += group * D
+    x += group.to(tl.int64) * (x_g - C) - first
+    dy += group.to(tl.int64) * (dy_g - C) - first
+    i_D += group * C + first
     for i in tl.static_range(W - 1):
         d_input = tl.zeros([1, BLOCK], tl.float32)
         for s in tl.static_range(i + 1):
-            token = first + s + tl.arange(0, 1)
+            token = start + s + tl.arange(0, 1)
             dp = gradient_before_activation(
-                x, weight, bias, state, dy, token, n + tl.zeros_like(token), first + tl.zeros_like(token), token < end,
+                x, weight, bias, state, dy, token, n + tl.zeros_like(token), start + tl.zeros_like(token), token < end,
                 x_t, dy_t, i_D, m_D, num_channels, W, SILU, HAS_BIAS, HAS_STATE,
             )  # fmt: skip
             tap = tl.load(weight + i_D * W + (i - s), mask=m_D, other=0.0).to(tl.float32)
