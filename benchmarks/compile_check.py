@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,8 +59,15 @@ KINDS = {
     "dplr_delta_rule_segment": ("vector",),
 }
 """Decays of each operator, for which there are kernels of their own; a fused backend need not take them all."""
-AROUND = ("rotate_heads", "adam_")
-"""Other operators: of heads K wide, V channels are turned; the parameter's copy has the dtype, but for float32."""
+AROUND = {
+    "rotate_heads": ("",),
+    "log_decay_of": ("softplus", "log_sigmoid", "sigmoid", "exp"),
+    "conv_and_split": ("",),
+    "skip_gate_norm": ("skip", "alone"),
+    "adam_": ("",),
+}
+"""Other operators, and what kinds there are: of heads K wide, V channels are turned; K are convolved, V more are not;
+a parameter's copy has the dtype, but for float32."""
 STEP = dict(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=0.3)
 """Of an optimizer."""
 DIMS = ("64x64", "128x128", "128x256", "256x128", "256x256")
@@ -155,19 +163,16 @@ def check(
             for decoupled in (False, True):
                 kernels.adam_(**parameter(5000, dtype), **STEP, decoupled=decoupled)
         return rows
-    inputs = (
-        _rotary(dtype, num_keys, num_values)
-        if op == "rotate_heads"
-        else _inputs(op, kind, dtype, num_keys, num_values, packed)
-    )
+    make = _around if op in AROUND else partial(_inputs, packed=packed)
+    inputs = make(op, kind, dtype, num_keys, num_values)
     with compiling_only(name, arch) as rows:
         if op.endswith("_segment"):
             segment = getattr(kernels, op)(**inputs)
             found = [segment.state, segment.log_decay, segment.decay]
         else:
-            found = getattr(kernels, op)(**inputs, scale=0.5)
-        found = [x for x in found if x is not None]
-        leaves = [x for x in inputs.values() if x.requires_grad]
+            found = getattr(kernels, op)(**inputs, **({} if op in AROUND else {"scale": 0.5}))
+        found = [x for x in ([found] if isinstance(found, Tensor) else found) if x is not None]
+        leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
         torch.autograd.grad(found, leaves, [torch.zeros_like(x) for x in found])
     return rows
 
@@ -200,11 +205,25 @@ def _inputs(
     return inputs
 
 
-def _rotary(dtype: torch.dtype, width: int, turned: int) -> dict[str, Tensor]:
-    """Slices of a fused projection."""
-    q, k, _ = torch.zeros(1, 2048, 20, width, dtype=dtype).split([16, 2, 2], dim=2)
-    angles = torch.zeros(1, 2048, min(width, turned) // 2)
-    return {"q": q.requires_grad_(), "k": k.requires_grad_(), "angles": angles}
+def _around(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: int) -> dict[str, Any]:
+    """Slices of a fused projection, of what stands around a recurrence."""
+    heads = 16
+    wide = torch.zeros(1, 2048, heads, num_keys + num_values, dtype=dtype)
+    ones = lambda *s: torch.zeros(*s, dtype=dtype).requires_grad_()  # noqa: E731
+    x = wide[..., :num_keys].requires_grad_()
+    if op == "rotate_heads":
+        q, k, _ = torch.zeros(1, 2048, 20, num_keys, dtype=dtype).split([16, 2, 2], dim=2)
+        angles = torch.zeros(1, 2048, min(num_keys, num_values) // 2)
+        return {"q": q.requires_grad_(), "k": k.requires_grad_(), "angles": angles}
+    if op == "log_decay_of":
+        has_rate = {"rate": ones(heads), "bias": ones(heads, num_keys)} if kind == "softplus" else {}
+        return {"x": x, "form": kind, **has_rate}
+    if op == "conv_and_split":
+        widths = num_keys // 2, num_keys // 2, num_values
+        weight = ones(heads, num_keys, 4)
+        return {"x": wide.requires_grad_(), "weight": weight, "widths": widths, "activation": "silu"}
+    skip = {"skip": x, "skip_weight": ones(heads), "gate": x} if kind == "skip" else {}
+    return {"x": x, "skip": None, "skip_weight": None, "weight": ones(heads, num_keys), **skip}
 
 
 def parameter(size: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -309,8 +328,8 @@ def main() -> int:
     rows: list[Row] = []
     failed = []
     for op in asked.ops:
-        for kind in KINDS.get(op, ("",)):
-            if kind and asked.kinds and kind not in asked.kinds:
+        for kind in {**KINDS, **AROUND}[op]:
+            if op in KINDS and asked.kinds and kind not in asked.kinds:
                 continue
             for dtype in asked.dtypes:
                 for dims in asked.dims:

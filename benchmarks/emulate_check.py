@@ -30,27 +30,26 @@ from linear_moe.kernels import dispatch
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HEAD_LIMIT = 5.0
-"""Times that, for the gradient of a decay of a head: one number."""
+"""Times that, for the gradient of what is one number for each head: its terms may cancel."""
 
 
 def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: int, packed: bool) -> bool:
     """One call; whether it is right."""
     torch.manual_seed(0)
-    if op in AROUND:
-        inputs = _rotary(dims, dtype, tokens) if op == "rotate_heads" else parameter(9 * tokens, dtype)
-    else:
-        inputs = _inputs(op, kind, dims, dtype, tokens, packed)
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    inputs: dict[str, Any] = (
+        _around(op, kind, dims, dtype, tokens)
+        if op in AROUND
+        else {**_inputs(op, kind, dims, dtype, tokens, packed), "scale": 0.5}
+    )
+    wide = {name: x.double() if _is_float(x) else x for name, x in inputs.items()}
     with mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "chunked"}):
         expected = _results(op, wide)
     start = time.perf_counter()
     with emulated(arch) as hazards:
         found = _results(op, inputs)
     errors = {name: _error(x, expected[name]) for name, x in found.items()}
-    limits = {
-        name: LIMITS[dtype] * (HEAD_LIMIT if kind == "head" and name == "d log_decay" else 1)
-        for name in errors
-    }
+    of_heads = {"d rate", "d skip_weight"} | ({"d log_decay"} if kind == "head" else set())
+    limits = {name: LIMITS[dtype] * (HEAD_LIMIT if name in of_heads else 1) for name in errors}
     is_right = all(error <= limits[name] for name, error in errors.items()) and not hazards
     numbers = " ".join(f"{name} {error:.1e}" for name, error in errors.items())
     name = f"{op} {kind} {str(dtype).removeprefix('torch.')} {dims}{' packed' if packed else ''}"
@@ -62,26 +61,29 @@ def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: 
     return is_right
 
 
-def _results(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _results(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Results and gradients."""
     if op == "adam_":
         written = {name: x.clone() for name, x in inputs.items()}
         kernels.adam_(**written, **STEP, decoupled=True)
         return {name: x for name, x in written.items() if name not in ("grad", "step")}
     leaves = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point() and name != "angles")
+        name: x.detach().clone().requires_grad_(name != "angles") if _is_float(x) else x
         for name, x in inputs.items()
     }
     if op.endswith("_segment"):
+        del leaves["scale"]
         segment = getattr(kernels, op)(**leaves)
         outputs = {"state": segment.state, "decay": segment.decay, "log_decay": segment.log_decay}
     else:
-        names = ("q", "k") if op == "rotate_heads" else ("o", "state")
-        outputs = dict(zip(names, getattr(kernels, op)(**leaves, scale=0.5)))
+        found = getattr(kernels, op)(**leaves)
+        found = (found,) if isinstance(found, Tensor) else found
+        names = map(str, range(len(found))) if op in AROUND else ("o", "state")
+        outputs = dict(zip(names, found, strict=True))
     outputs = {name: x for name, x in outputs.items() if x is not None}
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs.values()]
-    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    wanted = {name: x for name, x in leaves.items() if _is_float(x) and x.requires_grad}
     grads = torch.autograd.grad(list(outputs.values()), list(wanted.values()), upstream)
     return outputs | {f"d {name}": grad for name, grad in zip(wanted, grads)}
 
@@ -121,11 +123,31 @@ def _inputs(
     return inputs | ({"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)} if packed else {})
 
 
-def _rotary(dims: str, dtype: torch.dtype, tokens: int) -> dict[str, Tensor]:
-    """Two rows of heads K wide of which V channels are turned, by angles of up to a million."""
-    width, turned = (int(n) for n in dims.split("x"))
-    inputs = {name: torch.randn(2, tokens, heads, width).to(dtype) for name, heads in (("q", 9), ("k", 3))}
-    return inputs | {"angles": torch.rand(2, tokens, min(width, turned) // 2) ** 4 * 1e6}
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+    """Two rows of what stands around a recurrence; rotary angles are up to a million. A parameter of the optimizer."""
+    num_keys, num_values = (int(n) for n in dims.split("x"))
+    normal = lambda *shape: torch.randn(*shape).to(dtype)  # noqa: E731
+    if op == "adam_":
+        return dict(parameter(9 * tokens, dtype))
+    if op == "rotate_heads":
+        angles = torch.rand(2, tokens, min(num_keys, num_values) // 2) ** 4 * 1e6
+        q, k = (normal(2, tokens, heads, num_keys) for heads in (9, 3))
+        return {"q": q, "k": k, "angles": angles, "scale": 0.5}
+    if op == "log_decay_of":
+        has_rate = {"rate": normal(2).abs(), "bias": normal(2, num_keys)} if kind == "softplus" else {}
+        return {"x": normal(2, tokens, 2, num_keys), "form": kind, "scale": 0.5, **has_rate}
+    if op == "conv_and_split":
+        x, widths = normal(2, tokens, 2, num_keys + num_values), (num_keys // 2, num_keys // 2, num_values)
+        return {"x": x, "weight": normal(2, num_keys, 4), "widths": widths, "activation": "silu"}
+    x, weight = normal(2, tokens, 2, num_keys), normal(2, num_keys)
+    if kind == "alone":
+        return {"x": x, "skip": None, "skip_weight": None, "weight": weight}
+    skip, gate = normal(*x.shape), normal(*x.shape)
+    return {"x": x, "skip": skip, "skip_weight": normal(2), "weight": weight, "gate": gate}
 
 
 def main() -> int:
@@ -147,10 +169,10 @@ def main() -> int:
     wrong = [
         (op, kind)
         for op in asked.ops
-        for kind in KINDS.get(op, ("",))
+        for kind in {**KINDS, **AROUND}[op]
         for dtype in asked.dtypes
         for dims in asked.dims
-        if not kind or not asked.kinds or kind in asked.kinds
+        if op in AROUND or not asked.kinds or kind in asked.kinds
         if not check(op, kind, dims, getattr(torch, dtype), *options)
     ]
     print(f"{len(wrong)} calls are wrong")

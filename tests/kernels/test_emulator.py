@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+AROUND = {"rotate_heads": 1, "log_decay_of": 4, "conv_and_split": 1, "skip_gate_norm": 2, "adam_": 1}
+"""What stands around the recurrences, and how many kinds are looked at."""
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -97,9 +99,10 @@ def test_a_buffer_filled_while_a_product_reads_it_is_a_hazard() -> None:
 def test_results_of_hopper_in_bfloat16() -> None:
     """Asynchronous products and copies, and the gradients that had the race."""
     command = [sys.executable, str(ROOT / "benchmarks/emulate_check.py"), "--ops"]
-    command += ["delta_rule", "diag_decay", "rotate_heads", "adam_"]
+    command += ["delta_rule", "diag_decay", *AROUND]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options = "--kinds", "scalar", "--dims", "64x128", "--tokens", "70"
     run = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("d log_decay") == 2
+    assert all(run.stdout.count(f"\n{op} ") == num_kinds for op, num_kinds in AROUND.items())
