@@ -5,6 +5,7 @@ A row is named by what it is, (part, head, channel), and holds a number of its o
 
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from linear_moe.checkpoint import transforms as t
+from linear_moe.checkpoint.hf_folder import Stored
+from linear_moe.checkpoint.parts import joined, members, split
 
 COLUMNS = 3
 
@@ -121,3 +124,28 @@ def test_one_tensor_as_it_is_or_flat():
     assert t.Transform().to_ours([whole]) is whole and t.Transform().to_theirs(whole)[0] is whole
     (flat,) = t.Flat().to_theirs(whole)
     assert flat.tolist() == whole.flatten().tolist() and t.Flat().to_ours([flat]) is flat
+
+
+def test_parts_of_a_tensor_are_its_rows_in_order():
+    sizes = {f"a[{i}]": (2 + i, 3) for i in (10, 9, 0)} | {"b": (4,)}
+    assert members(sizes) == {"a": ["a[0]", "a[9]", "a[10]"], "b": ["b"]}
+    assert joined(sizes) == {"a": (25, 3), "b": (4,)}
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_part_is_read_where_it_is(tmp_path: Path, pickled: bool):
+    tensors, path = {"a": torch.arange(30.0).view(10, 3), "b": torch.ones(2)}, tmp_path / "file"
+    if pickled:
+        torch.save(tensors, path)
+    else:
+        path.write_bytes(b"a header" + b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
+    starts = {"a": 8, "b": 8 + 30 * 4}
+    stored = {
+        name: Stored(path, torch.float32, tuple(x.shape), starts[name], pickled=name if pickled else None)
+        for name, x in tensors.items()
+    }
+    found = split(stored, {"a[0]": (2, 3), "a[1]": (5, 3), "a[2]": (3, 3), "b": (2,)})
+    parts = [found[f"a[{i}]"].read(f"a[{i}]") for i in range(3)]
+    for part, rows in zip(parts, tensors["a"].split([2, 5, 3]), strict=True):
+        assert torch.equal(part, rows)
+    assert found["b"] == stored["b"] and torch.equal(found["b"].read("b"), tensors["b"])
