@@ -22,6 +22,7 @@ from linear_moe.launch.environment import (
     default_mixer,
     is_true,
     misspelt_variables,
+    of_finetuning,
     read_environment,
     variables,
 )
@@ -67,8 +68,10 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     except PreflightError as error:
         _write(sys.stderr, f"linear_moe: {error}")
         return _MISTAKE
-    known = {*variables(RunSettings), *variables(FinetuneSettings), *RETIRED}
-    for line in retired_variables(environment) + misspelt_variables(environment, known):
+    own = variables(FinetuneSettings)
+    known = {*variables(RunSettings), *own, *RETIRED}
+    idle = [] if task.finetune else of_finetuning(environment, own)
+    for line in retired_variables(environment) + misspelt_variables(environment, known) + idle:
         _announce(line)
     if is_dry:
         _write(sys.stdout, shell_text(torchrun_command(plan)))

@@ -7,6 +7,7 @@ variable that is set but empty counts as not set. `python -m linear_moe.launch -
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -217,6 +218,15 @@ def misspelt_variables(environment: Mapping[str, str], known: Collection[str]) -
     return found
 
 
+def of_finetuning(environment: Mapping[str, str], names: Collection[str]) -> list[str]:
+    """One line for each variable that is set and is one of ``names``, which only finetuning reads."""
+    return [
+        f"{name} does nothing here: only finetuning reads it."
+        for name in names
+        if environment.get(name, "").strip()
+    ]
+
+
 def default_mixer(family: str) -> str:
     """LA_MODULE when it is not set."""
     published = FAMILIES[family].mixer if family in FAMILIES else None
@@ -260,7 +270,8 @@ def _parse(name: str, text: str, f: dataclasses.Field, doc: str) -> Any:
 def _value(name: str, text: str, kind: Any) -> tuple[Any, str]:
     # The value, None when the text is not one, and what the text should be.
     if kind is str:
-        return text, "text"
+        # A shell leaves the ~ of a path in quotes as it is, and no file is meant to lie in a folder of that name.
+        return os.path.expanduser(text) if text.startswith("~/") else text, "text"
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         return text.lower() if text.lower() in choices else None, f"one of {', '.join(choices)}"

@@ -128,6 +128,21 @@ def test_misspelt_variables_are_told():
     assert [line.split()[-3] for line in found] == ["TRAIN_ITERS", "TP", "MASTER_ADDR"]
 
 
+def test_variables_of_finetuning_are_told(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Whoever pretrains for EPOCHS=3 would get the 15 billion tokens of TRAIN_TOKENS."""
+    given = {"EPOCHS": "3", "OVER_LONG": " ", "SEED": "1", "OUTPUT_BASEPATH": str(tmp_path)}
+    assert (
+        launcher.main(["--family", "qwen2"], given | {"LINEAR_MOE_DRY_RUN": "1", "MODEL_SIZE": "tiny"}) == 0
+    )
+    assert capsys.readouterr().err == "linear_moe: EPOCHS does nothing here: only finetuning reads it.\n"
+
+
+def test_the_home_of_a_path_in_quotes(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = read_environment({"OUTPUT_BASEPATH": "~/runs", "DATASET_PATH": "a~/b"}, "qwen2")
+    assert (found.output_basepath, found.dataset_path) == ("/home/me/runs", "a~/b")
+
+
 def test_srun_tells_the_nodes():
     found = with_cluster(
         {
