@@ -226,3 +226,16 @@ def test_a_run_or_what_is_in_it(tmp_path: Path, inside: str):
         assert folders.run_and_iteration(tmp_path / inside, step) == found
         other = refused(folders.run_and_iteration, tmp_path / inside, 19 - step)
         assert f"is step {step}, and step {19 - step} is asked for" in other
+
+
+def test_no_program_in_a_pickle_runs(tmp_path):
+    class Program:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "it ran",)
+
+    torch.save({"a": Program()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin cannot be read: [^\n]+\n  why: .*could run code\n"
+    ):
+        stored_tensors(tmp_path, allow_pickle=True)
+    assert not (tmp_path / "it ran").exists()
