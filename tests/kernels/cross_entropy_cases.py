@@ -19,6 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one block": dict(tokens=2, logits=256),
     "none in the first block": dict(tokens=3, logits=600, forbidden=300),
     "strided labels and weights": dict(tokens=5, logits=20, strided=True),
+    "labels of other slices": dict(tokens=5, logits=20, labels=[20, -1, 0, 19, -20]),
 }
 
 
@@ -31,6 +32,7 @@ def make(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     forbidden = case.get("forbidden", 0)
     logits[:, :forbidden] = float("-inf")
     labels = torch.randint(forbidden, size[1], size[:1], generator=generator)
+    labels = torch.tensor(case.get("labels", labels.tolist()))
     weight = torch.rand(size[0], generator=generator, dtype=torch.float64)
     weight[1] = 0.0
     weight = weight.to(dtype)
@@ -43,7 +45,10 @@ def errors(name: str, run: Callable[..., Tensor], dtype: torch.dtype) -> list[fl
     """Of losses and gradients, against PyTorch's in float64 on equal values."""
     logits, labels, weight = make(name, dtype)
     exact = logits.double().clone()
-    truth = reference.cross_entropy_(exact, labels, weight.double())
+    elsewhere, first = (labels < 0) | (labels >= logits.shape[1]), exact[:, 0].clone()
+    truth = reference.cross_entropy_(exact, labels.masked_fill(elsewhere, 0), weight.double())
+    truth = torch.where(elsewhere, truth + first, truth)  # of these tokens nothing is picked here
+    exact[:, 0] += elsewhere * weight
     version = logits._version
     found = run(logits, labels, weight)
     assert logits._version > version, "autograd was not told"
