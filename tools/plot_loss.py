@@ -42,6 +42,14 @@ def main() -> int:
     except ValueError as error:
         print(f"linear_moe: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"linear_moe: {output} cannot be written\n"
+            f"  why: {error.strerror}\n"
+            f"  try: --output loss.png, or another name in a folder of yours",
+            file=sys.stderr,
+        )
+        return 2
     print(output)
     return 0
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,11 @@ def check_whole(folder: Path) -> None:
     if name and (folder / name).is_dir():
         return
     steps = [path.parent.name.removeprefix("iter_") for path in folder.glob("iter_*/.metadata")]
-    last = max((int(step) for step in steps if step.isdigit()), default=None)
+    last, quoted = max((int(x) for x in steps if x.isdigit()), default=None), shlex.quote(str(tracker))
     raise PreflightError(
         f"{tracker} says {text!r}, and there is no such checkpoint.",
         "a save was cut off by a kill or a full disk, or files were removed or not copied.",
-        f"rm {tracker}, to begin at step 0" if last is None else f"echo {last} > {tracker}",
+        f"rm {quoted}, to begin at step 0" if last is None else f"echo {last} > {quoted}",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -33,6 +34,6 @@ def cannot_be_loaded(args: argparse.Namespace, error: CheckpointException) -> Va
         f"step {step} of {tracker.parent} cannot be loaded: {type(cause).__name__}: {words[0][:200]}\n"
         f"  why: a file of it is missing, cut short or changed (a full disk, an interrupted copy), or it is of another "
         f"model or optimizer\n"
-        f"  try: {f'echo {others[-1]} > {tracker}, an earlier step' if others else 'a copy of it'}"
+        f"  try: {f'echo {others[-1]} > {shlex.quote(str(tracker))}, an earlier step' if others else 'a copy of it'}"
         f", or another RUN_NAME"
     )

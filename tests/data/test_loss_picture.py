@@ -53,3 +53,12 @@ def test_the_entropy_of_tokens_is_a_line(tmp_path: Path):
     assert set(axes.lines[-1].get_ydata()) == {6.5}
     (text,) = axes.texts
     assert text.get_text() == "token frequencies alone: 6.50" and text.get_position() == (2.0, 6.5)
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": 8.0, "tokens": 9}\n')
+    with patch("sys.argv", ["plot_loss.py", str(tmp_path), "--output", "/nowhere/a.png"]):
+        assert plot_loss.main() == 2
+    assert capsys.readouterr().err.startswith(
+        "linear_moe: /nowhere/a.png cannot be written\n  why: No such file"
+    )

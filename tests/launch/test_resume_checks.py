@@ -177,21 +177,23 @@ def test_a_finished_run_is_not_saved_over_itself(tmp_path: Path):
 
 def test_a_checkpoint_that_was_cut_off(tmp_path: Path):
     """Megatron ends a run whose tracker is empty with exit code 0, and one without its folder with a traceback."""
-    finished_run(tmp_path)
-    folder = tmp_path / "old" / "checkpoint"
+    base = tmp_path / "my runs"
+    base.mkdir()
+    finished_run(base)
+    folder = base / "old" / "checkpoint"
     tracker = folder / "latest_checkpointed_iteration.txt"
     for text in ("", "9", "half"):
         tracker.write_text(text)
         (folder / "iter_0000005" / ".metadata").touch()
-        for variables in ({"RUN_NAME": "old"}, {"PRETRAIN_CHECKPOINT_PATH": str(tmp_path / "old")}):
-            assert message(OUTPUT_BASEPATH=str(tmp_path), **variables) == (
+        for variables in ({"RUN_NAME": "old"}, {"PRETRAIN_CHECKPOINT_PATH": str(base / "old")}):
+            assert message(OUTPUT_BASEPATH=str(base), **variables) == (
                 f"{tracker} says {text!r}, and there is no such checkpoint.\n"
                 "  why: a save was cut off by a kill or a full disk, or files were removed or not copied.\n"
-                f"  try: echo 5 > {tracker}"
+                f"  try: echo 5 > '{tracker}'"
             )
         (folder / "iter_0000005" / ".metadata").unlink()
-        assert message(OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="old").endswith(
-            f"try: rm {tracker}, to begin at step 0"
+        assert message(OUTPUT_BASEPATH=str(base), RUN_NAME="old").endswith(
+            f"try: rm '{tracker}', to begin at step 0"
         )
 
 

@@ -28,14 +28,14 @@ def saved(folder: Path, *steps: int, latest: int | None) -> Path:
 
 
 def test_the_latest_of_the_other_whole_steps_is_named(tmp_path: Path):
-    folder = saved(tmp_path / "a", 2, 30, 100, 9, latest=100)
+    folder = saved(tmp_path / "my run", 2, 30, 100, 9, latest=100)
     (folder / "iter_0000050").mkdir()  # a save that was cut off
     tracker = folder / "latest_checkpointed_iteration.txt"
     text = told(folder, None)
     assert text.startswith(
         f"step 100 of {folder} cannot be loaded: ValueError: two\n  why: a file of it is missing"
     )
-    assert text.endswith(f"\n  try: echo 30 > {tracker}, an earlier step, or another RUN_NAME")
+    assert text.endswith(f"\n  try: echo 30 > '{tracker}', an earlier step, or another RUN_NAME")
 
 
 @pytest.mark.parametrize("load", [False, True], ids=["no run yet", "an empty run"])
