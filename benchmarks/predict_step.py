@@ -46,7 +46,7 @@ PARTS = {
     "router": r"moe/|model/router",
     "rotary positions": r"rope_utils|rotary",
     "softmax attention": r"attention|rope",
-    "projections": r"tensor_parallel/layers|mixer_projections|mixer_layer",
+    "projections": r"tensor_parallel/layers|mixer_projections|mixer_layer|column_linear",
     "short convolution": r"short_conv|conv\.py|conv_input",
     "scan": r"triton/(diag|delta|dplr|decay|states|segment|chunk)",
     "norm and gate of outputs": r"gated_norm|skip_norm|lsm/output",

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 
 from linear_moe.model.attention import CoreAttention
+from linear_moe.model.column_linear import ColumnLinear
 from linear_moe.model.experts import GroupedExperts, SequentialExperts
 from linear_moe.model.norm import LayerNorm, RMSNorm
 
@@ -32,6 +33,10 @@ class LinearMoEBackend(BackendSpecProvider):
     def column_parallel_linear(self) -> type:
         """Linear layer whose outputs are divided over tensor-parallel ranks."""
         return ColumnParallelLinear
+
+    def biased_column_linear(self) -> type:
+        """The same for a layer that may have a bias; not for latent attention, where Megatron takes no subclass."""
+        return ColumnLinear
 
     def row_parallel_linear(self) -> type:
         """Linear layer whose inputs are divided over tensor-parallel ranks."""
@@ -84,6 +89,10 @@ class TransformerEngineBackend(LinearMoEBackend):
 
     def column_parallel_linear(self) -> type:
         """Linear layer whose outputs are divided over tensor-parallel ranks."""
+        return self.te.column_parallel_linear()
+
+    def biased_column_linear(self) -> type:
+        """The same one."""
         return self.te.column_parallel_linear()
 
     def row_parallel_linear(self) -> type:

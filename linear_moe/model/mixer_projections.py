@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from linear_moe.lsm import Projection
 from linear_moe.lsm.tables import WAISTS
+from linear_moe.model.column_linear import ColumnLinear
 from linear_moe.model.config import LinearMoEConfig
 
 
@@ -55,7 +55,7 @@ class LowRankLinear(MegatronModule):
         self.waist = WAISTS[table.waist]
         # Replicated, and fed a slice of the sequence under sequence parallelism: Megatron sums such gradients.
         self.down = replicated((table.rank, config.hidden_size), config)
-        self.up = ColumnParallelLinear(
+        self.up = ColumnLinear(
             table.rank,
             num_heads * table.width,
             config=config,

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
@@ -24,7 +23,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from linear_moe.model.backend import make_backend
+from linear_moe.model.backend import LinearMoEBackend, make_backend
 from linear_moe.model.config import LinearMoEConfig
 from linear_moe.model.group_router import GroupLimitedRouter
 from linear_moe.model.latent_attention import LatentAttention
@@ -72,7 +71,7 @@ def moe_layers(config: LinearMoEConfig) -> list[bool]:
     return [bool(is_moe) for is_moe in freq]
 
 
-def layer_spec(config: LinearMoEConfig, backend: BackendSpecProvider, kind: str, is_moe: bool) -> ModuleSpec:
+def layer_spec(config: LinearMoEConfig, backend: LinearMoEBackend, kind: str, is_moe: bool) -> ModuleSpec:
     """One transformer layer: norm, mixer or softmax attention, norm, experts or dense feed-forward.
 
     Of a feed-forward width of 0, layers without experts end behind the first residual: Megatron's defaults for the
@@ -91,7 +90,7 @@ def layer_spec(config: LinearMoEConfig, backend: BackendSpecProvider, kind: str,
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def _feed_forward(config: LinearMoEConfig, backend: BackendSpecProvider, is_moe: bool) -> Any:
+def _feed_forward(config: LinearMoEConfig, backend: LinearMoEBackend, is_moe: bool) -> Any:
     mlp: Any = get_mlp_module_spec_for_backend(
         backend,
         num_experts=config.num_moe_experts if is_moe else None,
@@ -110,7 +109,7 @@ def mixer_spec(kind: str) -> ModuleSpec:
     return ModuleSpec(module=MixerLayer, params={"mixer": kind, "attn_mask_type": AttnMaskType.causal})
 
 
-def softmax_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> ModuleSpec:
+def softmax_spec(config: LinearMoEConfig, backend: LinearMoEBackend) -> ModuleSpec:
     """Softmax attention with the backend's linear layers and core attention."""
     if config.multi_latent_attention:
         return latent_spec(config, backend)
@@ -121,7 +120,7 @@ def softmax_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> Modul
         module=SoftmaxAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
+            linear_qkv=backend.biased_column_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=qk_norm or IdentityOp,
@@ -130,7 +129,7 @@ def softmax_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> Modul
     )
 
 
-def latent_spec(config: LinearMoEConfig, backend: BackendSpecProvider) -> ModuleSpec:
+def latent_spec(config: LinearMoEConfig, backend: LinearMoEBackend) -> ModuleSpec:
     """The same for multi-head latent attention; ``--qk-layernorm`` norms what is compressed."""
     column = backend.column_parallel_linear()
     norm: Any = None

@@ -6,6 +6,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from linear_moe.model import backend
 from linear_moe.model.attention import CoreAttention
 from linear_moe.model.backend import make_backend
+from linear_moe.model.column_linear import ColumnLinear
 from linear_moe.model.experts import GroupedExperts, SequentialExperts
 from linear_moe.model.norm import LayerNorm, RMSNorm
 
@@ -13,6 +14,7 @@ from linear_moe.model.norm import LayerNorm, RMSNorm
 def test_local():
     blocks = make_backend("local")
     assert blocks.column_parallel_linear() is ColumnParallelLinear
+    assert blocks.biased_column_linear() is ColumnLinear
     assert blocks.row_parallel_linear() is RowParallelLinear
     assert blocks.core_attention() is CoreAttention
     assert (blocks.layer_norm(rms_norm=True), blocks.layer_norm()) == (RMSNorm, LayerNorm)
