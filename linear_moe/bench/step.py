@@ -24,11 +24,18 @@ from linear_moe.bench.record import say
 from linear_moe.bench.running import measure
 from linear_moe.launch.cluster import cuda_device_count
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.plan import RunPlan
+from linear_moe.model.families import estimate_parameters
 
 MODELS = ["gla", "gated_deltanet", "mamba2", "gated_deltanet:LLLN", "softmax"]
 SEQ_LENS = [2048, 4096, 8192, 16384, 32768, 65536]
 LEAST = 20
 """Seconds that must be left of the time budget for another configuration to begin."""
+
+MOST_ON_CPU = 1e13
+"""FLOP of a step that a CPU can be asked for: a minute or more, at some 1e11 a second."""
+ON_CPU = "--size tiny --tokens 1024 --seq-lens 256 1024 --models gla softmax --set PR=fp32"
+"""Words of a command that a CPU is done with in two minutes."""
 
 Measure = Callable[[Configuration, Path, float], dict[str, Any]]
 """Measures a configuration, in a folder, within so many seconds."""
@@ -83,7 +90,8 @@ def main(argv: list[str], measure: Measure = measure) -> int:
         try:
             configurations = sweep(Sweep.of(given))
             for configuration in configurations:  # every mistake before the first process
-                plan_of(configuration, cuda_device_count(), OUTPUT_BASEPATH=folder)
+                plan = plan_of(configuration, cuda_device_count(), OUTPUT_BASEPATH=folder)
+                refuse_on_cpu(plan, len(configurations))
         except PreflightError as error:
             sys.stderr.write(f"linear_moe.bench: {error}\n")
             return 2
@@ -94,6 +102,22 @@ def main(argv: list[str], measure: Measure = measure) -> int:
     for path in report.write(results):
         say(f"wrote {path}")
     return int(any(row["status"] == "failed" for row in results.of(configurations)))
+
+
+def refuse_on_cpu(plan: RunPlan, configurations: int) -> None:
+    """PreflightError for a step that no CPU is meant for: memory ends, or the day, and only a GPU's figure counts."""
+    s = plan.settings
+    _, active = estimate_parameters(plan.size, plan.kinds, plan.padded_vocab_size)
+    pairs = plan.kinds.count("softmax") * plan.size.num_attention_heads * plan.size.kv_channels * s.seq_len
+    flops = 6 * (active + pairs) * s.tokens_per_step
+    if plan.on_cpu and flops > MOST_ON_CPU:
+        raise PreflightError(
+            f"{plan.family.name} {plan.size_name} with {s.tokens_per_step} tokens a step (SEQ_LEN={s.seq_len}) is too "
+            f"much without a CUDA device.",
+            f"a step is about {flops:.0e} FLOP, and this would be {s.iterations} of them in each of {configurations} "
+            f"configuration(s); a CPU is asked for {MOST_ON_CPU:.0e} at most.",
+            f"python -m linear_moe.bench step --family {plan.family.name} {ON_CPU}",
+        )
 
 
 def _measure_all(

@@ -88,6 +88,27 @@ def test_mistakes_start_nothing(argv: list[str], tmp_path: Path, capsys):
     assert command_line.main(["stp"]) == 2
 
 
+def test_what_a_cpu_is_asked_for(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """The defaults are of a GPU: 64k tokens of A0.3B are killed by memory. What is told instead passes."""
+    monkeypatch.setattr(step, "cuda_device_count", lambda: 0)
+    measured = Measured()
+    assert step.main(["--output", str(tmp_path / "out")], measured) == 2
+    what, why, instead = capsys.readouterr().err.splitlines()
+    assert (
+        what.startswith("linear_moe.bench: qwen2 A0.3B with 65536 tokens a step") and "in each of 30" in why
+    )
+    assert not measured.seen and not (tmp_path / "out").exists()
+    words = instead.partition("linear_moe.bench step ")[2].split()
+    step.main([*words, "--output", str(tmp_path / "out")], measured)
+    assert measured.seen == [("gla", 256), ("softmax", 256), ("gla", 1024), ("softmax", 1024)]
+    long = ["--size", "tiny", "--models", "softmax", "--output", str(tmp_path / "long")]
+    assert step.main(long, measured) == 2, "softmax scores of 65536 x 65536"
+    assert "SEQ_LEN=65536" in capsys.readouterr().err
+    monkeypatch.setattr(step, "cuda_device_count", lambda: 1)
+    step.main(["--models", "gla", "--seq-lens", "2048", "--output", str(tmp_path / "gpu")], measured)
+    assert measured.seen[-1] == ("gla", 2048)
+
+
 SPEED = {("gla", 32): 200.0, ("softmax", 32): 100.0, ("gla", 64): 190.0, ("softmax", 64): 50.0}
 
 
