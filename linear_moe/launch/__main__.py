@@ -1,7 +1,8 @@
 """`python -m linear_moe.launch --family qwen2`: what a run script ends in.
 
 Reads the environment, checks everything, prints what is about to happen, and starts torchrun. Exit codes: 2 for a
-mistake in the variables, with one message; otherwise torchrun's. LINEAR_MOE_DRY_RUN=1 prints the command instead.
+mistake in the variables, with one message; otherwise torchrun's. LINEAR_MOE_DRY_RUN=1 starts nothing: the command is
+on standard output, alone, and what is about to happen on standard error.
 """
 
 import argparse
@@ -74,6 +75,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     for line in retired_variables(environment) + misspelt_variables(environment, known) + idle:
         _announce(line)
     if is_dry:
+        _write(sys.stderr, header(plan))
         _write(sys.stdout, shell_text(torchrun_command(plan)))
         return 0
     return _start(plan, environment)

@@ -134,7 +134,10 @@ def test_variables_of_finetuning_are_told(tmp_path: Path, capsys: pytest.Capture
     assert (
         launcher.main(["--family", "qwen2"], given | {"LINEAR_MOE_DRY_RUN": "1", "MODEL_SIZE": "tiny"}) == 0
     )
-    assert capsys.readouterr().err == "linear_moe: EPOCHS does nothing here: only finetuning reads it.\n"
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "linear_moe: EPOCHS does nothing here: only finetuning reads it.\nlinear_moe  qwen2 "
+    )
 
 
 def test_the_home_of_a_path_in_quotes(monkeypatch):
@@ -198,6 +201,7 @@ def test_backends_of_kernels_are_known_before_the_start(tmp_path: Path, capsys: 
     given = {"OUTPUT_BASEPATH": str(tmp_path), "MODEL_SIZE": "tiny", "LINEAR_MOE_DRY_RUN": "true"}
     for name in ("", *NAMES):
         assert launcher.main(["--family", "qwen2"], given | {"LINEAR_MOE_KERNELS": name}) == 0
+    capsys.readouterr()
     for more in ([], ["--finetune"]):
         assert launcher.main(["--family", "qwen2", *more], given | {"LINEAR_MOE_KERNELS": "cuda"}) == 2
         assert capsys.readouterr().err == (

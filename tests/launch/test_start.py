@@ -91,6 +91,11 @@ def test_dry_run_prints_the_command_and_touches_nothing(tmp_path: Path, shell: s
     assert done.returncode == 0, done.stderr
     assert "-m linear_moe.training.pretrain" in done.stdout
     assert "--layer-kinds gated_deltanet,softmax,gated_deltanet,softmax" in done.stdout
+    assert done.stdout.splitlines()[0].split()[1:3] == ["-m", "torch.distributed.run"], "the command alone"
+    assert (
+        done.stderr.startswith("linear_moe  qwen2 tiny   LN x 2: ")
+        and "\nnote        mock data" in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
