@@ -1,5 +1,8 @@
 """What a person reads before a run: model, layout, batch, data, where it goes, and what was decided for them."""
 
+from pathlib import Path
+
+from linear_moe.data.indexed import read_index
 from linear_moe.launch.check_layout import draw_stages
 from linear_moe.launch.cluster import cpu_cores
 from linear_moe.launch.environment import RunSettings, default_mixer
@@ -160,7 +163,17 @@ def _data(plan: RunPlan) -> str:
     if plan.instructions is not None:
         return f"{plan.instructions.text()}, tokenizer {tokenizer} ({plan.vocab_size} tokens)"
     packed = ", documents kept apart" if plan.settings.pack else ""
-    return f"{source}, tokenizer {tokenizer} ({plan.vocab_size} tokens){packed}"
+    return f"{source}{_epochs(plan)}, tokenizer {tokenizer} ({plan.vocab_size} tokens){packed}"
+
+
+def _epochs(plan: RunPlan) -> str:
+    """How often the token files are read, a blend in total; what evaluation holds out is counted, too."""
+    if not plan.prefixes or not all(Path(prefix + ".idx").exists() for prefix in plan.prefixes):
+        return ""
+    tokens = sum(read_index(prefix).num_tokens for prefix in plan.prefixes)
+    epochs = plan.settings.iterations * plan.settings.tokens_per_step / tokens
+    shown = f"{epochs:.3g}" if epochs < 1000 else f"{epochs:,.0f}"
+    return f" = {shown} epoch(s) of {_count(tokens)} tokens{' in total' if len(plan.prefixes) > 1 else ''}"
 
 
 def _run(plan: RunPlan) -> str:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from linear_moe.data.tokenizer import train_tokenizer
-from linear_moe.launch.header import notes
+from linear_moe.launch.header import header, notes
+from tests.data.token_files import write_tokenizer, write_tokens
 from tests.launch.plans import make_plan
 
 
@@ -80,3 +82,24 @@ def test_experts_that_are_not_cut_on_a_cpu():
     ):
         told = [note for note in notes(make_plan(cuda, **ranks | variables)) if note.startswith("ETP is 1")]
         assert len(told) == is_told, variables
+
+
+def test_how_often_the_data_is_read(tmp_path: Path):
+    """10 steps of 8 sequences of 128 over one file and over two; the default budget over 5000 tokens shows."""
+    tokenizer = write_tokenizer(tmp_path / "tok")
+    one = write_tokens(tmp_path / "one", np.zeros(5000), tokenizer)
+    two = write_tokens(tmp_path / "two", np.zeros(2680), tokenizer)
+    given = {"TOKENIZER": tokenizer.path}
+
+    def data(path: str, **more: str) -> str:
+        rows = header(make_plan(DATASET_PATH=path, **given, **more)).splitlines()
+        return next(row for row in rows if row.startswith("data "))
+
+    assert (
+        data(one)
+        == f"data        {one} = 2.05 epoch(s) of 5.00k tokens, tokenizer {tmp_path}/tok (300 tokens)"
+    )
+    assert " = 1.33 epoch(s) of 7.68k tokens in total, " in data(f"0.3 {one} 0.7 {two}")
+    assert " = 1.33 epoch(s) of 7.68k tokens in total, " in data(f"{one} {two}")
+    assert " = 3,000,000 epoch(s) of 5.00k tokens, " in data(one, TRAIN_ITERS="")
+    assert "epoch" not in data(f"{tmp_path}/none") and "epoch" not in data("mock")
