@@ -1,9 +1,7 @@
 """Linear-recurrence kernels: pure functions of tensors, no Megatron and no mixers."""
 
 from linear_moe.kernels.ops import (
-    collect_rows,
     conv_and_split,
-    cross_entropy_,
     delta_rule,
     delta_rule_segment,
     diag_decay,
@@ -16,11 +14,10 @@ from linear_moe.kernels.ops import (
     scale_heads,
     short_conv,
     skip_gate_norm,
-    spread_rows,
-    weighted_swiglu,
 )
 from linear_moe.kernels.optimizer import adam_
 from linear_moe.kernels.segment import Segment
+from linear_moe.kernels.tokens import collect_rows, cross_entropy_, spread_rows, weighted_swiglu
 
 __all__ = [
     "Segment",
