@@ -341,6 +341,8 @@ def _write_rest(
     if generation.is_file():
         shutil.copyfile(generation, part / "generation_config.json")
     elif tokenizer is not None:
-        eos = describe_tokenizer(str(tokenizer)).eod
-        text = json.dumps({"_from_model_config": True, "eos_token_id": eos, "pad_token_id": eos}, indent=2)
+        info = describe_tokenizer(str(tokenizer))
+        pad = info.pad if info.pad < config["vocab_size"] else info.eod
+        tokens = {"eos_token_id": info.eod, "pad_token_id": pad}
+        text = json.dumps({"_from_model_config": True, **tokens}, indent=2)
         (part / "generation_config.json").write_text(text + "\n")

@@ -32,6 +32,8 @@ class TokenizerInfo:
     """One more than the largest token id."""
     eod: int
     """Token at the end of every document."""
+    pad: int
+    """Token in the empty places of a batch; ``eod`` where the tokenizer has none that stands for nothing else."""
     fingerprint: str
     """Hash of vocabulary, merges and added tokens; does not depend on the path or on the file's layout."""
 
@@ -44,19 +46,28 @@ class _Content:
     ids: dict[str, int]
     base_vocab_size: int
     merges: Any
-    eos: Any
+    special: dict[str, Any]
 
 
 def describe_tokenizer(path: str) -> TokenizerInfo:
     """Facts of the tokenizer at `path`, a folder or a `tokenizer.json`. Raises TokenizerError when it is not one."""
     content = _read(path)
     ids, folder = content.ids, content.folder
-    if content.eos not in ids:
+    eos, pad = (content.special[name] for name in ("eos_token", "pad_token"))
+    if eos not in ids:
         raise TokenizerError(f"{folder} names no end-of-document token (eos_token of tokenizer_config.json)")
     canonical = json.dumps([sorted(ids.items()), content.merges], sort_keys=True)
     fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
     largest = max(ids.values())
-    return TokenizerInfo(str(folder), content.base_vocab_size, largest + 1, ids[content.eos], fingerprint)
+    pad = eos if pad in (None, content.special["bos_token"]) else pad  # a prompt may begin with the latter
+    return TokenizerInfo(
+        path=str(folder),
+        base_vocab_size=content.base_vocab_size,
+        vocab_size=largest + 1,
+        eod=ids[eos],
+        pad=ids.get(pad, ids[eos]),
+        fingerprint=fingerprint,
+    )
 
 
 def added_tokens(own: str, other: str) -> int | None:
@@ -88,10 +99,12 @@ def _read(path: str) -> _Content:
         raise TokenizerError(f"{folder} has no {Path(str(error.filename)).name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise TokenizerError(f"{folder} is not a tokenizer ({type(error).__name__}: {error})") from None
-    eos = config.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    named = {name: config.get(name) for name in ("eos_token", "bos_token", "pad_token")}
+    special = {
+        name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()
+    }
     base = sum(token not in added for token in vocab)
-    return _Content(folder, {**vocab, **added}, base, model.get("merges"), eos)
+    return _Content(folder, {**vocab, **added}, base, model.get("merges"), special)
 
 
 def _pairs(merges: Any) -> list[list[str]]:

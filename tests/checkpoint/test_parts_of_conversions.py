@@ -102,7 +102,7 @@ def test_the_tokenizer_and_the_rows_of_an_export(gloo, tmp_path: Path):
 
 @pytest.mark.parametrize("known", ["generation_config.json", None])
 def test_how_an_exported_model_ends_its_texts(gloo, tmp_path: Path, known: str | None):
-    """As the model did that it was imported from; else with the end of a document."""
+    """As the model did that it was imported from; else with the end of a document, and pads with its own token."""
     info = write_tokenizer(tmp_path / "run" / "tokenizer")
     (tmp_path / "out").mkdir()
     if known is not None:
@@ -111,6 +111,7 @@ def test_how_an_exported_model_ends_its_texts(gloo, tmp_path: Path, known: str |
     gloo(1, rest_of, str(tmp_path))
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["eos_token_id"] == ([7, 9] if known else info.eod)
+    assert written.get("pad_token_id") == (None if known else info.pad) and info.pad == 1 != info.eod
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
@@ -118,4 +119,4 @@ def rest_of(rank: int, world: int, root: str) -> None:
     from linear_moe.checkpoint.exporting import _write_rest
 
     run = Path(root) / "run"
-    _write_rest(Path(root) / "out", run, {"a": 1}, run / "tokenizer", is_native=True)
+    _write_rest(Path(root) / "out", run, {"vocab_size": 300}, run / "tokenizer", is_native=True)

@@ -39,6 +39,25 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_the_file(tmp_path: Path):
     assert len(found | {info.fingerprint}) == 3
 
 
+@pytest.mark.parametrize(
+    ("special", "pad"),
+    [
+        ({}, 1),
+        ({"pad_token": {"content": "<|padding|>"}}, 1),
+        ({"pad_token": None}, 0),
+        ({"pad_token": "<|endoftext|>"}, 0),
+        ({"pad_token": "<|not there|>"}, 0),
+        ({"bos_token": "<|padding|>"}, 0),  # taken for padding, the first token of a prompt would not be read
+    ],
+)
+def test_the_token_of_padding(tmp_path: Path, special: dict[str, Any], pad: int):
+    write_tokenizer(tmp_path / "tok")
+    info = describe_tokenizer(
+        changed(tmp_path / "tok", lambda config: config.update(special), "tokenizer_config.json")
+    )
+    assert (info.eod, info.pad) == (0, pad)
+
+
 def test_tokens_that_another_one_has_besides(tmp_path: Path):
     own, other = tmp_path / "own", tmp_path / "other"
     for folder in (own, other):
