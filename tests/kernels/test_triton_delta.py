@@ -36,7 +36,9 @@ def test_fits_an_h100(tmp_path: Path) -> None:
         "solve_kernel",
         "pairs_kernel",
         "gradient_kernel",
+        "solve_weak_kernel",
         "solve_levels_kernel",
         "vector_pairs_kernel",
         "vector_gradient_kernel",
+        "vector_gradient_weak_kernel",
     } <= kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from unittest import mock
 
@@ -44,6 +45,22 @@ def total(tensors: dict[str, torch.Tensor]) -> None:
     tensors["log_decay"][:, 7:60:19] = FORGET
 
 
+def mostly_weak(tensors: dict[str, torch.Tensor]) -> None:
+    """What float16's half chunks keep is enough for a border for each, but in the second chunk."""
+    tensors["log_decay"][:] *= 0.2
+    tensors["log_decay"][:, 70:80, :, 3] = -3.0
+    tensors["beta"][:, 90:] = 0.0
+
+
+def borderline(tensors: dict[str, torch.Tensor]) -> None:
+    """All half chunks keep just 2^-8, what weak ones of float16 must; those of 3 chunks in one column just less."""
+    tensors["log_decay"][:] = -8 * math.log(2) / 32 * 0.999
+    for token, column in ((64, 0), (128 + 32, 5), (192 + 63, 2)):
+        tensors["log_decay"][:, token, :, column] *= 1.1
+    tensors["log_decay"][:, 256:] = 0.0  # and then all in one token
+    tensors["log_decay"][:, 287] = -8 * math.log(2) * 0.999
+
+
 def betas(value: float) -> Change:
     return lambda tensors: tensors["beta"].fill_(value)
 
@@ -69,6 +86,32 @@ for decay in DECAYS:
             compare
         )
         case(f"{decay} nothing written", decay, num_tokens=20, change=betas(0.0), **ONE)(compare)
+weak = dict(chunk=None, dtype=torch.float16, change=mostly_weak, **ONE)
+case("weak half precision", "vector", num_tokens=200, num_keys=32, num_values=16, processors=0, **weak)(
+    compare
+)
+several = dict(num_tokens=200, cu_seqlens=(0, 0, 1, 18, 130, 195), num_keys=20, num_values=40)
+case("weak half precision packed", "vector", **several, **weak)(compare)
+case("weak half precision in pieces", "vector", num_tokens=400, processors=5, **weak)(compare)
+case("borderline half precision", "vector", num_tokens=300, **{**weak, "change": borderline})(compare)
+
+
+@case("which chunks are weak")
+def which_are_weak() -> Errors:
+    """Those whose halves keep enough of every row, and no other: by levels and back in one call."""
+    from linear_moe.kernels.triton.delta_launch import DeltaChunks
+
+    found: Errors = {}
+    for change, expected in ((mostly_weak, [1, 0, 1, 1, 1]), (borderline, [1, 0, 0, 0, 1])):
+        tensors = make(OP, "vector", num_tokens=300, **ONE).tensors
+        change(tensors)
+        q, k, v = (tensors[name].half() for name in "qkv")
+        chunks = DeltaChunks.plan(k, v, tensors["log_decay"].float(), None, 1.0)
+        weak = chunks.solve(q, k, tensors["beta"].float()).weak
+        found[change.__name__] = error(weak[:, 0], torch.tensor(expected))
+    return found
+
+
 case("pieces of two rows", "scalar", num_tokens=75, processors=8, groups=1, num_heads=1, has_state=False)(
     compare
 )

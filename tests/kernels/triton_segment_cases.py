@@ -109,6 +109,8 @@ for name, (op, decay, _) in DELTA.items():
         case(f"{name} half precision", **half, **ONE, **kind)(compare)
         case(f"{name} uneven", num_tokens=60, strength=0.01, change=uneven, **ONE, **kind)(compare)
         case(f"{name} blocks", num_tokens=17, num_keys=20, num_values=40, **ONE, **kind)(compare)
+half = dict(dtype=torch.float16, chunk=None, num_tokens=130, strength=0.2, processors=0)
+case("delta vector half precision, weak", "delta_rule", "vector", **half, **ONE)(compare)
 erased = dict(num_tokens=70, chunk=64, change=repeated_keys, strength=0.01, **ONE)
 case("delta repeated keys", "delta_rule", "scalar", **erased)(compare)
 

@@ -5,9 +5,10 @@
 Six kernels: delta_chunk.py solves every chunk by itself, delta_scan.py carries the memory from chunk to chunk,
 delta_output.py reads it; backward, delta_scan.py carries its gradient, delta_pairs.py takes what tokens of a chunk give
 each other, and delta_gradient.py does the rest. Decays per row have kernels of their own for the first step and the
-last two, delta_levels.py, delta_vector_pairs.py and delta_vector_gradient.py, with the sums of delta_near.py. Between
-forward and backward stay the inputs, the memory before every chunk, and what the first two steps left. Nothing is
-atomic and nothing waits for the device. docs/kernels_delta.md has the derivation and the bytes.
+last two, delta_levels.py, delta_vector_pairs.py and delta_vector_gradient.py, with the sums of delta_near.py; where
+they are weak, delta_weak.py. Between forward and backward stay the inputs, the memory before every chunk, and what the
+first two steps left. Nothing is atomic and nothing waits for the device. docs/kernels_delta.md has the derivation and
+the bytes.
 
 Letters: B batch, T tokens, Hqk query/key heads, H heads, K key dim, V value dim.
 """

@@ -58,6 +58,20 @@ def solve_levels(num_keys: int, dtype: torch.dtype) -> Cut:
     )
 
 
+def least_kept(dtype: torch.dtype) -> float:
+    """What half a chunk must keep of every row of the memory for delta_weak.py, log2; above 0: never."""
+    return configs.least_total(16, dtype, False)
+
+
+def solve_weak(num_keys: int) -> tuple[Cut, int]:
+    """Of the kernel that solves chunks whose decays are weak (delta_weak.py): blocks of K in loops.
+
+    And how many columns it looks at, before, to know whether they are.
+    """
+    keys = _padded(num_keys)
+    return Cut(min(16 if _is_masked(num_keys) else 32, keys), 0, 4, 1), min(128, keys)
+
+
 def forward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the scan over chunks: BK is the whole of K, S of BK x BV float32 stays in registers."""
     keys, values = _padded(num_keys), _padded(num_values)
@@ -134,6 +148,12 @@ def vector_gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
         is_wide = keys == 128 and values <= 128 and not _is_masked(num_keys, num_values)
         return Cut(32 if is_wide else 16, min(32, values), 4, 1)
     return Cut(16, min(16, values), 8, 1)
+
+
+def vector_gradient_weak(num_keys: int, num_values: int) -> Cut:
+    """The same where decays are weak (delta_weak.py), in no more blocks; those of V are fetched two steps ahead."""
+    keys, values = _padded(num_keys), _padded(num_values)
+    return Cut(min(16 if _is_masked(num_keys, num_values) else 32, keys), min(32, values), 4, 3)
 
 
 def vector_pairs(num_values: int, dtype: torch.dtype) -> Cut:

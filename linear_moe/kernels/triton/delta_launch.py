@@ -24,6 +24,7 @@ from linear_moe.kernels.triton.delta_pairs import pairs_kernel
 from linear_moe.kernels.triton.delta_scan import backward_kernel, forward_kernel
 from linear_moe.kernels.triton.delta_vector_gradient import vector_gradient_kernel
 from linear_moe.kernels.triton.delta_vector_pairs import vector_pairs_kernel
+from linear_moe.kernels.triton.delta_weak import solve_weak_kernel, vector_gradient_weak_kernel
 from linear_moe.kernels.triton.diag_levels import level_sums
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY, KEY_DECAY = 0, 1, 2, 3
@@ -45,10 +46,12 @@ class Solved:
     """k; for decays per row as it is written to the memory after its chunk."""
     totals: Tensor
     """``[S, H, K]`` float32 for decays per row: what a chunk keeps."""
+    weak: Tensor
+    """``[S, H]`` int32 for decays per row, if chunks may go delta_weak.py's way: which do; else anything."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """For ``save_for_backward``."""
-        return self.inverse, self.scores, self.q_read, self.k_read, self.k_write, self.totals
+        return self.inverse, self.scores, self.q_read, self.k_read, self.k_write, self.totals, self.weak
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,26 @@ class DeltaChunks(ChunkLaunch):
             k_read, k_write = (self._empty(*self._tokens(), self.num_keys) for _ in range(2))
             q_read = torch.empty_like(k_read) if has_q else k_read
             totals = self._empty(*shape[:2], self.num_keys, dtype=torch.float32)
+            weak = self._empty(*shape[:2], dtype=torch.int32) if self._has_weak else inverse
+            tensors = weak, layout.plan, inverse, scores, q_read, k_read, k_write, totals
+            sizes = *self._sizes(), layout.num_documents, self.scale
+            strides = *q.stride()[:3], *k.stride()[:3], *beta.stride(), *self.log_decay.stride()
+            dims = dict(
+                K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, PRECISION=precision, HAS_OUTPUT=has_q,
+                IS_PACKED=layout.is_packed,
+            )  # fmt: skip
+            if self._has_weak:
+                cut, wide = delta_configs.solve_weak(self.num_keys)
+                solve_weak_kernel[(self._places(),)](
+                    q, k, beta, self.log_decay, *tensors, *sizes, *strides, **dims, WIDE=wide,
+                    LEAST=delta_configs.least_kept(self.dtype), **cut.launch,
+                )  # fmt: skip
             cut = delta_configs.solve_levels(self.num_keys, self.dtype)
             solve_levels_kernel[(self._places(),)](
-                q, k, beta, self.log_decay, self.sums, layout.plan, inverse, scores,
-                q_read, k_read, k_write, totals, layout.num_tokens, self.num_heads, layout.segments_per_row,
-                layout.num_documents, self.scale,
-                *q.stride()[:3], *k.stride()[:3], *beta.stride(), *self.log_decay.stride(),
-                K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, LEVELS=self._levels(),
-                PRECISION=precision, HAS_OUTPUT=has_q, IS_PACKED=layout.is_packed, **cut.launch,
+                q, k, beta, self.log_decay, self.sums, *tensors, *sizes, *strides, **dims, LEVELS=self._levels(),
+                HAS_WEAK=self._has_weak, **cut.launch,
             )  # fmt: skip
-            return Solved(inverse, scores, q_read, k_read, k_write, totals)
+            return Solved(inverse, scores, q_read, k_read, k_write, totals, weak)
         cut = delta_configs.solve(self.num_keys, self.dtype)
         solve_kernel[(self._places(),)](
             q, k, beta, self.log_decay, self.sums, layout.plan, inverse, scores,
@@ -114,7 +127,7 @@ class DeltaChunks(ChunkLaunch):
             K_PER=self._sharing(k), DK=self.num_keys, C=self.chunk, DECAY=self.decay,
             PRECISION=precision, HAS_OUTPUT=has_q, IS_PACKED=layout.is_packed, **cut.launch,
         )  # fmt: skip
-        return Solved(inverse, scores, q, k, k, inverse)
+        return Solved(inverse, scores, q, k, k, inverse, inverse)
 
     def forward(
         self,
@@ -243,15 +256,23 @@ class DeltaChunks(ChunkLaunch):
         strides = *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], *beta.stride()
         if self.decay == KEY_DECAY:
             d_decay = self._empty(*tokens, self.num_keys, dtype=self.log_decay.dtype)
-            dims = self._dims()
+            dims = self._dims() | dict(K_PER=self._sharing(k), HAS_OUTPUT=has_output)
             del dims["DECAY"]
-            pairs, own = self._vector_pairs(do, errors, dv, has_output)
-            vector_gradient_kernel[grid](
-                q, k, do, beta, self.log_decay, self.sums, solved.totals, layout.plan, pairs, own, errors, dv,
-                states, d_states, dq, dk, d_decay, d_beta, *self._sizes(), layout.num_documents,
-                layout.num_all, self.scale, *strides, *self.log_decay.stride(),
-                K_PER=self._sharing(k), LEVELS=self._levels(), HAS_OUTPUT=has_output, **dims, **cut.launch,
+            pairs, own = self._vector_pairs(solved, do, errors, dv, has_output)
+            tensors = (
+                solved.weak, solved.totals, layout.plan, pairs, own, errors, dv, states, d_states, dq, dk, d_decay,
+                d_beta, *self._sizes(), layout.num_documents, layout.num_all, self.scale, *strides,
+                *self.log_decay.stride(),
             )  # fmt: skip
+            vector_gradient_kernel[grid](
+                q, k, do, beta, self.log_decay, self.sums, *tensors,
+                LEVELS=self._levels(), HAS_WEAK=self._has_weak, **dims, **cut.launch,
+            )  # fmt: skip
+            if self._has_weak:
+                cut = delta_configs.vector_gradient_weak(self.num_keys, self.num_values)
+                vector_gradient_weak_kernel[(self._places() * triton.cdiv(self.num_keys, cut.keys),)](
+                    q, k, do, beta, self.log_decay, *tensors, PARTS=blocks, **dims, **cut.launch
+                )
             return dq, dk, d_beta.sum(0), d_decay
         d_decay = d_beta if self.decay == NO_DECAY else self._empty(*parts, dtype=torch.float32)
         pairs = self._new_pairs()
@@ -272,19 +293,24 @@ class DeltaChunks(ChunkLaunch):
         return dq, dk, d_beta.sum(0), d_decay.to(self.log_decay.dtype)
 
     def _vector_pairs(
-        self, do: Tensor, errors: Tensor, dv: Tensor, has_output: bool
+        self, solved: Solved, do: Tensor, errors: Tensor, dv: Tensor, has_output: bool
     ) -> tuple[Tensor, Tensor]:
         """What tokens of a chunk give each other: ``[S, H, 2, C, C]`` and, float32, ``[S, H, C]``."""
         layout, pairs = self.layout, self._new_pairs()
         own = self._empty(layout.num_segments, self.num_heads, self.chunk, dtype=torch.float32)
         cut = delta_configs.vector_pairs(self.num_values, self.dtype)
         vector_pairs_kernel[(self._places(),)](
-            do, errors, dv, layout.plan, pairs, own, *self._sizes(), layout.num_documents, self.scale,
-            *do.stride()[:3], DV=self.num_values, BV=cut.values, C=self.chunk,
+            do, errors, dv, solved.weak, layout.plan, pairs, own, *self._sizes(), layout.num_documents, self.scale,
+            *do.stride()[:3], DV=self.num_values, BV=cut.values, C=self.chunk, HAS_WEAK=self._has_weak,
             HAS_OUTPUT=has_output, IS_PACKED=layout.is_packed,
             num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
         return pairs, own
+
+    @property
+    def _has_weak(self) -> bool:
+        """Whether chunks may go delta_weak.py's way."""
+        return delta_configs.least_kept(self.dtype) <= 0
 
     def _new_pairs(self) -> Tensor:
         return self._empty(self.layout.num_segments, self.num_heads, 2, self.chunk, self.chunk)

@@ -27,6 +27,7 @@ from linear_moe.kernels.triton.layout import segment_of
 def solve_levels_kernel(
     q, k, beta, log_decay,
     table,  # level_sums of diag_levels.py
+    weak,  # [S, H]: chunks that delta_weak.py has solved, with HAS_WEAK
     plan,
     inverse, scores,  # [S, H, C, C]: T - I, and P
     q_read, k_read, k_write,  # [L, H, DK]
@@ -35,14 +36,18 @@ def solve_levels_kernel(
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h,
     b_b, b_t: tl.constexpr, b_h, a_b, a_t: tl.constexpr, a_h, a_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_WEAK: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: S * H."""
+    """Grid: S * H. Chunks that are ``weak`` are left."""
     head, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     row, start, _length, left = segment_of(
         plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
     )
-    if left > 0:
+    tile = chunk.to(tl.int64) * num_heads + head
+    is_here = left > 0
+    if HAS_WEAK:
+        is_here = is_here & (tl.load(weak + tile) == 0)
+    if is_here:
         i_C = tl.arange(0, C)
         batch, first = row.to(tl.int64), start.to(tl.int64)
         q += batch * q_b + first * q_t + (head // K_PER).to(tl.int64) * q_h
@@ -50,7 +55,6 @@ def solve_levels_kernel(
         log_decay += batch * a_b + first * a_t + head.to(tl.int64) * a_h
         of_chunk = ((batch * num_tokens + first) * num_heads + head) * DK
         q_read, k_read, k_write = q_read + of_chunk, k_read + of_chunk, k_write + of_chunk
-        tile = chunk.to(tl.int64) * num_heads + head
         N: tl.constexpr = C // 16
         dtype: tl.constexpr = inverse.dtype.element_ty
         n, i = tl.arange(0, N), tl.arange(0, 16)

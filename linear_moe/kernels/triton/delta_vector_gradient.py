@@ -121,7 +121,7 @@ def of_levels(
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
 def vector_gradient_kernel(
-    q, k, do, beta, log_decay, table, totals, plan,
+    q, k, do, beta, log_decay, table, weak, totals, plan,
     pairs, own,  # delta_vector_pairs.py
     e, dv,  # [L, H, DV]
     states, d_states,  # [S, H, DK, DV]
@@ -131,9 +131,10 @@ def vector_gradient_kernel(
     q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, o_b, o_t: tl.constexpr,
     o_h, b_b, b_t: tl.constexpr, b_h, a_b, a_t: tl.constexpr, a_h, a_d: tl.constexpr,
     K_PER: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, HAS_WEAK: tl.constexpr, HAS_OUTPUT: tl.constexpr,
+    IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: S * H * NK."""
+    """Grid: S * H * NK. Chunks that are ``weak`` are delta_weak.py's."""
     NK: tl.constexpr = (DK + BK - 1) // BK
     i_k = tl.program_id(0) % NK
     head = (tl.program_id(0) // NK) % num_heads
@@ -141,6 +142,10 @@ def vector_gradient_kernel(
     row, start, length, left = segment_of(
         plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
     )
+    is_here = left > 0
+    if HAS_WEAK:
+        length -= left  # those after the last document
+        is_here = is_here & (tl.load(weak + tl.program_id(0) // NK) == 0)
     i_C, i_K = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     m_K = (i_K < DK) | (DK % BK == 0)
     batch, at, token = row.to(tl.int64), start.to(tl.int64), row * num_tokens + start
@@ -150,7 +155,7 @@ def vector_gradient_kernel(
     dq, dk, d_decay = dq + of_g, dk + of_g, d_decay + of_g
     p_dbeta = d_beta + ((i_k * tl.cast(num_all, tl.int64) + token) * num_heads + head) + i_C * num_heads
     m_g, m_token = (i_C[:, None] < length) & m_K[None, :], i_C < length
-    if left > 0:
+    if is_here:
         place = chunk.to(tl.int64) * num_heads + head
         v_t: tl.constexpr = num_heads * DV
         of_v = token.to(tl.int64) * v_t + head * DV

@@ -19,14 +19,17 @@ from linear_moe.kernels.triton.layout import segment_of
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
 def vector_pairs_kernel(
-    do, e, dv, plan,
+    do, e, dv,
+    weak,  # [S, H], with HAS_WEAK
+    plan,
     pairs,  # [S, H, 2, C, C]: Y, if there is do, and X
     own,  # [S, H, C] float32
     num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
     o_b, o_t: tl.constexpr, o_h,
-    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
+    DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_WEAK: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: S * H."""
+    """Grid: S * H. In both orders for levels; of chunks that are ``weak`` Y and -X, and zeros above the diagonal."""
     head, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     row, start, _length, left = segment_of(
         plan, chunk, num_tokens, C, chunks_per_row, num_documents, IS_PACKED
@@ -43,9 +46,19 @@ def vector_pairs_kernel(
         b_y, b_x = products_of_tokens(do, e, dv, e, o_t, v_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         is_own = i_C[:, None] == i_C[None, :]
         tl.store(own + tile * C + i_C, tl.sum(tl.where(is_own, b_x, 0.0), 1))
-        b_u, b_v = products_of_tokens(e, do, e, dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
         is_above = i_C[:, None] < i_C[None, :]
         p_pairs = pairs + tile * (2 * C * C) + i_C[:, None] * C + i_C[None, :]
-        if HAS_OUTPUT:
-            tl.store(p_pairs, (tl.where(is_above, b_u, b_y) * scale).to(pairs.dtype.element_ty))
-        tl.store(p_pairs + C * C, tl.where(is_above, b_v, b_x).to(pairs.dtype.element_ty))
+        is_weak = False
+        if HAS_WEAK:
+            is_weak = tl.load(weak + tile) != 0
+        if is_weak:
+            if HAS_OUTPUT:
+                b_y = tl.where(is_above, 0.0, b_y * scale)
+                tl.store(p_pairs, b_y.to(pairs.dtype.element_ty))
+            b_x = tl.where(is_above | is_own, 0.0, -b_x)
+            tl.store(p_pairs + C * C, b_x.to(pairs.dtype.element_ty))
+        else:
+            b_u, b_v = products_of_tokens(e, do, e, dv, v_t, o_t, v_t, v_t, left, DV, BV, C, HAS_OUTPUT)
+            if HAS_OUTPUT:
+                tl.store(p_pairs, (tl.where(is_above, b_u, b_y) * scale).to(pairs.dtype.element_ty))
+            tl.store(p_pairs + C * C, tl.where(is_above, b_v, b_x).to(pairs.dtype.element_ty))
