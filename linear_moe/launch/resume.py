@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,17 +162,29 @@ def has_another_tokenizer(plan: RunPlan, run_dir: Path) -> bool:
 
 
 def _same_architecture(plan: RunPlan, run_dir: Path, what: str, instead: str) -> None:
-    refuse_differences(_saved_architecture(plan, run_dir), architecture(plan), what, instead)
+    saved, wanted = _saved_architecture(plan, run_dir), architecture(plan)
+    refuse_differences(saved, wanted, what, instead + _replaced_softmax(saved, wanted, run_dir))
+
+
+def _replaced_softmax(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_dir: Path) -> str:
+    """What else to try where mixers stand for softmax layers, and all else is the same: an import can do that."""
+    pairs = zip(saved.get("layer_kinds", []), wanted["layer_kinds"], strict=False)
+    if _different(saved, wanted) != ["layer_kinds"] or {was for was, is_now in pairs if was != is_now} != {
+        "softmax"
+    }:
+        return ""
+    folder = shlex.quote(f"{run_dir}-hf")
+    return (
+        f"; or, to replace its softmax layers and keep the rest, "
+        f"python tools/convert.py export --load {shlex.quote(str(run_dir))} --hf {folder}, "
+        f"and then RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={folder}"
+    )
 
 
 def refuse_differences(saved: dict[str, Any], wanted: dict[str, Any], what: str, instead: str) -> None:
     """PreflightError with every name that both have with another value, and with options that only one has."""
-    names = [name for name in wanted if name in saved] + [name for name in saved if name.startswith("--")]
-    names += [name for name in wanted if name.startswith("--") and name not in saved]
     differences = [
-        f"{name}: {_text(saved.get(name))} -> {_text(wanted.get(name))}"
-        for name in dict.fromkeys(names)
-        if saved.get(name) != wanted.get(name)
+        f"{name}: {_text(saved.get(name))} -> {_text(wanted.get(name))}" for name in _different(saved, wanted)
     ]
     if differences:
         raise PreflightError(
@@ -180,6 +192,12 @@ def refuse_differences(saved: dict[str, Any], wanted: dict[str, Any], what: str,
             "a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.",
             f"the variables of that run, or {instead}",
         )
+
+
+def _different(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    names = [name for name in wanted if name in saved] + [name for name in saved if name.startswith("--")]
+    names += [name for name in wanted if name.startswith("--") and name not in saved]
+    return [name for name in dict.fromkeys(names) if saved.get(name) != wanted.get(name)]
 
 
 def _saved_architecture(plan: RunPlan, run_dir: Path) -> dict[str, Any]:

@@ -84,6 +84,28 @@ def test_resume_with_another_model(tmp_path: Path):
     )
 
 
+def test_mixers_for_softmax_layers(tmp_path: Path):
+    """What no run can go on with, an import can make of it; not so of other mixers, nor of a model that differs."""
+    finished_run(tmp_path / "my runs", LAYER_TYPE_LIST="LN")
+    run, base = f"{tmp_path}/my runs/old", {"OUTPUT_BASEPATH": f"{tmp_path}/my runs"}
+    way = (
+        f"; or, to replace its softmax layers and keep the rest, python tools/convert.py export --load '{run}' "
+        f"--hf '{run}-hf', and then RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH='{run}-hf'"
+    )
+    assert message(RUN_NAME="old", LAYER_TYPE_LIST="LLLN", **base).endswith(
+        f"another RUN_NAME for a new one{way}"
+    )
+    assert message(PRETRAIN_CHECKPOINT_PATH=run, LAYER_TYPE_LIST="L", **base).endswith(
+        f"is the checkpoint's{way}"
+    )
+    for others in (
+        {"LAYER_TYPE_LIST": "LN", "LA_MODULE": "gla"},
+        {"LAYER_TYPE_LIST": "LLNN"},
+        {"LAYER_TYPE_LIST": "L", "EXTRA_ARGS": "--moe-ffn-hidden-size 128"},
+    ):
+        assert message(RUN_NAME="old", **others, **base).endswith("another RUN_NAME for a new one")
+
+
 def test_resume_with_other_memories(tmp_path: Path):
     """Top-k changes no shape: nothing else would tell."""
     finished_run(tmp_path, LA_MODULE="mom_gla", EXTRA_ARGS="--mom-shared-memory --mom-topk 1")
