@@ -1,6 +1,7 @@
 """Continue prompts with the model of a run: python tools/generate.py --load runs/demo --prompt "import os" """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -118,7 +119,19 @@ class Session:
 
     def batches(self, texts: list[str]) -> None:
         """Many prompts, side by side; every row draws by its own number."""
-        rows: list[dict[str, Any]] = []
+        if self.args.output is None:
+            for number, row in enumerate(itertools.chain.from_iterable(self.answers(texts)), start=1):
+                self.write(f"--- {number}\n{'' if self.chat else row['prompt']}{row['text']}\n")
+            return
+        from linear_moe.inference.answers import Answers
+
+        is_writer = os.environ.get("RANK", "0") == "0"
+        with Answers(self.args.output, len(texts), is_writer=is_writer) as file:
+            for rows in self.answers(texts):
+                file.add(rows)
+
+    def answers(self, texts: list[str]) -> Iterator[list[dict[str, Any]]]:
+        """A batch at a time."""
         for first in range(0, len(texts), self.args.batch_size):
             part = texts[first : first + self.args.batch_size]
             prompts = [self.tokens(text) for text in part]
@@ -126,16 +139,10 @@ class Session:
             for step in self.generation(prompts, self.args.seed + first):
                 for output, token in zip(outputs, step, strict=True):
                     output += [] if token is None else [token]
-            rows += [
+            yield [
                 {"prompt": text, "text": self.loaded.tokenizer.detokenize(tokens), "tokens": tokens}
                 for text, tokens in zip(part, outputs, strict=True)
             ]
-        if self.args.output is not None:
-            if os.environ.get("RANK", "0") == "0":
-                Path(self.args.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return
-        for number, row in enumerate(rows, start=1):
-            self.write(f"--- {number}\n{'' if self.chat else row['prompt']}{row['text']}\n")
 
     def generation(self, prompts: list[list[int]], seed: int, conversation: Any = None) -> Any:
         """The continuation of prompts; on a GPU it says if its steps are slow ones."""
@@ -176,7 +183,8 @@ def parse() -> argparse.Namespace:
     add("--prompt", action="append", help="text, may be repeated; numbers for a run without a tokenizer")
     add("--prompts", metavar="FILE", help="a prompt per line; of .jsonl, a string or the field prompt")
     add("--batch-size", type=int, default=16, help="prompts read side by side, of any lengths [%(default)s]")
-    add("--output", metavar="FILE", help="JSON lines instead of text: prompt, text, tokens")
+    output = "JSON lines instead of text: prompt, text, tokens; FILE.part until all are there"
+    add("--output", metavar="FILE", help=output)
     chat = "the prompt is a question, in the tokenizer's chat template; without one, ask line by line"
     add("--chat", action="store_true", help=chat)
     add("--chat-template", metavar="FILE", help="Jinja template instead of the tokenizer's, or plain")

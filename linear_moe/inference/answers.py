@@ -1,0 +1,61 @@
+"""Answers as JSON lines of a file, written as they are done: a job that is stopped keeps those that it had."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class Answers:
+    """``FILE.part`` until all are there, then ``FILE``: a file of that name is whole, or an older one.
+
+    Every process of a job enters; the one that ``is_writer`` writes. What is no file on a disk (a pipe,
+    ``/dev/stdout``) has no other name, and is written as it is.
+
+    Raises:
+        ValueError: the file cannot be written, or the disk is full.
+    """
+
+    def __init__(self, file: str, total: int, *, is_writer: bool) -> None:
+        self.path, self.total, self.is_writer, self.count = Path(file).resolve(), total, is_writer, 0
+        has_name = self.path.is_file() or not self.path.exists()
+        self.part = self.path.with_name(f"{self.path.name}.part") if has_name else self.path
+
+    def __enter__(self) -> Self:
+        self._write("w", "")
+        return self
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """The next answers, on the disk when this returns."""
+        self._write("a", "".join(json.dumps(row) + "\n" for row in rows))
+        self.count += len(rows)
+
+    def _write(self, mode: str, text: str) -> None:
+        if not self.is_writer:
+            return
+        try:
+            with self.part.open(mode) as stream:
+                stream.write(text)
+        except OSError as error:
+            raise ValueError(
+                f"{self.part} cannot be written: {error.strerror}\n"
+                f"  why: it takes every answer as it is done\n"
+                f"  try: --output <a file of yours, on a disk with room>"
+            ) from None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.is_writer or self.part == self.path:
+            return
+        if kind is None:
+            os.replace(self.part, self.path)
+        elif self.count:
+            print(f"linear_moe: {self.count} of {self.total} answers are in {self.part}", file=sys.stderr)
+        else:
+            self.part.unlink(missing_ok=True)
