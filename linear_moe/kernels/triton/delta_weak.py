@@ -59,6 +59,21 @@ def half_of(b_up, last: tl.constexpr, C: tl.constexpr):
     return tl.exp2(tl.sum(tl.where(is_last, b_up, 0.0), 0))[None, :]
 
 
+@triton.jit
+def own_pairs(
+    q, k, q_t: tl.constexpr, k_t: tl.constexpr, left, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr
+):
+    """q_i . k_i, which no decay is in, [C]: not of rounded factors, and loaded again, since registers are short."""
+    i_C = tl.arange(0, C)[:, None]
+    own = tl.zeros([C], tl.float32)
+    for block in range(0, (DK + BK - 1) // BK):
+        i_K = block * BK + tl.arange(0, BK)[None, :]
+        mask = (i_C < left) & ((i_K < DK) | (DK % BK == 0))
+        b_q = tl.load(q + i_C * q_t + i_K, mask=mask, other=0.0).to(tl.float32)
+        own += tl.sum(b_q * tl.load(k + i_C * k_t + i_K, mask=mask, other=0.0), 1)
+    return own
+
+
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
 def solve_weak_kernel(
     q, k, beta, log_decay,
@@ -138,7 +153,9 @@ def solve_weak_kernel(
             b_beta = tl.load(p_beta, mask=i_C < left, other=0.0).to(tl.float32)
             p_tile = tile * (C * C) + i_C[:, None] * C + t_C
             if HAS_OUTPUT:
-                b_P = tl.where(i_C[:, None] >= t_C, b_P * (b_beta * scale)[None, :], 0.0)
+                own = own_pairs(q, k, q_t, k_t, left, DK, BK, C)
+                b_P = tl.where(i_C[:, None] > t_C, b_P, tl.where(i_C[:, None] == t_C, own[:, None], 0.0))
+                b_P *= (b_beta * scale)[None, :]
                 tl.store(scores + p_tile, b_P.to(scores.dtype.element_ty))
             is_below = i_C[:, None] > t_C
             b_inverse = unit_lower_inverse(tl.where(is_below, b_L * b_beta[None, :], 0.0), C, PRECISION)
