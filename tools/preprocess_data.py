@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections import Counter
 
 
 def main() -> int:
@@ -35,14 +36,23 @@ def main() -> int:
     logging.disable(logging.WARNING)
     from linear_moe.data.preprocess import preprocess
 
+    empty: Counter[str] = Counter()
     try:
         prefix, manifest = preprocess(
-            args.input, args.output_prefix, args.tokenizer, key=args.json_key, overwrite=args.overwrite
+            args.input,
+            args.output_prefix,
+            args.tokenizer,
+            key=args.json_key,
+            overwrite=args.overwrite,
+            empty=empty,
         )
     except ValueError as error:
         print(f"linear_moe: {error}", file=sys.stderr)
         return 2
-    print(f"{manifest.num_documents} documents, {manifest.num_tokens} tokens of {manifest.vocab_size}")
+    left_out = f"; {empty.total()} empty ones left out" if empty else ""
+    print(
+        f"{manifest.num_documents} documents, {manifest.num_tokens} tokens of {manifest.vocab_size}{left_out}"
+    )
     print(f"DATASET_PATH={shlex.quote(prefix)} TOKENIZER={shlex.quote(manifest.tokenizer)}")
     return 0
 

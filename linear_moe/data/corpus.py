@@ -7,6 +7,7 @@ read where it lies; nothing of it is distributed.
 import ast
 import json
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -72,10 +73,11 @@ def check_inputs(paths: Iterable[str]) -> None:
                 )
 
 
-def read_documents(path: str, key: str = "text") -> Iterator[str]:
+def read_documents(path: str, key: str = "text", empty: Counter[str] | None = None) -> Iterator[str]:
     """Documents of a file: `.jsonl` and `.json` have one object per line, with the text under `key`; else one document.
 
-    Empty documents are left out. Raises ValueError, naming the line, for one that is no such object, or no UTF-8.
+    Empty documents are left out, and counted in `empty` by their file. Raises ValueError, naming the line, for one that
+    is no such object, or no UTF-8.
     """
     if Path(path).suffix not in {".jsonl", ".json"}:
         try:
@@ -84,6 +86,8 @@ def read_documents(path: str, key: str = "text") -> Iterator[str]:
             raise _no_text(path, error) from None
         if text.strip():
             yield text
+        elif empty is not None:
+            empty[path] += 1
         return
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -92,6 +96,8 @@ def read_documents(path: str, key: str = "text") -> Iterator[str]:
             text = _text_of(line, key, f"{path}:{number}")
             if text:
                 yield text
+            elif empty is not None:
+                empty[path] += 1
 
 
 def _text_of(line: bytes, key: str, where: str) -> str:

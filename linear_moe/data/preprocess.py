@@ -8,6 +8,7 @@ names only when they are whole: a killed run leaves no half-written data set beh
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,19 @@ _BATCH = 256
 
 
 def preprocess(
-    inputs: list[str], output_prefix: str, tokenizer: str, *, key: str = "text", overwrite: bool = False
+    inputs: list[str],
+    output_prefix: str,
+    tokenizer: str,
+    *,
+    key: str = "text",
+    overwrite: bool = False,
+    empty: Counter[str] | None = None,
 ) -> tuple[str, Manifest]:
-    """Tokenize the documents of `inputs` (JSONL, or one document per text file), in order.
+    """Tokenize the documents of `inputs` (JSONL, or one document per text file), in order; `empty` ones are counted.
 
     Returns the prefix for DATASET_PATH and the manifest written beside the files. Raises ValueError when the files
     exist and `overwrite` is false, when an input is missing or a line of it broken, when `tokenizer` cannot be used,
-    and when there is no document.
+    when there is no document, and when the files cannot be written.
     """
     prefix = f"{output_prefix}_{key}_document"
     if not overwrite and (Path(prefix + ".idx").exists() or Path(prefix + ".bin").exists()):
@@ -40,12 +47,20 @@ def preprocess(
         )
     check_inputs(inputs)
     info = _usable(tokenizer)
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     part = f"{prefix}.part{os.getpid()}"
     try:
-        manifest = _write(part, inputs, info, key)
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        manifest = _write(part, inputs, info, key, empty)
         assert read_index(part).num_tokens == manifest.num_tokens
         _publish(part, prefix)
+    except OSError as error:
+        if error.strerror is None:  # a library that Megatron cannot load
+            raise
+        raise ValueError(
+            f"{prefix}.bin and .idx cannot be written: {error.strerror}.\n"
+            f"  why: they take 2 bytes a token, 4 with a vocabulary above 65499; what was begun is removed.\n"
+            f"  try: make room, or --output-prefix with a folder of yours on a disk with room"
+        ) from None
     finally:
         for suffix in (".bin", ".idx", ".json"):
             Path(part + suffix).unlink(missing_ok=True)
@@ -63,10 +78,12 @@ def _usable(tokenizer: str) -> TokenizerInfo:
         ) from None
 
 
-def _write(part: str, inputs: list[str], info: TokenizerInfo, key: str) -> Manifest:
+def _write(
+    part: str, inputs: list[str], info: TokenizerInfo, key: str, empty: Counter[str] | None
+) -> Manifest:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    texts = itertools.chain(*(read_documents(path, key) for path in inputs))
+    texts = itertools.chain(*(read_documents(path, key, empty) for path in inputs))
     documents = tokens = 0
     builder = IndexedDatasetBuilder(part + ".bin", dtype=DType.optimal_dtype(info.vocab_size))
     for ids in _tokenize(texts, info.path, info.eod):

@@ -7,6 +7,7 @@ document). Describing one needs only json, so that the launcher can compare voca
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def _pairs(merges: Any) -> list[list[str]]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> TokenizerInfo:
     """Train a byte-level BPE of `vocab_size` tokens, the two special ones included, and save it as a folder.
 
-    Fewer when the text has no more pairs to join. Raises ValueError for too few to write every byte, and for no text.
+    Fewer when the text has no more pairs to join. Raises ValueError for too few to write every byte, for no text, and
+    when the folder cannot be written.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -152,8 +154,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> Token
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
     }
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(target / "tokenizer.json"))
-    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    files = {
+        "tokenizer_config.json": json.dumps(config, indent=1) + "\n",
+        "tokenizer.json": tokenizer.to_str(pretty=True),  # last: without it the folder is no tokenizer
+    }
+    try:
+        _write_all(Path(folder), files)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written: {error.strerror}.\n"
+            f"  why: a tokenizer is a folder with {' and '.join(files)}; what was begun is removed.\n"
+            f"  try: make room, or --output with a folder of yours on a disk with room"
+        ) from None
     return describe_tokenizer(folder)
+
+
+def _write_all(folder: Path, files: dict[str, str]) -> None:
+    """All of them, or none: each has its name when all are on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {name: folder / f"{name}.part{os.getpid()}" for name in files}
+    try:
+        for name, part in parts.items():
+            part.write_text(files[name], encoding="utf-8")
+        for name, part in parts.items():
+            part.replace(folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)

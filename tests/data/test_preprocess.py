@@ -1,15 +1,17 @@
 """From text to token files and back to the same text; all or nothing on disk."""
 
+import errno
 import gzip
 import itertools
 import json
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from linear_moe.data import preprocess as module
 from linear_moe.data.corpus import check_inputs, python_documents, read_documents
@@ -136,6 +138,41 @@ def test_a_failure_keeps_the_old_files(
     assert {path.name: path.read_bytes() for path in tmp_path.glob("mine*")} == before
 
 
+def full_disk(*arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["add_document", "finalize"])
+def test_a_full_disk_keeps_the_old_files(
+    tmp_path: Path, corpus: tuple[str, str], monkeypatch: pytest.MonkeyPatch, place: str
+):
+    preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1])
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("mine*")}
+    monkeypatch.setattr(IndexedDatasetBuilder, place, full_disk)
+    what = f"{tmp_path}/mine_text_document.bin and .idx cannot be written: No space left on device.\n  why: "
+    with pytest.raises(ValueError, match=re.escape(what) + ".*\n  try: make room, or --output-prefix "):
+        preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1], overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("mine*")} == before
+
+
+def test_a_full_disk_keeps_the_old_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "tok"
+    train_tokenizer(["import os"], 258, str(folder))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write = Path.write_text
+
+    def half(path: Path, text: str, **options: str) -> None:
+        write(path, text[: len(text) // 2], **options)
+        if path.name.startswith("tokenizer.json"):
+            full_disk()
+
+    monkeypatch.setattr(Path, "write_text", half)
+    what = re.escape(f"{folder} cannot be written: No space left on device.\n  why: ")
+    with pytest.raises(ValueError, match=what + ".*\n  try: make room, or --output "):
+        train_tokenizer(["import sys" * 99], 260, str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -256,7 +293,11 @@ def test_the_tools_from_text_to_token_files(
     assert "512 tokens" in run(*train, corpus, "--overwrite")
     assert "absent.txt is not a file.\n  why: there is nothing" in run(*train, "absent.txt", code=2)
     preprocess_data = ("preprocess_data.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer", tok)
-    assert f"DATASET_PATH={prefix}_text_document TOKENIZER={tok}" in run(*preprocess_data)
+    told = run(*preprocess_data)
+    assert f"DATASET_PATH={prefix}_text_document TOKENIZER={tok}" in told and "empty" not in told
+    with open(corpus, "a") as lines:
+        lines.write('{"text": ""}\n\n{"text": ""}\n')
+    assert "; 2 empty ones left out\n" in run(*preprocess_data, "--overwrite")
     assert run(*preprocess_data, code=2).startswith("linear_moe: ")
     assert run(*preprocess_data, "--overwrite", "--workers", "-1", code=2).startswith(
         "linear_moe: --workers is -1\n"
