@@ -200,18 +200,44 @@ def is_true(environment: Mapping[str, str], name: str) -> bool:
     return _WORDS[text]
 
 
+_OTHER_NAMES = {
+    "LA_MODULE": "MIXER MIXERS",
+    "LAYER_TYPE_LIST": "LAYER_TYPE LAYER_TYPES LAYER_PATTERN",
+    "TOKENIZER": "TOKENIZER_PATH TOKENIZER_MODEL",
+    "SEQ_LEN": "SEQ_LENGTH SEQUENCE_LENGTH MAX_SEQ_LEN CONTEXT_LENGTH",
+    "BATCH_SIZE": "MICRO_BATCH_SIZE MBS",
+    "GLOBAL_BATCH_SIZE": "GBS TRAIN_BATCH_SIZE",
+    "LR": "LEARNING_RATE MAX_LR",
+    "MIN_LR": "MIN_LEARNING_RATE",
+    "PR": "PRECISION DTYPE",
+    "TRAIN_ITERS": "ITERS ITERATIONS STEPS TRAIN_STEPS MAX_STEPS NUM_STEPS",
+    "WARMUP_ITERS": "WARMUP_STEPS LR_WARMUP_ITERS",
+    "SAVE_INTERVAL": "SAVE_STEPS",
+    "EVAL_INTERVAL": "EVAL_STEPS",
+    "EPOCHS": "NUM_EPOCHS NUM_TRAIN_EPOCHS",
+    "TP": "TP_SIZE TENSOR_PARALLEL TENSOR_MODEL_PARALLEL_SIZE",
+    "PP": "PP_SIZE PIPELINE_PARALLEL PIPELINE_MODEL_PARALLEL_SIZE",
+    "CP": "CP_SIZE CONTEXT_PARALLEL CONTEXT_PARALLEL_SIZE",
+    "EP": "EP_SIZE EXPERT_PARALLEL EXPERT_MODEL_PARALLEL_SIZE",
+    "AC": "RECOMPUTE ACTIVATION_CHECKPOINTING",
+    "GPUS_PER_NODE": "NUM_GPUS NGPUS NPROC_PER_NODE",
+    "NNODES": "NUM_NODES",
+    "OUTPUT_BASEPATH": "OUTPUT_DIR OUTPUT_PATH",
+    "PRETRAIN_CHECKPOINT_PATH": "CHECKPOINT_PATH LOAD_PATH",
+}
+"""Variables -> what other trainers and Megatron call them; no word that systems set for themselves, as NAME or DATA."""
+_OURS = {theirs: ours for ours, names in _OTHER_NAMES.items() for theirs in names.split()}
+
+
 def misspelt_variables(environment: Mapping[str, str], known: Collection[str]) -> list[str]:
-    """One line for each variable that is set and is all but one of the ``known`` ones."""
+    """One line for each variable that is set and is all but one of the ``known`` ones, or another's name of one."""
     long = [name for name in known if len(name) > 4]
     found = []
     for name in environment:
         if name in known or not environment[name].strip():
             continue
-        near = (
-            [name.upper()]
-            if name.upper() in known
-            else difflib.get_close_matches(name, long, n=1, cutoff=0.85)
-        )
+        meant = _OURS.get(name.upper(), name.upper())
+        near = [meant] if meant in known else difflib.get_close_matches(name, long, n=1, cutoff=0.85)
         found += [
             f"{name} is no variable of a run, and does nothing: {near[0]} is one." for near in [near] if near
         ]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from linear_moe.launch import __main__ as launcher
-from linear_moe.launch.cluster import first_node, retired_variables, with_cluster
+from linear_moe.launch.cluster import RETIRED, first_node, retired_variables, with_cluster
 from linear_moe.launch.environment import (
+    _OURS,
     RunSettings,
     default_mixer,
     misspelt_variables,
@@ -15,6 +16,7 @@ from linear_moe.launch.environment import (
     variables,
 )
 from linear_moe.launch.errors import PreflightError
+from linear_moe.launch.instructions import FinetuneSettings
 from linear_moe.launch.preflight import kernel_backends
 from linear_moe.model.families import FAMILIES
 from tests.launch.plans import SCRIPTS
@@ -126,6 +128,40 @@ def test_misspelt_variables_are_told():
     found = misspelt_variables(mine, {*variables()})
     assert [line.split()[0] for line in found] == ["TRAIN_ITER", "tp", "MASTER_ADDRESS"]
     assert [line.split()[-3] for line in found] == ["TRAIN_ITERS", "TP", "MASTER_ADDR"]
+
+
+def test_names_that_others_have(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Each is told, and stands for a variable that there is; none is one itself."""
+    known = {*variables(), *variables(FinetuneSettings)}
+    given = {
+        "MICRO_BATCH_SIZE": "1",
+        "NGPUS": "8",
+        "learning_rate": "1",
+        "STEPS": "9",
+        "NAME": "host",
+        "MBS": "",
+    }
+    assert misspelt_variables(given, known) == [
+        f"{name} is no variable of a run, and does nothing: {ours} is one."
+        for name, ours in (
+            ("MICRO_BATCH_SIZE", "BATCH_SIZE"),
+            ("NGPUS", "GPUS_PER_NODE"),
+            ("learning_rate", "LR"),
+            ("STEPS", "TRAIN_ITERS"),
+        )
+    ]
+    assert set(_OURS.values()) <= known and not set(_OURS) & (known | {*RETIRED})
+    given = {
+        "OUTPUT_BASEPATH": str(tmp_path),
+        "MODEL_SIZE": "tiny",
+        "LINEAR_MOE_DRY_RUN": "1",
+        "LAYER_TYPE": "N",
+    }
+    assert launcher.main(["--family", "qwen2"], given) == 0, "a note, and no more"
+    assert (
+        "LAYER_TYPE is no variable of a run, and does nothing: LAYER_TYPE_LIST is one."
+        in capsys.readouterr().err
+    )
 
 
 def test_variables_of_finetuning_are_told(tmp_path: Path, capsys: pytest.CaptureFixture):
