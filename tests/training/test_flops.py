@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from linear_moe import lsm
-from linear_moe.kernels import short_conv
 from linear_moe.training.flops import FlopsPerToken
 from tests.training.tiny import ARGUMENTS, EXPERTS
 from tests.workers import with_model_parallel
@@ -98,7 +97,7 @@ def with_products() -> Iterator[None]:
         mock.patch.multiple(
             kernels, diag_decay=diag_decay, delta_rule=delta_rule, dplr_delta_rule=dplr_delta_rule
         ),
-        mock.patch.object(split, "short_conv", convolution),
+        mock.patch.object(split, "conv_and_split", convolution),
         mock.patch.object(quadratic.QuadraticAttention, "scan", quadratic_attention),
         mock.patch.object(CoreAttention, "forward", softmax),
     ):
@@ -181,20 +180,19 @@ def _rows(x_BTGK: Tensor, heads: int) -> Tensor:
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """One product of each channel's window with its taps. A token shift multiplies nothing."""
-    if x.ndim == 3:
-        return short_conv(x, weight, bias, **options)
-    width = weight.shape[-1]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, width - 1, 0))
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, widths: tuple[int, ...], **options: Any
+) -> tuple[Tensor, ...]:
+    """One product of each channel's window with its taps."""
+    _, channels, width = weight.shape
+    padded = torch.nn.functional.pad(x[..., :channels], (0, 0, 0, 0, width - 1, 0))
     windows_BTHCW = padded.unfold(1, width, 1)
     B, T, H, C, _ = windows_BTHCW.shape
     windows = windows_BTHCW.permute(2, 3, 0, 1, 4).reshape(H * C, B * T, width)
-    y = torch.bmm(windows, weight.reshape(H * C, width, 1))
+    y = torch.bmm(windows, weight.reshape(H * C, width, 1)).view(H, C, B, T).permute(2, 3, 0, 1)
     cu_seqlens = options.get("cu_seqlens")
     runs = B if cu_seqlens is None else len(cu_seqlens) - 1
-    return y.view(H, C, B, T).permute(2, 3, 0, 1), x.new_zeros(runs, width - 1, H, C)
+    parts = torch.cat([y, x[..., channels:]], -1).split(widths, dim=-1)
+    return *parts, x.new_zeros(runs, width - 1, H, C)
 
 
 def softmax(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
