@@ -72,7 +72,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--steps", type=int, default=1500, help="optimizer steps")
     add("--per-pairs", type=int, default=16, help="sequences of each number of pairs in a batch")
-    add("--lr", type=float, nargs="+", default=[3e-3], help="peak learning rates to try")
+    add("--lr", type=float, nargs="+", default=[3e-3, 1e-3], help="peak learning rates to try")
     add("--init-std", type=float, nargs="+", default=[0.02, 0.08], help="of the weights at the start, to try")
     add(
         "--enough",

@@ -96,7 +96,8 @@ def test_another_start_is_tried_where_the_first_left_something(tmp_path: Path) -
     import cells
     import run
 
-    given = run.arguments(["--models", "gla", "kda", "--hybrids", "--ladder", "--results", str(tmp_path)])
+    flags = ["--lr", "3e-3", "--models", "gla", "kda", "--hybrids", "--ladder", "--results", str(tmp_path)]
+    given = run.arguments(flags)
     first, second = setups = run.setups_of(given)
     assert (first.init_std, second.init_std) == (0.02, 0.08)
     model, _ = cells.build(cells.Job("gla", "default", (0,)), second, 0)
@@ -137,8 +138,7 @@ SMALL = (
 )
 FLAGS = [
     *SMALL.split(),
-    "--init-std",
-    "0.02",
+    *("--init-std", "0.02", "--lr", "3e-3"),
     "--models",
     "gla",
     "softmax",
