@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -241,7 +242,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         output = Path(args.output).absolute()
         if output.is_dir() or not output.parent.is_dir():
             why = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
-            instead = "the name of a file" if output.is_dir() else f"mkdir -p {Path(args.output).parent}"
+            instead = (
+                "the name of a file"
+                if output.is_dir()
+                else f"mkdir -p {shlex.quote(str(Path(args.output).parent))}"
+            )
             raise ValueError(f"--output {args.output} cannot be written\n  why: {why}\n  try: {instead}")
     for flag, is_given in (("--system", args.system), ("--chat-template", args.chat_template)):
         if is_given and not args.chat:

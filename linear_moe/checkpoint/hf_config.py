@@ -7,6 +7,7 @@ value our layers have, and anything else is refused by name. ``native.py`` is th
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,7 +187,8 @@ def describe_folder(folder: Path) -> Described:
         raise ValueError(
             f"{folder} is a run of linear_moe\n"
             f"  why: import makes a run of a folder of Hugging Face's\n"
-            f"  try: the run as it is; or python tools/convert.py export --load {folder} --hf <folder>, and that folder"
+            f"  try: the run as it is; or python tools/convert.py export --load {shlex.quote(str(folder))} "
+            f"--hf <folder>, and that folder"
         )
     return _exported_by_us(folder, config) if config.get("model_type") == OURS else describe(config)
 

@@ -6,6 +6,7 @@ read where it lies; nothing of it is distributed.
 
 import ast
 import json
+import shlex
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -69,7 +70,7 @@ def check_inputs(paths: Iterable[str]) -> None:
                 raise ValueError(
                     f"{path} is compressed.\n"
                     f"  why: inputs are text, in JSONL or of one document each.\n"
-                    f"  try: {command} {path} > {Path(path).with_suffix('')}"
+                    f"  try: {command} {shlex.quote(path)} > {shlex.quote(str(Path(path).with_suffix('')))}"
                 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def find_run(path: Path, step: int | None = None) -> tuple[Path, int | None]:
         raise ValueError(
             f"{path} is a model in Hugging Face's format\n"
             f"  why: a run of linear_moe is loaded here\n"
-            f"  try: python tools/convert.py import --hf {path} --save <folder>, and that folder"
+            f"  try: python tools/convert.py import --hf {shlex.quote(str(path))} --save <folder>, and that folder"
         )
     return path, step
 

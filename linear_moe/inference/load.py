@@ -8,6 +8,8 @@ platform.
 
 from __future__ import annotations
 
+import shlex
+
 from linear_moe.training import cpu
 
 if cpu.needed():
@@ -88,7 +90,7 @@ def load_model(
         raise ValueError(
             f"{run} is a model in Hugging Face's format\n"
             f"  why: it has no steps, and only one process reads it directly\n"
-            f"  try: python tools/convert.py import --hf {run} --save <folder>, and that folder"
+            f"  try: python tools/convert.py import --hf {shlex.quote(str(run))} --save <folder>, and that folder"
         )
     from linear_moe.checkpoint.importing import import_model  # it builds on this module
 

@@ -1,6 +1,7 @@
 """Checks of what a run reads and writes: token files, their vocabulary, the disk."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def _data_hint(prefix: str) -> str:
     indices = sorted(folder.glob("*.idx")) if folder.is_dir() else []
     found = [path.with_suffix("").name for path in indices if path.with_suffix(".bin").exists()]
     if found:
-        return f"DATASET_PATH={folder / found[0]}" + (
+        return f"DATASET_PATH={shlex.quote(str(folder / found[0]))}" + (
             f" (also there: {', '.join(found[1:4])})" if found[1:] else ""
         )
     return "python tools/preprocess_data.py to make one, or DATASET_PATH=mock"
@@ -98,7 +99,7 @@ def _check_vocabulary(plan: RunPlan, prefix: str) -> None:
         raise PreflightError(
             f"{error}.",
             "it should say which tokenizer wrote the data.",
-            f"rm {prefix}.json, or preprocess again",
+            f"rm {shlex.quote(f'{prefix}.json')}, or preprocess again",
         ) from None
     source = plan.settings.tokenizer or "null"
     if manifest is not None and plan.tokenizer is not None:
@@ -110,7 +111,7 @@ def _check_vocabulary(plan: RunPlan, prefix: str) -> None:
                 f"the data has vocabulary {manifest.vocab_size} of {manifest.tokenizer}"
                 f"{', which has changed since' if has_changed else ''}, "
                 f"TOKENIZER {plan.tokenizer.vocab_size}, and their tokens mean different text.",
-                again if has_changed else f"TOKENIZER={manifest.tokenizer}, or {again}",
+                again if has_changed else f"TOKENIZER={shlex.quote(manifest.tokenizer)}, or {again}",
             )
         return
     largest = (
@@ -135,7 +136,7 @@ def check_run_name(plan: RunPlan) -> None:
         raise PreflightError(
             f"RUN_NAME={name} is a path.",
             "the run lives in OUTPUT_BASEPATH/RUN_NAME, among other runs.",
-            f"OUTPUT_BASEPATH={whole.parent} RUN_NAME={whole.name}",
+            f"OUTPUT_BASEPATH={shlex.quote(str(whole.parent))} RUN_NAME={shlex.quote(whole.name)}",
         )
     others = (
         {plan.run_dir.parent: "a run of its own"} if (plan.run_dir.parent / "config.json").exists() else {}
@@ -151,7 +152,7 @@ def check_run_name(plan: RunPlan) -> None:
         raise PreflightError(
             f"RUN_NAME={name} is {len(name)} characters long.",
             f"names of folders end at {_LONGEST_NAME} bytes.",
-            f"RUN_NAME={name[:40]}",
+            f"RUN_NAME={shlex.quote(name[:40])}",
         )
 
 

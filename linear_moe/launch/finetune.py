@@ -5,6 +5,7 @@ embedding. Everything that is cheap to check is checked before a sample is token
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -205,8 +206,8 @@ def _check_same_order(plan: RunPlan) -> None:
         raise PreflightError(
             f"run {plan.run_dir} would go on with other samples:\n    " + "\n    ".join(changed),
             "which sample a step takes follows from these; some would be repeated and others lost.",
-            f"the variables of that run, or RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={plan.run_dir} to start from its "
-            f"weights",
+            f"the variables of that run, or RUN_NAME=<new> "
+            f"PRETRAIN_CHECKPOINT_PATH={shlex.quote(str(plan.run_dir))} to start from its weights",
         )
 
 

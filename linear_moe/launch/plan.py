@@ -4,6 +4,7 @@ world = nodes x processes per node = TP x PP x CP x DP        experts: world = E
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -318,7 +319,9 @@ def _recorded_tokenizer(settings: RunSettings) -> str:
         manifest = read_manifest(_split_blend(settings.dataset_path)[1][0])
     except (CorruptDataError, IndexError):
         manifest = None
-    return manifest.tokenizer if manifest is not None else "<folder with tokenizer.json>, or TOKENIZER=null"
+    if manifest is None:
+        return "<folder with tokenizer.json>, or TOKENIZER=null"
+    return shlex.quote(manifest.tokenizer)
 
 
 def _split_blend(dataset_path: str) -> tuple[list[float], list[str]]:

@@ -54,7 +54,7 @@ def check_no_iteration(path: Path) -> None:
     raise PreflightError(
         f"PRETRAIN_CHECKPOINT_PATH={path} is one step of a run.",
         f"a run starts from the last one, {folder}/latest_checkpointed_iteration.txt says which.",
-        f"PRETRAIN_CHECKPOINT_PATH={folder}, or a copy of it whose tracker says {step[1]}",
+        f"PRETRAIN_CHECKPOINT_PATH={shlex.quote(str(folder))}, or a copy of it whose tracker says {step[1]}",
     )
 
 
@@ -99,7 +99,7 @@ def check_resume(plan: RunPlan) -> None:
             "it holds a tokenizer, which has its own variable now."
             if only_tokenizer
             else f"there is no {source / 'latest_checkpointed_iteration.txt'}.",
-            f"TOKENIZER={source} PRETRAIN_CHECKPOINT_PATH=none"
+            f"TOKENIZER={shlex.quote(str(source))} PRETRAIN_CHECKPOINT_PATH=none"
             if only_tokenizer
             else "the run folder or its checkpoint/ folder, or PRETRAIN_CHECKPOINT_PATH=none",
         )
@@ -119,7 +119,8 @@ def _same_optimizer(plan: RunPlan) -> None:
     arguments = read_config(plan.run_dir).get("arguments")
     if arguments is None:
         return
-    anew = f"RUN_NAME=<new> PRETRAIN_CHECKPOINT_PATH={plan.run_dir} to start from the weights alone"
+    start = f"PRETRAIN_CHECKPOINT_PATH={shlex.quote(str(plan.run_dir))}"
+    anew = f"RUN_NAME=<new> {start} to start from the weights alone"
     if ("--use-distributed-optimizer" in arguments) != plan.settings.do:
         here, there = str(plan.settings.do).lower(), str(not plan.settings.do).lower()
         raise PreflightError(
@@ -148,7 +149,7 @@ def _same_tokenizer(plan: RunPlan) -> None:
         raise PreflightError(
             f"run {plan.run_dir} was trained with another tokenizer than TOKENIZER={plan.settings.tokenizer}.",
             f"the tokens that it knows are those of {kept}, and mean other text in this one.",
-            f"TOKENIZER={kept}, or another RUN_NAME for a new run",
+            f"TOKENIZER={shlex.quote(str(kept))}, or another RUN_NAME for a new run",
         )
 
 

@@ -1,6 +1,7 @@
 """Checks against runs: the one that would be resumed, its name, the weights that another starts from."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,29 @@ def test_resume_with_the_same_model(tmp_path: Path):
     assert message(**again, TP="2", GPUS_PER_NODE="4", LR="1e-3", TRAIN_ITERS="20") == ""
     assert "resumed at step 5 of 10" in header(make_plan(**again))
     assert message(**again, PRETRAIN_CHECKPOINT_PATH="/absent") == "", "it has weights of its own by now"
+
+
+def test_what_is_to_be_typed_has_its_quotes(data: dict[str, str], tmp_path: Path):
+    """Paths with spaces, pasted into a shell, are one word each."""
+    base = tmp_path / "my runs"
+    finished_run(base)
+    index = json.loads((tmp_path / "mine.json").read_text()) | {"tokenizer": f"{tmp_path}/my tok"}
+    (tmp_path / "mine.json").write_text(json.dumps(index))
+    run, words = f"{base}/old", {"OUTPUT_BASEPATH": str(base), "RUN_NAME": "old"}
+    for variables, assigned in (
+        ({**words, "DO": "false"}, f"PRETRAIN_CHECKPOINT_PATH={run}"),
+        (
+            {"RUN_NAME": "my runs/old/../new one", "OUTPUT_BASEPATH": str(tmp_path)},
+            f"OUTPUT_BASEPATH={run[:-4]}",
+        ),
+        (
+            {"PRETRAIN_CHECKPOINT_PATH": f"{run}/checkpoint/iter_0000005"},
+            f"PRETRAIN_CHECKPOINT_PATH={run}/checkpoint,",
+        ),
+        ({"DATASET_PATH": data["DATASET_PATH"]}, f"TOKENIZER={tmp_path}/my tok"),
+    ):
+        attempt = message(**variables).partition("\n  try: ")[2]
+        assert assigned in shlex.split(attempt), attempt
 
 
 def test_what_a_run_does_otherwise_is_told(data: dict[str, str], tmp_path: Path):
