@@ -1,6 +1,8 @@
 """Answers on the disk as they are done, under the name of the file when all are there."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -39,17 +41,31 @@ def test_a_job_that_is_stopped_keeps_what_it_had(tmp_path: Path, capsys: pytest.
     assert list(tmp_path.iterdir()) == [], "another process writes"
 
 
-def test_where_answers_cannot_be_written(tmp_path: Path):
+def test_where_answers_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "x.part").mkdir()
     with pytest.raises(
         ValueError, match=r"/x.part cannot be written: Is a directory\n  why: .*\n  try: --output "
     ):
         Answers(str(tmp_path / "x"), 1, is_writer=True).__enter__()
-    full = Answers("/dev/full", 1, is_writer=True)
+
+    def full_disk(path: Path, mode: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = Answers(str(tmp_path / "y"), 1, is_writer=True)
     with (
-        pytest.raises(ValueError, match=r"^/dev/full cannot be written: No space left on device\n  why: "),
+        pytest.raises(ValueError, match=r"/y.part cannot be written: No space left on device\n  why: "),
         full,
     ):
+        monkeypatch.setattr(Path, "open", full_disk)
         full.add(ROWS)
-    with Answers("/dev/null", 2, is_writer=True) as answers:
+
+
+def test_what_is_no_file_keeps_its_name(tmp_path: Path):
+    """A pipe that somebody reads; a device has no other name, either."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with Answers(str(pipe), 2, is_writer=True) as answers:
         answers.add(ROWS)
+        assert [json.loads(line) for line in os.read(reader, 1000).splitlines()] == ROWS
+    os.close(reader)
+    assert list(tmp_path.iterdir()) == [pipe] and pipe.is_fifo()
