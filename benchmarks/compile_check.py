@@ -62,6 +62,7 @@ KINDS = {
 AROUND = {
     "rotate_heads": ("",),
     "log_decay_of": ("softplus", "log_sigmoid", "sigmoid", "exp"),
+    "bounded_decay_of": ("",),
     "conv_and_split": ("",),
     "skip_gate_norm": ("skip", "alone"),
     "adam_": ("",),
@@ -218,6 +219,8 @@ def _around(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: i
     if op == "log_decay_of":
         has_rate = {"rate": ones(heads), "bias": ones(heads, num_keys)} if kind == "softplus" else {}
         return {"x": x, "form": kind, **has_rate}
+    if op == "bounded_decay_of":
+        return {"x": x, "bound": torch.zeros(heads, num_keys).requires_grad_()}
     if op == "conv_and_split":
         widths = num_keys // 2, num_keys // 2, num_values
         weight = ones(heads, num_keys, 4)

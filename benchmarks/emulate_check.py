@@ -140,6 +140,10 @@ def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int) -> d
     if op == "log_decay_of":
         has_rate = {"rate": normal(2).abs(), "bias": normal(2, num_keys)} if kind == "softplus" else {}
         return {"x": normal(2, tokens, 2, num_keys), "form": kind, "scale": 0.5, **has_rate}
+    if op == "bounded_decay_of":
+        bound = torch.randn(2, num_keys) * 4
+        bound[0, ::3] = -float("inf")
+        return {"x": normal(2, tokens, 2, num_keys) * 4, "bound": bound}
     if op == "conv_and_split":
         x, widths = normal(2, tokens, 2, num_keys + num_values), (num_keys // 2, num_keys // 2, num_values)
         return {"x": x, "weight": normal(2, num_keys, 4), "widths": widths, "activation": "silu"}

@@ -50,7 +50,7 @@ PARTS = {
     "short convolution": r"short_conv|conv\.py|conv_input",
     "scan": r"triton/(diag|delta|dplr|decay|states|segment|chunk)",
     "norm and gate of outputs": r"gated_norm|skip_norm|lsm/output",
-    "gates and splits of mixers": r"lsm/|scaled|log_decay|random\.py",
+    "gates and splits of mixers": r"lsm/|scaled|log_decay|bounded_decay|random\.py",
     "norms": r"model/norm",
     "residual stream": r"fused_bias_dropout|several readers",
     "output loss": r"output_loss|cross_entropy|pretrain.py:loss",

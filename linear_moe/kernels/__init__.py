@@ -1,5 +1,6 @@
 """Linear-recurrence kernels: pure functions of tensors, no Megatron and no mixers."""
 
+from linear_moe.kernels.gates import bounded_decay_of, log_decay_of
 from linear_moe.kernels.ops import (
     conv_and_split,
     delta_rule,
@@ -9,7 +10,6 @@ from linear_moe.kernels.ops import (
     dplr_delta_rule,
     dplr_delta_rule_segment,
     gated_rms_norm,
-    log_decay_of,
     rotate_heads,
     scale_heads,
     short_conv,
@@ -22,6 +22,7 @@ from linear_moe.kernels.tokens import collect_rows, cross_entropy_, spread_rows,
 __all__ = [
     "Segment",
     "adam_",
+    "bounded_decay_of",
     "collect_rows",
     "conv_and_split",
     "cross_entropy_",

@@ -214,6 +214,13 @@ def check_log_decay_of(x: Tensor, rate: Tensor | None, bias: Tensor | None, form
         _fail("form", f"is {form!r}", "there is no other", " or ".join(f'"{name}"' for name in FORMS))
 
 
+def check_bounded_decay_of(x: Tensor, bound: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.bounded_decay_of` takes."""
+    check_gated_norm(x, None, None, "swish")
+    _check_float("bound", bound, x.device)
+    _check_shape("bound", bound, x.shape[2:], "[H, K]")
+
+
 def check_scaled(x: Tensor, weight: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.scale_heads` takes."""
     check_gated_norm(x, None, None, "swish")

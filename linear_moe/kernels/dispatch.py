@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linear_moe.kernels import (
     adam,
+    bounded_decay,
     chunked_delta,
     chunked_diag,
     chunked_dplr,
@@ -219,6 +220,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("conv_and_split", conv, "short_conv", _takes_taps),
         _operation("gated_rms_norm", gated_norm, "gated_norm", _takes_width),
         _operation("log_decay_of", log_decay, "log_decay", _takes_width),
+        _operation("bounded_decay_of", bounded_decay, "bounded_decay", _takes_width),
         _operation("scale_heads", scaled, "scaled", _takes_width),
         _operation("rotate_heads", rotary, "rotary"),
         _operation("skip_gate_norm", skip_norm, "skip_norm", _takes_group),

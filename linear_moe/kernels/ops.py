@@ -270,35 +270,6 @@ def gated_rms_norm(
     return _run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
 
 
-def log_decay_of(
-    x: Tensor,
-    rate: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    form: str = "softplus",
-    scale: float = 1.0,
-) -> Tensor:
-    """Log decays from logits: ``-scale * rate * f(x + bias)``.
-
-    Computes in float32, or float64 for float64 inputs, and keeps only its inputs for the backward pass.
-
-    Args:
-        x: ``[B, T, H, K]``, any float dtype, any strides.
-        rate: ``[H]``; ``None``: ones.
-        bias: ``[H, K]``; ``None``: zeros.
-        form: f, ``"softplus"``, ``"log_sigmoid"`` (then ``-f`` is the log of a sigmoid), ``"sigmoid"`` or ``"exp"``.
-        scale: of the result.
-
-    Returns:
-        ``[B, T, H, K]``, float32 (float64 for float64 x).
-
-    Raises:
-        ValueError: a shape, dtype, device or ``form`` does not fit.
-    """
-    checks.check_log_decay_of(x, rate, bias, form)
-    return _run("log_decay_of", x, x, rate, bias, form=form, scale=scale)
-
-
 def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
     """Each head of a token times its number: ``weight[..., None] * x``.
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.kernels.adam import definition as adam_  # noqa: F401  # element by element, as all of torch
+from linear_moe.kernels.reference_gates import bounded_decay_of, log_decay_of  # noqa: F401
 from linear_moe.kernels.reference_tokens import (  # noqa: F401
     collect_rows,
     cross_entropy_,
@@ -254,30 +255,6 @@ def gated_rms_norm(
             y = y * (opening * gate[:, :, h].to(dtype) if activation == "swish" else opening)
         heads.append(y)
     return torch.stack(heads, 2).to(x.dtype)
-
-
-def log_decay_of(
-    x: Tensor,
-    rate: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    form: str = "softplus",
-    scale: float = 1.0,
-) -> Tensor:
-    """One head after the other, by exponentials and their logarithms."""
-    dtype, heads = torch.promote_types(x.dtype, torch.float32), []
-    for h in range(x.shape[2]):
-        z = x[:, :, h].to(dtype)
-        z = z if bias is None else z + bias[h].to(dtype)
-        nothing = torch.zeros_like(z)
-        f = {
-            "softplus": torch.logaddexp(nothing, z),
-            "log_sigmoid": torch.logaddexp(nothing, -z),
-            "sigmoid": 1 / (1 + torch.exp(-z)),
-            "exp": torch.exp(z),
-        }[form]
-        heads.append(f * (-scale if rate is None else -scale * rate[h].to(dtype)))
-    return torch.stack(heads, 2)
 
 
 def scale_heads(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels import bounded_decay_of
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import check_given, heads_in, one_of, positive
 from linear_moe.lsm.recurrence import DiagonalDecay
@@ -77,17 +78,9 @@ class HGRN2(DiagonalDecay):
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
         """The log decay in float32, and keys of what it leaves."""
-        f_BTHK = widen(p["f"])
-        log_bound_HK, log_rest_HK = _bounds(widen(w["lower_bounds"]), place.layer_of_kind)
-        log_decay_BTHK = torch.logaddexp(log_bound_HK, log_rest_HK + F.logsigmoid(f_BTHK))
-        # 1 - a without the difference of two numbers near 1
-        k_BTHK = log_rest_HK.exp() * torch.sigmoid(-f_BTHK)
-        return {
-            "q": F.silu(p["q"]),
-            "k": k_BTHK.to(p["i"].dtype),
-            "v": p["i"],
-            "log_decay": log_decay_BTHK.clamp(max=0),  # rounding may lift it above
-        }
+        bound_HK = _logit_of_bound(widen(w["lower_bounds"]), place.layer_of_kind)
+        k_BTHK, log_decay_BTHK = bounded_decay_of(p["f"], bound_HK)
+        return {"q": F.silu(p["q"]), "k": k_BTHK, "v": p["i"], "log_decay": log_decay_BTHK}
 
     @property
     def num_norm_groups(self) -> int:
@@ -95,8 +88,8 @@ class HGRN2(DiagonalDecay):
         return 1
 
 
-def _bounds(table_HLK: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """log b and log(1 - b) of one layer, ``[H, K]``: both are sums of rows of the softmax, so neither cancels."""
+def _logit_of_bound(table_HLK: Tensor, layer: int) -> Tensor:
+    """log b - log(1 - b) of one layer, ``[H, K]``: both are sums of rows of the softmax, so neither cancels."""
     log_p_HLK = F.log_softmax(table_HLK, dim=1)
     rest_HLK = torch.cat([log_p_HLK[:, :1], log_p_HLK[:, layer + 1 :]], dim=1)
-    return log_p_HLK[:, 1 : layer + 1].logsumexp(dim=1), rest_HLK.logsumexp(dim=1)
+    return log_p_HLK[:, 1 : layer + 1].logsumexp(dim=1) - rest_HLK.logsumexp(dim=1)

@@ -77,6 +77,14 @@ def log_decay() -> Errors:
     return compared(lambda x: [kernels.log_decay_of(x[None], bias=bias)], inputs)
 
 
+@CASES.add("bounded decay")
+def bounded_decay() -> Errors:
+    """Of one head."""
+    bound = torch.randn(1, WIDTH)
+    inputs = {"x": torch.randn(TOKENS, 1, WIDTH).half()}
+    return compared(lambda x: results(kernels.bounded_decay_of(x[None], bound)), inputs)
+
+
 @CASES.add("skip, gate and norm")
 def skip_gate_norm() -> Errors:
     """Of one head."""

@@ -148,6 +148,7 @@ add(
 add("short convolution packed", "short_conv", dict(x=KEY, weight=(HEADS, KEYS, 4)), cu_seqlens=DOCUMENTS)
 add("gated norm", "gated_rms_norm", dict(x=KEY, weight=(KEYS,), gate=KEY))
 add("log decay", "log_decay_of", dict(x=KEY, rate=(HEADS,), bias=(HEADS, KEYS)))
+add("bounded decay", "bounded_decay_of", dict(x=KEY, bound=(HEADS, KEYS)))
 add("heads times a number", "scale_heads", dict(x=KEY, weight=SCALAR))
 add("rotary positions", "rotate_heads", dict(q=KEY, k=KEY), angles=torch.randn(1, TOKENS, KEYS // 2))
 add(

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-AROUND = {"rotate_heads": 1, "log_decay_of": 4, "conv_and_split": 1, "skip_gate_norm": 2, "adam_": 1}
+AROUND = {
+    **{"rotate_heads": 1, "log_decay_of": 4, "bounded_decay_of": 1, "conv_and_split": 1},
+    **{"skip_gate_norm": 2, "adam_": 1},
+}
 """What stands around the recurrences, and how many kinds are looked at."""
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

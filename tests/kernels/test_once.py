@@ -21,6 +21,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "conv_and_split": lambda x: kernels.conv_and_split(x, x[0, :2, :, :2].movedim(0, -1), widths=(2, 2))[0],
     "gated_rms_norm": lambda x: kernels.gated_rms_norm(x, gate=x),
     "log_decay_of": lambda x: kernels.log_decay_of(x, x[0, 0, :, 0]),
+    "bounded_decay_of": lambda x: kernels.bounded_decay_of(x, x[0, 0])[1],
     "scale_heads": lambda x: kernels.scale_heads(x, x[..., 0]),
     "rotate_heads": lambda x: kernels.rotate_heads(x, x, x[..., 0, :2].detach())[0],
     "weighted_swiglu": lambda x: kernels.weighted_swiglu(x[0, :, 0], x[0, :, 0, 0]),

@@ -77,8 +77,14 @@ def log_decay(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
+def bounded_decay(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x, bound = t["x"].unflatten(-1, (5, 128)), t["weight"].expand(5, 128)
+    return [*module.bounded_decay_of(x, bound), *module.bounded_decay_of(x * 16, bound * -16)]
+
+
 CALLS: dict[str, Call] = {
-    f.__name__: f for f in (short_conv, gated_norm, skip_norm, log_decay, rows, cross_entropy, unit, rotary)
+    **{f.__name__: f for f in (short_conv, gated_norm, skip_norm, log_decay, bounded_decay, rows)},
+    **{f.__name__: f for f in (cross_entropy, unit, rotary)},
 }
 WIDE = ("factor", "angles")
 """What stays float32 in bfloat16 runs."""

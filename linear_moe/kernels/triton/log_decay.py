@@ -89,15 +89,20 @@ def _constants(x: Tensor, rate: Tensor | None, bias: Tensor | None, form: str) -
 
 
 @triton.jit
-def _softplus(z):
-    """log(1 + exp(z)), as exact where that is nearly nothing: log(1 + e) = 2 atanh(e / (2 + e)), e up to 1."""
-    e = tl.exp(-tl.abs(z))
-    s = e / (2.0 + e)
+def log_ratio(s):
+    """log((1 + s) / (1 - s)) = 2 atanh(s), to about 1e-7 of itself for s from -1/3 to 1/3."""
     s2 = s * s
     series = 1.0 / 13 + s2 * (1.0 / 15)
     series = 1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11 + s2 * series))
     series = 1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * series))
-    return tl.maximum(z, 0.0) + 2.0 * s * series
+    return 2.0 * s * series
+
+
+@triton.jit
+def _softplus(z):
+    """log(1 + exp(z)), as exact where that is nearly nothing: exp(-abs(z)) is up to 1."""
+    e = tl.exp(-tl.abs(z))
+    return tl.maximum(z, 0.0) + log_ratio(e / (2.0 + e))
 
 
 @triton.jit
