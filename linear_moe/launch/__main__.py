@@ -25,6 +25,7 @@ from linear_moe.launch.environment import (
     misspelt_variables,
     of_finetuning,
     read_environment,
+    texts_of,
     variables,
 )
 from linear_moe.launch.errors import PreflightError
@@ -83,7 +84,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int) -> RunPlan:
     """What the person leaves out of the model is that of the checkpoint."""
-    given: Mapping[str, str] = {n: text.strip() for n, text in environment.items() if text.strip()}
+    given: Mapping[str, str] = texts_of(environment)
     if given.get("PRETRAIN_CHECKPOINT_PATH", "none") == "none":
         return plan_run(read_environment(given, family), devices)
     given = with_start(given, _announce)

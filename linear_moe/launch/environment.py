@@ -253,6 +253,16 @@ def of_finetuning(environment: Mapping[str, str], names: Collection[str]) -> lis
     ]
 
 
+def texts_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are set, without spaces around them and with the home folder for the ~ of a path."""
+    return {name: _at_home(text.strip()) for name, text in environment.items() if text.strip()}
+
+
+def _at_home(text: str) -> str:
+    # A shell leaves the ~ of a path in quotes as it is, and no file is meant to lie in a folder of that name.
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
 def default_mixer(family: str) -> str:
     """LA_MODULE when it is not set."""
     published = FAMILIES[family].mixer if family in FAMILIES else None
@@ -296,8 +306,7 @@ def _parse(name: str, text: str, f: dataclasses.Field, doc: str) -> Any:
 def _value(name: str, text: str, kind: Any) -> tuple[Any, str]:
     # The value, None when the text is not one, and what the text should be.
     if kind is str:
-        # A shell leaves the ~ of a path in quotes as it is, and no file is meant to lie in a folder of that name.
-        return os.path.expanduser(text) if text.startswith("~/") else text, "text"
+        return _at_home(text), "text"
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         return text.lower() if text.lower() in choices else None, f"one of {', '.join(choices)}"

@@ -15,7 +15,7 @@ from linear_moe.data.instructions.packing import Schedule
 from linear_moe.data.instructions.prepare import Prepared, open_prepared, prepare
 from linear_moe.data.instructions.template import read_template
 from linear_moe.launch.check_layout import check_schedule
-from linear_moe.launch.environment import RunSettings, given_values, read_environment
+from linear_moe.launch.environment import RunSettings, given_values, read_environment, texts_of
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.instructions import FinetuneSettings, Instructions, schedule_of
 from linear_moe.launch.plan import NULL_TOKENIZER, RunPlan, plan_run
@@ -41,7 +41,7 @@ def plan_finetune(
     Raises PreflightError for a mistake in the variables or in the samples.
     """
     settings = FinetuneSettings(**given_values(environment, FinetuneSettings))
-    given: Mapping[str, str] = {n: text.strip() for n, text in environment.items() if text.strip()}
+    given: Mapping[str, str] = texts_of(environment)
     _check_data(given)
     given = with_start(given, announce)
     _check_given(given, settings)

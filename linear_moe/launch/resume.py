@@ -168,11 +168,14 @@ def _same_architecture(plan: RunPlan, run_dir: Path, what: str, instead: str) ->
 
 
 def _replaced_softmax(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_dir: Path) -> str:
-    """What else to try where mixers stand for softmax layers, and all else is the same: an import can do that."""
+    """What else to try where mixers stand for softmax layers, and all else is the same: an import can do that.
+
+    Not with output gates, which no other mixer continues.
+    """
     pairs = zip(saved.get("layer_kinds", []), wanted["layer_kinds"], strict=False)
-    if _different(saved, wanted) != ["layer_kinds"] or {was for was, is_now in pairs if was != is_now} != {
-        "softmax"
-    }:
+    replaced = {was for was, is_now in pairs if was != is_now}
+    has_gates = wanted.get("attention_output_gate", False)
+    if _different(saved, wanted) != ["layer_kinds"] or replaced != {"softmax"} or has_gates:
         return ""
     folder = shlex.quote(f"{run_dir}-hf")
     return (

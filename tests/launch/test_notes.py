@@ -102,4 +102,5 @@ def test_how_often_the_data_is_read(tmp_path: Path):
     assert " = 1.33 epoch(s) of 7.68k tokens in total, " in data(f"0.3 {one} 0.7 {two}")
     assert " = 1.33 epoch(s) of 7.68k tokens in total, " in data(f"{one} {two}")
     assert " = 3,000,000 epoch(s) of 5.00k tokens, " in data(one, TRAIN_ITERS="")
+    assert " = 1,000 epoch(s) of 5.00k tokens, " in data(one, TRAIN_ITERS="4881"), "not 1e+03"
     assert "epoch" not in data(f"{tmp_path}/none") and "epoch" not in data("mock")

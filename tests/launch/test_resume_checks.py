@@ -128,6 +128,9 @@ def test_mixers_for_softmax_layers(tmp_path: Path):
         {"LAYER_TYPE_LIST": "L", "EXTRA_ARGS": "--moe-ffn-hidden-size 128"},
     ):
         assert message(RUN_NAME="old", **others, **base).endswith("another RUN_NAME for a new one")
+    finished_run(tmp_path, "gates", family="qwen3_next", LAYER_TYPE_LIST="LN")
+    gates = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "gates", "LAYER_TYPE_LIST": "LLLN"}
+    assert message(family="qwen3_next", **gates).endswith("another RUN_NAME for a new one")
 
 
 def test_resume_with_other_memories(tmp_path: Path):

@@ -86,8 +86,10 @@ def test_a_size_that_is_named_is_that_of_the_table(tmp_path: Path):
     assert changed.size.moe_ffn_hidden_size == 128 and "MODEL_SIZE" not in changed.from_checkpoint
 
 
-def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Its model is read from its own folder; a new run without the start is refused."""
+def test_a_run_that_goes_on_needs_its_start_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Its model is read from its own folder, also one that is ~/ in quotes; a new run without the start is refused."""
     saved(tmp_path / "old", LA_MODULE="gla", LAYER_TYPE_LIST="LLLN")
     first = from_run(tmp_path / "old", OUTPUT_BASEPATH=str(tmp_path))
     saved(tmp_path / "next", LA_MODULE="gla", LAYER_TYPE_LIST="LLLN")
@@ -95,5 +97,8 @@ def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, capsys: pyte
     again = from_run(tmp_path / "old", OUTPUT_BASEPATH=str(tmp_path))
     assert architecture(again) == architecture(first) and again.run_dir == first.run_dir
     assert f"{tmp_path / 'old'} is gone: {tmp_path / 'next'} goes on from its own" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = from_run(Path("~/old"), OUTPUT_BASEPATH="~/")
+    assert (at_home.run_dir, architecture(at_home)) == (first.run_dir, architecture(first))
     with pytest.raises(PreflightError, match=r"PRETRAIN_CHECKPOINT_PATH=.*/old does not exist"):
         from_run(tmp_path / "old", OUTPUT_BASEPATH=str(tmp_path), RUN_NAME="new")
