@@ -19,8 +19,12 @@ _SKIPPED_FOLDERS = {
 }  # fmt: skip
 _SUFFIXES = {".py", ".txt", ".rst"}
 _LARGEST_FILE = 400_000
-_COMPRESSED = {b"\x1f\x8b": "gzip -dc", b"\x28\xb5\x2f\xfd": "zstd -dc", b"\xfd7zXZ": "xz -dc"}
-"""First bytes of a file, and what unpacks it."""
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip -dc", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd -dc", ".zst"),
+    b"\xfd7zXZ": ("xz -dc", ".xz"),
+}
+"""First bytes of a file, what unpacks it, and how its name ends."""
 
 
 def python_documents() -> Iterator[str]:
@@ -54,7 +58,7 @@ def _manual_topics(path: Path) -> Iterator[str]:
 
 
 def check_inputs(paths: Iterable[str]) -> None:
-    """Raises ValueError for the first of `paths` that is not a file, or is a compressed one."""
+    """Raises ValueError for the first of `paths` that is not a file, cannot be read, or is a compressed one."""
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(
@@ -63,14 +67,23 @@ def check_inputs(paths: Iterable[str]) -> None:
                 f"inputs are JSONL, or text files of one document each.\n"
                 f"  try: --input with the paths of files"
             )
-        with open(path, "rb") as stream:
-            start = stream.read(6)
-        for magic, command in _COMPRESSED.items():
+        try:
+            with open(path, "rb") as stream:
+                start = stream.read(6)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be read: {error.strerror}.\n"
+                f"  why: every input is read from its beginning to its end.\n"
+                f"  try: --input with files that you may read"
+            ) from None
+        for magic, (command, suffix) in _COMPRESSED.items():
             if start.startswith(magic):
+                # Never its own name, which the shell would empty before anything reads it.
+                plain = path.removesuffix(suffix) if path.endswith(suffix) else f"{path}.unpacked.jsonl"
                 raise ValueError(
                     f"{path} is compressed.\n"
                     f"  why: inputs are text, in JSONL or of one document each.\n"
-                    f"  try: {command} {shlex.quote(path)} > {shlex.quote(str(Path(path).with_suffix('')))}"
+                    f"  try: {command} {shlex.quote(path)} > {shlex.quote(plain)}"
                 )
 
 

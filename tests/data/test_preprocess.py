@@ -188,13 +188,32 @@ def test_lines_without_text(tmp_path: Path, line: str, problem: str):
     assert f"a.jsonl:1 {problem}" in str(error.value)
 
 
-def test_a_compressed_input_is_named(tmp_path: Path):
-    """Corpora are passed on so; as text in a wrong encoding it would be a riddle."""
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}'))
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("a.jsonl.gz", "a.jsonl"),
+        ("corpus", "corpus.unpacked.jsonl"),
+        ("a.jsonl", "a.jsonl.unpacked.jsonl"),
+    ],
+)
+def test_a_compressed_input_is_named(tmp_path: Path, name: str, plain: str):
+    """Corpora are passed on so; as text in a wrong encoding it would be a riddle. No advice empties a file."""
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "x"}'))
     with pytest.raises(ValueError) as error:
-        check_inputs([f"{tmp_path}/a.jsonl.gz"])
-    assert str(error.value).startswith(f"{tmp_path}/a.jsonl.gz is compressed.\n  why: ")
-    assert str(error.value).endswith(f"try: gzip -dc {tmp_path}/a.jsonl.gz > {tmp_path}/a.jsonl")
+        check_inputs([f"{tmp_path}/{name}"])
+    assert str(error.value).startswith(f"{tmp_path}/{name} is compressed.\n  why: ")
+    assert str(error.value).endswith(f"try: gzip -dc {tmp_path}/{name} > {tmp_path}/{plain}")
+
+
+def test_an_input_of_somebody_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("x")
+
+    def closed(path: str, mode: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("linear_moe.data.corpus.open", closed, raising=False)
+    with pytest.raises(ValueError, match=r"a.txt cannot be read: Permission denied.\n  why: .*\n  try: "):
+        check_inputs([f"{tmp_path}/a.txt"])
 
 
 def test_what_is_no_utf_8_is_named(tmp_path: Path):
