@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,25 +24,33 @@ class Answers:
     """
 
     def __init__(self, file: str, total: int, *, is_writer: bool) -> None:
-        self.path, self.total, self.is_writer, self.count = Path(file).resolve(), total, is_writer, 0
-        has_name = self.path.is_file() or not self.path.exists()
-        self.part = self.path.with_name(f"{self.path.name}.part") if has_name else self.path
+        self.path, self.total, self.is_writer, self.count = Path(file), total, is_writer, 0
+        self.part = self.path
+        self.stream: FileIO | None = None
+        # Asked before it is resolved: the pipe behind /dev/stdout has no name of a file.
+        if self.path.is_file() or not self.path.exists():
+            self.path = self.path.resolve()
+            self.part = self.path.with_name(f"{self.path.name}.part")
 
     def __enter__(self) -> Self:
-        self._write("w", "")
+        if self.is_writer:
+            with self._told():
+                self.stream = self.part.open("wb", buffering=0)
         return self
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """The next answers, on the disk when this returns."""
-        self._write("a", "".join(json.dumps(row) + "\n" for row in rows))
+        if self.stream is not None:
+            left = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            with self._told():
+                while left:
+                    left = left[self.stream.write(left) :]
         self.count += len(rows)
 
-    def _write(self, mode: str, text: str) -> None:
-        if not self.is_writer:
-            return
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            with self.part.open(mode) as stream:
-                stream.write(text)
+            yield
         except OSError as error:
             raise ValueError(
                 f"{self.part} cannot be written: {error.strerror}\n"
@@ -51,7 +61,10 @@ class Answers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.is_writer or self.part == self.path:
+        if self.stream is None:
+            return
+        self.stream.close()  # not before: who reads a pipe would take that for the end
+        if self.part == self.path:
             return
         if kind is None:
             os.replace(self.part, self.path)

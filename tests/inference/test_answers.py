@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,7 +50,7 @@ def test_where_answers_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         Answers(str(tmp_path / "x"), 1, is_writer=True).__enter__()
 
-    def full_disk(path: Path, mode: str) -> None:
+    def full_disk(text: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     full = Answers(str(tmp_path / "y"), 1, is_writer=True)
@@ -56,16 +58,31 @@ def test_where_answers_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         pytest.raises(ValueError, match=r"/y.part cannot be written: No space left on device\n  why: "),
         full,
     ):
-        monkeypatch.setattr(Path, "open", full_disk)
+        monkeypatch.setattr(full, "stream", SimpleNamespace(write=full_disk, close=full.stream.close))
         full.add(ROWS)
 
 
 def test_what_is_no_file_keeps_its_name(tmp_path: Path):
-    """A pipe that somebody reads; a device has no other name, either."""
+    """A pipe that somebody reads, to its end, after the last answer; a device has no other name, either."""
     os.mkfifo(pipe := tmp_path / "pipe")
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with Answers(str(pipe), 2, is_writer=True) as answers:
+
+    def write() -> None:
+        with Answers(str(pipe), 4, is_writer=True) as answers:
+            answers.add(ROWS)
+            answers.add(ROWS)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    assert read(pipe) == ROWS + ROWS
+    writer.join(5)
+    assert not writer.is_alive() and list(tmp_path.iterdir()) == [pipe] and pipe.is_fifo()
+
+
+def test_the_pipe_behind_standard_output():
+    """What /dev/stdout is in `| head`: a link to no name of a file."""
+    reader, writer = os.pipe()
+    with Answers(f"/dev/fd/{writer}", 2, is_writer=True) as answers:
         answers.add(ROWS)
-        assert [json.loads(line) for line in os.read(reader, 1000).splitlines()] == ROWS
+    assert [json.loads(line) for line in os.read(reader, 1000).splitlines()] == ROWS
     os.close(reader)
-    assert list(tmp_path.iterdir()) == [pipe] and pipe.is_fifo()
+    os.close(writer)
