@@ -73,7 +73,9 @@ def write(store: Store, setups: list[Any]) -> list[Path]:
         ]
         seeds = [sum(not cell.get("error") for cell in one.values()) for one in of_row]
         row["tried"] = sum(count == max(seeds) for count in seeds)
-        its = next(one for one, of in zip(setups, of_row) if any(cell is cells[k] for k, cell in of.items()))
+        its = next(
+            one for one, of in zip(setups, of_row) if any(cell is cells.get(k) for k, cell in of.items())
+        )
         row |= {"lr": its.lr, "init_std": its.init_std}
     found = claims(cells)
     store.folder.mkdir(parents=True, exist_ok=True)

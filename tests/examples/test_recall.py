@@ -92,6 +92,24 @@ def test_a_row_is_of_the_start_that_did_best_over_all_seeds() -> None:
     }
 
 
+def test_a_seed_that_only_another_start_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that failed, for instance: the row is still of the start with the better mean."""
+    import run
+
+    setups = run.setups_of(run.arguments(["--lr", "3e-3", "--pairs", "4", "--results", str(tmp_path)]))
+    facts = {"state_size": 1, "parameters": 1, "options": {}}
+    store, done = tables.Store(tmp_path), {"facts": facts, "steps": 1, "short_of_time": False, "seconds": 1}
+    for setup, accuracies in zip(setups, ((0.2, 0.3, None), (0.4, 0.5)), strict=True):
+        for seed, x in enumerate(accuracies):
+            found = {"error": "out of memory"} if x is None else done | {"accuracy": {"4": x}}
+            cell = {"model": "gla", "size": "1024", "seed": seed, "setup": setup.fingerprint()}
+            store.add([cell | found])
+    monkeypatch.setattr(tables, "plot", lambda *arguments: None)
+    tables.write(store, setups)
+    (row,) = json.loads((tmp_path / "recall.json").read_text())["rows"]
+    assert (row["init_std"], row["tried"], row["mean"][0]) == (0.08, 2, pytest.approx(0.45))
+
+
 def test_another_start_is_tried_where_the_first_left_something(tmp_path: Path) -> None:
     import cells
     import run
