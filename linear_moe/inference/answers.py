@@ -63,12 +63,15 @@ class Answers:
     ) -> None:
         if self.stream is None:
             return
-        self.stream.close()  # not before: who reads a pipe would take that for the end
-        if self.part == self.path:
-            return
-        if kind is None:
-            os.replace(self.part, self.path)
-        elif self.count:
-            print(f"linear_moe: {self.count} of {self.total} answers are in {self.part}", file=sys.stderr)
-        else:
-            self.part.unlink(missing_ok=True)
+        has_part = self.part != self.path
+        try:
+            with self._told() if kind is None else contextlib.suppress(OSError):
+                self.stream.close()  # not before: who reads a pipe would take that for the end
+                if has_part and kind is None:
+                    os.replace(self.part, self.path)
+                    has_part = False
+        finally:
+            if has_part and self.count:
+                print(f"linear_moe: {self.count} of {self.total} answers are in {self.part}", file=sys.stderr)
+            elif has_part:
+                self.part.unlink(missing_ok=True)

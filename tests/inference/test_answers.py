@@ -62,6 +62,17 @@ def test_where_answers_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         full.add(ROWS)
 
 
+def test_a_name_that_cannot_be_taken(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """All are there, and stay where they are."""
+    file, part = tmp_path / "x", tmp_path / "x.part"
+    answers = Answers(str(file), 2, is_writer=True)
+    with pytest.raises(ValueError, match=r"x.part cannot be written: Is a directory\n  why: "), answers:
+        answers.add(ROWS)
+        file.mkdir()
+    assert read(part) == ROWS
+    assert capsys.readouterr().err == f"linear_moe: 2 of 2 answers are in {part}\n"
+
+
 def test_what_is_no_file_keeps_its_name(tmp_path: Path):
     """A pipe that somebody reads, to its end, after the last answer; a device has no other name, either."""
     os.mkfifo(pipe := tmp_path / "pipe")
