@@ -296,6 +296,12 @@ def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) ->
         k: ``[B, T, G, K]``.
         angles: ``[B, T, R]`` with ``2 R <= K``, constants; float64 counts. Channels from 2 R on are copied.
         scale: of what is turned (YaRN's temperature).
+
+    Returns:
+        q and k, turned, in their shapes and dtypes.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or ``angles`` wants a gradient.
     """
     checks.check_rotary(q, k, angles)
     return _run("rotate_heads", q, q, k, angles, scale=scale)

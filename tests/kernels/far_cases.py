@@ -103,6 +103,18 @@ def rotate_heads() -> Errors:
     return compared(lambda q, k: results(kernels.rotate_heads(q[None], k[None], angles)), inputs)
 
 
+@CASES.add("rotary positions, heads apart")
+def rotate_far_heads() -> Errors:
+    """Of 130 heads, and tokens next to each other."""
+    angles = torch.randn(1, 2, 8)
+    inputs = {name: torch.randn(TOKENS, 2, WIDTH).half() for name in ("q", "k")}
+
+    def rotated(q: Tensor, k: Tensor) -> list[Tensor]:
+        return results(kernels.rotate_heads(q[None].transpose(1, 2), k[None].transpose(1, 2), angles))
+
+    return compared(rotated, inputs)
+
+
 @CASES.add("rows")
 def rows() -> Errors:
     """Spread to two slots each."""

@@ -11,7 +11,8 @@ from run_interpreted import errors_of_picked
 NAMES = (
     "diagonal decay", "vector decay", "decay of columns", "delta rule", "delta rule, vector decay", "segment",
     "low rank", "delta segment", "short convolution", "gated norm", "skip, gate and norm", "rows", "gated unit",
-    "cross entropy", "rotary positions", "short convolution of parts", "log decay", "bounded decay",
+    "cross entropy", "rotary positions", "rotary positions, heads apart",
+    "short convolution of parts", "log decay", "bounded decay",
 )  # fmt: skip
 
 

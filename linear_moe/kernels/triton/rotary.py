@@ -89,7 +89,10 @@ def turn_heads(
     K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The heads ``first`` to ``last`` of a tile of tokens, ``x_token`` and ``y_token`` where these are."""
-    for head in range(first, last):
+    # Heads may lie outside of tokens, far apart; the few of a program fit 32 bits, in fewer registers.
+    x += tl.cast(first, tl.int64) * x_h
+    y += tl.cast(first, tl.int64) * y_h
+    for head in range(0, last - first):
         p_x = x + (x_token + head * x_h)[:, None] + i_R[None, :]
         p_y = y + (y_token + head * y_h)[:, None] + i_R[None, :]
         b_1 = tl.load(p_x, mask=m_R, other=0.0).to(tl.float32)
