@@ -95,6 +95,19 @@ def skip_gate_norm() -> Errors:
     )
 
 
+@CASES.add("skip, gate and norm, heads apart")
+def skip_gate_norm_of_far_heads() -> Errors:
+    """Of 130 heads, thirteen of an RMS each, and tokens next to each other."""
+    weights = torch.randn(TOKENS).half(), torch.randn(TOKENS, WIDTH).half()
+    inputs = {name: torch.randn(TOKENS, 2, WIDTH).half() for name in ("x", "skip", "gate")}
+
+    def normed(**far: Tensor) -> list[Tensor]:
+        x, skip, gate = (t[None].transpose(1, 2) for t in far.values())
+        return [kernels.skip_gate_norm(x, skip, *weights, gate, num_groups=10)]
+
+    return compared(normed, inputs)
+
+
 @CASES.add("rotary positions")
 def rotate_heads() -> Errors:
     """Of six channels of 16."""

@@ -11,7 +11,7 @@ from run_interpreted import errors_of_picked
 NAMES = (
     "diagonal decay", "vector decay", "decay of columns", "delta rule", "delta rule, vector decay", "segment",
     "low rank", "delta segment", "short convolution", "gated norm", "skip, gate and norm", "rows", "gated unit",
-    "cross entropy", "rotary positions", "rotary positions, heads apart",
+    "cross entropy", "rotary positions", "rotary positions, heads apart", "skip, gate and norm, heads apart",
     "short convolution of parts", "log decay", "bounded decay",
 )  # fmt: skip
 

@@ -109,7 +109,7 @@ def _constants(x: Tensor, num_groups: int, activation: str, has_skip: bool, has_
 @triton.jit
 def _place(x, row, token, i_head, i_V, x_b, x_t, x_h):
     """Where the channels of a token are."""
-    return x + row * x_b + token * x_t + i_head * x_h + i_V
+    return x + row * x_b + token * x_t + i_head.to(tl.int64) * x_h + i_V
 
 
 @triton.jit(do_not_specialize=["num_tokens", "eps"])
