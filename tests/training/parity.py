@@ -155,7 +155,7 @@ class Comparison:
         for kind in {kind for kind in kinds if kind.startswith("mom_")}:
             self.argv += [f"--{kind.replace('_', '-')}-aux-loss-coeff", "0.1"]  # not lost in rounding
         # A memory's first token reads w / (w + eps), w a square: with the default its gradient shows how q . k rounds.
-        self.argv += ["--mom-rebased-eps", "0.01"]
+        self.argv += ["--rebased-eps", "0.01", "--mom-rebased-eps", "0.01"]
         if documents is not None:
             self.argv.remove("--mock-data")
             self.argv += ["--data-path", documents, "--split", "1,0,0", "--dataloader-inter-document-masking"]
