@@ -33,8 +33,10 @@ from linear_moe.kernels import (
     rows,
     scaled,
     skip_norm,
+    step,
     swiglu,
 )
+from linear_moe.kernels.autocast import without_autocast
 
 ENVIRONMENT_VARIABLE = "LINEAR_MOE_KERNELS"
 
@@ -310,3 +312,31 @@ def is_asked() -> bool:
 
 def _asked() -> str:
     return os.environ.get(ENVIRONMENT_VARIABLE, "")
+
+
+def run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An operation on arguments that are checked, by the backend picked for the device and dtype of ``like``."""
+    with without_autocast(like.device):
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # Only now: it imports torch._dynamo, which takes a second, and Triton.
+            from linear_moe.kernels.uncompiled import run_uncompiled
+
+            return run_uncompiled(_run_picked, op, like, *args, **kwargs)
+        return _run_picked(op, like, *args, **kwargs)
+
+
+def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if op in step.OPERATIONS and like.shape[1] == 1:
+        kwargs = _arrived(kwargs)  # of one token there is nothing worth starting
+        if not is_asked() and step.takes(*args, **kwargs):
+            return step.OPERATIONS[op](*args, **kwargs)
+    backend, _ = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
+    warn_if_unfused(op, backend, like.device)
+    backend = tried(op, backend, args, kwargs)
+    return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
+
+
+def _arrived(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With the ``state``, waited for."""
+    state = kwargs.get("state")
+    return {**kwargs, "state": state()} if callable(state) else kwargs

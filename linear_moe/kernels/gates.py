@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from linear_moe.kernels import checks
-from linear_moe.kernels.ops import _run
+from linear_moe.kernels import checks, dispatch
 
 
 def log_decay_of(
@@ -37,7 +36,7 @@ def log_decay_of(
         ValueError: a shape, dtype, device or ``form`` does not fit.
     """
     checks.check_log_decay_of(x, rate, bias, form)
-    return _run("log_decay_of", x, x, rate, bias, form=form, scale=scale)
+    return dispatch.run("log_decay_of", x, x, rate, bias, form=form, scale=scale)
 
 
 def bounded_decay_of(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,4 +56,4 @@ def bounded_decay_of(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: a shape, dtype or device does not fit.
     """
     checks.check_bounded_decay_of(x, bound)
-    return _run("bounded_decay_of", x, x, bound)
+    return dispatch.run("bounded_decay_of", x, x, bound)

@@ -15,9 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from linear_moe.kernels import checks, dispatch, step
+from linear_moe.kernels import checks, dispatch
 from linear_moe.kernels.arriving import State
-from linear_moe.kernels.autocast import without_autocast
 from linear_moe.kernels.conv import cut
 from linear_moe.kernels.segment import Segment
 
@@ -66,7 +65,7 @@ def diag_decay(
     state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
     checks.check_diag_extras(k, v, log_decay_v, bonus)
     options = dict(log_decay_v=log_decay_v, bonus=bonus, scale=scale, state=state, cu_seqlens=cu_seqlens)
-    return _run("diag_decay", v, q, k, v, log_decay, **options)
+    return dispatch.run("diag_decay", v, q, k, v, log_decay, **options)
 
 
 def delta_rule(
@@ -87,7 +86,9 @@ def delta_rule(
     """
     state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
     checks.check_beta(v, beta)
-    return _run("delta_rule", v, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return dispatch.run(
+        "delta_rule", v, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens
+    )
 
 
 def dplr_delta_rule(
@@ -112,7 +113,7 @@ def dplr_delta_rule(
     state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
     checks.check_low_rank(k, a, b)
     options = dict(scale=scale, state=state, cu_seqlens=cu_seqlens)
-    return _run("dplr_delta_rule", v, q, k, v, a, b, log_decay, **options)
+    return dispatch.run("dplr_delta_rule", v, q, k, v, a, b, log_decay, **options)
 
 
 def diag_decay_segment(
@@ -131,7 +132,9 @@ def diag_decay_segment(
     """
     checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
     checks.check_diag_extras(k, v, log_decay_v)
-    return _run("diag_decay_segment", v, k, v, log_decay, log_decay_v=log_decay_v, cu_seqlens=cu_seqlens)
+    return dispatch.run(
+        "diag_decay_segment", v, k, v, log_decay, log_decay_v=log_decay_v, cu_seqlens=cu_seqlens
+    )
 
 
 def delta_rule_segment(
@@ -145,7 +148,7 @@ def delta_rule_segment(
     """
     checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
     checks.check_beta(v, beta)
-    return _run("delta_rule_segment", v, k, v, beta, log_decay, cu_seqlens=cu_seqlens)
+    return dispatch.run("delta_rule_segment", v, k, v, beta, log_decay, cu_seqlens=cu_seqlens)
 
 
 def dplr_delta_rule_segment(
@@ -165,7 +168,7 @@ def dplr_delta_rule_segment(
     """
     checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
     checks.check_low_rank(k, a, b)
-    return _run("dplr_delta_rule_segment", v, k, v, a, b, log_decay, cu_seqlens=cu_seqlens)
+    return dispatch.run("dplr_delta_rule_segment", v, k, v, a, b, log_decay, cu_seqlens=cu_seqlens)
 
 
 def short_conv(
@@ -196,7 +199,7 @@ def short_conv(
     """
     checks.check_conv(x, weight, bias, activation, state, cu_seqlens)
     options = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
-    return _run("short_conv", x, x, weight, bias, **options)
+    return dispatch.run("short_conv", x, x, weight, bias, **options)
 
 
 def conv_and_split(
@@ -232,7 +235,8 @@ def conv_and_split(
     options: dict[str, Any] = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
     if torch.is_grad_enabled():
         return cast(
-            tuple[Tensor, ...], _run("conv_and_split", x, x, weight, bias, widths=tuple(widths), **options)
+            tuple[Tensor, ...],
+            dispatch.run("conv_and_split", x, x, weight, bias, widths=tuple(widths), **options),
         )
     head, others = x.tensor_split([weight.shape[1]], dim=-1)
     y, final = short_conv(head, weight, bias, **options)
@@ -267,7 +271,7 @@ def gated_rms_norm(
         ValueError: a shape, dtype or device does not fit.
     """
     checks.check_gated_norm(x, weight, gate, activation)
-    return _run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
+    return dispatch.run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
 
 
 def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
@@ -283,7 +287,7 @@ def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
         ``[B, T, H, V]`` in x's dtype.
     """
     checks.check_scaled(x, weight)
-    return _run("scale_heads", x, x, weight)
+    return dispatch.run("scale_heads", x, x, weight)
 
 
 def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -304,7 +308,7 @@ def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) ->
         ValueError: a shape, dtype or device does not fit, or ``angles`` wants a gradient.
     """
     checks.check_rotary(q, k, angles)
-    return _run("rotate_heads", q, q, k, angles, scale=scale)
+    return dispatch.run("rotate_heads", q, q, k, angles, scale=scale)
 
 
 def skip_gate_norm(
@@ -340,31 +344,4 @@ def skip_gate_norm(
     """
     checks.check_skip_gate_norm(x, skip, skip_weight, weight, gate, num_groups, activation)
     options = dict(num_groups=num_groups, activation=activation, eps=eps)
-    return _run("skip_gate_norm", x, x, skip, skip_weight, weight, gate, **options)
-
-
-def _run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
-    with without_autocast(like.device):
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            # Only now: it imports torch._dynamo, which takes a second, and Triton.
-            from linear_moe.kernels.uncompiled import run_uncompiled
-
-            return run_uncompiled(_run_picked, op, like, *args, **kwargs)
-        return _run_picked(op, like, *args, **kwargs)
-
-
-def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if op in step.OPERATIONS and like.shape[1] == 1:
-        kwargs = _arrived(kwargs)  # of one token there is nothing worth starting
-        if not dispatch.is_asked() and step.takes(*args, **kwargs):
-            return step.OPERATIONS[op](*args, **kwargs)
-    backend, _ = dispatch.pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
-    dispatch.warn_if_unfused(op, backend, like.device)
-    backend = dispatch.tried(op, backend, args, kwargs)
-    return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
-
-
-def _arrived(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """With the ``state``, waited for."""
-    state = kwargs.get("state")
-    return {**kwargs, "state": state()} if callable(state) else kwargs
+    return dispatch.run("skip_gate_norm", x, x, skip, skip_weight, weight, gate, **options)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linear_moe.kernels import checks
-from linear_moe.kernels.ops import _run
+from linear_moe.kernels import checks, dispatch
 
 
 def adam_(
@@ -51,4 +50,6 @@ def adam_(
     checks.check_adam(param, tensors, half, step)
     options = dict(step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     with torch.no_grad():
-        _run("adam_", param, param, *tensors.values(), half, **options, decoupled=decoupled, factor=factor)
+        dispatch.run(
+            "adam_", param, param, *tensors.values(), half, **options, decoupled=decoupled, factor=factor
+        )

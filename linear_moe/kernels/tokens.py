@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from linear_moe.kernels import checks
+from linear_moe.kernels import checks, dispatch
 from linear_moe.kernels.cross_entropy import Statistics
-from linear_moe.kernels.ops import _run
 
 
 def cross_entropy_(
@@ -38,7 +37,7 @@ def cross_entropy_(
         ValueError: a shape, dtype or device does not fit.
     """
     checks.check_cross_entropy(logits, labels, weight)
-    return _run("cross_entropy_", logits, logits, labels, weight, combine=combine)
+    return dispatch.run("cross_entropy_", logits, logits, labels, weight, combine=combine)
 
 
 def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
         ``[S * k, ...]`` in x's dtype.
     """
     checks.check_rows(x, order, place, x.shape[0])
-    return _run("spread_rows", x, x, order, place)
+    return dispatch.run("spread_rows", x, x, order, place)
 
 
 def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -69,7 +68,7 @@ def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None 
         ``[S, ...]`` in x's dtype.
     """
     checks.check_rows(x, order, place, order.shape[0])
-    return _run("collect_rows", x, x, order, place, weight)
+    return dispatch.run("collect_rows", x, x, order, place, weight)
 
 
 def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
@@ -85,4 +84,4 @@ def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
         ``[M, F]`` in x's dtype.
     """
     checks.check_swiglu(x, weight)
-    return _run("weighted_swiglu", x, x, weight)
+    return dispatch.run("weighted_swiglu", x, x, weight)

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
-from linear_moe.kernels.triton.layout import rows_together
-from linear_moe.kernels.triton.log_decay import log_ratio
+from linear_moe.kernels.triton.layout import rows_together, runs_of_heads
+from linear_moe.kernels.triton.log_decay import blocks, log_ratio
 
 TILE, RUN = 8, 128
 """Tokens that the four warps have at a time, eight channels a thread, if a head has 128, and tokens of a program."""
@@ -44,8 +44,9 @@ class _BoundedDecay(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, bound)
         k, y = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
-        forward_kernel[_grid(x)](
-            x, bound.contiguous(), k, y, *x.shape[1:3], *x.stride()[:3], *k.stride()[:3], *y.stride()[:3], **_blocks(x),
+        forward_kernel[runs_of_heads(x, RUN)](
+            x, bound.contiguous(), k, y, *x.shape[1:3],
+            *x.stride()[:3], *k.stride()[:3], *y.stride()[:3], **blocks(x, TILE, RUN),
         )  # fmt: skip
         return k, y
 
@@ -54,22 +55,13 @@ class _BoundedDecay(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, bound = ctx.saved_tensors
         dk, dy = map(rows_together, grads)
-        dx, (runs, heads) = torch.empty_like(x), _grid(x)
+        dx, (runs, heads) = torch.empty_like(x), runs_of_heads(x, RUN)
         parts = x.new_empty(runs, heads, x.shape[-1], dtype=torch.float32)
         backward_kernel[runs, heads](
             x, bound.contiguous(), dk, dy, dx, parts, *x.shape[1:3],
-            *x.stride()[:3], *dk.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], **_blocks(x),
+            *x.stride()[:3], *dk.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], **blocks(x, TILE, RUN),
         )  # fmt: skip
         return dx, parts.sum(0).to(bound.dtype)
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0] * triton.cdiv(x.shape[1], RUN), x.shape[2]
-
-
-def _blocks(x: Tensor) -> dict[str, int]:
-    block = max(16, triton.next_power_of_2(x.shape[-1]))
-    return dict(D=x.shape[-1], BLOCK=block, TILE=max(4, TILE * 128 // block), RUN=RUN, num_warps=4)
 
 
 @triton.jit

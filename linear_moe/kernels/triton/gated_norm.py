@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
-from linear_moe.kernels.triton.layout import in_order_of, rows_together
+from linear_moe.kernels.triton.layout import in_order_of, rows_together, runs_of_heads
 
 TILE, RUN = 16, 128
 """Tokens that the four warps have at a time, and tokens of a program."""
@@ -57,7 +57,7 @@ class _GatedNorm(torch.autograd.Function):
         ctx.constants = _constants(x, weight, gate, activation)
         ctx.sizes = (x.shape[1], x.shape[2], eps, scale)
         g = x if gate is None else gate
-        forward_kernel[_grid(x)](
+        forward_kernel[runs_of_heads(x, RUN)](
             x, x if weight is None else weight.contiguous(), g, y,
             *ctx.sizes, *x.stride()[:3], *g.stride()[:3], *y.stride()[:2], **ctx.constants,
         )  # fmt: skip
@@ -71,7 +71,7 @@ class _GatedNorm(torch.autograd.Function):
         dy, g = rows_together(dy), x if gate is None else gate
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dg = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
-        runs, heads = _grid(x)
+        runs, heads = runs_of_heads(x, RUN)
         parts = None if weight is None else x.new_empty(runs, heads, x.shape[-1], dtype=torch.float32)
         backward_kernel[runs, heads](
             x, x if weight is None else weight.contiguous(), g, dy, dx,
@@ -82,10 +82,6 @@ class _GatedNorm(torch.autograd.Function):
         if parts is not None:
             d_weight = parts.sum((0, 1) if weight.ndim == 1 else 0).to(weight.dtype)
         return dx, d_weight, dg, None, None, None
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0] * triton.cdiv(x.shape[1], RUN), x.shape[2]
 
 
 def _constants(x: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str) -> dict[str, Any]:

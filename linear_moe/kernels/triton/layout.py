@@ -88,6 +88,11 @@ def in_order_of(like: Tensor, x_BTHD: Tensor) -> Tensor:
     return torch.empty_like(x_BTHD.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
 
 
+def runs_of_heads(x: Tensor, run: int) -> tuple[int, int]:
+    """The grid of programs that own one head of ``run`` tokens each of ``[B, T, H, K]``: (B * runs, H)."""
+    return x.shape[0] * triton.cdiv(x.shape[1], run), x.shape[2]
+
+
 def of_groups(grad: Tensor, x_BTGK: Tensor) -> Tensor:
     """Sum over the heads that share one of ``x``: in float32, rounded once."""
     if grad.shape[2] == x_BTGK.shape[2]:

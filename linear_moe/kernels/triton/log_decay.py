@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
-from linear_moe.kernels.triton.layout import rows_together
+from linear_moe.kernels.triton.layout import rows_together, runs_of_heads
 
 TILE, RUN = 16, 128
 """Tokens that the four warps have at a time, if a head has 128 channels, and tokens of a program."""
@@ -47,7 +47,7 @@ class _LogDecay(torch.autograd.Function):
         ctx.save_for_backward(x, rate, bias)
         ctx.sizes, ctx.constants = (*x.shape[1:3], scale), _constants(x, rate, bias, form)
         y = torch.empty_like(x, dtype=torch.float32)
-        forward_kernel[_grid(x)](
+        forward_kernel[runs_of_heads(x, RUN)](
             *_tensors(x, rate, bias), y, *ctx.sizes, *x.stride()[:3], *y.stride()[:3], **ctx.constants
         )
         return y
@@ -57,7 +57,7 @@ class _LogDecay(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, rate, bias = ctx.saved_tensors
         dy, dx = rows_together(grads[0]), torch.empty_like(x)
-        runs, heads = _grid(x)
+        runs, heads = runs_of_heads(x, RUN)
         has_sums = rate is not None or bias is not None
         parts = x.new_empty(2, runs, heads, x.shape[-1], dtype=torch.float32) if has_sums else None
         backward_kernel[runs, heads](
@@ -72,20 +72,18 @@ class _LogDecay(torch.autograd.Function):
         return dx, d_rate, d_bias, None, None
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0] * triton.cdiv(x.shape[1], RUN), x.shape[2]
-
-
 def _tensors(x: Tensor, rate: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
     return x, x if rate is None else rate.contiguous(), x if bias is None else bias.contiguous()
 
 
 def _constants(x: Tensor, rate: Tensor | None, bias: Tensor | None, form: str) -> dict[str, Any]:
+    return dict(blocks(x, TILE, RUN), FORM=form, HAS_RATE=rate is not None, HAS_BIAS=bias is not None)
+
+
+def blocks(x: Tensor, tile: int, run: int) -> dict[str, int]:
+    """Constants of kernels whose programs own ``run`` tokens, ``tile`` at a time if a head has 128 channels."""
     block = max(16, triton.next_power_of_2(x.shape[-1]))
-    return dict(
-        D=x.shape[-1], BLOCK=block, TILE=max(4, TILE * 128 // block), RUN=RUN, FORM=form,
-        HAS_RATE=rate is not None, HAS_BIAS=bias is not None, num_warps=4,
-    )  # fmt: skip
+    return dict(D=x.shape[-1], BLOCK=block, TILE=max(4, tile * 128 // block), RUN=run, num_warps=4)
 
 
 @triton.jit
