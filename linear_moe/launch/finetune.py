@@ -5,6 +5,7 @@ embedding. Everything that is cheap to check is checked before a sample is token
 """
 
 import math
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -97,8 +98,9 @@ def _no_tokenizer(given: Mapping[str, str]) -> PreflightError:
 
 
 def _files(text: str) -> list[str]:
-    # Several files are separated by spaces, which may also be part of one file's name.
-    return [text] if Path(text).exists() else text.split()
+    # Several files are separated by spaces, which may also be part of one file's name. Path.exists would raise where
+    # many names are too long for one.
+    return [text] if os.path.exists(text) else text.split()
 
 
 def _with_samples(plan: RunPlan, template: str | None, announce: Callable[[str], None]) -> RunPlan:

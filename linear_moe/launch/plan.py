@@ -3,6 +3,7 @@
 world = nodes x processes per node = TP x PP x CP x DP        experts: world = ETP x EP x PP x expert DP
 """
 
+import os
 import re
 import shlex
 import sys
@@ -325,7 +326,8 @@ def _recorded_tokenizer(settings: RunSettings) -> str:
 
 
 def _split_blend(dataset_path: str) -> tuple[list[float], list[str]]:
-    if Path(f"{dataset_path}.idx").exists():
+    # Not Path.exists, which raises for a long blend: as a file's name it would be too long.
+    if os.path.exists(f"{dataset_path}.idx"):
         return [], [dataset_path]  # one prefix, which may have spaces
     words = dataset_path.split()
     weights = []

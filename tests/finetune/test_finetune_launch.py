@@ -157,6 +157,8 @@ def test_mistakes(files, tmp_path):
         return message(files, tmp_path / "output", **given).partition("\n")[0]
 
     assert first(DATASET_PATH="") == "DATASET_PATH is not set."
+    many = " ".join(f"part_{i}_conversations.jsonl" for i in range(99))  # longer than a name of a file may be
+    assert first(DATASET_PATH=many) == "part_0_conversations.jsonl cannot be read: No such file or directory"
     assert first(DATASET_PATH="absent.jsonl") == "absent.jsonl cannot be read: No such file or directory"
     assert first(DATASET_PATH=str(files / "broken.jsonl")).startswith(
         f"{files / 'broken.jsonl'}:17 is not JSON"

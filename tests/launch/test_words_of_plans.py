@@ -119,6 +119,9 @@ def test_notes_on_layouts_and_devices():
     assert "ETP is 1" not in told(4, TP="2", EP="2") + told(NPROC_PER_NODE="4", TP="2", EP="2", ETP="1")
 
 
+LONG = [f"part_{i}_text_document" for i in range(99)]
+
+
 @pytest.mark.parametrize(
     ("text", "weights", "prefixes"),
     [
@@ -128,6 +131,9 @@ def test_notes_on_layouts_and_devices():
         ("a b", [], ["a", "b"]),
         ("", [], []),
         ("1 a 2", [], ["1", "a", "2"]),
+        # Longer than the name of a file may be.
+        (" ".join(f"2 part_{i}_text_document" for i in range(99)), [2.0] * 99, LONG),
+        (" ".join(LONG), [], LONG),
     ],
 )
 def test_blends(text: str, weights: list[float], prefixes: list[str]):
