@@ -11,6 +11,7 @@ import pytest
 from linear_moe.data.instructions import prepare as preparing
 from linear_moe.data.instructions.prepare import open_prepared, prepare
 from linear_moe.data.instructions.report import Report
+from linear_moe.data.tokenizer import describe_tokenizer
 from tests.finetune.chat import chat_tokenizer, mixed_messages, prepared, write_lines
 
 
@@ -123,6 +124,18 @@ def test_everything_that_the_content_follows_from_names_the_folder(
     after = folder()
     config.write_text(text)
     assert before == folder() != after
+
+
+def test_another_way_to_cut_text_is_another_folder(tokenizer: str, lines: str, tmp_path: Path):
+    """With the same tokens, and so with the same fingerprint: the samples of the one are not those of the other."""
+    changed = Path(chat_tokenizer(tmp_path / "tok"))
+    content = json.loads((changed / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    (changed / "tokenizer.json").write_text(json.dumps(content))
+    assert describe_tokenizer(str(changed)).fingerprint == describe_tokenizer(tokenizer).fingerprint
+    cached, alone = (prepared(str(changed), lines, tmp_path / cache) for cache in ("cache", "alone"))
+    before = prepared(tokenizer, lines, tmp_path / "cache")
+    assert before.tokens.tolist() != cached.tokens.tolist() == alone.tokens.tolist()
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "learned.npy", "ends.npy", "report.json"])

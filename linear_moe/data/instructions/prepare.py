@@ -29,6 +29,12 @@ FORMAT = 2
 _BATCH = 1024
 """Samples tokenized at a time, by as many threads as there are cores."""
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+"""What a tokenizer is opened from: beside its vocabulary, how it splits text, which tokens are special, its template."""
+
 OverLong = Literal["drop", "truncate"]
 
 
@@ -91,9 +97,9 @@ def prepare(
     Raises:
         ValueError: a file that cannot be read, a line that is no sample, no chat template, no sample left.
     """
-    template_files = [Path(tokenizer, name) for name in ("tokenizer_config.json", "chat_template.jinja")]
+    files = [Path(tokenizer, name) for name in _TOKENIZER_FILES]
     settings = [FORMAT, fingerprint, seq_length, over_long, template]
-    key = _key(settings, [*paths, *filter(Path.exists, template_files)], variable)
+    key = _key(settings, [*paths, *filter(Path.exists, files)], variable)
     folder = cache / f"instructions-{key}"
     if not folder.exists():
         announce(f"tokenizing {', '.join(paths)}")
