@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
-"""What a tokenizer is opened from: beside its vocabulary, how it splits text, which tokens are special, its template."""
+"""What a tokenizer is opened from: beside its tokens, how it splits text, which are special, its template."""
 
 OverLong = Literal["drop", "truncate"]
 
