@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         refuse_less("--batch", args.batch, 1, "rows", 16)
         refuse_less("--steps", args.steps, 1, "steps", 32)
         plans = {name: plan_of(name, args) for name in models_of(args.models)}
-    except PreflightError as error:
+    except ValueError as error:
         sys.stderr.write(f"linear_moe.bench: {error}\n")
         return 2
     until = time.monotonic() + 60 * args.minutes

@@ -18,7 +18,7 @@ def plan_model(
     """The plan of a model: without a mixer the family as it was published, softmax or its mixer everywhere.
 
     Raises:
-        ValueError: an unknown family, size or mixer, or a pattern that does not fit (PreflightError).
+        ValueError: an unknown family, size or mixer, or a pattern that does not fit.
     """
     if la_module is None and family in FAMILIES:
         la_module = FAMILIES[family].mixer

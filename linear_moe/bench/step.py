@@ -92,7 +92,7 @@ def main(argv: list[str], measure: Measure = measure) -> int:
             for configuration in configurations:  # every mistake before the first process
                 plan = plan_of(configuration, cuda_device_count(), OUTPUT_BASEPATH=folder)
                 refuse_on_cpu(plan, len(configurations))
-        except PreflightError as error:
+        except ValueError as error:
             sys.stderr.write(f"linear_moe.bench: {error}\n")
             return 2
         command = shlex.join(["python", "-m", "linear_moe.bench", "step", *argv])

@@ -55,6 +55,16 @@ def main() -> int:
         except ValueError as error:
             _write(sys.stderr, f"linear_moe: {with_options(str(error))}")
             return 2
+        except OSError as error:
+            bar.close()
+            target = args.save if args.command == "import" else args.hf
+            _write(
+                sys.stderr,
+                f"linear_moe: {error.filename or target} cannot be used: {error.strerror}\n"
+                f"  why: the disk is full, or the folder is somebody else's\n"
+                f"  try: make room or take other folders; the same command goes on where this one was",
+            )
+            return 2
         except KeyboardInterrupt:
             bar.close()
             _write(sys.stderr, "linear_moe: stopped; the same command goes on where this one was")

@@ -38,7 +38,7 @@ from linear_moe.launch.megatron_args import shell_text, torchrun_command
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import check_kernels, preflight
 from linear_moe.launch.relay import cause, is_our_line, last_lines, mistake, run_logged
-from linear_moe.launch.resume import checkpoint_iteration
+from linear_moe.launch.resume import checkpoint_iteration, going_on
 from linear_moe.launch.starting_model import starting_model, with_start
 from linear_moe.model.families import FAMILIES
 
@@ -65,10 +65,19 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         if task.finetune:
             plan = plan_finetune(variables_given, task.family, devices, _announce)
         else:
-            plan = _plan_pretraining(variables_given, task.family, devices)
+            plan = going_on(_plan_pretraining(variables_given, task.family, devices))
             preflight(plan)
-    except PreflightError as error:
-        _write(sys.stderr, f"linear_moe: {error}")
+    except ValueError as error:
+        if "\n  why: " not in str(error):
+            raise  # not a mistake in the variables: a defect
+        _announce(str(error))
+        return _MISTAKE
+    except OSError as error:
+        _announce(
+            f"{error.filename or 'a file'} cannot be used: {error.strerror}.\n"
+            f"  why: a path among the variables leads there.\n"
+            f"  try: another path, or ask its owner for permission (ls -ld shows who that is)"
+        )
         return _MISTAKE
     own = variables(FinetuneSettings)
     known = {*variables(RunSettings), *own, *RETIRED}

@@ -39,29 +39,24 @@ def plan_finetune(
 ) -> RunPlan:
     """Resolve and check everything, and prepare the samples; ``announce`` is told before that takes a while.
 
-    Raises PreflightError for a mistake in the variables or in the samples.
+    Raises ValueError for a mistake in the variables or in the samples.
     """
     settings = FinetuneSettings(**given_values(environment, FinetuneSettings))
     given: Mapping[str, str] = texts_of(environment)
     _check_data(given)
     given = with_start(given, announce)
     _check_given(given, settings)
-    try:
-        model = starting_model(given, family)
-        given = {**DEFAULTS, **given, **model.variables}
-        template = None if settings.chat_template is None else read_template(settings.chat_template)
-        if given.get("TOKENIZER", NULL_TOKENIZER) == NULL_TOKENIZER:
-            raise _no_tokenizer(given)
-        # Steps follow from the samples; until these are known, one step passes every check of a schedule.
-        first = {**given, "TRAIN_ITERS": "1", "WARMUP_ITERS": "0"}
-        plan = plan_run(read_environment(first, family), cuda_devices, model.families, model.names)
-        plan = replace(plan, instructions=Instructions(settings=settings, is_packed=plan.settings.pack))
-        preflight(plan)
-        plan = _with_samples(plan, template, announce)
-    except PreflightError:
-        raise
-    except ValueError as error:
-        raise PreflightError.of(error) from None
+    model = starting_model(given, family)
+    given = {**DEFAULTS, **given, **model.variables}
+    template = None if settings.chat_template is None else read_template(settings.chat_template)
+    if given.get("TOKENIZER", NULL_TOKENIZER) == NULL_TOKENIZER:
+        raise _no_tokenizer(given)
+    # Steps follow from the samples; until these are known, one step passes every check of a schedule.
+    first = {**given, "TRAIN_ITERS": "1", "WARMUP_ITERS": "0"}
+    plan = plan_run(read_environment(first, family), cuda_devices, model.families, model.names)
+    plan = replace(plan, instructions=Instructions(settings=settings, is_packed=plan.settings.pack))
+    preflight(plan)
+    plan = _with_samples(plan, template, announce)
     plan = _with_saved_samples(replace(plan, settings=_with_steps(plan, given)))
     check_schedule(plan)
     _check_same_order(plan)

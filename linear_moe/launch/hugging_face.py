@@ -13,7 +13,6 @@ from typing import Any
 from linear_moe.checkpoint.hf_config import describe_folder, is_hf_folder
 from linear_moe.checkpoint.options import linear_options, model_arguments
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
-from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, registered_mixers
 from linear_moe.launch.resume import (
     UNSET,
@@ -42,18 +41,15 @@ def hugging_face_folder(given: Mapping[str, str]) -> Path | None:
 def future_config(folder: Path, given: Mapping[str, str]) -> dict[str, Any]:
     """`config.json` of the run that a Hugging Face folder becomes, with the pattern of the variables.
 
-    Raises PreflightError for a model that cannot be imported.
+    Raises ValueError for a model that cannot be imported.
     """
-    try:
-        described = describe_folder(folder)
-        kinds = described.kinds
-        if any(given.get(name, "").strip() for name in _PATTERN):
-            known = registered_mixers(given.get("MIXER_MODULES"))
-            pattern, module, hybrid = (given.get(name, "").strip() or None for name in _PATTERN)
-            kinds = layer_kinds(pattern, module, described.size.num_layers, hybrid, known=known)
-        arguments = model_arguments(described, kinds)
-    except ValueError as error:
-        raise PreflightError.of(error) from None
+    described = describe_folder(folder)
+    kinds = described.kinds
+    if any(given.get(name, "").strip() for name in _PATTERN):
+        known = registered_mixers(given.get("MIXER_MODULES"))
+        pattern, module, hybrid = (given.get(name, "").strip() or None for name in _PATTERN)
+        kinds = layer_kinds(pattern, module, described.size.num_layers, hybrid, known=known)
+    arguments = model_arguments(described, kinds)
     if set(kinds) != set(described.kinds):
         from linear_moe.lsm.registry import import_mixers  # torch, for this alone
 
@@ -107,7 +103,6 @@ def convert(plan: RunPlan, announce: Callable[[str], None]) -> bool:
     failed.unlink(missing_ok=True)
     is_made = subprocess.run(import_command(plan, source, target), check=False).returncode == 0
     if not is_made and plan.settings.nnodes > 1:
-        failed.parent.mkdir(parents=True, exist_ok=True)
         failed.touch()
     return is_made
 

@@ -50,6 +50,10 @@ class RunPlan:
     """What a finetuning run learns; None: it pretrains."""
     from_checkpoint: tuple[str, ...] = ()
     """Variables that PRETRAIN_CHECKPOINT_PATH decided."""
+    steps_done: int = 0
+    """Steps of a run that goes on, of which it is known how many tokens they had."""
+    tokens_done: int = 0
+    """Tokens of these."""
 
     @property
     def hugging_face(self) -> Path | None:
@@ -150,9 +154,15 @@ class RunPlan:
         name = f"{self.family.name}-{size}-{mixers}-{pattern_of(self.kinds)}"
         return name if self.instructions is None else f"finetune-{name}"
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        steps_left = max(self.settings.iterations - self.steps_done, 0)
+        return self.tokens_done + steps_left * self.settings.tokens_per_step
+
     def tokens_text(self) -> str:
         """Tokens of the whole run, for people: `15.0B`."""
-        tokens = float(self.settings.iterations * self.settings.tokens_per_step)
+        tokens = float(self.tokens)
         for unit in ("", "k", "M", "B"):
             if tokens < 1000:
                 return f"{tokens:.1f}{unit}" if unit else f"{tokens:.0f}"
@@ -168,7 +178,7 @@ def plan_run(
 ) -> RunPlan:
     """Resolve family, size, mixers and tokenizer.
 
-    Raises PreflightError for a name that does not exist, and for a pattern that does not fit the layers.
+    Raises ValueError for a name that does not exist, and for a pattern that does not fit the layers.
     """
     if settings.base_model not in families:
         raise PreflightError(
@@ -181,16 +191,13 @@ def plan_run(
     size, extra_args = changed_size(size, settings.extra_args)
     if "LAYER_TYPE_LIST" in from_checkpoint and len(settings.layer_type_list or "") != size.num_layers:
         raise _other_layers(settings, size.num_layers, by_size="MODEL_SIZE" not in from_checkpoint)
-    try:
-        kinds = layer_kinds(
-            settings.layer_type_list,
-            settings.la_module,
-            size.num_layers,
-            settings.hybrid_override_pattern,
-            known=registered_mixers(settings.mixer_modules),
-        )
-    except ValueError as error:
-        raise PreflightError.of(error) from None
+    kinds = layer_kinds(
+        settings.layer_type_list,
+        settings.la_module,
+        size.num_layers,
+        settings.hybrid_override_pattern,
+        known=registered_mixers(settings.mixer_modules),
+    )
     plan = RunPlan(
         settings=settings,
         family=family,

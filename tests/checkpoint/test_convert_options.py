@@ -32,13 +32,13 @@ def handed_on(rank, world, commands):
     return calls
 
 
-def stopped_by_hand(rank, world):
+def stopped(rank, world, error):
     from linear_moe.checkpoint import __main__ as tool
     from linear_moe.checkpoint import exporting
 
     said = []
     with (
-        patch.object(exporting, "export_model", side_effect=KeyboardInterrupt),
+        patch.object(exporting, "export_model", side_effect=error),
         patch.object(tool, "_write", lambda stream, text: said.append(text)),
         patch.object(sys, "argv", ["convert.py", *EXPORT.split()]),
     ):
@@ -46,8 +46,14 @@ def stopped_by_hand(rank, world):
 
 
 def test_a_conversion_stopped_by_hand_says_how_to_go_on(gloo):
-    code, (said,) = gloo(1, stopped_by_hand)[0]
+    code, (said,) = gloo(1, stopped, KeyboardInterrupt)[0]
     assert code == 130 and "the same command goes on" in said
+
+
+def test_a_full_disk_is_a_message(gloo):
+    """A write names no file."""
+    code, (said,) = gloo(1, stopped, OSError(28, "No space left on device"))[0]
+    assert code == 2 and said.startswith("linear_moe: b cannot be used: No space left on device\n  why: ")
 
 
 def test_every_option_arrives(gloo):

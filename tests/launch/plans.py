@@ -7,7 +7,6 @@ import pytest
 
 from linear_moe.launch.cluster import with_cluster
 from linear_moe.launch.environment import read_environment
-from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
 
@@ -39,7 +38,7 @@ def message(cuda: int = 0, *, family: str = "qwen2", **variables: str) -> str:
     """The error of a run with these variables; empty when there is none."""
     try:
         preflight(make_plan(cuda, family=family, **variables))
-    except PreflightError as error:
+    except ValueError as error:
         return str(error)
     return ""
 

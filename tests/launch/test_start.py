@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -265,3 +266,38 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert (
         f"linear_moe: {tmp_path}/mine/log cannot be written: File exists.\n  why: " in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", ["OUTPUT_BASEPATH", "DATASET_PATH", "TOKENIZER", "PRETRAIN_CHECKPOINT_PATH"])
+def test_a_path_that_cannot_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture, name: str):
+    """As in a folder that nobody else may enter, which holds nothing back from tests that root runs."""
+    path = str(tmp_path / ("x" * 300))
+    variables = {"OUTPUT_BASEPATH": str(tmp_path), "MODEL_SIZE": "tiny", "TOKENIZER": "null", name: path}
+    assert launcher.main(["--family", "qwen2"], variables) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"linear_moe: {path}") and " cannot be used: File name too long.\n  why: " in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mixers_of_a_person_that_do_not_import(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """They are imported early where they replace softmax layers of a Hugging Face folder, and told of all the same."""
+    (tmp_path / "my_broken_mixers.py").write_text("import my_absent_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"rms_norm_eps": 1e-6, "vocab_size": 250, "max_position_embeddings": 128}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "qwen2"} | sizes))
+    variables = {"PRETRAIN_CHECKPOINT_PATH": str(tmp_path / "model"), "MIXER_MODULES": "my_broken_mixers"}
+    variables |= {"OUTPUT_BASEPATH": str(tmp_path), "LA_MODULE": "gla", "LAYER_TYPE_LIST": "LN"}
+    assert launcher.main(["--family", "qwen2"], variables) == 2
+    assert capsys.readouterr().err.startswith(
+        "linear_moe: mixer module 'my_broken_mixers' cannot be imported"
+    )
+
+
+def test_a_defect_is_no_mistake(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launcher, "check_kernels", lambda environment: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        launcher.main(["--family", "qwen2"], {})
