@@ -58,17 +58,15 @@ class _LogDecay(torch.autograd.Function):
         x, rate, bias = ctx.saved_tensors
         dy, dx = rows_together(grads[0]), torch.empty_like(x)
         runs, heads = runs_of_heads(x, RUN)
-        has_sums = rate is not None or bias is not None
-        parts = x.new_empty(2, runs, heads, x.shape[-1], dtype=torch.float32) if has_sums else None
+        summed = [t for t in (bias, rate) if t is not None]
+        parts = x.new_empty(len(summed), runs, heads, x.shape[-1], dtype=torch.float32)
         backward_kernel[runs, heads](
-            *_tensors(x, rate, bias), dy, dx, dx if parts is None else parts, *ctx.sizes,
+            *_tensors(x, rate, bias), dy, dx, parts if summed else dx, *ctx.sizes,
             *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], **ctx.constants,
         )  # fmt: skip
-        d_rate = d_bias = None
-        if parts is not None:
-            of_bias, of_rate = parts.sum(1)
-            d_rate = None if rate is None else of_rate.sum(-1).to(rate.dtype)
-            d_bias = None if bias is None else of_bias.to(bias.dtype)
+        sums = iter(parts.sum(1))
+        d_bias = None if bias is None else next(sums).to(bias.dtype)
+        d_rate = None if rate is None else next(sums).sum(-1).to(rate.dtype)
         return dx, d_rate, d_bias, None, None
 
 
@@ -161,7 +159,7 @@ def backward_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, FORM: tl.constexpr,
     HAS_RATE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """dx ``[B, T, H, D]``, and of each run dbias and what drate sums, ``parts`` ``[2, B * R, H, D]``."""
+    """dx ``[B, T, H, D]``, and of each run what is wanted of dbias and drate, ``parts`` ``[.., B * R, H, D]``."""
     runs = tl.cdiv(num_tokens, RUN)
     row, first = (tl.program_id(0) // runs).to(tl.int64), tl.program_id(0) % runs * RUN
     head = tl.program_id(1).to(tl.int64)
@@ -190,5 +188,6 @@ def backward_kernel(
     if HAS_BIAS:
         tl.store(parts + of_run, tl.sum(d_bias, 0), mask=i_D < D)
     if HAS_RATE:
-        at = tl.num_programs(0).to(tl.int64) * num_heads * D + of_run
-        tl.store(parts + at, tl.sum(d_rate, 0), mask=i_D < D)
+        if HAS_BIAS:
+            of_run += tl.num_programs(0).to(tl.int64) * num_heads * D
+        tl.store(parts + of_run, tl.sum(d_rate, 0), mask=i_D < D)
