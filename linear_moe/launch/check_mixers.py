@@ -30,7 +30,13 @@ def check_mixers(plan: RunPlan) -> None:
 def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
     from linear_moe import lsm
     from linear_moe.lsm.registry import import_mixers
-    from linear_moe.model.mixer_options import add_mixer_options, check_layout, config_of, take_mixer_options
+    from linear_moe.model.mixer_options import (
+        add_mixer_options,
+        check_layout,
+        check_supported,
+        config_of,
+        take_mixer_options,
+    )
 
     size, s = plan.size, plan.settings
     import_mixers(s.mixer_modules or "")
@@ -42,6 +48,16 @@ def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
             parser.error(f"no mixer has the option {word.partition('=')[0]}")
     options = take_mixer_options(args, plan.kinds)
     typed = {word.partition("=")[0] for word in plan.extra_args}
+    layouts = {
+        "TP": s.tp > 1,
+        "SP": plan.sequence_parallel,
+        "CP": s.cp > 1,
+        "PP": s.pp > 1,
+        "VPP": s.vpp > 1,
+        "EP": s.ep > 1,
+        "packed": s.pack or plan.instructions is not None,
+        "recompute": s.ac == "full" or (s.ac == "sel" and "--no-lsm-recompute" not in typed),
+    }
     for kind in sorted({*plan.kinds} - {SOFTMAX}):
         config = config_of(
             kind,
@@ -55,6 +71,7 @@ def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
             norm_eps=size.norm_epsilon,
         )
         mixer = lsm.get(kind)(config)
+        check_supported(mixer, layouts)
         check_layout(mixer, kind, plan.kinds, tp=s.tp, cp=s.cp, recomputes_layers=s.ac == "full")
 
 

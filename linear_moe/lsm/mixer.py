@@ -47,7 +47,7 @@ class Mixer:
     source: ClassVar[str]
     """The paper that defines it: arXiv id and section."""
     unsupported: ClassVar[dict[str, str]] = {}
-    """What this mixer cannot do, and why; everything else works (``python -m linear_moe.lsm`` lists it)."""
+    """Layouts that this mixer cannot take, by the keys of ``tables.LAYOUTS``, and why: a run under one is refused."""
     token_shift: ClassVar[bool] = False
     """Projections read a mix of a token and the one before it: the mixer has :meth:`inputs`."""
     uses_positions: ClassVar[bool] = False

@@ -7,12 +7,17 @@ import importlib
 from collections.abc import Callable
 
 from linear_moe.lsm.mixer import Mixer
+from linear_moe.lsm.tables import LAYOUTS
 
 _MIXERS: dict[str, type[Mixer]] = {}
 
 
 def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Class decorator: make a mixer available under ``name``."""
+    """Class decorator: make a mixer available under ``name``.
+
+    Raises:
+        ValueError: the name is taken, or the mixer names a layout that does not exist as unsupported.
+    """
 
     def add(mixer: type[Mixer]) -> type[Mixer]:
         if name in _MIXERS:
@@ -21,6 +26,13 @@ def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
                 f"  why: {_MIXERS[name].__module__} and {mixer.__module__} both have one\n"
                 f"  try: another name for yours"
             )
+        for layout in mixer.unsupported:
+            if layout not in LAYOUTS:
+                raise ValueError(
+                    f"mixer {name!r} does not support {layout!r}, which is no layout\n"
+                    f"  why: its `unsupported` is looked up by {', '.join(LAYOUTS)}\n"
+                    f"  try: {(difflib.get_close_matches(layout, LAYOUTS, n=1) or list(LAYOUTS))[0]}"
+                )
         mixer.name = name
         _MIXERS[name] = mixer
         return mixer

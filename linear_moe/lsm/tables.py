@@ -101,6 +101,20 @@ class Placement:
         return slice(self.first_head // per_group, -(-(self.first_head + self.num_heads) // per_group))
 
 
+LAYOUTS = {
+    "TP": "tensor parallel",
+    "SP": "sequence parallel",
+    "CP": "context parallel",
+    "PP": "pipeline parallel",
+    "VPP": "virtual pipeline stages",
+    "EP": "expert parallel",
+    "packed": "documents packed in one sequence",
+    "decode": "generation from a recurrent state",
+    "recompute": "activations computed again in the backward pass",
+}
+"""What a mixer may be asked to work under: the keys of ``Mixer.unsupported``, and what they stand for."""
+
+
 Memory = Sequence[Tensor]
 """``[N, H, K, V]`` float32 for each matrix memory of a mixer; most have one."""
 

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from linear_moe import lsm
 from linear_moe.lsm import Mixer
-from linear_moe.model.mixer_options import check_layout, config_of
+from linear_moe.model.mixer_options import check_layout, check_supported, config_of
 from linear_moe.model.pattern import SOFTMAX
 
 
@@ -48,13 +48,24 @@ class LinearMoEConfig(TransformerConfig):
     def _prepare(self, kind: str) -> None:
         """What a mixer asks of Megatron."""
         mixer = lsm.get(kind)(mixer_config(kind, self))
+        recomputes_layers = self.recompute_granularity == "full"
+        layouts = {
+            "TP": self.tensor_model_parallel_size > 1,
+            "SP": self.sequence_parallel,
+            "CP": self.context_parallel_size > 1,
+            "PP": self.pipeline_model_parallel_size > 1,
+            "VPP": (self.virtual_pipeline_model_parallel_size or 1) > 1,
+            "EP": self.expert_model_parallel_size > 1,
+            "recompute": recomputes_layers or self.lsm_recompute,
+        }
+        check_supported(mixer, layouts)
         check_layout(
             mixer,
             kind,
             self.layer_kinds,
             tp=self.tensor_model_parallel_size,
             cp=self.context_parallel_size,
-            recomputes_layers=self.recompute_granularity == "full",
+            recomputes_layers=recomputes_layers,
         )
         if any(table.per_model for table in mixer.all_parameters()):
             self.has_cond_embedder = True

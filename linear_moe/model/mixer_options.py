@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from linear_moe import lsm
 from linear_moe.kernels.checks import MAX_HEAD_DIM
 from linear_moe.lsm import Mixer
 from linear_moe.lsm.flags import flag_of, options_of
+from linear_moe.lsm.tables import LAYOUTS
 from linear_moe.model.pattern import SOFTMAX
 
 SHARED_FLAGS = {
@@ -111,6 +112,25 @@ def _in_flags(error: str, kind: str, typed: Collection[str]) -> str:
 
 def _renamed(text: str, names: dict[str, str]) -> str:
     return re.sub(rf"(?<![\w-])({'|'.join(names)})(?![\w-])", lambda found: names[found[1]], text)
+
+
+def check_supported(mixer: Mixer, layouts: Mapping[str, bool]) -> None:
+    """Refuse a mixer under a layout that its file says it cannot take.
+
+    Args:
+        mixer: whose ``unsupported`` counts.
+        layouts: whether a run has them, by the keys of ``LAYOUTS``.
+
+    Raises:
+        ValueError: it has one of them, with the mixer's reason.
+    """
+    for layout, why in mixer.unsupported.items():
+        if layouts.get(layout):
+            raise ValueError(
+                f"mixer {mixer.name} does not support {LAYOUTS[layout]} ({layout})\n"
+                f"  why: {why}\n"
+                f"  try: a run without it, or another mixer (python -m linear_moe.lsm says what each one takes)"
+            )
 
 
 def check_layout(

@@ -4,6 +4,7 @@ import pytest
 
 from linear_moe.launch import check_mixers
 from linear_moe.launch.plan import registered_mixers
+from linear_moe.lsm.gla import GatedLinearAttention
 from tests.launch.plans import case, message
 
 CASES = [
@@ -179,3 +180,33 @@ def test_a_defect_of_a_mixer_is_no_mistake_of_the_variables(monkeypatch: pytest.
     monkeypatch.setattr(check_mixers, "_check", broken)
     with pytest.raises(ValueError, match=r"^math domain error$"):
         message(AC="full")
+
+
+@pytest.mark.parametrize(
+    ("layout", "variables"),
+    [
+        ("TP", {"TP": "2", "GPUS_PER_NODE": "2"}),
+        ("SP", {"TP": "2", "SP": "true", "GPUS_PER_NODE": "2"}),
+        ("CP", {"CP": "2", "GPUS_PER_NODE": "2"}),
+        ("PP", {"PP": "2", "GPUS_PER_NODE": "2"}),
+        ("VPP", {"PP": "2", "VPP": "2", "GPUS_PER_NODE": "2"}),
+        ("EP", {"EP": "2", "GPUS_PER_NODE": "2", "MODEL_SIZE": "A0.3B"}),
+        ("packed", {"PACK": "true"}),
+        ("recompute", {}),
+        ("recompute", {"AC": "full"}),
+    ],
+)
+def test_a_layout_that_a_mixer_cannot_take(layout: str, variables: dict[str, str], monkeypatch):
+    mine = {"LA_MODULE": "gla", "MIXER_MODULES": "tests.launch.plans"}
+    if layout != "recompute":
+        mine["AC"] = "none"
+    monkeypatch.setattr(GatedLinearAttention, "unsupported", {layout: "it looks at the future"})
+    assert message(**(mine | {"AC": "none"})) == ""
+    what, why, attempt = message(**(mine | variables)).splitlines()
+    assert what.startswith("mixer gla does not support ") and what.endswith(f"({layout})")
+    assert why == "  why: it looks at the future" and attempt.startswith("  try: ")
+
+
+def test_layers_that_are_not_recomputed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(GatedLinearAttention, "unsupported", {"recompute": "it draws numbers"})
+    assert message(LA_MODULE="gla", MIXER_MODULES="tests.launch.plans", EXTRA_ARGS="--no-lsm-recompute") == ""

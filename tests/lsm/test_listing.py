@@ -78,8 +78,9 @@ def test_the_table_has_every_figure(hermit):
 
 def test_layouts_that_do_not_exist_are_refused(hermit):
     hermit.unsupported = {"CPP": "a typo would hide a restriction"}
-    with pytest.raises(AssertionError, match="CPP"):
-        listing.entry("hermit")
+    with pytest.raises(ValueError, match=r"'CPP', which is no layout\n.*\n  try: PP$"):
+        registry.register("recluse")(hermit)
+    assert "recluse" not in registry.names()
 
 
 def test_the_command(capsys):

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from linear_moe.lsm.gla import GatedLinearAttention
+from linear_moe.lsm.tables import LAYOUTS
 from linear_moe.model.config import LinearMoEConfig, mixer_config
+from linear_moe.model.mixer_options import check_supported
 
 
 def config(kinds: list[str], **changes) -> LinearMoEConfig:
@@ -47,3 +50,37 @@ def test_a_value_handed_on_is_lost_by_recomputing_layers():
     config(["rwkv7", "gla"], **full)
     config(["rwkv7", "rwkv7"], recompute_granularity="selective")
     config(["rwkv7", "rwkv7"])
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+STAGES = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+IN_CONFIG = {
+    "TP": [{"tensor_model_parallel_size": 2}],
+    "SP": [{"tensor_model_parallel_size": 2, "sequence_parallel": True}],
+    "CP": [{"context_parallel_size": 2}],
+    "PP": [STAGES],
+    "VPP": [STAGES | {"virtual_pipeline_model_parallel_size": 2}],
+    "EP": [{"num_moe_experts": 2, "moe_ffn_hidden_size": 8, "expert_model_parallel_size": 2, "add_bias_linear": False}],
+    "recompute": [FULL, {"lsm_recompute": True}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layout, changes", [(name, given) for name in IN_CONFIG for given in IN_CONFIG[name]]
+)
+def test_a_layout_that_a_mixer_cannot_take_is_refused(layout, changes, monkeypatch):
+    monkeypatch.setattr(GatedLinearAttention, "unsupported", {layout: "it looks at the future"})
+    config(["gla"] * 4)
+    config(["deltanet"] * 4, **changes)
+    with pytest.raises(ValueError, match=rf"^mixer gla .*\({layout}\)\n  why: it looks at the future\n"):
+        config(["deltanet", "gla"] * 2, **changes)
+
+
+def test_every_layout_can_be_refused(monkeypatch):
+    assert {*IN_CONFIG} | {"packed", "decode"} == {*LAYOUTS}
+    for layout in LAYOUTS:
+        monkeypatch.setattr(GatedLinearAttention, "unsupported", {layout: "it looks at the future"})
+        mixer = GatedLinearAttention(GatedLinearAttention.Config(hidden_size=16, num_heads=2, head_dim=8))
+        check_supported(mixer, {name: name != layout for name in LAYOUTS})
+        with pytest.raises(ValueError, match=layout):
+            check_supported(mixer, {layout: True})
