@@ -213,6 +213,7 @@ def _pieces(
         )
     if described.size.tie_embeddings:
         _check_tied(source, stored)
+    _check_kept(source, before, model)
     stored = split(stored, parts)
     pieces = []
     origins: dict[str, Origin] = {}
@@ -262,6 +263,27 @@ def _check_tied(source: Path, stored: Mapping[str, Stored]) -> None:
             f"{source} has an output layer, lm_head.weight, that is not its embedding, and a config that ties them\n"
             f"  why: transformers does not tie them then, so which of the two is meant is open\n"
             f'  try: "tie_word_embeddings": false in config.json; or the file without lm_head.weight'
+        )
+
+
+def _check_kept(source: Path, before: Blueprint, model: Blueprint) -> None:
+    """What a layer that stays has may depend on how many layers of its mixer there are, and which of them is first."""
+    changed = [
+        key
+        for key, size in model.tensors.items()
+        if not _is_replaced(key, before.kinds, model.kinds)
+        and not _is_replaced(key, model.kinds, before.kinds)
+        and before.tensors.get(key) != size
+    ]
+    if changed:
+        more = {kind for kind in before.kinds if model.kinds.count(kind) > before.kinds.count(kind)}
+        pairs = zip(before.kinds, model.kinds, strict=True)
+        others = ["gla" if kind != was and kind in more else kind for was, kind in pairs]
+        raise ValueError(
+            f"{source} cannot get more layers of {', '.join(sorted(more))}: those that it has would change "
+            f"({', '.join(changed[:3])})\n"
+            f"  why: each of them depends on how many there are, or on the first one\n"
+            f"  try: another mixer for the new layers, such as --layer-kinds {','.join(others)}"
         )
 
 

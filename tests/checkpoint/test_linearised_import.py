@@ -230,11 +230,13 @@ def there_and_back(rank, world, folder):
     config = json.loads((folder / "saved" / "config.json").read_text())
     config["mixers"]["hgrn2"]["expand_ratio"], config["rms_norm_eps"] = 8, 0.1
     (folder / "saved" / "config.json").write_text(json.dumps(config))
-    for name, options in (("ours", {"la_module": "gla"}), ("saved", {})):
+    more = {"la_module": "hgrn2", "layer_type_list": "L"}
+    for name, options in (("ours", {"la_module": "gla"}), ("saved", {}), ("ours", more)):
         try:
             import_model(folder / name, folder / "none", **options)
         except ValueError as error:
             refusals.append(str(error))
+    assert not list(folder.glob("none*"))
     return refusals, [(folder / p / "config.json").read_text() for p in ("ours", "back")]
 
 
@@ -246,4 +248,24 @@ def test_our_own_folders_come_back(gloo, tmp_path):
         "has other values of mixers, rms_norm_eps in config.json than linear_moe_run.json makes"
         in refusals[1]
     )
+    assert "cannot get more layers of hgrn2: those that it has would change (hgrn2_tables" in refusals[2]
+    assert refusals[2].endswith("--layer-kinds hgrn2,gla")
     assert configs[0] == configs[1]
+
+
+def another_first_layer(rank, world, folder):
+    """Of a mixer whose later layers read the first, which has no tensors for that."""
+    from linear_moe.checkpoint.exporting import export_model
+    from linear_moe.checkpoint.importing import import_model
+
+    save_hf(folder / "hf", "qwen2")
+    import_model(folder / "hf", folder / "run", kinds=["softmax", "rwkv7"])
+    export_model(folder / "run", folder / "ours")
+    refused = r"more layers of rwkv7: .*layers.1.*low_rank.mix.*\n  why: .*\n  try: .*-kinds gla,rwkv7$"
+    with pytest.raises(ValueError, match=refused):
+        import_model(folder / "ours", folder / "none", kinds=["rwkv7", "rwkv7"])
+    return (folder / "none.part").exists()
+
+
+def test_a_layer_that_another_one_would_change_is_told(gloo, tmp_path):
+    assert gloo(1, another_first_layer, tmp_path) == [False]
