@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from linear_moe.bench import decode as decode_command
 from linear_moe.bench import decode_report, step
 from linear_moe.bench.configurations import Sweep, models_of
+from linear_moe.launch.errors import PreflightError
 
 TINY = ["--size", "tiny", "--dtype", "float32", "--batch", "2", "--positions", "8", "64", "--steps", "8"]
 
 
 def decode(rank: int, world: int, argv: list[str]) -> int:
-    from linear_moe.bench.decode import main
-
-    return main(argv)
-
-
-def decode_told(rank: int, world: int, argv: list[str]) -> tuple[int, str]:
-    from linear_moe.bench.decode import main
-
-    with contextlib.redirect_stderr(io.StringIO()) as told:
-        return main(argv), told.getvalue()
+    return decode_command.main(argv)
 
 
 def test_two_models(gloo: Callable, tmp_path: Path) -> None:
@@ -59,9 +52,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("options", MISTAKES)
-def test_a_mistake_is_three_lines(gloo: Callable, options: str, tmp_path: Path) -> None:
+def test_a_mistake_is_three_lines(options: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     argv = [*TINY, "--output", str(tmp_path / "out"), *options.split()]
-    code, told = gloo(1, decode_told, argv)[0]
+    code = decode_command.main(argv)
+    told = capsys.readouterr().err
     what, why, instead = told.splitlines()
     assert code == 2 and what.startswith(f"linear_moe.bench: {MISTAKES[options]}"), told
     assert why.startswith("  why: ") and instead.startswith("  try: ")
@@ -83,6 +77,45 @@ def test_commands_read_one_form_of_models(words: str, models: list[str]) -> None
     assert models_of(words.split()) == models
     given = step.parser().parse_args(["--models", *words.split()])
     assert Sweep.of(given).models == models
+
+
+def refused(*argv: str) -> str | None:
+    """What is told of the farthest position of each model in turn; None: nothing."""
+    args = decode_command.parser().parse_args(argv)
+    try:
+        for name in models_of(args.models):
+            plan, positions = (
+                decode_command.plan_of(name, args),
+                decode_command.positions_of(args.positions),
+            )
+            decode_command.refuse_on_cpu(name, plan, args, positions[-1])
+    except PreflightError as error:
+        return str(error)
+    return None
+
+
+def test_what_a_cpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The defaults are of a GPU: 105 GB of keys on a CPU, and seconds per token. What is told instead passes."""
+    monkeypatch.setattr(decode_command, "cuda_device_count", lambda: 0)
+    what, why, instead = str(refused()).splitlines()
+    assert what.startswith("softmax of qwen2 A0.3B at batch 16 and position 131072") and "108 GB" in why
+    words = instead.partition("linear_moe.bench decode ")[2].split()
+    assert words and refused(*words) is None
+    assert "5 GB" in str(refused("--models", "gla:L")), "weights alone"
+    tiny = ["--models", "softmax", "--size", "tiny", "--dtype", "float32", "--batch"]
+    assert refused(*tiny, "2") is None and "position 131072" in str(refused(*tiny, "10")), "keys alone"
+    assert refused("--family", "deepseek_v2", *tiny, "10") is None, "which latent attention has fewer of"
+    monkeypatch.setattr(decode_command, "cuda_device_count", lambda: 1)
+    assert refused() is None
+
+
+def test_it_is_told_before_torch_is_there(tmp_path: Path) -> None:
+    code = "import sys; from linear_moe.bench.__main__ import main; code = main(sys.argv[1:]); "
+    code += "sys.exit(3 if {'torch', 'megatron'} & {*sys.modules} else code)"
+    argv = [sys.executable, "-c", code, "decode", "--size", "A9", "--output", str(tmp_path / "out")]
+    done = subprocess.run(argv, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 3, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_they_cross() -> None:
