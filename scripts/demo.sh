@@ -2,6 +2,15 @@
 # A small hybrid Linear-MoE from nothing: text, tokenizer, token files, pretraining, a continued prompt, the loss curve.
 # The pretraining is the very script a cluster user runs; only its variables are small. `make demo` sets up and calls this.
 set -eu
+case ${1:-} in
+    '') ;;
+    -h | --help) echo 'sh scripts/demo.sh' && exec sed -n '2,3s/^# /    /p' "$0" ;;
+    *)
+        printf 'linear_moe: %s takes no %s.\n  why: variables say what differs.\n' "$0" "$1" >&2
+        printf '  try: OUTPUT_BASEPATH=<folder> TRAIN_ITERS=100 sh scripts/demo.sh\n' >&2
+        exit 2
+        ;;
+esac
 cd -- "$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)"
 repository=$PWD
 . scripts/python.sh

@@ -81,4 +81,4 @@ set -a # every variable that is set here, yours too, reaches the run
 
 start=$(dirname -- "$0")/../start.sh
 [ -f "$start" ] || start=${LINEAR_MOE_START:?is not set, and this is a copy (sbatch makes one): <repository>/examples/start.sh}
-exec sh "$start" --family llama3
+exec sh "$start" --family llama3 "$@"

@@ -7,6 +7,7 @@ on standard output, alone, and what is about to happen on standard error.
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -54,11 +55,13 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         description="Start a run described by environment variables.",
         epilog=_variables_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--family", required=True, help=f"family of the model: {', '.join(FAMILIES)}")
     parser.add_argument("--finetune", action="store_true", help="learn the answers of JSONL conversations")
-    task = parser.parse_args(arguments)
+    task, others = parser.parse_known_args(arguments)
     try:
+        _refuse(others)
         is_dry = is_true(environment, "LINEAR_MOE_DRY_RUN")
         check_kernels(environment)
         variables_given, devices = with_cluster(environment), cuda_device_count()
@@ -89,6 +92,18 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         _write(sys.stdout, shell_text(torchrun_command(plan)))
         return 0
     return _start(plan, environment)
+
+
+def _refuse(words: list[str]) -> None:
+    """PreflightError for what stands behind the name of a run script and would do nothing there."""
+    if words:
+        text = shlex.join(words)
+        is_variable = "=" in words[0] and not words[0].startswith("-")
+        raise PreflightError(
+            f"{words[0]} stands behind the command, where it says nothing.",
+            "a run is described by variables, which stand before it.",
+            f"{text} sh <this script>" if is_variable else f"EXTRA_ARGS={shlex.quote(text)} sh <this script>",
+        )
 
 
 def _plan_pretraining(environment: Mapping[str, str], family: str, devices: int) -> RunPlan:

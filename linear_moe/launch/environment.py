@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -254,13 +255,14 @@ def of_finetuning(environment: Mapping[str, str], names: Collection[str]) -> lis
 
 
 def texts_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are set, without spaces around them and with the home folder for the ~ of a path."""
+    """The variables that are set, without spaces around them and with the home folder for the ~ of paths."""
     return {name: _at_home(text.strip()) for name, text in environment.items() if text.strip()}
 
 
 def _at_home(text: str) -> str:
-    # A shell leaves the ~ of a path in quotes as it is, and no file is meant to lie in a folder of that name.
-    return os.path.expanduser(text) if text.startswith("~/") else text
+    # A shell leaves the ~ of a path in quotes as it is, and no file is meant to lie in a folder of that name. A text
+    # may be a list of paths (a blend, several files), or options with some among them.
+    return re.sub(r"(?<!\S)~/", lambda _: os.path.expanduser("~/"), text)
 
 
 def default_mixer(family: str) -> str:

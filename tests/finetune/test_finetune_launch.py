@@ -244,7 +244,7 @@ def test_every_script_has_every_variable(family: str):
     assert settings == read_environment(DEFAULTS, family), "spelt out for the reader"
     assert settings != RunSettings(base_model=family)
     assert float(in_script["EPOCHS"]) == FinetuneSettings().epochs
-    assert text.endswith(f'\nexec sh "$start" --family {family} --finetune\n')
+    assert text.endswith(f'\nexec sh "$start" --family {family} --finetune "$@"\n')
     tail = text.partition("# --- batch")[2].splitlines()[:-1]
     assert tail == (EXAMPLES / SCRIPTS["qwen2"]).read_text().partition("# --- batch")[2].splitlines()[:-1]
 

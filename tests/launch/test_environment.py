@@ -11,8 +11,10 @@ from linear_moe.launch.environment import (
     _OURS,
     RunSettings,
     default_mixer,
+    given_values,
     misspelt_variables,
     read_environment,
+    texts_of,
     variables,
 )
 from linear_moe.launch.errors import PreflightError
@@ -102,7 +104,7 @@ def test_every_script_has_every_variable_with_the_same_default(family: str):
     assert re.search(rf" {FAMILIES[family].default_size} \((.*, )?if empty\)", text)
     assert f"(empty: {mixer})" in text and mixer == (FAMILIES[family].mixer or "gated_deltanet")
     assert in_script["MODEL_SIZE"] == in_script["LA_MODULE"] == ""
-    assert text.endswith(f'\nexec sh "$start" --family {family}\n')
+    assert text.endswith(f'\nexec sh "$start" --family {family} "$@"\n')
 
 
 def test_scripts_differ_in_their_model_section_only():
@@ -180,6 +182,19 @@ def test_the_home_of_a_path_in_quotes(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     found = read_environment({"OUTPUT_BASEPATH": "~/runs", "DATASET_PATH": "a~/b"}, "qwen2")
     assert (found.output_basepath, found.dataset_path) == ("/home/me/runs", "a~/b")
+    lists = {
+        "DATASET_PATH": "0.3 ~/a 0.7\t~/b",
+        "VALID_DATASET_PATH": "a.jsonl ~/b.jsonl",
+        "EXTRA_ARGS": "--x ~/y",
+    }
+    texts = texts_of(lists)
+    assert [*texts.values()] == [
+        "0.3 /home/me/a 0.7\t/home/me/b",
+        "a.jsonl /home/me/b.jsonl",
+        "--x /home/me/y",
+    ]
+    assert read_environment(lists, "qwen2").dataset_path == texts["DATASET_PATH"]
+    assert given_values(lists, FinetuneSettings) == {"valid_dataset_path": "a.jsonl /home/me/b.jsonl"}
 
 
 def test_srun_tells_the_nodes():

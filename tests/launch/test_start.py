@@ -55,6 +55,53 @@ def test_scripts_parse(script: str, shell: str):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("script", ["demo"])
+def test_help_of_a_script_starts_nothing(tmp_path: Path, script: str, shell: str):
+    """Nor does a word that it does not know; in a copy, where there is nothing that it could start."""
+    shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
+    ask = [shell, f"scripts/{script}.sh"]
+    for flag in ("-h", "--help"):
+        done = subprocess.run([*ask, flag], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 3, done
+        assert done.stdout.startswith(f"sh scripts/{script}.sh\n    "), done.stdout
+    done = subprocess.run([*ask, "--hlep"], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"linear_moe: scripts/{script}.sh takes no --hlep.\n  why: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
+
+
+@pytest.mark.parametrize("script", EVERY_SCRIPT, ids=lambda path: path.name)
+def test_words_behind_a_script_reach_the_launcher(tmp_path: Path, script: Path):
+    """They were left out without a word: ``--help`` and ``TP=2`` started a run of the defaults."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nfor word; do echo "<$word>"; done\n')
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(python)}
+    argv = ["sh", str(script), "--help", "a b"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("<--help>\n<a b>\n")
+
+
+def test_words_that_say_nothing_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    given = {"OUTPUT_BASEPATH": str(tmp_path), "MODEL_SIZE": "tiny", "LINEAR_MOE_DRY_RUN": "1"}
+    for words, instead in (
+        (["TP=2", "PP=2"], "TP=2 PP=2 sh <this script>"),
+        (["--gla-gate-rank", "32"], "EXTRA_ARGS='--gla-gate-rank 32' sh <this script>"),
+        (["--log-format=a b"], "EXTRA_ARGS=''\"'\"'--log-format=a b'\"'\"'' sh <this script>"),
+    ):
+        assert launcher.main(["--family", "qwen2", *words], given) == 2
+        found = capsys.readouterr()
+        assert found.err == (
+            f"linear_moe: {words[0]} stands behind the command, where it says nothing.\n"
+            f"  why: a run is described by variables, which stand before it.\n  try: {instead}\n"
+        )
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit, match="0"):
+        launcher.main(["--family", "qwen2", "--help"], given)
+    assert "LAYER_TYPE_LIST" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("script", EVERY_SCRIPT, ids=lambda path: path.name)
 def test_every_variable_of_a_script_reaches_the_launcher(tmp_path: Path, script: Path, shell: str):
     """Set in the script, set from outside, or added by its user; called from elsewhere, by a name with spaces."""
