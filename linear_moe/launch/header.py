@@ -171,7 +171,7 @@ def _epochs(plan: RunPlan) -> str:
     if not plan.prefixes or not all(Path(prefix + ".idx").exists() for prefix in plan.prefixes):
         return ""
     tokens = sum(read_index(prefix).num_tokens for prefix in plan.prefixes)
-    epochs = plan.settings.iterations * plan.settings.tokens_per_step / tokens
+    epochs = plan.tokens / tokens
     shown = f"{epochs:.3g}" if epochs < 999.5 else f"{epochs:,.0f}"
     return f" = {shown} epoch(s) of {_count(tokens)} tokens{' in total' if len(plan.prefixes) > 1 else ''}"
 

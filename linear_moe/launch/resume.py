@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,34 @@ def is_finished(plan: RunPlan) -> bool:
     """Whether the run has done all of its steps before."""
     step = checkpoint_iteration(plan.run_dir / "checkpoint")
     return step is not None and step >= plan.settings.iterations
+
+
+def going_on(plan: RunPlan) -> RunPlan:
+    """The plan with what its run has done: of TRAIN_TOKENS, the steps are those that are left, of their size now.
+
+    GLOBAL_BATCH_SIZE follows the number of ranks unless it is set, so on more of them a step has more tokens.
+    """
+    step, s = checkpoint_iteration(plan.run_dir / "checkpoint"), plan.settings
+    done = None if step is None else _tokens_of(plan.run_dir, step)
+    if step is None or done is None:
+        return plan
+    if s.train_iters is None and abs(done - step * s.tokens_per_step) >= s.tokens_per_step:
+        left = max(s.train_tokens - done, 0)
+        s = replace(s, train_iters=step + math.ceil(left / s.tokens_per_step))
+    return replace(plan, settings=s, steps_done=step, tokens_done=done)
+
+
+def _tokens_of(run_dir: Path, step: int) -> int | None:
+    """Tokens of the steps up to this one, as ``metrics.jsonl`` has them; None if it lacks one of them."""
+    tokens = {}
+    try:
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if "tokens" in record and record["iteration"] <= step:
+                tokens[record["iteration"]] = record["tokens"]
+    except (OSError, ValueError):  # none, or a kill cut off its last line
+        pass
+    return round(sum(tokens.values())) if len(tokens) == step else None
 
 
 def pretrained_folder(plan: RunPlan) -> Path | None:

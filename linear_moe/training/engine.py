@@ -1,8 +1,9 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
-``install`` makes six kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
+``install`` makes seven kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
 Engine and Apex and with expert parallelism; gradient norm, clipping and Adam's step are a few kernels then, too; the
-first loss of a run is logged once; a step is logged with the learning rate that it used; FLOPs and metrics are ours.
+first loss of a run is logged once; a step is logged with the learning rate that it used, and the schedule ends with
+the run; FLOPs and metrics are ours.
 ``defaults_without_te`` is the other half: the flags that a run must set where Transformer Engine or a CUDA device is
 missing.
 """
@@ -78,6 +79,7 @@ def install(
         _assign(optimizer_module, "clip_grad_by_total_norm_fp32", one_pass.clip_later)
     _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
     _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
+    _assign(training, "load_checkpoint", _end_the_schedule_with_the_run)
     _assign(training, "train_step", _note_learning_rate)
     _assign(training, "get_canonical_lr_for_logging", _learning_rate_of_step)
     _assign(training, "training_log", _log_first_iteration_once)
@@ -318,6 +320,28 @@ def _log_first_iteration_once(original: Callable) -> Callable:
         return original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
 
     return training_log
+
+
+def _end_the_schedule_with_the_run(original: Callable) -> Callable:
+    """``load_checkpoint``: the schedule counts sequences, and takes all steps for as large as those to come.
+
+    After steps with another global batch it would end before the last step, or never come down to the lowest rate.
+    """
+
+    @functools.wraps(original)
+    def load_checkpoint(
+        model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from megatron.training import get_args
+
+        iteration, flops = original(model, optimizer, opt_param_scheduler, *args, **kwargs)
+        scheduler = opt_param_scheduler
+        if scheduler is not None and scheduler.num_steps and scheduler.override_opt_param_scheduler:
+            scheduler.lr_decay_steps += scheduler.num_steps - iteration * get_args().global_batch_size
+            scheduler.step(0)
+        return iteration, flops
+
+    return load_checkpoint
 
 
 def _note_learning_rate(original: Callable) -> Callable:

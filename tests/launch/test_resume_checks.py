@@ -9,7 +9,7 @@ import pytest
 from linear_moe.launch.header import header
 from linear_moe.launch.instructions import keep_tokenizer
 from linear_moe.launch.megatron_args import training_arguments
-from linear_moe.launch.resume import architecture
+from linear_moe.launch.resume import architecture, going_on, is_finished
 from tests.data.token_files import write_tokenizer
 from tests.launch.plans import make_plan, message
 
@@ -68,6 +68,31 @@ def test_what_a_run_does_otherwise_is_told(data: dict[str, str], tmp_path: Path)
     ) in header(make_plan(**again, **data, LR="1e-3"))
     for spelt in ("--weight-decay=0", "--weight-decay 0"):
         assert "saved: --weight-decay: 0.1 -> 0. Another" in header(make_plan(**again, EXTRA_ARGS=spelt))
+
+
+def test_tokens_to_train_on_count_those_of_earlier_steps(data: dict[str, str], tmp_path: Path):
+    """Of steps of any size: twice the ranks, and so twice the batch, leave half the steps that are to come."""
+    finished_run(tmp_path)
+    again = {"OUTPUT_BASEPATH": str(tmp_path), "RUN_NAME": "old", "TRAIN_ITERS": "", "TRAIN_TOKENS": "10240"}
+    metrics = tmp_path / "old" / "metrics.jsonl"
+    steps = [{"iteration": step, "seconds": 1.0, "tokens": 1024} for step in range(1, 8)]
+    evaluation = {"iteration": 2, "validation_loss": 1.0}
+    metrics.write_text("".join(json.dumps(x) + "\n" for x in [*steps[:2], evaluation, *steps[2:]]) + '{"it')
+
+    def planned(**variables: str):
+        return going_on(make_plan(**{**again, **variables}))
+
+    assert planned().settings.iterations == 10 and planned().tokens == 10240
+    larger = planned(GPUS_PER_NODE="4")
+    assert larger.global_batch_size == 16 and larger.settings.iterations == 5 + 3  # of 2048, for 5120
+    assert "8 steps = 11.3k tokens" in header(larger) and "resumed at step 5 of 8" in header(larger)
+    assert planned(SEQ_LEN="64").settings.iterations == 5 + 10
+    assert is_finished(planned(TRAIN_TOKENS="5000")) and not is_finished(planned(TRAIN_TOKENS="6000"))
+    by_steps = planned(GPUS_PER_NODE="4", TRAIN_ITERS="9", **data)
+    assert by_steps.settings.iterations == 9 and by_steps.tokens == 5 * 1024 + 4 * 2048
+    assert "9 steps = 13.3k tokens" in header(by_steps) and "= 6.66 epoch(s)" in header(by_steps)
+    metrics.write_text(json.dumps(steps[4]) + "\n")  # not of all steps: it is not known how large those were
+    assert planned(GPUS_PER_NODE="4").settings.iterations == 5
 
 
 def test_resume_with_another_tokenizer(data: dict[str, str], tmp_path: Path):

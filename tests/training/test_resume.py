@@ -1,5 +1,6 @@
 """A run stopped and started again is the same run, bit for bit; a checkpoint opens under any layout."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, kinds, gloo, 
     for rank, (one, other) in enumerate(zip(uninterrupted, resumed, strict=True)):
         assert one["rng"] == other["rng"], f"random states of rank {rank} differ"
     gloo(1, assert_equal_checkpoints, *(run / "checkpoint" / "iter_0000010" for run in (whole, parts)))
+
+
+def test_the_schedule_of_a_run_whose_batch_changes_ends_with_it(gloo, tmp_path):
+    """It counts sequences: after steps twice as large, two steps go as far as one would have gone."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    rates = ["--min-lr", "1e-5", "--override-opt_param-scheduler"]
+
+    def learn(folder: Path, batch: int, steps: int, *more: str) -> list[float]:
+        many = ["--global-batch-size", str(batch), "--train-iters", str(steps)]
+        many += ["--lr-warmup-iters", str(4 // batch)]
+        gloo(1, train, arguments(folder, *rates, *many, *more, kinds="gla"))
+        return [step["learning_rate"] for step in records(folder)]
+
+    one_size = learn(whole, 4, 8)
+    learn(run, 4, 8, "--exit-interval", "4")
+    halves = learn(run, 2, 12)
+    assert len(halves) == 12
+    assert halves[:4] == one_size[:4] and halves[4::2] == pytest.approx(one_size[4:], rel=1e-6)
+    assert all(rate > later for rate, later in itertools.pairwise(halves[1:])), (
+        "it comes down to the last step"
+    )
 
 
 def failure(rank: int, world: int, argv: list[str]) -> str:
