@@ -1,9 +1,9 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
-``install`` makes seven kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
-Engine and Apex and with expert parallelism; gradient norm, clipping and Adam's step are a few kernels then, too; the
-first loss of a run is logged once; a step is logged with the learning rate that it used, and the schedule ends with
-the run; FLOPs and metrics are ours.
+``install`` makes eight kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
+Engine and Apex and with expert parallelism; gradient norm, clipping and Adam's step are a few kernels then, too, and
+the first gradient of a step is written where others are added; the first loss of a run is logged once; a step is
+logged with the learning rate that it used, and the schedule ends with the run; FLOPs and metrics are ours.
 ``defaults_without_te`` is the other half: the flags that a run must set where Transformer Engine or a CUDA device is
 missing.
 """
@@ -56,6 +56,8 @@ def install(
         ValueError: another version of Megatron-Core, or a wheel without the compiled dataset helpers.
     """
     import megatron.core.datasets.utils as datasets
+    import megatron.core.distributed.distributed_data_parallel as ddp
+    import megatron.core.distributed.param_and_grad_buffer as gradients
     import megatron.core.optimizer as optimizers
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.distrib_optimizer as distributed
@@ -77,6 +79,10 @@ def install(
         _assign(clip_grads, "l2_norm_impl", optimizer_step.norm_of_all)
         _assign(clip_grads, "multi_tensor_scale_impl", optimizer_step.scale_all)
         _assign(optimizer_module, "clip_grad_by_total_norm_fp32", one_pass.clip_later)
+        _assign(ddp.DistributedDataParallel, "zero_grad_buffer", optimizer_step.leave_sums)
+        _assign(ddp.DistributedDataParallel, "_make_backward_post_hook", optimizer_step.overwrite_stale)
+        _assign(gradients._ParamAndGradBuffer, "reset", optimizer_step.mark_stale)
+        _assign(gradients._ParamAndGradBucketGroup, "start_grad_sync", optimizer_step.clear_stale)
     _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
     _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
     _assign(training, "load_checkpoint", _end_the_schedule_with_the_run)

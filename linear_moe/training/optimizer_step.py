@@ -3,6 +3,11 @@
 Transformer Engine and Apex have kernels over lists of tensors. Without them Megatron goes from parameter to parameter:
 it waits for the norm of each gradient, scales each into a copy of it that it copies back, and builds torch's Adam
 as one kernel per operation, ten of which read and write every state. linear_moe.training.engine assigns these.
+
+Megatron also clears the sums of gradients before every step, and then reads the zeros in order to add to them. Here a
+sum is left *stale*: what autograd brings first overwrites it, and what nothing was written to is cleared before
+gradients are reduced, which is when they are first read. That saves 8 of 24 bytes an element in steps of two
+micro-batches.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from torch import Tensor
 from linear_moe.training import one_pass
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+STALE = "main_grad_is_stale"
+"""Attribute of parameters with the hook below: whether ``main_grad`` is still the sum of an earlier step."""
 
 
 def norm_of_all(original: Callable) -> Callable:
@@ -72,3 +80,84 @@ def _choose_fused(inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def _can_fuse(param: Tensor) -> bool:
     return param.is_cuda
+
+
+# Sums of gradients. A sum stays stale only in buffers whose step ends in Megatron's own reduction, and to which only
+# the hook below adds: products of Apex that add in place, and graphs that hold such an addition, need the zeros.
+
+
+def leave_sums(original: Callable) -> Callable:
+    """``DistributedDataParallel.zero_grad_buffer`` tells its buffers whether they may leave sums stale."""
+
+    @functools.wraps(original)
+    def zero_grad_buffer(self: Any) -> None:
+        from megatron.core.distributed import finalize_model_grads
+
+        config = self.config
+        is_reduced = config.finalize_model_grads_func is finalize_model_grads
+        adds_elsewhere = config.gradient_accumulation_fusion or config.cuda_graph_impl != "none"
+        for buffer in (*self.buffers, *self.expert_parallel_buffers):
+            buffer.may_be_stale = is_reduced and not adds_elsewhere
+        original(self)
+
+    return zero_grad_buffer
+
+
+def mark_stale(original: Callable) -> Callable:
+    """``_ParamAndGradBuffer.reset`` writes nothing; what lies between parameters is zero from the start."""
+
+    @functools.wraps(original)
+    def reset(self: Any) -> None:
+        may_be_stale = getattr(self, "may_be_stale", False)
+        if not (may_be_stale and all(hasattr(param, STALE) for param in self.params)):
+            original(self)
+            return
+        for param in self.params:
+            setattr(param, STALE, True)
+
+    return reset
+
+
+def overwrite_stale(original: Callable) -> Callable:
+    """``_make_backward_post_hook``: its hook finds the first gradient of a step in the sum already."""
+
+    @functools.wraps(original)
+    def make(self: Any, param: torch.nn.Parameter) -> Callable[..., None]:
+        add = original(self, param)
+        setattr(param, STALE, False)
+
+        def hook(*unused: Any) -> None:
+            if param.grad is None or not getattr(param, STALE):
+                return add(*unused)
+            if getattr(param, "zero_out_wgrad", False):  # added whatever is said of it: tied embeddings
+                _clear_stale([param])
+                return add(*unused)
+            setattr(param, STALE, False)
+            param.main_grad.copy_(param.grad.data)  # type: ignore[attr-defined]
+            param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+            try:
+                add(*unused)
+            finally:
+                param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+
+        return hook
+
+    return make
+
+
+def clear_stale(original: Callable) -> Callable:
+    """``_ParamAndGradBucketGroup.start_grad_sync`` clears what no micro-batch had a gradient of."""
+
+    @functools.wraps(original)
+    def start_grad_sync(self: Any, *args: Any, **kwargs: Any) -> None:
+        _clear_stale([param for param in self.params if getattr(param, STALE, False)])
+        original(self, *args, **kwargs)
+
+    return start_grad_sync
+
+
+def _clear_stale(params: list[torch.nn.Parameter]) -> None:
+    for param in params:
+        setattr(param, STALE, False)
+    if params:
+        torch._foreach_zero_([param.main_grad for param in params])  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """The optimizer's step in one pass: what Megatron's own does, through each of its optimizers over Adam.
 
 The kernel is the real one in Triton's interpreter, where that can run; tests/kernels/test_adam.py is about it alone.
+Training takes it here, too: models of tests have no parameter that is large enough without help.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import copy
 import dataclasses
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +25,7 @@ from torch import Tensor
 from linear_moe.kernels import adam, dispatch
 from linear_moe.kernels.triton import trial
 from linear_moe.training import engine, one_pass, optimizer_step
+from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, train
 from tests.workers import with_model_parallel
 
 SIZES = (3, 200, 64, 1000)
@@ -258,3 +262,83 @@ def who_has_it(rank: int, world_size: int) -> None:
 
 def test_who_steps_in_one_pass(gloo: Any) -> None:
     gloo(1, who_has_it)
+
+
+# A run's steps
+
+RUN_LARGE = 1000
+RUN_STEPS = 3
+RUN = [
+    *ARGUMENTS, *EXPERTS, "--layer-kinds", "gla,softmax", "--num-layers", "2", "--train-iters", str(RUN_STEPS),
+    "--weight-decay", "0.1", "--clip-grad", "0.1",
+]  # fmt: skip
+PRECISIONS: dict[str, list[str]] = {
+    "float32": [],
+    "float32, shards": DISTRIBUTED_OPTIMIZER,
+    "bf16": ["--bf16"],
+    "bf16, shards": ["--bf16", *DISTRIBUTED_OPTIMIZER],
+}
+
+
+@contextmanager
+def beside_torch() -> Iterator[list[tuple[int, bool]]]:
+    """Every step of a large parameter is compared with torch's on copies; how many elements, and whether clipped."""
+    found: list[tuple[int, bool]] = []
+    step_one = one_pass._step_one
+
+    def both(inner: Any, group: Any, param: Tensor, half: Tensor | None, factor: float) -> bool:
+        theirs = torch.nn.Parameter(param.detach().clone())
+        assert param.grad is not None
+        theirs.grad = param.grad * factor
+        options = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay")
+        adam = torch.optim.Adam([theirs], fused=theirs.is_cuda, **{name: group[name] for name in options})
+        if inner.state[param]:
+            adam.state[theirs] = {name: x.clone() for name, x in inner.state[param].items()}
+            adam.state[theirs]["step"] = adam.state[theirs]["step"].to(theirs.device)
+        assert step_one(inner, group, param, half, factor), "the kernel did not take it"
+        adam.step()
+        state, its = inner.state[param], adam.state[theirs]
+        assert float(state["step"]) == float(its["step"])
+        for mine, torchs in [(param, theirs), *((state[n], its[n]) for n in ("exp_avg", "exp_avg_sq"))]:
+            atol = 2e-7 * torchs.abs().max().item()  # of sums that cancel
+            torch.testing.assert_close(mine.detach(), torchs.detach(), rtol=2e-6, atol=atol)
+        if half is not None:
+            assert torch.equal(half, param.to(half.dtype)), "the model's copy"
+        found.append((param.numel(), factor < 1.0))
+        return True
+
+    with mock.patch.object(one_pass, "_step_one", both), mock.patch.object(one_pass, "LARGE", RUN_LARGE):
+        yield found
+
+
+def a_run(rank: int, world_size: int, precision: str, folder: str) -> None:
+    """All large parameters, in all steps, some of which are clipped."""
+    from linear_moe.training import cpu
+
+    with ExitStack() as stack:
+        if cpu.needed():
+            stack.enter_context(kernel())
+        found = stack.enter_context(beside_torch())
+        train(rank, world_size, [*RUN, *PRECISIONS[precision], "--run-dir", folder])
+    sizes, count = [size for size, _ in found], len(found) // RUN_STEPS
+    assert sizes == sizes[:count] * RUN_STEPS and min(sizes) >= RUN_LARGE
+    assert {4 * 64 * 64, 128 * 64} <= set(sizes), "experts, tables"
+    assert any(is_clipped for _, is_clipped in found)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_takes_the_kernel(gloo: Any, tmp_path: Path, precision: str) -> None:
+    gloo(1, a_run, precision, str(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_on_a_gpu_takes_the_kernel(tmp_path: Path, precision: str) -> None:
+    """The compiled kernel, in a process of its own, with all of the trainer around it."""
+    call = f"from tests.training.test_one_pass import a_run; a_run(0, 1, {precision!r}, {str(tmp_path)!r})"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--no-python"]
+    run = subprocess.run(
+        [sys.executable, *command, sys.executable, "-c", call],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]

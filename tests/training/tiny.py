@@ -1,8 +1,11 @@
 """A tiny model trained through ``linear_moe.training.pretrain`` inside the pool of gloo workers."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -65,13 +68,42 @@ def train(
 
     LinearMoEBuilder.build_model, RunLog._measure, pretrain.prepare_arguments = built, measured, prepared
     try:
-        pretrain.main(argv)
+        with stale_sums_are_nan():
+            pretrain.main(argv)
     except SystemExit as stop:  # --exit-interval
         assert not stop.code, f"exit code {stop.code}"
     finally:
         LinearMoEBuilder.build_model, RunLog._measure, pretrain.prepare_arguments = build, measure, prepare
     seen["rng"] = rng_states()
     return seen
+
+
+@contextmanager
+def stale_sums_are_nan() -> Iterator[list[torch.nn.Parameter]]:
+    """Gradients that a step leaves in their sums, to be overwritten, are NaN: nobody reads them. Whose they are."""
+    from linear_moe.training import engine, optimizer_step
+
+    left: list[torch.nn.Parameter] = []
+    mark_stale = optimizer_step.mark_stale
+
+    def mark_and_spoil(original: Callable) -> Callable:
+        reset = mark_stale(original)
+
+        def spoil(self: Any) -> None:
+            reset(self)
+            for param in self.params:
+                if getattr(param, optimizer_step.STALE, False):
+                    param.main_grad.fill_(float("nan"))
+                    left.append(param)
+
+        return spoil
+
+    try:
+        with mock.patch.object(optimizer_step, "mark_stale", mark_and_spoil):
+            engine.install()
+            yield left
+    finally:
+        engine.install()
 
 
 def rng_states() -> list[Any]:
