@@ -23,6 +23,7 @@ from linear_moe.launch.plan import NULL_TOKENIZER, RunPlan, plan_run
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.resume import check_no_iteration, checkpoint_iteration, read_config
 from linear_moe.launch.starting_model import starting_model, with_start
+from linear_moe.model.families import flags_of
 
 DEFAULTS = {"LR": "1e-5", "MIN_LR": "1e-6", "PACK": "true"}
 """Where finetuning differs from pretraining."""
@@ -172,7 +173,7 @@ def _with_saved_samples(plan: RunPlan) -> RunPlan:
     """
     assert plan.instructions is not None and plan.instructions.train is not None
     saved, now = read_config(plan.run_dir).get("arguments", []), plan.instructions.train
-    name = _flags(saved).get("--instruction-data", now.folder.name)
+    name = _order(saved).get("--instruction-data", now.folder.name)
     if name == now.folder.name:
         return plan
     try:
@@ -193,7 +194,7 @@ def _check_same_order(plan: RunPlan) -> None:
     saved = read_config(plan.run_dir).get("arguments")
     if saved is None:
         return
-    before, now = _flags(saved), _flags(training_arguments(plan))
+    before, now = _order(saved), _order(training_arguments(plan))
     changed = [
         f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in _SAME
@@ -208,10 +209,9 @@ def _check_same_order(plan: RunPlan) -> None:
         )
 
 
-def _flags(arguments: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for i, word in enumerate(arguments):
-        if word in _SAME:
-            value = "on" if word == "--no-instruction-packing" else arguments[i + 1]
-            found[word] = Path(value).name if word == "--instruction-data" else value
+def _order(arguments: list[str]) -> dict[str, str]:
+    """The flags of `_SAME`; of the folder its name alone, as a run may have moved."""
+    found = {name: text for name, text in flags_of(arguments).items() if name in _SAME}
+    if "--instruction-data" in found:
+        found["--instruction-data"] = Path(found["--instruction-data"]).name
     return found

@@ -1,6 +1,5 @@
 """What a run folder already holds: the step to resume from, and the architecture that resuming must not change."""
 
-import itertools
 import json
 import math
 import re
@@ -14,7 +13,14 @@ from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.instructions import kept_tokenizer
 from linear_moe.launch.plan import SHARED_PREFIXES, RunPlan, mixer_prefixes
-from linear_moe.model.families import SIZE_FLAGS, ModelSize, megatron_arguments, switches_of, unused_fields
+from linear_moe.model.families import (
+    SIZE_FLAGS,
+    ModelSize,
+    flags_of,
+    megatron_arguments,
+    switches_of,
+    unused_fields,
+)
 
 UNSET = "none of the model's: what is not set is the checkpoint's"
 """What to try where variables disagree with PRETRAIN_CHECKPOINT_PATH."""
@@ -164,7 +170,7 @@ def _same_optimizer(plan: RunPlan) -> None:
             "there are no moments of its weights to go on with.",
             f"EXTRA_ARGS with --no-load-optim to begin them anew, or {anew}",
         )
-    before, now = (last_value(words, "--optimizer") or "adam" for words in (arguments, plan.extra_args))
+    before, now = (flags_of(words).get("--optimizer", "adam") for words in (arguments, plan.extra_args))
     if before != now:
         raise PreflightError(
             f"run {plan.run_dir} was trained with --optimizer {before}, and this is {now}.",
@@ -268,33 +274,17 @@ def architecture_of(family: str, size: ModelSize, arguments: Sequence[str]) -> d
 def mixer_options(arguments: list[str], modules: str | None) -> dict[str, Any]:
     """Flags of a command line that change a mixer: `--gla-gate-rank 32`, `--mom-topk 1`; one alone is true."""
     prefixes = (*SHARED_PREFIXES, *mixer_prefixes(modules))
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    pairs = itertools.pairwise([*words, "--"])
     return {
-        flag: "true" if value.startswith("--") else value
-        for flag, value in pairs
+        flag: "true" if value == "on" else value
+        for flag, value in flags_of(arguments).items()
         if flag.startswith(prefixes) and flag != "--la-module"
     }
 
 
-def last_value(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of a flag, of the last one if it comes twice, as for Megatron; None without it."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    return dict(itertools.pairwise(words)).get(flag)
-
-
 _TOLD_WHEN_CHANGED = (
-    *(
-        "--lr",
-        "--min-lr",
-        "--lr-warmup-iters",
-        "--global-batch-size",
-        "--seq-length",
-        "--seed",
-        "--bf16",
-        "--fp16",
-    ),
-    *("--data-path", "--mock-data", "--instruction-data", "--weight-decay"),
+    *("--lr", "--min-lr", "--lr-warmup-iters", "--weight-decay", "--bf16", "--fp16"),
+    *("--global-batch-size", "--seq-length", "--seed"),
+    *("--data-path", "--mock-data", "--instruction-data"),
 )
 
 
@@ -303,22 +293,12 @@ def changes_since(plan: RunPlan, arguments: Sequence[str]) -> list[str]:
     saved = read_config(plan.run_dir).get("arguments")
     if saved is None or checkpoint_iteration(plan.run_dir / "checkpoint") is None:
         return []
-    before, now = values_of(saved), values_of(arguments)
+    before, now = flags_of(saved), flags_of(arguments)
     return [
         f"{name}: {before.get(name, 'not set')} -> {now.get(name, 'not set')}"
         for name in _TOLD_WHEN_CHANGED
         if before.get(name) != now.get(name)
     ]
-
-
-def values_of(arguments: Sequence[str]) -> dict[str, str]:
-    """Each flag of a command line and the words behind it, "on" for none; of one that comes twice, the last."""
-    starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
-    found = {}
-    for first, end in itertools.pairwise([*starts, len(arguments)]):
-        flag, _, value = arguments[first].partition("=")
-        found[flag] = value or " ".join(arguments[first + 1 : end]) or "on"
-    return found
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,7 @@ from linear_moe.launch.hugging_face import future_config, hugging_face_folder
 from linear_moe.launch.instructions import kept_tokenizer
 from linear_moe.launch.plan import NULL_TOKENIZER
 from linear_moe.launch.resume import checkpoint_iteration, mixer_options, read_config
-from linear_moe.model.families import FAMILIES, Family, flag_value, size_of
+from linear_moe.model.families import FAMILIES, Family, flags_of, size_of
 
 SCRIPTS = {
     "qwen2": "linear_moe_qwen2/run_finetune_qwen.sh",
@@ -83,7 +83,7 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
         )
     families = dict(FAMILIES)
     found = _pattern(saved, given) | _tokenizer(config, Path(given["PRETRAIN_CHECKPOINT_PATH"]))
-    found["MIXER_MODULES"] = flag_value(arguments, "--mixer-module") or ""
+    found["MIXER_MODULES"] = flags_of(arguments).get("--mixer-module", "")
     size = size_of(arguments)
     if size is not None and "MODEL_SIZE" not in given:
         found["MODEL_SIZE"] = saved.get("model_size") or "checkpoint"
@@ -99,7 +99,7 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
         found["VOCAB_SIZE"] = str(config["vocab_size"])
     elif rows and "VOCAB_SIZE" not in given:
         # Without a saved number, the last row is for the end of a document.
-        tokens = int(flag_value(arguments, "--vocab-size") or rows - 1)
+        tokens = int(flags_of(arguments).get("--vocab-size", rows - 1))
         found |= {"VOCAB_SIZE": str(tokens), "EXTRA_VOCAB_SIZE": str(rows - tokens)}
     found = {name: text for name, text in found.items() if text and name not in given}
     options = mixer_options(arguments, given.get("MIXER_MODULES") or found.get("MIXER_MODULES"))

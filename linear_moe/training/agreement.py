@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch.distributed as dist
+
+from linear_moe.model.families import flags_of
 
 
 def check_same_arguments(argv: list[str]) -> None:
@@ -19,7 +19,7 @@ def check_same_arguments(argv: list[str]) -> None:
     other = next((rank for rank, words in enumerate(everyone) if words != everyone[0]), None)
     if other is None:
         return
-    ours, theirs = (_by_flag(everyone[rank]) for rank in (0, other))
+    ours, theirs = (flags_of(everyone[rank]) for rank in (0, other))
     names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     shown = "; ".join(
         f"{name}: {ours.get(name, 'not set')} -> {theirs.get(name, 'not set')}" for name in names
@@ -29,10 +29,3 @@ def check_same_arguments(argv: list[str]) -> None:
         f"  why: all of them train one model, by one schedule\n"
         f"  try: the same script and variables on every node (NODE_RANK alone differs)"
     )
-
-
-def _by_flag(argv: list[str]) -> dict[str, str]:
-    """Each flag with the words behind it; of one that comes twice, the last."""
-    starts = [i for i, word in enumerate(argv) if word.startswith("--")]
-    pairs = itertools.pairwise([*starts, len(argv)])
-    return {argv[first]: " ".join(argv[first + 1 : end]) or "on" for first, end in pairs}

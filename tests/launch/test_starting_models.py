@@ -13,15 +13,16 @@ from linear_moe.launch.megatron_args import training_arguments
 from linear_moe.launch.plan import RunPlan
 from linear_moe.launch.preflight import preflight
 from linear_moe.launch.resume import architecture
+from linear_moe.model.families import Llama3Rope
 from tests.data.token_files import write_tokenizer
 from tests.launch.plans import SMALL, make_plan
 
 UNSET = {"MODEL_SIZE": "", "LA_MODULE": "", "LAYER_TYPE_LIST": ""}
 
 
-def saved(run: Path, **variables: str) -> RunPlan:
+def saved(run: Path, family: str = "qwen2", **variables: str) -> RunPlan:
     """The plan of a run that has saved a checkpoint there."""
-    plan = make_plan(**variables)
+    plan = make_plan(family=family, **variables)
     (run / "checkpoint" / "iter_0000005").mkdir(parents=True)
     (run / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("5")
     tokenizer = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
@@ -33,9 +34,9 @@ def saved(run: Path, **variables: str) -> RunPlan:
     return plan
 
 
-def from_run(path: Path, **variables: str) -> RunPlan:
+def from_run(path: Path, family: str = "qwen2", **variables: str) -> RunPlan:
     given = {**SMALL, **UNSET, "RUN_NAME": "next", "PRETRAIN_CHECKPOINT_PATH": str(path), **variables}
-    plan = launcher._plan_pretraining(given, "qwen2", 0)
+    plan = launcher._plan_pretraining(given, family, 0)
     preflight(plan)
     return plan
 
@@ -84,6 +85,13 @@ def test_a_size_that_is_named_is_that_of_the_table(tmp_path: Path):
         from_run(tmp_path / "old", MODEL_SIZE="tiny")
     changed = from_run(tmp_path / "old", MODEL_SIZE="tiny", EXTRA_ARGS="--moe-ffn-hidden-size 128")
     assert changed.size.moe_ffn_hidden_size == 128 and "MODEL_SIZE" not in changed.from_checkpoint
+
+
+def test_of_a_flag_that_a_run_had_twice_the_last_counts(tmp_path: Path):
+    """As for Megatron: that of EXTRA_ARGS, behind the family's own."""
+    saved(tmp_path / "old", "llama3", MODEL_SIZE="1B", EXTRA_ARGS="--rope-scaling-factor 4")
+    found = from_run(tmp_path / "old", "llama3", SEQ_LEN="64")
+    assert found.size.rope_scaling == Llama3Rope(factor=4.0)
 
 
 def test_a_run_that_goes_on_needs_its_start_no_more(

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from linear_moe.model.families.table import Family, Llama3Rope, ModelSize, YarnRope
@@ -138,10 +138,9 @@ def _expert_arguments(family: Family, size: ModelSize, moe_aux_loss_coeff: float
 
 def switches_of(arguments: Sequence[str]) -> dict[str, bool | float]:
     """What a command line says of `SWITCHES`, all of them, and of `POSITION_FLAGS`, those that it names."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    after = dict(itertools.pairwise(words))  # a flag that comes twice: the last one, as for Megatron
-    numbers = {name: float(after[flag]) for name, flag in POSITION_FLAGS.items() if flag in after}
-    return {name: flag in words for name, flag in SWITCHES.items()} | numbers
+    given = flags_of(arguments)
+    numbers = {name: float(given[flag]) for name, flag in POSITION_FLAGS.items() if flag in given}
+    return {name: flag in given for name, flag in SWITCHES.items()} | numbers
 
 
 def size_of(arguments: list[str]) -> ModelSize | None:
@@ -149,21 +148,23 @@ def size_of(arguments: list[str]) -> ModelSize | None:
 
     `vocab_size` is not among them: the tokenizer says it.
     """
-    texts = {name: flag_value(arguments, flag) for name, flag in SIZE_FLAGS.items()}
+    given = flags_of(arguments)
     numbers: dict[str, Any] = {
-        name: (float if name in FRACTIONS else int)(text) for name, text in texts.items() if text is not None
+        name: (float if name in FRACTIONS else int)(given[flag])
+        for name, flag in SIZE_FLAGS.items()
+        if flag in given
     }
-    dense = re.match(r"\(\[0\]\*(\d+)", flag_value(arguments, "--moe-layer-freq") or "")
+    dense = re.match(r"\(\[0\]\*(\d+)", given.get("--moe-layer-freq", ""))
     # Latent attention has no groups.
     numbers.setdefault("num_query_groups", numbers.get("num_attention_heads"))
     try:
         return ModelSize(
             **numbers,
             first_dense_layers=int(dense[1]) if dense else 0,
-            attention_output_gate="--attention-output-gate" in arguments,
-            tie_embeddings="--untie-embeddings-and-output-weights" not in arguments,
-            fp32_residual="--fp32-residual-connection" in arguments,
-            rope_scaling=_rope_scaling(arguments),
+            attention_output_gate="--attention-output-gate" in given,
+            tie_embeddings="--untie-embeddings-and-output-weights" not in given,
+            fp32_residual="--fp32-residual-connection" in given,
+            rope_scaling=_rope_scaling(given),
             vocab_size=1,
             extra_vocab_size=0,
             source="the checkpoint",
@@ -172,16 +173,21 @@ def size_of(arguments: list[str]) -> ModelSize | None:
         return None  # not from a run script
 
 
-def _rope_scaling(arguments: list[str]) -> Llama3Rope | YarnRope | None:
+def _rope_scaling(given: Mapping[str, str]) -> Llama3Rope | YarnRope | None:
     def number(flag: str) -> float:
-        return float(flag_value(arguments, flag) or 1)
+        return float(given.get(flag, 1))
 
-    if flag_value(arguments, "--rope-type") == "yarn":
+    if given.get("--rope-type") == "yarn":
         scales = number("--mscale"), number("--mscale-all-dim")
         return YarnRope(factor=number("--rotary-scaling-factor"), mscale=scales[0], mscale_all_dim=scales[1])
-    return Llama3Rope(factor=number("--rope-scaling-factor")) if "--use-rope-scaling" in arguments else None
+    return Llama3Rope(factor=number("--rope-scaling-factor")) if "--use-rope-scaling" in given else None
 
 
-def flag_value(arguments: list[str], flag: str) -> str | None:
-    """The word behind a flag; None without the flag."""
-    return arguments[arguments.index(flag) + 1] if flag in arguments else None
+def flags_of(arguments: Sequence[str]) -> dict[str, str]:
+    """Each flag of a command line and the words behind it, "on" for none; of one that comes twice, the last."""
+    starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
+    found = {}
+    for first, end in itertools.pairwise([*starts, len(arguments)]):
+        flag, _, value = arguments[first].partition("=")
+        found[flag] = value or " ".join(arguments[first + 1 : end]) or "on"
+    return found
