@@ -20,6 +20,11 @@ CASES: dict[str, dict[str, Any]] = {
     "time first, slices": dict(gate=True, strided=True),
     "norm alone": dict(skip=False, num_groups=2, shape=(2, 21, 4, 20)),
     "no skip, time first, slices": dict(skip=False, gate=True, strided=True),
+    "wider than registers": dict(gate=True, shape=(1, 9, 80, 64)),
+    "wider, odd, two groups": dict(
+        gate=True, num_groups=2, activation="sigmoid", shape=(1, 3, 6, 1367), strided=True
+    ),
+    "wider, norm alone": dict(skip=False, shape=(2, 3, 127, 64)),
 }
 
 
