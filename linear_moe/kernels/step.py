@@ -20,10 +20,10 @@ from torch import Tensor
 
 
 def takes(*tensors: Any, cu_seqlens: Tensor | None = None, **options: Any) -> bool:
-    """Whether a call is one token of every row, and no gradient is wanted."""
-    found = [x for x in (*tensors, *options.values()) if isinstance(x, Tensor)]
+    """Whether a call of one token runs here: rows that are not packed, without gradients."""
+    found = (x for x in (*tensors, *options.values()) if isinstance(x, Tensor))
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in found)
-    return cu_seqlens is None and found[0].shape[1] == 1 and not wants_gradient
+    return cu_seqlens is None and not wants_gradient
 
 
 def diag_decay(

@@ -279,11 +279,6 @@ class Mixer:
         return sum(p.width for p in self.fused_projections() if p.conv) if self.cfg.conv_size else 0
 
     @property
-    def conv_state_channels(self) -> int:
-        """Channels per head of ``MixerState.conv``."""
-        return self.conv_channels
-
-    @property
     def group_conv_channels(self) -> int:
         """Channels per group of heads that pass through it."""
         return sum(p.width for p in self.grouped_projections() if p.conv) if self.cfg.conv_size else 0

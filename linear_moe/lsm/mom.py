@@ -131,11 +131,6 @@ class MixtureOfMemories(Mixer):
         return self.core.conv_channels
 
     @property
-    def conv_state_channels(self) -> int:
-        """Of all memories."""
-        return self.num_copies * self.core.conv_channels
-
-    @property
     def num_norm_groups(self) -> int:
         """The inner mixer's."""
         return self.inner.num_norm_groups
@@ -328,6 +323,8 @@ def excluded(inner: type[Mixer]) -> str | None:
     """Why a mixer has no mixture of memories; ``None``: it has one."""
     if inner.token_shift or inner.first_value:
         return "its tokens also read their neighbours, who may be in another memory"
+    if inner.initialize is not Mixer.initialize:
+        return "it sets how its projections start, and not those of which every memory has its own"
     probe = inner(inner.Config.from_model(hidden_size=1024, num_heads=8, head_dim=128))
     if probe.grouped_projections():
         return "its keys belong to groups of heads, which memories cannot have their own of"

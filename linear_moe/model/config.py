@@ -38,10 +38,9 @@ class LinearMoEConfig(TransformerConfig):
                 f"  why: without one of their own it is that of the feed-forward blocks, which this model has not\n"
                 f"  try: --moe-ffn-hidden-size {2 * self.hidden_size}, or no experts"
             )
-        # Both make Megatron give every layer its own checkpoint key: stacked keys cannot hold mixed layers
-        # (TransformerBlock.sharded_state_dict); the second has no other use here.
+        # Megatron then gives every layer its own checkpoint keys (TransformerBlock.sharded_state_dict): by default all
+        # layers share keys with an axis for the layer, which needs layers of one kind.
         self.hetereogenous_dist_checkpoint = True
-        self.linear_attention_freq = [int(kind != SOFTMAX) for kind in self.layer_kinds]
         for kind in sorted(set(self.layer_kinds) - {SOFTMAX}):
             self._prepare(kind)
 

@@ -52,7 +52,7 @@ def share(
         if mixer.first_value is not None:
             heads = mixer.cfg.num_heads // pg_collection.tp.size()
             width = {p.name: p.width for p in mixer.fused_projections()}[mixer.first_value]
-            _carry(model, value, _Crossing.of(config, kind, stage_layers), (heads, width))
+            _carry(model, value, (heads, width), *_crosses(config, kind, stage_layers))
 
 
 def _tables(
@@ -79,25 +79,18 @@ def _zero(tables: ModelTables, hidden: Tensor) -> Tensor:
     return sum(0 * weight.sum() for weight in tables().values()).to(hidden.dtype)  # type: ignore[union-attr]
 
 
-class _Crossing:
-    """Whether a mixer's first value enters and leaves a stage."""
-
-    def __init__(self, enters: bool, leaves: bool) -> None:
-        self.enters, self.leaves = enters, leaves
-
-    @classmethod
-    def of(cls, config: LinearMoEConfig, kind: str, stage_layers: list[int]) -> _Crossing:
-        """From the layers of the model and of the stage."""
-        of_kind = [i for i, name in enumerate(config.layer_kinds) if name == kind]
-        first, last = of_kind[0], of_kind[-1]
-        enters = bool(stage_layers) and first < stage_layers[0] <= last
-        leaves = bool(stage_layers) and first <= stage_layers[-1] < last
-        return cls(enters, leaves)
+def _crosses(config: LinearMoEConfig, kind: str, stage_layers: list[int]) -> tuple[bool, bool]:
+    """Whether the first value of a mixer enters a stage, and whether it leaves it."""
+    of_kind = [i for i, name in enumerate(config.layer_kinds) if name == kind]
+    first, last = of_kind[0], of_kind[-1]
+    enters = bool(stage_layers) and first < stage_layers[0] <= last
+    leaves = bool(stage_layers) and first <= stage_layers[-1] < last
+    return enters, leaves
 
 
-def _carry(model: GPTModel, value: FirstValue, crossing: _Crossing, shape_HV: tuple[int, int]) -> None:
+def _carry(model: GPTModel, value: FirstValue, shape_HV: tuple[int, int], enters: bool, leaves: bool) -> None:
     """Take the value out of the stage's input, and put it behind the stage's output."""
-    if crossing.enters:
+    if enters:
         receive, hidden_size = model.set_input_tensor, model.config.hidden_size
 
         def set_input_tensor(input_tensor: Any) -> None:
@@ -109,7 +102,7 @@ def _carry(model: GPTModel, value: FirstValue, crossing: _Crossing, shape_HV: tu
             return receive([hidden_tBD] if isinstance(input_tensor, list) else hidden_tBD)
 
         model.set_input_tensor = set_input_tensor  # type: ignore[method-assign]
-    if crossing.leaves:
+    if leaves:
         model.decoder.register_forward_hook(
             lambda module, args, hidden_tBD: torch.cat([hidden_tBD, value.message(hidden_tBD)], dim=-1)
         )

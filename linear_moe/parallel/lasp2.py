@@ -46,7 +46,7 @@ def initial_states(segments: Sequence[Segment], layout: SequenceLayout, group: d
         states = []
         for chunk in chunks:
             unpacked = [next(pieces).unflatten(2, part.shape[1:]) for part in _parts(chunk)]
-            prefix_BJ = _fold(chunk, unpacked, layout)
+            prefix_BJ = _fold(_by_chunk(chunk, unpacked), layout.local_chunks)
             # The run that continues a document from the chunk before gets its prefix, and the others nothing.
             states.append(layout.first_runs(prefix_BJ) if layout.is_packed else prefix_BJ.flatten(0, 1))
         return states
@@ -77,14 +77,18 @@ def _chunk_segment(segment: Segment, layout: SequenceLayout) -> Segment:
     return chunk.forgetting(starts_here.flatten())
 
 
-def _fold(like: Segment, parts_CB: list[Tensor], layout: SequenceLayout) -> Tensor:
+def _by_chunk(like: Segment, parts_CB: list[Tensor]) -> list[Segment]:
+    """What each chunk of the sequences does to a memory, in sequence order, from :func:`_parts` of all of them."""
+    state_CB, *decay_CB = parts_CB
+    if not decay_CB:
+        return [Segment(state) for state in state_CB]
+    name = "log_decay" if like.decay is None else "decay"
+    return [Segment(state, **{name: decay}) for state, decay in zip(state_CB, *decay_CB, strict=True)]
+
+
+def _fold(segments_C: Sequence[Segment], local_chunks: tuple[int, ...]) -> Tensor:
     """The memory before each local chunk, ``[B, J, H, K, V]``, folding in sequence order on every rank alike."""
-    state = torch.zeros_like(parts_CB[0][0])
-    before: dict[int, Tensor] = {}
-    for c in range(max(layout.local_chunks) + 1):
-        before[c] = state
-        decay = parts_CB[1][c] if len(parts_CB) > 1 else None
-        dense = like.decay is not None
-        chunk = Segment(parts_CB[0][c], log_decay=None if dense else decay, decay=decay if dense else None)
-        state = chunk.carry(state)
-    return torch.stack([before[c] for c in layout.local_chunks], dim=1)
+    before_C = [torch.zeros_like(segments_C[0].state)]
+    for segment in segments_C[: max(local_chunks)]:
+        before_C.append(segment.carry(before_C[-1]))
+    return torch.stack([before_C[c] for c in local_chunks], dim=1)

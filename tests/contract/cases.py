@@ -232,7 +232,8 @@ def make(
         )
         conv = group_conv = length = None
         if mixer.conv_channels:
-            conv = leaf(runs, mixer.cfg.conv_size - 1, heads, mixer.conv_state_channels)
+            channels = getattr(mixer, "num_copies", 1) * mixer.conv_channels  # of every memory of a mixture
+            conv = leaf(runs, mixer.cfg.conv_size - 1, heads, channels)
         if mixer.group_conv_channels:
             group_conv = leaf(runs, mixer.cfg.conv_size - 1, mixer.num_groups, mixer.group_conv_channels)
         if mixer.uses_positions:

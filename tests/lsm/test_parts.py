@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from linear_moe import lsm
-from linear_moe.lsm import Projection, gating, split
+from linear_moe.lsm import Placement, Projection, gating, split
 from linear_moe.lsm.flags import options_of
+from linear_moe.lsm.gla import GatedLinearAttention
+from linear_moe.lsm.mom import excluded
 from linear_moe.model.mixer_options import check_layout
 from tests.contract.cases import EVERY_CASE, SHAPE, make
 
@@ -120,6 +122,20 @@ def test_why_a_mixer_has_no_mixture(name: str, reason: str) -> None:
         ValueError, match=f"^unknown mixer .*\n  why: {name} has no mixture of memories: {reason}\n"
     ):
         lsm.get(f"mom_{name}")
+
+
+def test_a_mixer_that_sets_how_it_starts_has_no_mixture() -> None:
+    """The mixture would not call it: memories have projections of their own, which it does not know."""
+
+    class Started(GatedLinearAttention):
+        def initialize(self, found: dict[str, torch.Tensor], place: Placement) -> None:
+            found["in_proj.k"].zero_()
+
+    assert excluded(GatedLinearAttention) is None
+    assert (
+        excluded(Started)
+        == "it sets how its projections start, and not those of which every memory has its own"
+    )
 
 
 def test_flags_say_true_or_false() -> None:

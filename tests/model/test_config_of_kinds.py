@@ -40,7 +40,6 @@ def test_messages_between_stages_vary_where_a_value_rides_with_them(kinds, stage
 def test_layers_of_a_kind_are_counted():
     found = config(["gla", "rwkv7", "gla", "softmax"])
     assert [mixer_config(kind, found).layers_of_kind for kind in ("gla", "rwkv7", "deltanet")] == [2, 1, 1]
-    assert found.linear_attention_freq == [1, 1, 1, 0]
 
 
 def test_a_value_handed_on_is_lost_by_recomputing_layers():

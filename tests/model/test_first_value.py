@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linear_moe.model.mixer_layer import FirstValue
-from linear_moe.model.sharing import _carry, _Crossing
+from linear_moe.model.sharing import _carry, _crosses
 
 B, T, H, V, D = 3, 8, 2, 5, 7
 TRUTH = torch.randn(B, T, H, V, generator=torch.Generator().manual_seed(0))
@@ -40,11 +40,10 @@ def test_it_crosses_where_somebody_has_it_and_somebody_wants_it(kinds):
     config = SimpleNamespace(layer_kinds=kinds)
     users = [i for i, kind in enumerate(kinds) if kind == "a"]
     for start, end in itertools.combinations(range(len(kinds) + 1), 2):
-        crossing = _Crossing.of(config, "a", list(range(start, end)))
-        assert crossing.enters == (any(i < start for i in users) and any(i >= start for i in users))
-        assert crossing.leaves == (any(i < end for i in users) and any(i >= end for i in users))
-    nothing = _Crossing.of(config, "a", [])
-    assert not nothing.enters and not nothing.leaves
+        enters, leaves = _crosses(config, "a", list(range(start, end)))
+        assert enters == (any(i < start for i in users) and any(i >= start for i in users))
+        assert leaves == (any(i < end for i in users) and any(i >= end for i in users))
+    assert _crosses(config, "a", []) == (False, False)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -53,8 +52,8 @@ def test_it_rides_behind_the_hidden_states(listed):
     config = SimpleNamespace(hidden_size=D, params_dtype=torch.float32)
     first = SimpleNamespace(decoder=SimpleNamespace(register_forward_hook=hooks.append))
     second = SimpleNamespace(set_input_tensor=seen.append, config=config)
-    _carry(first, sent, _Crossing(enters=False, leaves=True), (H, V))
-    _carry(second, received, _Crossing(enters=True, leaves=False), (H, V))
+    _carry(first, sent, (H, V), enters=False, leaves=True)
+    _carry(second, received, (H, V), enters=True, leaves=False)
     hidden = torch.randn(T, B, D)
     (hook,) = hooks
     message = hook(None, (), hidden)

@@ -5,18 +5,25 @@ import math
 from linear_moe.model.families.table import ModelSize
 
 _PROJECTIONS = {
-    **{
-        "based": 2.25,
-        "rebased": 2.25,
-        "deltanet": 4,
-        "gla": 4,
-        "hgrn2": 4,
-        "kda": 4.3,
-        "rwkv6": 4.3,
-        "rwkv7": 4.3,
-    },
-    **{"gsa": 4.5, "mamba2": 6.03, "retention": 8, "mom_based": 6.75, "mom_rebased": 6.75, "mom_gla": 10},
-    **{"mom_deltanet": 12, "mom_hgrn2": 12, "mom_kda": 12.7, "mom_gsa": 14.5, "mom_retention": 20},
+    "based": 2.25,
+    "rebased": 2.25,
+    "deltanet": 4,
+    "gla": 4,
+    "hgrn2": 4,
+    "kda": 4.3,
+    "rwkv6": 4.3,
+    "rwkv7": 4.3,
+    "gsa": 4.5,
+    "mamba2": 6.03,
+    "retention": 8,
+    "mom_based": 6.75,
+    "mom_rebased": 6.75,
+    "mom_gla": 10,
+    "mom_deltanet": 12,
+    "mom_hgrn2": 12,
+    "mom_kda": 12.7,
+    "mom_gsa": 14.5,
+    "mom_retention": 20,
 }
 """Matrices `hidden x heads * head_dim` that a mixer with default options is worth, where they are not q, k, v, output
 gate and output projection (5), and in a mixture k and v of four memories more (13). A test compares every mixer of the
