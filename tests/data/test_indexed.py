@@ -16,7 +16,7 @@ from linear_moe.data.indexed import (
 from tests.data.token_files import write_tokenizer, write_tokens
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64])
 def test_what_megatron_writes(tmp_path: Path, dtype: type):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from linear_moe.data import preprocess as module
 from linear_moe.data.corpus import check_inputs, python_documents, read_documents
-from linear_moe.data.indexed import read_manifest, read_tokens
+from linear_moe.data.indexed import read_index, read_manifest, read_tokens
 from linear_moe.data.preprocess import preprocess
 from linear_moe.data.tokenizer import (
     END_OF_DOCUMENT,
@@ -62,6 +62,19 @@ def test_round_trip(tmp_path: Path, corpus: tuple[str, str]):
     assert read_manifest(prefix) == manifest
     assert (manifest.num_documents, manifest.num_tokens) == (5, len(read_tokens(prefix)))
     assert manifest.vocab_size == 300 and manifest.source == [corpus[0]]
+    assert read_index(prefix).dtype == "uint16"
+
+
+def test_tokens_of_large_vocabularies_are_wider(tmp_path: Path, corpus: tuple[str, str]):
+    """Of 65500 tokens and more, of which the last ones may be added behind a gap."""
+    path = Path(corpus[1], "tokenizer.json")
+    content = json.loads(path.read_text())
+    for last, dtype in ((65498, "uint16"), (65499, "int32")):
+        far = {**content["added_tokens"][0], "id": last, "content": "<|far|>"}
+        path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], far]}))
+        prefix, manifest = preprocess([corpus[0]], str(tmp_path / dtype), corpus[1])
+        assert (manifest.vocab_size, read_index(prefix).dtype) == (last + 1, dtype)
+        assert decoded(prefix, corpus[1]) == TEXTS
 
 
 def test_a_document_begins_as_a_prompt_does(tmp_path: Path, corpus: tuple[str, str]):
@@ -101,6 +114,11 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, corpus: tuple[str, str])
         "  try: --overwrite, or another --output-prefix"
     )
     assert preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1], overwrite=True)[0] == prefix
+    for suffix in (".idx", ".bin"):
+        Path(prefix + suffix).rename(tmp_path / "away")
+        with pytest.raises(ValueError, match=r"\.bin or \.idx exists"):
+            preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1])
+        (tmp_path / "away").rename(prefix + suffix)
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, corpus: tuple[str, str]):
@@ -127,12 +145,13 @@ def test_what_is_not_there_is_told_before_anything_is_written(tmp_path: Path, co
         assert not out.exists()
 
 
+@pytest.mark.parametrize("place", ["manifest_text", "read_index"])
 def test_a_failure_keeps_the_old_files(
-    tmp_path: Path, corpus: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: tuple[str, str], monkeypatch: pytest.MonkeyPatch, place: str
 ):
     preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1])
     before = {path.name: path.read_bytes() for path in tmp_path.glob("mine*")}
-    monkeypatch.setattr(module, "manifest_text", lambda manifest: 1 / 0)
+    monkeypatch.setattr(module, place, lambda given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         preprocess([corpus[0]], str(tmp_path / "mine"), corpus[1], overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("mine*")} == before
@@ -203,6 +222,18 @@ def test_a_compressed_input_is_named(tmp_path: Path, name: str, plain: str):
         check_inputs([f"{tmp_path}/{name}"])
     assert str(error.value).startswith(f"{tmp_path}/{name} is compressed.\n  why: ")
     assert str(error.value).endswith(f"try: gzip -dc {tmp_path}/{name} > {tmp_path}/{plain}")
+
+
+@pytest.mark.parametrize(("tool", "suffix"), [("gzip", ".gz"), ("zstd", ".zst"), ("xz", ".xz")])
+def test_what_unpacks_an_input(tmp_path: Path, tool: str, suffix: str):
+    """By the first bytes of what these programs write of a line."""
+    start = {"gzip": b"\x1f\x8b\x08\x00", "zstd": b"\x28\xb5\x2f\xfd\x24", "xz": b"\xfd7zXZ\x00"}[tool]
+    (tmp_path / f"a b.jsonl{suffix}").write_bytes(start)
+    with pytest.raises(ValueError) as error:
+        check_inputs([f"{tmp_path}/a b.jsonl{suffix}"])
+    assert str(error.value).endswith(
+        f"try: {tool} -dc '{tmp_path}/a b.jsonl{suffix}' > '{tmp_path}/a b.jsonl'"
+    )
 
 
 def test_an_input_of_somebody_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

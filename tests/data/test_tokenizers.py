@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from linear_moe.data.tokenizer import TokenizerError, added_tokens, describe_tokenizer
+from linear_moe.data.tokenizer import TokenizerError, added_tokens, describe_tokenizer, train_tokenizer
 from tests.data.token_files import write_tokenizer
 
 
@@ -56,6 +56,14 @@ def test_the_token_of_padding(tmp_path: Path, special: dict[str, Any], pad: int)
         changed(tmp_path / "tok", lambda config: config.update(special), "tokenizer_config.json")
     )
     assert (info.eod, info.pad) == (0, pad)
+
+
+def test_every_text_is_learned_from_once(tmp_path: Path):
+    """The most frequent pair is joined first: counted twice, that of the first text would be it."""
+    for kind in (list, iter):
+        folder = tmp_path / kind.__name__
+        train_tokenizer(kind(["", "abab", "cdcdcd"]), 259, str(folder))
+        assert json.loads((folder / "tokenizer.json").read_text())["model"]["merges"] == [["c", "d"]]
 
 
 def test_tokens_that_another_one_has_besides(tmp_path: Path):
