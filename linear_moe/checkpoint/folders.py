@@ -11,19 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from linear_moe.data.tokenizer import TOKENIZER_FILES
 from linear_moe.inference.checkpoint import TRACKER, checkpoint_folder, find_run, is_hugging_face
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-"""What a tokenizer folder of Hugging Face may hold; ``tokenizer.json`` is what we read."""
 
 ORIGIN = "hugging_face"
 """Folder of an imported run with the files of its source that we do not use but give back."""
@@ -108,13 +97,12 @@ def fingerprint(paths: list[Path]) -> str:
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the files of a tokenizer; returns their names."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def run_and_iteration(source: Path, step: int | None = None) -> tuple[Path, Path, int]:

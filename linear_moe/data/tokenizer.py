@@ -16,6 +16,12 @@ from typing import Any
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"  # its own token: Megatron masks the loss of pads, and documents must learn to end
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+"""What the folder of a tokenizer may hold; ``tokenizer.json`` is what we read, ``transformers`` may read all of it."""
+
 
 class TokenizerError(ValueError):
     """A path that is not a usable tokenizer; the text says what is missing."""

@@ -60,7 +60,7 @@ def _compressed_widths(plan: RunPlan) -> list[int]:
 
 
 def check_pipeline(plan: RunPlan) -> None:
-    """PP and VPP cut the layers into equal stages, and there are enough micro batches to interleave."""
+    """PP and VPP cut the layers into equal stages."""
     s, layers = plan.settings, plan.size.num_layers
     if s.vpp > 1 and s.pp == 1:
         raise PreflightError(

@@ -19,8 +19,6 @@ from linear_moe.field_docs import field_docs
 from linear_moe.launch.errors import PreflightError
 from linear_moe.model.families import FAMILIES
 
-Choice = Literal["auto", "true", "false"]
-
 SMALLEST_GLOBAL_BATCH = 8
 """GLOBAL_BATCH_SIZE when it is not set and the ranks can share it."""
 
@@ -116,7 +114,7 @@ class RunSettings:
     # Memory and kernels.
     ac: Literal["sel", "full", "none"] = "sel"
     """Activation recomputation: selective, whole layers, or none."""
-    te: Choice = "auto"
+    te: Literal["auto", "true", "false"] = "auto"
     """Transformer Engine. auto: when it is installed."""
     use_gemm: bool = True
     """Grouped GEMM for the experts. false: Megatron's loop over experts (slow; same checkpoint)."""

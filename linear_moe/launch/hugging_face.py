@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from linear_moe.checkpoint.hf_config import describe_folder, is_hf_folder
+from linear_moe.checkpoint.hf_config import describe_folder
 from linear_moe.checkpoint.options import linear_options, model_arguments
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.plan import RunPlan, registered_mixers
@@ -32,12 +32,6 @@ PATIENCE_S = 60
 _PATTERN = ("LAYER_TYPE_LIST", "LA_MODULE", "HYBRID_OVERRIDE_PATTERN")
 
 
-def hugging_face_folder(given: Mapping[str, str]) -> Path | None:
-    """The folder that PRETRAIN_CHECKPOINT_PATH names, if it is one of Hugging Face."""
-    text = given.get("PRETRAIN_CHECKPOINT_PATH", "").strip()
-    return Path(text).absolute() if text and text != "none" and is_hf_folder(Path(text)) else None
-
-
 def future_config(folder: Path, given: Mapping[str, str]) -> dict[str, Any]:
     """`config.json` of the run that a Hugging Face folder becomes, with the pattern of the variables.
 
@@ -45,9 +39,9 @@ def future_config(folder: Path, given: Mapping[str, str]) -> dict[str, Any]:
     """
     described = describe_folder(folder)
     kinds = described.kinds
-    if any(given.get(name, "").strip() for name in _PATTERN):
+    pattern, module, hybrid = (given.get(name) for name in _PATTERN)
+    if pattern or module or hybrid:
         known = registered_mixers(given.get("MIXER_MODULES"))
-        pattern, module, hybrid = (given.get(name, "").strip() or None for name in _PATTERN)
         kinds = layer_kinds(pattern, module, described.size.num_layers, hybrid, known=known)
     arguments = model_arguments(described, kinds)
     if set(kinds) != set(described.kinds):

@@ -1,13 +1,14 @@
 """What a finetuning run learns: its variables, its prepared samples, and their part of the command line."""
 
 import json
-import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from linear_moe.data.instructions.packing import Schedule, alone, pack
 from linear_moe.data.instructions.prepare import Prepared
+from linear_moe.data.tokenizer import TOKENIZER_FILES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +95,6 @@ def instruction_arguments(instructions: Instructions) -> list[str]:
     return flags if instructions.is_packed else [*flags, "--no-instruction-packing"]
 
 
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
-)
-
-
 def kept_tokenizer(run_dir: Path) -> Path:
     """Where a run keeps its tokenizer and the chat template that it learned."""
     return run_dir / "tokenizer"
@@ -109,13 +104,14 @@ def keep_tokenizer(run_dir: Path, source: Path, template: str | None) -> None:
     """Copy the tokenizer into the run, with ``template`` for its chat template unless that is ``None``."""
     folder = kept_tokenizer(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: (source / name).read_bytes() for name in _TOKENIZER_FILES if (source / name).exists()}
+    files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).exists()}
     if template is not None:
         config = json.loads(files["tokenizer_config.json"])
         config.pop("chat_template", None)
         files["tokenizer_config.json"] = (json.dumps(config, indent=1) + "\n").encode()
         files["chat_template.jinja"] = template.encode()
     for name, content in files.items():
-        part = folder / f"{name}.part{os.getpid()}"
+        # Nodes share the disk, and containers on them often the number of the process.
+        part = folder / f"{name}.part{secrets.token_hex(4)}"
         part.write_bytes(content)
         part.replace(folder / name)

@@ -19,16 +19,8 @@ DEFAULT_PORT = 29500
 
 _FIXED = [
     *("--optimizer", "adam", "--adam-beta1", "0.9", "--adam-beta2", "0.95"),
-    *(
-        "--weight-decay",
-        "0.1",
-        "--clip-grad",
-        "1.0",
-        "--lr-decay-style",
-        "cosine",
-        "--init-method-std",
-        "0.008",
-    ),
+    *("--weight-decay", "0.1", "--clip-grad", "1.0"),
+    *("--lr-decay-style", "cosine", "--init-method-std", "0.008"),
     *("--attention-dropout", "0.0", "--hidden-dropout", "0.0"),
     # A resumed run follows the schedule its variables describe, so that TRAIN_ITERS can be raised.
     "--override-opt_param-scheduler",
@@ -50,15 +42,8 @@ def training_arguments(plan: RunPlan) -> list[str]:
 
 def _model(plan: RunPlan) -> list[str]:
     s = plan.settings
-    flags = [
-        "--family",
-        plan.family.name,
-        "--model-size",
-        plan.size_name,
-        "--layer-kinds",
-        ",".join(plan.kinds),
-    ]
-    flags += ["--la-module", s.la_module]
+    flags = ["--family", plan.family.name, "--model-size", plan.size_name]
+    flags += ["--layer-kinds", ",".join(plan.kinds), "--la-module", s.la_module]
     if s.mixer_modules:
         flags += ["--mixer-module", s.mixer_modules]
     if s.layer_type_list:
@@ -102,12 +87,8 @@ def _data(plan: RunPlan) -> list[str]:
     elif s.dataset_path == MOCK_DATA:
         flags = ["--mock-data"]
     else:
-        flags = [
-            "--data-path",
-            *(s.dataset_path.split() if plan.blend_weights else _weighted(plan.prefixes)),
-            "--data-cache-path",
-            str(plan.run_dir.parent / "data_cache"),
-        ]
+        blend = s.dataset_path.split() if plan.blend_weights else _weighted(plan.prefixes)
+        flags = ["--data-path", *blend, "--data-cache-path", str(plan.run_dir.parent / "data_cache")]
     flags += ["--split", _split(plan), "--padded-vocab-size", str(plan.padded_vocab_size)]
     if tokenizer is not None:
         flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
@@ -146,14 +127,8 @@ def _memory_and_kernels(plan: RunPlan) -> list[str]:
     s = plan.settings
     flags = [] if s.pr == "fp32" else [f"--{s.pr}"]
     if s.ac == "full":
-        flags += [
-            "--recompute-granularity",
-            "full",
-            "--recompute-method",
-            "uniform",
-            "--recompute-num-layers",
-            "1",
-        ]
+        flags += ["--recompute-granularity", "full"]
+        flags += ["--recompute-method", "uniform", "--recompute-num-layers", "1"]
     elif s.ac == "sel":
         flags += ["--recompute-granularity", "selective"]
     if s.te != "auto":

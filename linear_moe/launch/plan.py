@@ -58,9 +58,7 @@ class RunPlan:
     @property
     def hugging_face(self) -> Path | None:
         """PRETRAIN_CHECKPOINT_PATH, if it is a Hugging Face folder."""
-        text = self.settings.pretrain_checkpoint_path
-        is_one = text not in (None, "none") and is_hf_folder(Path(str(text)))
-        return Path(str(text)).absolute() if is_one else None
+        return hugging_face_folder(self.settings.pretrain_checkpoint_path)
 
     @property
     def on_cpu(self) -> bool:
@@ -168,6 +166,13 @@ class RunPlan:
                 return f"{tokens:.1f}{unit}" if unit else f"{tokens:.0f}"
             tokens /= 1000
         return f"{tokens:.1f}T"
+
+
+def hugging_face_folder(path: str | None) -> Path | None:
+    """The folder that PRETRAIN_CHECKPOINT_PATH names, if it is one of Hugging Face."""
+    if path is None or path == "none" or not is_hf_folder(Path(path)):
+        return None
+    return Path(path).absolute()
 
 
 def plan_run(

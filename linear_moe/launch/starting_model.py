@@ -9,9 +9,9 @@ from typing import Any
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
 from linear_moe.launch.environment import RunSettings
 from linear_moe.launch.errors import PreflightError
-from linear_moe.launch.hugging_face import future_config, hugging_face_folder
+from linear_moe.launch.hugging_face import future_config
 from linear_moe.launch.instructions import kept_tokenizer
-from linear_moe.launch.plan import NULL_TOKENIZER
+from linear_moe.launch.plan import NULL_TOKENIZER, hugging_face_folder
 from linear_moe.launch.resume import checkpoint_iteration, mixer_options, read_config
 from linear_moe.model.families import FAMILIES, Family, flags_of, size_of
 
@@ -110,7 +110,7 @@ def starting_model(given: Mapping[str, str], family: str, task: str = "finetune"
 
 
 def _config(given: Mapping[str, str]) -> dict[str, Any]:
-    if (source := hugging_face_folder(given)) is not None:
+    if (source := hugging_face_folder(given["PRETRAIN_CHECKPOINT_PATH"])) is not None:
         return future_config(source, given)
     folder = Path(given["PRETRAIN_CHECKPOINT_PATH"])
     found = map(read_config, (folder, folder.parent))
