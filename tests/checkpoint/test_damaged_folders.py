@@ -239,3 +239,23 @@ def test_no_program_in_a_pickle_runs(tmp_path):
     ):
         stored_tensors(tmp_path, allow_pickle=True)
     assert not (tmp_path / "it ran").exists()
+
+
+def test_pickles_in_several_files(tmp_path):
+    """As large models of that time have them: the index says which; a tensor is read from its own."""
+    first, second = {"a": torch.arange(6.0).view(2, 3)}, {"b": torch.ones(4, dtype=torch.bfloat16)}
+    files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    for name, tensors in zip(files, (first, second), strict=True):
+        torch.save(tensors, tmp_path / name)
+    index = {"weight_map": dict(zip("ab", files, strict=True))}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    stored = stored_tensors(tmp_path, allow_pickle=True)
+    assert {key: entry.path.name for key, entry in stored.items()} == index["weight_map"]
+    for key, tensor in (first | second).items():
+        assert stored[key].shape == tensor.shape and stored[key].dtype == tensor.dtype
+        assert torch.equal(stored[key].read(key), tensor)
+    with pytest.raises(ValueError, match=r"holds its weights in pickles only"):
+        stored_tensors(tmp_path)
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(ValueError, match=rf"{files[1]} cannot be read: .*\n  why: it is missing"):
+        stored_tensors(tmp_path, allow_pickle=True)

@@ -1,5 +1,6 @@
 """Samples from JSONL: which tokens they have and which are learned, against transformers; and every way to be wrong."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,13 @@ def test_a_folder_with_the_code_of_a_model_asks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "n")
     assert preparing._open(str(folder)).chat_template
     assert not asked, "a run script would wait for an answer"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "own.Own"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')\nclass Own: pass\n")
+    with contextlib.suppress(ValueError):
+        preparing._open(str(folder))
+    assert not asked and not (tmp_path / "it ran").exists()
 
 
 @pytest.mark.parametrize(
