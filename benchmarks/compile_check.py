@@ -63,12 +63,15 @@ AROUND = {
     "rotate_heads": ("",),
     "log_decay_of": ("softplus", "log_sigmoid", "sigmoid", "exp"),
     "bounded_decay_of": ("",),
+    "lerp_tokens": ("weight", "logits", "share"),
+    "edit_keys": ("",),
+    "gated_group_norm": ("alone", "own"),
     "conv_and_split": ("",),
     "skip_gate_norm": ("skip", "alone"),
     "adam_": ("",),
 }
-"""Other operators, and what kinds there are: of heads K wide, V channels are turned; K are convolved, V more are not;
-a parameter's copy has the dtype, but for float32."""
+"""Other operators, and what kinds there are: of heads K wide, V channels are turned, or read of its own by a token; K
+are convolved, V more are not; a parameter's copy has the dtype, but for float32."""
 STEP = dict(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=0.3)
 """Of an optimizer."""
 DIMS = ("64x64", "128x128", "128x256", "256x128", "256x256")
@@ -221,6 +224,20 @@ def _around(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: i
         return {"x": x, "form": kind, **has_rate}
     if op == "bounded_decay_of":
         return {"x": x, "bound": torch.zeros(heads, num_keys).requires_grad_()}
+    if op == "lerp_tokens":
+        mixes = {"weight": 6, "logits": 5, "share": 1}[kind]
+        given = {"weight": None if kind == "share" else ones(mixes, heads * num_keys)}
+        given |= {} if kind == "weight" else {"logits": ones(1, 2048, mixes, heads * num_keys)}
+        given |= {"activation": "sigmoid"} if kind == "share" else {}
+        return {"x": ones(1, 2048, heads * num_keys), "other": ones(1, 2048, heads * num_keys), **given}
+    if op == "edit_keys":
+        return {"k": x, "logits": x, "scale": ones(heads, num_keys), "strength": ones(heads, num_keys)}
+    if op == "gated_group_norm":
+        keys = ones(1, 2048, heads, num_keys)
+        x = wide[..., num_keys:].requires_grad_()
+        own = {"q": keys, "k": keys, "v": x, "bonus": ones(heads, num_keys)} if kind == "own" else {}
+        weights = {"weight": ones(heads, num_values), "bias": ones(heads, num_values)}
+        return {"x": x, **weights, "gate": x, "activation": None if own else "swish", **own}
     if op == "conv_and_split":
         widths = num_keys // 2, num_keys // 2, num_values
         weight = ones(heads, num_keys, 4)

@@ -144,6 +144,21 @@ def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int) -> d
         bound = torch.randn(2, num_keys) * 4
         bound[0, ::3] = -float("inf")
         return {"x": normal(2, tokens, 2, num_keys) * 4, "bound": bound}
+    if op == "lerp_tokens":
+        x, other = normal(2, tokens, 3 * num_keys), normal(2, tokens, 3 * num_keys)
+        mixes = {"weight": 6, "logits": 5, "share": 1}[kind]
+        found = {"x": x, "other": other, "activation": "sigmoid" if kind == "share" else None}
+        found |= {} if kind == "share" else {"weight": normal(mixes, 3 * num_keys)}
+        return found | ({} if kind == "weight" else {"logits": normal(2, tokens, mixes, 3 * num_keys)})
+    if op == "edit_keys":
+        found = {name: normal(2, tokens, 2, num_keys) for name in ("k", "logits")}
+        return found | {name: normal(2, num_keys) for name in ("scale", "strength")}
+    if op == "gated_group_norm":
+        x, gate, v = (normal(2, tokens, 2, num_values) for _ in range(3))
+        q, k = (normal(2, tokens, 2, num_keys) for _ in range(2))
+        own = {"q": q, "k": k, "v": v, "bonus": normal(2, num_keys), "activation": None}
+        found = {"x": x, "gate": gate, "weight": normal(2, num_values), "bias": normal(2, num_values)}
+        return found | (own if kind == "own" else {})
     if op == "conv_and_split":
         x, widths = normal(2, tokens, 2, num_keys + num_values), (num_keys // 2, num_keys // 2, num_values)
         return {"x": x, "weight": normal(2, num_keys, 4), "widths": widths, "activation": "silu"}

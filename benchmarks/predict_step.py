@@ -49,12 +49,12 @@ PARTS = {
     "projections": r"tensor_parallel/layers|mixer_projections|mixer_layer|column_linear",
     "short convolution": r"short_conv|conv\.py|conv_input",
     "scan": r"triton/(diag|delta|dplr|decay|states|segment|chunk)",
-    "norm and gate of outputs": r"gated_norm|skip_norm|lsm/output",
-    "gates and splits of mixers": r"lsm/|scaled|log_decay|bounded_decay|random\.py",
+    "norm and gate of outputs": r"gated_norm|group_norm|skip_norm|lsm/output",
+    "gates and splits of mixers": r"lsm/|scaled|log_decay|bounded_decay|lerp|edit_keys|random\.py",
     "norms": r"model/norm",
     "residual stream": r"fused_bias_dropout|several readers",
     "output loss": r"output_loss|cross_entropy|pretrain.py:loss",
-    "gradients into float32": r"distributed/",
+    "gradients into float32": r"distributed/|optimizer_step\.py:(hook|_clear_stale)",
     "optimizer": r"optimizer|one_pass|triton/adam",
 }
 """Parts of a step by who asks for an operation; the first that fits."""
@@ -157,7 +157,10 @@ def predict(job: tuple[str, argparse.Namespace]) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         warnings.simplefilter("ignore")
-        found = trace(model, asked)
+        try:
+            found = trace(model, asked)
+        except ValueError as error:  # the launcher's cannot be pickled, and the pool would wait for ever
+            raise ValueError(str(error)) from error
     parts: dict[str, float] = defaultdict(float)
     phases: dict[str, float] = defaultdict(float)
     ops: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0.0])

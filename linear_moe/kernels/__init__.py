@@ -1,6 +1,12 @@
 """Linear-recurrence kernels: pure functions of tensors, no Megatron and no mixers."""
 
-from linear_moe.kernels.gates import bounded_decay_of, log_decay_of
+from linear_moe.kernels.gates import (
+    bounded_decay_of,
+    edit_keys,
+    gated_group_norm,
+    lerp_tokens,
+    log_decay_of,
+)
 from linear_moe.kernels.ops import (
     conv_and_split,
     delta_rule,
@@ -32,7 +38,10 @@ __all__ = [
     "diag_decay_segment",
     "dplr_delta_rule",
     "dplr_delta_rule_segment",
+    "edit_keys",
+    "gated_group_norm",
     "gated_rms_norm",
+    "lerp_tokens",
     "log_decay_of",
     "rotate_heads",
     "scale_heads",

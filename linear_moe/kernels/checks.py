@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels.arriving import State
-from linear_moe.kernels.log_decay import FORMS
 
 MAX_HEAD_DIM = 256
 
@@ -43,7 +42,7 @@ def check_scan(
         _check_float("q", q, v.device)
         _check_shape("q", q, k.shape, "[B, T, Hqk, K], as k")
         if q.dtype != v.dtype:
-            _fail("q", f"is {q.dtype} but v is {v.dtype}", _ONE_DTYPE, f"q.to({v.dtype})")
+            fail("q", f"is {q.dtype} but v is {v.dtype}", _ONE_DTYPE, f"q.to({v.dtype})")
     if log_decay is not None:
         _check_log_decay(log_decay, k, v)
     num_documents = check_cu_seqlens(cu_seqlens, v.shape[0], v.shape[1], v.device)
@@ -65,20 +64,20 @@ def _check_key_value(k: Tensor, v: Tensor) -> None:
     for name, x, legend in (("k", k, "[B, T, Hqk, K]"), ("v", v, "[B, T, H, V]")):
         _check_float(name, x, v.device)
         if x.ndim != 4 or 0 in x.shape:
-            _fail(name, f"has shape {_show(x.shape)}", f"{name} is {legend}", "a non-empty tensor of these")
+            fail(name, f"has shape {show(x.shape)}", f"{name} is {legend}", "a non-empty tensor of these")
     num_heads, num_keys, num_values = v.shape[2], k.shape[3], v.shape[3]
     if k.shape[:2] != v.shape[:2]:
-        found = f"is {_show(k.shape)} but v is {_show(v.shape)}"
-        _fail("k", found, "every token has a key and a value", "k and v of the same B and T")
+        found = f"is {show(k.shape)} but v is {show(v.shape)}"
+        fail("k", found, "every token has a key and a value", "k and v of the same B and T")
     if k.dtype != v.dtype:
-        _fail("k", f"is {k.dtype} but v is {v.dtype}", _ONE_DTYPE, f"k.to({v.dtype})")
+        fail("k", f"is {k.dtype} but v is {v.dtype}", _ONE_DTYPE, f"k.to({v.dtype})")
     if num_heads % k.shape[2]:
         found = f"has {k.shape[2]} heads and v has {num_heads}"
-        _fail("k", found, "each head of q and k serves the same number of v's", "a number that divides v's")
+        fail("k", found, "each head of q and k serves the same number of v's", "a number that divides v's")
     if max(num_keys, num_values) > MAX_HEAD_DIM:
         name = "k" if num_keys > MAX_HEAD_DIM else "v"
         why = "a kernel holds the rows of a memory, K x V, close to where it computes"
-        _fail(
+        fail(
             name,
             f"has head dim {max(num_keys, num_values)}",
             why,
@@ -92,8 +91,8 @@ def _check_log_decay(log_decay: Tensor, k: Tensor, v: Tensor) -> None:
     allowed = [(v.shape[2],), tuple(v.shape[:3]), (*v.shape[:3], k.shape[3])]
     if tuple(log_decay.shape) not in allowed:
         why = "a decay is of heads, [H], of their tokens, [B, T, H], or of channels, [B, T, H, K]"
-        shapes = " or ".join(_show(shape) for shape in allowed)
-        _fail("log_decay", f"has shape {_show(log_decay.shape)}", why, shapes)
+        shapes = " or ".join(show(shape) for shape in allowed)
+        fail("log_decay", f"has shape {show(log_decay.shape)}", why, shapes)
     check_decay("log_decay", log_decay)
 
 
@@ -107,14 +106,14 @@ def check_diag_extras(k: Tensor, v: Tensor, log_decay_v: Tensor | None, bonus: T
         _check_float("bonus", bonus, v.device)
         _check_shape("bonus", bonus, (v.shape[2], k.shape[3]), "[H, K]")
     if bonus is not None and log_decay_v is not None:
-        _fail("bonus", "is given together with log_decay_v", "no recurrence here has both", "one of the two")
+        fail("bonus", "is given together with log_decay_v", "no recurrence here has both", "one of the two")
 
 
 def check_decay(name: str, log_decay: Tensor) -> None:
     """A logarithm of decay is at most 0; looked at where `_has_values`. (Not a number is let through, as anywhere.)"""
     if _has_values(log_decay) and (largest := log_decay.detach().max().item()) > _POSITIVE:
         why = "it is the logarithm of a factor of at most 1; a larger one makes the memory grow without bound"
-        _fail(
+        fail(
             name, f"has positive values, up to {largest:.3g}", why, f"-{name}, or the logarithm of the decay"
         )
 
@@ -144,16 +143,16 @@ def check_conv(
     _check_float("x", x, x.device)
     _check_float("weight", weight, x.device)
     if x.ndim < 3 or 0 in x.shape:
-        _fail("x", f"has shape {_show(x.shape)}", "x is [B, T, *C]", "a non-empty tensor of these")
+        fail("x", f"has shape {show(x.shape)}", "x is [B, T, *C]", "a non-empty tensor of these")
     channels = tuple(x.shape[2:])
     if tuple(weight.shape[:-1]) != channels or weight.shape[-1] < 1:
-        why = f"weight is [*C, W] with C = {_show(channels)}, as in x"
-        _fail("weight", f"has shape {_show(weight.shape)}", why, "one filter of W >= 1 numbers per channel")
+        why = f"weight is [*C, W] with C = {show(channels)}, as in x"
+        fail("weight", f"has shape {show(weight.shape)}", why, "one filter of W >= 1 numbers per channel")
     if bias is not None:
         _check_float("bias", bias, x.device)
         _check_shape("bias", bias, channels, "[*C]")
     if activation not in (None, "silu"):
-        _fail("activation", f"is {activation!r}", "there is no other", 'None or "silu"')
+        fail("activation", f"is {activation!r}", "there is no other", 'None or "silu"')
     num_documents = check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
     if state is not None:
         _check_float("state", state, x.device)
@@ -171,14 +170,14 @@ def check_conv_and_split(
 ) -> None:
     """Everything :func:`linear_moe.kernels.conv_and_split` takes."""
     if x.ndim != 4:
-        _fail("x", f"has shape {_show(x.shape)}", "x is [B, T, H, D]", "x.unflatten(-1, (H, D))")
+        fail("x", f"has shape {show(x.shape)}", "x is [B, T, H, D]", "x.unflatten(-1, (H, D))")
     if weight.ndim != 3 or not 0 < weight.shape[1] <= x.shape[-1]:
         why = f"weight is [H, C, W], of up to {x.shape[-1]} channels"
-        _fail("weight", f"has shape {_show(weight.shape)}", why, "one filter of W >= 1 numbers per channel")
+        fail("weight", f"has shape {show(weight.shape)}", why, "one filter of W >= 1 numbers per channel")
     ends = [sum(widths[: n + 1]) for n in range(len(widths))]
     if weight.shape[1] not in ends or x.shape[-1] != ends[-1]:
         why = f"they are the {x.shape[-1]} channels of x, and some of them its first {weight.shape[1]}, with filters"
-        _fail("widths", f"is {tuple(widths)}", why, f"({weight.shape[1]}, {x.shape[-1] - weight.shape[1]})")
+        fail("widths", f"is {tuple(widths)}", why, f"({weight.shape[1]}, {x.shape[-1] - weight.shape[1]})")
     check_conv(x[..., : weight.shape[1]], weight, bias, activation, state, cu_seqlens)
 
 
@@ -186,39 +185,18 @@ def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, acti
     """Everything :func:`linear_moe.kernels.gated_rms_norm` takes."""
     _check_float("x", x, x.device)
     if x.ndim != 4:
-        _fail("x", f"has shape {_show(x.shape)}", "x is [B, T, H, D]", "x.unflatten(-1, (H, D))")
+        fail("x", f"has shape {show(x.shape)}", "x is [B, T, H, D]", "x.unflatten(-1, (H, D))")
     if weight is not None:
         _check_float("weight", weight, x.device)
         if tuple(weight.shape) not in (tuple(x.shape[-1:]), tuple(x.shape[-2:])):
             why = "weight is of all heads, [D], or of each, [H, D]"
-            shapes = f"{_show(x.shape[-1:])} or {_show(x.shape[-2:])}"
-            _fail("weight", f"has shape {_show(weight.shape)}", why, shapes)
+            shapes = f"{show(x.shape[-1:])} or {show(x.shape[-2:])}"
+            fail("weight", f"has shape {show(weight.shape)}", why, shapes)
     if gate is not None:
         _check_float("gate", gate, x.device)
         _check_shape("gate", gate, x.shape, "[B, T, H, D], as x")
     if activation not in ("swish", "sigmoid"):
-        _fail("activation", f"is {activation!r}", "there is no other", '"swish" or "sigmoid"')
-
-
-def check_log_decay_of(x: Tensor, rate: Tensor | None, bias: Tensor | None, form: str) -> None:
-    """Everything :func:`linear_moe.kernels.log_decay_of` takes."""
-    check_gated_norm(x, None, None, "swish")
-    for name, tensor, shape, legend in (
-        ("rate", rate, x.shape[2:3], "[H]"),
-        ("bias", bias, x.shape[2:], "[H, K]"),
-    ):
-        if tensor is not None:
-            _check_float(name, tensor, x.device)
-            _check_shape(name, tensor, shape, legend)
-    if form not in FORMS:
-        _fail("form", f"is {form!r}", "there is no other", " or ".join(f'"{name}"' for name in FORMS))
-
-
-def check_bounded_decay_of(x: Tensor, bound: Tensor) -> None:
-    """Everything :func:`linear_moe.kernels.bounded_decay_of` takes."""
-    check_gated_norm(x, None, None, "swish")
-    _check_float("bound", bound, x.device)
-    _check_shape("bound", bound, x.shape[2:], "[H, K]")
+        fail("activation", f"is {activation!r}", "there is no other", '"swish" or "sigmoid"')
 
 
 def check_scaled(x: Tensor, weight: Tensor) -> None:
@@ -233,16 +211,16 @@ def check_rotary(q: Tensor, k: Tensor, angles: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("angles", angles)):
         _check_float(name, x, q.device)
     if q.ndim != 4:
-        _fail("q", f"has shape {_show(q.shape)}", "q is [B, T, H, K]", "q.unflatten(-1, (H, K))")
+        fail("q", f"has shape {show(q.shape)}", "q is [B, T, H, K]", "q.unflatten(-1, (H, K))")
     if k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         why = "k is [B, T, G, K], of the tokens and the width of q"
-        _fail("k", f"has shape {_show(k.shape)}", why, f"a tensor {_show([*q.shape[:2], 'G', q.shape[3]])}")
+        fail("k", f"has shape {show(k.shape)}", why, f"a tensor {show([*q.shape[:2], 'G', q.shape[3]])}")
     if angles.ndim != 3 or angles.shape[:2] != q.shape[:2] or not 0 < 2 * angles.shape[2] <= q.shape[3]:
         why = f"angles is [B, T, R], one for two of the {q.shape[3]} channels of a head"
-        shape = _show([*q.shape[:2], q.shape[3] // 2])
-        _fail("angles", f"has shape {_show(angles.shape)}", why, f"a tensor {shape}, or with fewer angles")
+        shape = show([*q.shape[:2], q.shape[3] // 2])
+        fail("angles", f"has shape {show(angles.shape)}", why, f"a tensor {shape}, or with fewer angles")
     if angles.requires_grad and torch.is_grad_enabled():
-        _fail("angles", "requires a gradient", "angles are constants here", "angles.detach()")
+        fail("angles", "requires a gradient", "angles are constants here", "angles.detach()")
 
 
 def check_skip_gate_norm(
@@ -256,40 +234,38 @@ def check_skip_gate_norm(
 ) -> None:
     """Everything :func:`linear_moe.kernels.skip_gate_norm` takes."""
     check_gated_norm(x, None, gate, activation)
-    for name, tensor, shape, legend in (
+    check_each(
+        x,
         ("skip", skip, x.shape, "[B, T, H, V], as x"),
         ("skip_weight", skip_weight, x.shape[2:3], "[H]"),
         ("weight", weight, x.shape[2:], "[H, V]"),
-    ):
-        if tensor is not None:
-            _check_float(name, tensor, x.device)
-            _check_shape(name, tensor, shape, legend)
+    )
     if (skip is None) != (skip_weight is None):
-        _fail(
+        fail(
             "skip_weight",
             f"is{'' if skip_weight is None else ' not'} None",
             "it is the factor of skip",
             "both",
         )
     if num_groups < 1 or x.shape[2] % num_groups:
-        _fail("num_groups", f"is {num_groups}", f"every group has as many of the {x.shape[2]} heads", "1")
+        fail("num_groups", f"is {num_groups}", f"every group has as many of the {x.shape[2]} heads", "1")
 
 
 def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.cross_entropy_` takes."""
     _check_float("logits", logits, logits.device)
     if logits.ndim != 2 or logits.stride(1) != 1:
-        found = f"has shape {_show(logits.shape)} and strides {_show(logits.stride())}"
-        _fail("logits", found, "logits is [M, V], and its rows are overwritten", "logits.contiguous()")
+        found = f"has shape {show(logits.shape)} and strides {show(logits.stride())}"
+        fail("logits", found, "logits is [M, V], and its rows are overwritten", "logits.contiguous()")
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
-        found = f"has shape {_show(logits.shape)} and strides {_show(logits.stride())}"
-        _fail("logits", found, "rows that share memory cannot be overwritten", "logits.contiguous()")
+        found = f"has shape {show(logits.shape)} and strides {show(logits.stride())}"
+        fail("logits", found, "rows that share memory cannot be overwritten", "logits.contiguous()")
     if logits.requires_grad and torch.is_grad_enabled():
         why = "its rows are overwritten by that gradient, which autograd cannot follow"
-        _fail("logits", "requires a gradient", why, "logits.detach(), or a call under torch.no_grad()")
+        fail("logits", "requires a gradient", why, "logits.detach(), or a call under torch.no_grad()")
     if labels.dtype != torch.int64 or labels.device != logits.device:
         found = f"is {labels.dtype} on {labels.device}"
-        _fail("labels", found, "labels are rows of logits, next to them", f"int64 on {logits.device}")
+        fail("labels", found, "labels are rows of logits, next to them", f"int64 on {logits.device}")
     _check_shape("labels", labels, logits.shape[:1], "[M]")
     _check_float("weight", weight, logits.device)
     _check_shape("weight", weight, logits.shape[:1], "[M]")
@@ -300,19 +276,19 @@ def check_rows(x: Tensor, order: Tensor, place: Tensor, num_rows: int) -> None:
     for name, index in (("order", order), ("place", place)):
         if index.dtype != torch.int64 or index.device != x.device:
             found = f"is {index.dtype} on {index.device}"
-            _fail(name, found, "it counts rows of x, next to them", f"int64 on {x.device}")
+            fail(name, found, "it counts rows of x, next to them", f"int64 on {x.device}")
     if place.ndim != 2 or order.shape != (place.numel(),):
-        found = f"has shape {_show(place.shape)} and order {_show(order.shape)}"
-        _fail("place", found, "place is [S, k], and order has its S * k slots", "both from one routing")
+        found = f"has shape {show(place.shape)} and order {show(order.shape)}"
+        fail("place", found, "place is [S, k], and order has its S * k slots", "both from one routing")
     if x.shape[0] != num_rows or num_rows not in (place.shape[0], place.numel()):
-        _fail("x", f"has {x.shape[0]} rows", f"place is {_show(place.shape)}", f"{num_rows} rows")
+        fail("x", f"has {x.shape[0]} rows", f"place is {show(place.shape)}", f"{num_rows} rows")
 
 
 def check_swiglu(x: Tensor, weight: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.weighted_swiglu` takes."""
     _check_float("x", x, x.device)
     if x.ndim != 2 or x.shape[1] % 2:
-        _fail("x", f"has shape {_show(x.shape)}", "x is [M, 2 F]", "gates and values side by side")
+        fail("x", f"has shape {show(x.shape)}", "x is [M, 2 F]", "gates and values side by side")
     _check_float("weight", weight, x.device)
     _check_shape("weight", weight, x.shape[:1], "[M]")
 
@@ -324,10 +300,10 @@ def check_adam(param: Tensor, tensors: dict[str, Tensor], half: Tensor | None, s
         _check_float(name, x, param.device)
         _check_shape(name, x, param.shape, "param's shape")
         if name != "half" and x.dtype != param.dtype:
-            _fail(name, f"is {x.dtype} but param is {param.dtype}", "they are added up", f"{param.dtype}")
+            fail(name, f"is {x.dtype} but param is {param.dtype}", "they are added up", f"{param.dtype}")
     if step.device.type != "cpu" or step.ndim:
-        found = f"has shape {_show(step.shape)} on {step.device}"
-        _fail("step", found, "the host would wait for its value", "torch.tensor(1.0), on the CPU")
+        found = f"has shape {show(step.shape)} on {step.device}"
+        fail("step", found, "the host would wait for its value", "torch.tensor(1.0), on the CPU")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> int:
@@ -335,22 +311,20 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, num_tokens: int, dev
     if cu_seqlens is None:
         return batch
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        found = f"is {cu_seqlens.dtype} of shape {_show(cu_seqlens.shape)}"
+        found = f"is {cu_seqlens.dtype} of shape {show(cu_seqlens.shape)}"
         why = "cu_seqlens is [N + 1]: 0, then the end of each document"
-        _fail("cu_seqlens", found, why, "an int32 or int64 tensor of at least two numbers")
+        fail("cu_seqlens", found, why, "an int32 or int64 tensor of at least two numbers")
     if cu_seqlens.device != device:
-        _fail("cu_seqlens", f"is on {cu_seqlens.device}", f"the tokens are on {device}", f'.to("{device}")')
+        fail("cu_seqlens", f"is on {cu_seqlens.device}", f"the tokens are on {device}", f'.to("{device}")')
     if batch != 1:
         why = "packed documents are one row"
-        _fail(
-            "cu_seqlens", f"is given with B = {batch}", why, "x.flatten(0, 1)[None] for every x [B, T, ...]"
-        )
+        fail("cu_seqlens", f"is given with B = {batch}", why, "x.flatten(0, 1)[None] for every x [B, T, ...]")
     if _has_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] > num_tokens or bounds != sorted(bounds):
             found = f"runs from {bounds[0]} to {bounds[-1]}"
             why = "each document ends where the next one starts"
-            _fail("cu_seqlens", found, why, f"non-decreasing offsets from 0 to at most T = {num_tokens}")
+            fail("cu_seqlens", found, why, f"non-decreasing offsets from 0 to at most T = {num_tokens}")
     return len(cu_seqlens) - 1
 
 
@@ -359,23 +333,31 @@ def _has_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def check_each(x: Tensor, *rows: tuple[str, Tensor | None, Sequence[int], str]) -> None:
+    """Names, tensors next to ``x``, their shapes and what these are called; ``None`` is no tensor."""
+    for name, tensor, shape, legend in rows:
+        if tensor is not None:
+            _check_float(name, tensor, x.device)
+            _check_shape(name, tensor, shape, legend)
+
+
 def _check_float(name: str, x: Tensor, device: torch.device) -> None:
     if not x.is_floating_point():
-        _fail(
-            name, f"is {x.dtype}", "it is multiplied and summed", f"a floating-point tensor: {name}.float()"
-        )
+        fail(name, f"is {x.dtype}", "it is multiplied and summed", f"a floating-point tensor: {name}.float()")
     if x.device != device:
-        _fail(name, f"is on {x.device}", f"the others are on {device}", f'{name}.to("{device}")')
+        fail(name, f"is on {x.device}", f"the others are on {device}", f'{name}.to("{device}")')
 
 
 def _check_shape(name: str, x: Tensor, shape: Sequence[int], legend: str) -> None:
     if tuple(x.shape) != tuple(shape):
-        _fail(name, f"has shape {_show(x.shape)}", f"{name} is {legend}", f"a tensor {_show(shape)}")
+        fail(name, f"has shape {show(x.shape)}", f"{name} is {legend}", f"a tensor {show(shape)}")
 
 
-def _fail(name: str, found: str, why: str, instead: str) -> NoReturn:
+def fail(name: str, found: str, why: str, instead: str) -> NoReturn:
+    """One clear error."""
     raise ValueError(f"{name} {found}\n  why: {why}\n  try: {instead}")
 
 
-def _show(shape: Sequence[int | str]) -> str:
+def show(shape: Sequence[int | str]) -> str:
+    """As one types it."""
     return str(list(shape)).replace("'", "")

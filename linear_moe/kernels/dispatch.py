@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from linear_moe.kernels import (
     chunked_dplr,
     conv,
     cross_entropy,
+    edit_keys,
     gated_norm,
+    lerp,
     log_decay,
     reference,
     rotary,
@@ -154,6 +156,26 @@ def _takes_group(x: Tensor, *others: Any, num_groups: int = 1, **options: Any) -
     return x.shape[2] * x.shape[3] <= 8192 * num_groups
 
 
+def _takes_mixes(
+    x: Tensor, other: Tensor, weight: Tensor | None = None, logits: Tensor | None = None, **options: Any
+) -> bool:
+    """Up to six: their gradients are arguments of one kernel each."""
+    return (weight if weight is not None else cast(Tensor, logits)[0, 0]).shape[0] <= 6
+
+
+def _takes_read(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Tensor | None = None,
+    q: Tensor | None = None,
+    *others: Any,
+    **options: Any,
+) -> bool:
+    """Values and keys up to 256 wide: a program has whole heads in registers."""
+    return x.shape[-1] <= 256 and (q is None or q.shape[-1] <= 256)
+
+
 def _takes_flat(
     param: Tensor,
     grad: Tensor,
@@ -223,6 +245,9 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("gated_rms_norm", gated_norm, "gated_norm", _takes_width),
         _operation("log_decay_of", log_decay, "log_decay", _takes_width),
         _operation("bounded_decay_of", bounded_decay, "bounded_decay", _takes_width),
+        _operation("lerp_tokens", lerp, "lerp", _takes_mixes),
+        _operation("edit_keys", edit_keys, "edit_keys", _takes_width),
+        _operation("gated_group_norm", gated_norm, "group_norm", _takes_read),
         _operation("scale_heads", scaled, "scaled", _takes_width),
         _operation("rotate_heads", rotary, "rotary"),
         _operation("skip_gate_norm", skip_norm, "skip_norm", _takes_group),

@@ -85,6 +85,54 @@ def bounded_decay() -> Errors:
     return compared(lambda x: results(kernels.bounded_decay_of(x[None], bound)), inputs)
 
 
+@CASES.add("mixes")
+def lerp_tokens() -> Errors:
+    """Two of each token; the logits of both lie side by side."""
+    weight = torch.randn(2, WIDTH).half()
+    inputs = {name: torch.randn(TOKENS, WIDTH).half() for name in ("x", "other")}
+    inputs["logits"] = torch.randn(TOKENS, 2, WIDTH).half()
+    return compared(
+        lambda x, other, logits: results(kernels.lerp_tokens(x[None], other[None], weight, logits[None])),
+        inputs,
+    )
+
+
+@CASES.add("mixes, logits apart")
+def lerp_tokens_of_far_logits() -> Errors:
+    """Of six mixes, 500 million elements from one to the next."""
+    inputs = {"logits": torch.randn(TOKENS, 2, WIDTH).half()}
+    x, other = torch.randn(2, 1, 2, WIDTH).half()
+
+    def mixed(logits: Tensor) -> list[Tensor]:
+        return results(kernels.lerp_tokens(x, other, None, logits[::25].transpose(0, 1)[None]))
+
+    return compared(mixed, inputs)
+
+
+@CASES.add("edited keys")
+def edit_keys() -> Errors:
+    """Of one head."""
+    weights = torch.randn(1, WIDTH).half(), torch.randn(1, WIDTH).half()
+    inputs = {name: torch.randn(TOKENS, 1, WIDTH).half() for name in ("k", "logits")}
+    return compared(lambda k, logits: results(kernels.edit_keys(k[None], logits[None], *weights)), inputs)
+
+
+@CASES.add("group norm")
+def gated_group_norm() -> Errors:
+    """Of one head, with what a token reads of its own."""
+    weight, bias, bonus = torch.randn(3, 1, WIDTH).half()
+    inputs = {name: torch.randn(TOKENS, 1, WIDTH).half() for name in ("x", "gate", "q", "k", "v")}
+
+    def normed(**wide: Tensor) -> list[Tensor]:
+        return [
+            kernels.gated_group_norm(
+                **{n: t[None] for n, t in wide.items()}, weight=weight, bias=bias, bonus=bonus
+            )
+        ]
+
+    return compared(normed, inputs)
+
+
 @CASES.add("skip, gate and norm")
 def skip_gate_norm() -> Errors:
     """Of one head."""

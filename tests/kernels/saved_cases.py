@@ -149,6 +149,26 @@ add("short convolution packed", "short_conv", dict(x=KEY, weight=(HEADS, KEYS, 4
 add("gated norm", "gated_rms_norm", dict(x=KEY, weight=(KEYS,), gate=KEY))
 add("log decay", "log_decay_of", dict(x=KEY, rate=(HEADS,), bias=(HEADS, KEYS)))
 add("bounded decay", "bounded_decay_of", dict(x=KEY, bound=(HEADS, KEYS)))
+add(
+    "mixes",
+    "lerp_tokens",
+    dict(x=(TOKENS, KEYS), other=(TOKENS, KEYS), weight=(2, KEYS), logits=(TOKENS, 2, KEYS)),
+)
+add("edited keys", "edit_keys", dict(k=KEY, logits=KEY, scale=(HEADS, KEYS), strength=(HEADS, KEYS)))
+add(
+    "group norm",
+    "gated_group_norm",
+    dict(
+        x=VALUE,
+        weight=(HEADS, VALUES),
+        bias=(HEADS, VALUES),
+        gate=VALUE,
+        q=KEY,
+        k=KEY,
+        v=VALUE,
+        bonus=(HEADS, KEYS),
+    ),
+)
 add("heads times a number", "scale_heads", dict(x=KEY, weight=SCALAR))
 add("rotary positions", "rotate_heads", dict(q=KEY, k=KEY), angles=torch.randn(1, TOKENS, KEYS // 2))
 add(

@@ -12,7 +12,8 @@ from compiled_kernels import ROOT, compiled
 
 def test_fits_an_h100(tmp_path: Path) -> None:
     calls = "--kinds", "scalar", "vector", "--dims", "128x128", "--dtypes", "bfloat16"
-    around = "rotate_heads", "log_decay_of", "bounded_decay_of", "adam_"
+    around: tuple[str, ...] = "rotate_heads", "log_decay_of", "bounded_decay_of", "adam_"
+    around += "lerp_tokens", "edit_keys", "gated_group_norm"
     rows = compiled(tmp_path, "--ops", "diag_decay", "diag_decay_segment", *around, *calls)
     assert len(rows) >= 15 and all(row["registers"] > 16 and row["resident"] >= 1 for row in rows)
     assert all(row["spilled"] == 0 and row["shared"] <= 227 * 1024 for row in rows)
@@ -21,6 +22,7 @@ def test_fits_an_h100(tmp_path: Path) -> None:
     assert scans | segments | {"rotate_kernel", "adam_kernel"} <= {row["kernel"] for row in rows}
     assert sum(row["call"].startswith("log_decay_of") for row in rows) == 8
     assert sum(row["call"].startswith("bounded_decay_of") for row in rows) == 2
+    assert sum(row["call"].startswith(around[4:]) for row in rows) == 12
 
 
 def test_fits_an_rtx_4090(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ NAMES = (
     "diagonal decay", "vector decay", "decay of columns", "delta rule", "delta rule, vector decay", "segment",
     "low rank", "delta segment", "short convolution", "gated norm", "skip, gate and norm", "rows", "gated unit",
     "cross entropy", "rotary positions", "rotary positions, heads apart", "skip, gate and norm, heads apart",
-    "short convolution of parts", "log decay", "bounded decay",
+    "short convolution of parts", "log decay", "bounded decay", "mixes", "mixes, logits apart", "edited keys",
+    "group norm",
 )  # fmt: skip
 
 

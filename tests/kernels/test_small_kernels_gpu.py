@@ -82,9 +82,23 @@ def bounded_decay(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     return [*module.bounded_decay_of(x, bound), *module.bounded_decay_of(x * 16, bound * -16)]
 
 
+def rwkv(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x, other, weight = t["x"], t["gate"], t["weight"].expand(5, 128)
+    of_channel, logits = weight.flatten().expand(2, 640), torch.stack([x, other * 0.5], 2)
+    k, gate = x.unflatten(-1, (5, 128)), other.unflatten(-1, (5, 128))
+    return [
+        *module.lerp_tokens(x, other, of_channel),
+        *module.lerp_tokens(x, other, of_channel, logits),
+        *module.lerp_tokens(x, other, None, logits, activation="sigmoid"),
+        *module.edit_keys(k, gate, weight, weight * 0.5),
+        module.gated_group_norm(k, weight, weight, gate, gate, k, k * 0.5, weight, activation=None),
+        module.gated_group_norm(k, weight, weight, gate),
+    ]
+
+
 CALLS: dict[str, Call] = {
     **{f.__name__: f for f in (short_conv, gated_norm, skip_norm, log_decay, bounded_decay, rows)},
-    **{f.__name__: f for f in (cross_entropy, unit, rotary)},
+    **{f.__name__: f for f in (cross_entropy, unit, rotary, rwkv)},
 }
 WIDE = ("factor", "angles")
 """What stays float32 in bfloat16 runs."""
