@@ -25,17 +25,17 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class Early:
-    """What an operation does while its memory is on its way, and while that memory's gradient is."""
+    """What an operation computes while its memory is on its way, and what it leaves for later in the backward pass."""
 
     def __init__(self, begun: Any) -> None:
         self._begun = begun
         self.gradients: Callable[[], Tensors] | None = None
-        """Those of the tokens, which the backward pass has left for later."""
+        """Computes the gradients of the tokens, once that of the memory is on its way."""
 
     def take(self) -> Any:
-        """What was begun, without autograd: a constant to the operation, whose backward pass starts from its inputs.
+        """What was computed early, without autograd: the operation's backward pass starts from its inputs again.
 
-        Once: between forward and backward it would be kept beside what the operation saves.
+        Can be taken once: it is not kept from the forward to the backward pass.
         """
         begun, self._begun = self._begun, None
         return begun
@@ -60,7 +60,7 @@ def meanwhile(
 
 
 def afterwards(early: Early | None, gradients: Callable[[], Tensors], count: int) -> Tensors:
-    """The gradients of ``count`` tokens; or nothing yet, if they can wait until that of the memory is on its way."""
+    """The gradients of ``count`` token tensors; or ``None`` for each, left to ``early``, if there was an early part."""
     if early is None:
         return gradients()
     early.gradients = gradients
@@ -68,7 +68,7 @@ def afterwards(early: Early | None, gradients: Callable[[], Tensors], count: int
 
 
 class _Tokens(torch.autograd.Function):
-    """The tokens of an operation as they are, and their gradients as it left them.
+    """Hands tokens on unchanged; its backward pass gives them the gradients that the operation left to ``early``.
 
     Autograd runs first what was recorded last. This is recorded before the memory arrives, so it runs after the
     memory's gradient has been sent, and before that is waited for.

@@ -55,7 +55,7 @@ class RowChunks:
         return out
 
     def thread(self, decay: Tensor, write: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What makes the state before a chunk from the one before the previous chunk, and the first of them."""
+        """Decays and writes that lead from the state before each chunk to that before the next, and the first state."""
         return decay[:-1], write[:-1], state
 
     def last(self, x_LB: Tensor) -> Tensor:

@@ -285,6 +285,9 @@ def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         ``[B, T, H, V]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
     """
     checks.check_scaled(x, weight)
     return dispatch.run("scale_heads", x, x, weight)

@@ -91,7 +91,7 @@ class _RecomputeScan(torch.autograd.Function):
 
 
 Gradients = tuple[Tensor | None, Callable[[], list[Tensor | None]]]
-"""Of the memory, and what computes those of the inputs."""
+"""The memory's gradient, and a function that computes those of the inputs."""
 
 
 def _in_one_step(scan: Scan, local: list[Any], memory: Tensor | None, grads: Tensors) -> Gradients:
@@ -102,7 +102,7 @@ def _in_one_step(scan: Scan, local: list[Any], memory: Tensor | None, grads: Ten
 
 
 def _in_two_steps(scan: Scan, local: list[Any], memory: Tensor | None, grads: Tensors) -> Gradients:
-    """The memory's first; up to the inputs go the rest, from what was begun, which takes a tenth more memory."""
+    """The memory's gradient first. Those of the inputs come later, from what ``begin`` gave: a tenth more memory."""
     with torch.enable_grad():
         begun = scan.begin(*local)
         leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in begun]

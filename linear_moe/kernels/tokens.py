@@ -50,6 +50,9 @@ def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
 
     Returns:
         ``[S * k, ...]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
     """
     checks.check_rows(x, order, place, x.shape[0])
     return dispatch.run("spread_rows", x, x, order, place)
@@ -66,6 +69,9 @@ def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None 
 
     Returns:
         ``[S, ...]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
     """
     checks.check_rows(x, order, place, order.shape[0])
     return dispatch.run("collect_rows", x, x, order, place, weight)
@@ -82,6 +88,9 @@ def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         ``[M, F]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
     """
     checks.check_swiglu(x, weight)
     return dispatch.run("weighted_swiglu", x, x, weight)

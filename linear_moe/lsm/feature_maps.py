@@ -43,7 +43,7 @@ class FeatureMap:
         biases: names of learned vectors ``[K]``.
         init_matrix: fills a matrix in place.
         init_bias: fills a bias in place.
-        has_signs: whether channels may be negative, and so a sum of weights 0.
+        has_signs: whether channels may be negative, so that a sum of weights may be 0.
     """
 
     apply: Callable[[Tensor, Weights], Tensor]

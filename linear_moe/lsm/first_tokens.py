@@ -16,7 +16,7 @@ class FirstTokens:
     """Where they are. Shapes follow from the number of runs; nothing waits for the device."""
 
     count: int
-    """C; a shorter run has others' tokens behind its last, and what becomes of them is dropped."""
+    """C. A shorter run is filled up with tokens of other runs, whose results are dropped."""
     places: Tensor | None
     """``[N * C]``, in the row that holds all runs; T where a run has no such token. ``None``: runs are rows."""
 
@@ -34,7 +34,7 @@ class FirstTokens:
         """``[B, T, ...]`` to ``[N, C, ...]``."""
         if self.places is None:
             return x_BT[:, : self.count]
-        # Where a run has no such token, any: its gradient is 0, so the atomics of this gradient add nothing twice.
+        # A run without such a token takes any other, to which it adds a gradient of 0: the order of atomics is all one.
         rows = x_BT[0].index_select(0, self.places.clamp(max=x_BT.shape[1] - 1))
         return rows.unflatten(0, (-1, self.count))
 

@@ -66,6 +66,7 @@ def project(
 
 
 def _by_memory(x_MI: Tensor, weight_HEwI: Tensor, ends: Tensor, num_heads: int) -> Tensor:
+    """``[M, H, w]``: each sorted slot times the weight of its memory."""
     weight_EOI = weight_HEwI.to(x_MI.dtype).transpose(0, 1).flatten(1, 2).contiguous()
     return linear_by_group(x_MI, weight_EOI, ends).unflatten(-1, (num_heads, -1))
 
@@ -100,13 +101,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Copies:
-    """F memories over N runs: inside, F * N runs of one memory; outside, N runs of F memories."""
+    """F memories over N runs: N runs of F memories for the layer, F * N runs of one memory for the inner mixer."""
 
     count: int
     num_runs: int
 
     def split(self, state: MixerState) -> MixerState:
-        """A state from outside, for inside."""
+        """A state of the layer, ``[N, ..]`` for each memory, as the inner mixer takes it: ``[F * N, ..]``."""
         memory = self._inside(state.memory)
         conv = state.conv
         if conv is not None:
@@ -122,7 +123,7 @@ class Copies:
         return MixerState(memory, conv)
 
     def through(self, memory_from: MemorySource | None) -> MemorySource | None:
-        """A source of memories from outside, for inside."""
+        """The layer's source of memories, as the inner mixer calls it: with segments of F * N runs."""
         if memory_from is None:
             return None
 

@@ -1,7 +1,7 @@
 """One token of every row through a mixture of memories, for decoding: each memory of each row is a row of its own.
 
-A memory that a row's token did not choose gets some other token, and what that would do is thrown away. So every shape
-follows from the number of rows, and no memory waits for another, as packed documents of one token would.
+A memory that a row's token did not choose reads some other token, and the result is thrown away. So every shape follows
+from the number of rows, and all memories step at once; a scan over packed documents would take them one after another.
 
 Letters: N rows, E routed memories, F memories with the shared one, R = F * N, k memories per token, H heads.
 """

@@ -31,7 +31,7 @@ from linear_moe.lsm.routing import Slots
 from linear_moe.lsm.tables import MixerState, Parameter, Placement, Projection, widen
 
 SHARED = ("q", "g")
-"""Projections that are no memory's own."""
+"""Projections that all memories share: queries and the output gate."""
 
 
 @dataclass(kw_only=True)
@@ -72,7 +72,7 @@ class Memories:
 
 
 class MixtureOfMemories(Mixer):
-    """Several memories of an ``inner_class`` mixer behind a router; :func:`mixture` makes the classes."""
+    """Several memories of an ``inner_class`` mixer behind a router; :func:`mixture` makes a class for each mixer."""
 
     inner_class: ClassVar[type[Mixer]]
     uses_hidden = True
@@ -85,8 +85,8 @@ class MixtureOfMemories(Mixer):
 
     def __init__(self, cfg: Mixer.Config) -> None:
         super().__init__(cfg)
-        # Without its gate, which is applied to the sum over memories, and without biases, which memories have their
-        # own of: what is left is what each memory runs.
+        # What each memory runs: the inner mixer without its gate, which is applied to the sum over memories, and
+        # without biases, since what it gets is biased already (every memory has biases of its own).
         bare: Any = dataclasses.replace(cfg, output_gate="none", qkv_bias=False)
         self.inner = self.inner_class(cfg)
         self.core = self.inner_class(bare)
@@ -144,11 +144,11 @@ class MixtureOfMemories(Mixer):
         return tuple(shape for shape in self.inner.memory_shapes() for _ in range(self.num_copies))
 
     def scan_flops_per_token(self) -> int:
-        """Of the memories that a token touches."""
+        """Of the memories that a token reads and writes."""
         return self._touched * self.inner.scan_flops_per_token()
 
     def extra_flops_per_token(self) -> int:
-        """The router, and the projections of the memories that a token touches, of the whole layer."""
+        """The router, and the projections and convolutions of the memories that a token chose, of the whole layer."""
         cfg = self.cfg
         total = 2 * cfg.hidden_size * cfg.num_memories
         for p in self._own:

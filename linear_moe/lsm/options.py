@@ -12,13 +12,13 @@ SIMPLE = (int, float, bool, str, type(None))
 
 
 def check_types(config: typing.Any) -> None:
-    """Refuse a field of another type than it declares, as config.json may hold; a whole number passes for a float."""
+    """Refuse a field whose value is not of its declared type (config.json may hold any); an int passes for a float."""
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     check_given(type(config), given)
 
 
 def check_given(config_class: type, given: dict[str, typing.Any]) -> None:
-    """The same of some fields, before there is a config."""
+    """:func:`check_types` of some fields, before there is a config."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if field.name not in given:
@@ -50,7 +50,7 @@ def positive(field: str, value: float, why: str, default: object) -> None:
 
 
 def whole_width(field: str, factor: float, size_field: str, size: int, what: str) -> None:
-    """Refuse a ``factor`` of the option ``size_field`` that gives ``what`` no whole number of channels, or none."""
+    """Refuse a ``factor`` that, times ``size``, does not give ``what`` a whole number of channels, at least one."""
     width = factor * size
     if width != int(width) or width < 1:
         raise ValueError(

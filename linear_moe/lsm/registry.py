@@ -58,7 +58,7 @@ def get(name: str) -> type[Mixer]:
 
 
 def _no_mixture(name: str) -> str | None:
-    """Why a registered mixer has no mixture of this name."""
+    """Why there is no ``mom_`` mixture of a registered mixer; ``None`` if ``name`` asks for none."""
     from linear_moe.lsm.mom import excluded
 
     inner = _MIXERS.get(name.removeprefix("mom_"))

@@ -40,7 +40,7 @@ class Slots:
     def sort(
         cls, choice_Sk: Tensor, run_S: Tensor, num_memories: int, num_runs: int, limit_N: Tensor | None = None
     ) -> Slots:
-        """Sort the slots of tokens in the order of time.
+        """Sort slots by memory and run; within these they stay in the order of time.
 
         Args:
             choice_Sk: memories that each token chose, int64, all different.

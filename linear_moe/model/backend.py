@@ -35,7 +35,7 @@ class LinearMoEBackend(BackendSpecProvider):
         return ColumnParallelLinear
 
     def biased_column_linear(self) -> type:
-        """The same for a layer that may have a bias; not for latent attention, where Megatron takes no subclass."""
+        """The same for a layer that may have a bias; latent attention refuses subclasses of Megatron's layer."""
         return ColumnLinear
 
     def row_parallel_linear(self) -> type:

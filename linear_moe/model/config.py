@@ -78,7 +78,7 @@ class LatentMoEConfig(LinearMoEConfig, MLATransformerConfig):
     """The same for models whose softmax layers compress keys and values (multi-head latent attention)."""
 
     multi_latent_attention: bool = True
-    """Always: Megatron makes this config for ordinary attention, which its command line is told, and asks here."""
+    """Always true: the trainer has Megatron fill this in as a config of ordinary attention (training/arguments.py)."""
 
     def __post_init__(self) -> None:
         self.multi_latent_attention = True

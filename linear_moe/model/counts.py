@@ -25,8 +25,8 @@ class ParameterCounts:
     total: int
     """All parameters."""
     active: int
-    """Those that one token uses: all but the routed experts that it does not visit. The memories of a mixture of
-    memories all count: a token reads and writes some of them, but they are no experts."""
+    """Those that one token uses: all but the routed experts that it does not visit. All memories of a mixture of
+    memories count, although a token reads and writes only some of them."""
     embedding: int
     """Tables of the vocabulary: input embedding and, unless it is the same one, output projection."""
 

@@ -190,7 +190,7 @@ class DecodingContext(StaticInferenceContext):
                 held.grow(self.max_sequence_length)
 
     def write(self, layer: int, *x_TBGK: Tensor) -> tuple[Tensor, ...]:
-        """Keep these of the tokens of this call; what is kept of all tokens, ``[B, G, S, K]``."""
+        """Cache these of the tokens of this call. Returns what is cached of all tokens, ``[B, G, S, K]`` each."""
         held = self.key_value_memory_dict
         if layer not in held:
             held[layer] = KeyValueCache(self.max_batch_size, self.max_sequence_length, x_TBGK)
@@ -210,27 +210,27 @@ class DecodingContext(StaticInferenceContext):
         return self.lengths_B[None] if self.reading is None else self.reading.positions_TB
 
     def hold(self, layer: int, table: Tensor) -> Tensor:
-        """The table of rotary angles that a layer uses, the same until the cache grows.
+        """The table of rotary angles that a layer uses: the first one given, until the cache grows.
 
-        Megatron caches a few of them for all models: one that a captured step reads must not make room for another.
+        Megatron keeps a few tables for all models and drops the oldest; a captured step must find its own again.
         """
         return self.tables.setdefault(layer, table)
 
     def mark(self) -> Mark:
-        """Here; it stays what it is while the text goes on."""
+        """The present place of every row; later calls do not change it."""
         held = self.key_value_memory_dict
         return Mark(
             list(self.lengths), {layer: _cloned(x) for layer, x in held.items() if isinstance(x, MixerState)}
         )
 
     def rewind(self, mark: Mark) -> None:
-        """Back to an earlier place of the same text: keys behind it count no more."""
+        """Go back to a mark in the same text; keys that were cached after it are no longer looked at."""
         for layer, state in mark.states.items():
             self.keep(layer, state)
         self.set_lengths(mark.lengths)
 
     def keep(self, layer: int, state: MixerState) -> None:
-        """Keep the state of a mixer where the one before it was."""
+        """Overwrite the state of a mixer in place, so that a captured step finds it."""
         before = self.key_value_memory_dict.get(layer)
         if before is None:
             self.key_value_memory_dict[layer] = _cloned(state)
@@ -246,7 +246,7 @@ def state_tensors(state: MixerState) -> list[Tensor]:
 
 
 def _cloned(state: MixerState) -> MixerState:
-    """In memory of its own: what a call gives may be a view of all its tokens."""
+    """A copy: the state that a call returns may be a view into tensors of all its tokens."""
     beside = {field.name: getattr(state, field.name) for field in fields(state)[1:]}
     return MixerState(
         tuple(x.clone() for x in state.memory),

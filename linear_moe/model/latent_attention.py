@@ -98,7 +98,7 @@ class LatentAttention(MLASelfAttention):
         return q_TBHN, q_TBHR, torch.cat([self.kv_layernorm(c_TBC), r_TB1R[:, :, 0]], -1)
 
     def _attend_rows(self, context: DecodingContext, q_TBHK: Tensor, x_B1SX: Tensor) -> Tensor:
-        """``[T, B, H * V]``: the tokens of every row to what the row has read, themselves included."""
+        """``[T, B, H * V]``: the tokens of every row attend to all that the row has read, themselves included."""
         reading, config = context.reading, self.config
         assert reading is not None
         outputs = []
@@ -137,12 +137,12 @@ class LatentAttention(MLASelfAttention):
         )
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """What the spec says: Megatron wants a norm of queries as well, which DeepSeek-V2-Lite does not compress."""
+        """The modules of the spec; Megatron insists on a query norm, and DeepSeek-V2-Lite's queries have none."""
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Compressed queries, and compressed keys and values with the rotary key in one: the latter of full width.
+        """Compressed queries; compressed keys and values with the rotary key, at full width on every rank.
 
         Under sequence parallelism they are this rank's tokens: what follows then gathers the rotary key of all tokens,
         and its gradient is summed over ranks there. Without it, here.

@@ -24,13 +24,13 @@ from linear_moe.model.experts import GroupedExperts
 
 
 class LocalDispatcher:
-    """In the place of a layer's ``token_dispatcher``, with its methods.
+    """Replaces a layer's ``token_dispatcher``, whose methods it has.
 
     Args:
         per_token: k.
         tp_group: ranks that hold the same tokens and slices of the same experts, whose outputs are summed (not their
             gradients: for inference); ``None``: this rank has whole experts.
-        makes_again: whether ``again`` is wanted: what makes the slots of the present call again.
+        makes_again: whether to set ``again``, a function that gathers the slots of the present call once more.
     """
 
     again: Callable[[], Tensor]
@@ -81,7 +81,7 @@ class LocalDispatcher:
         return hidden_states
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """As the tokens came."""
+        """``[T, B, D]``, in the shape in which the tokens came."""
         del self.slots, self.place_Nk
         return hidden_states.view(self.shape)
 

@@ -43,7 +43,7 @@ class MemoryBalance:
         self._tally: Tensor | None = None
 
     def attach(self, weight_BTk: Tensor, probs_BTE: Tensor, index_BTk: Tensor) -> Tensor:
-        """``weight_BTk`` with the loss behind it: its backward pass adds the loss's gradient to the router's."""
+        """``weight_BTk`` unchanged; in the backward pass the loss adds its gradient to that of the router."""
         chosen_BTE = torch.zeros_like(probs_BTE).scatter(2, index_BTk, 1.0)
         if self.padding_BT is not None:
             chosen_BTE = chosen_BTE.masked_fill(self.padding_BT[..., None], 0)

@@ -97,7 +97,7 @@ def _checked(cu_seqlens: Tensor | None, batch: int, length: int) -> Tensor:
         problem = f"cu_seqlens has shape {shape} for {batch} sequences"
     elif cu_seqlens.is_floating_point():
         problem = f"cu_seqlens has dtype {cu_seqlens.dtype}"
-    # Values are looked at only where that does not stall a device.
+    # Values are checked on the CPU only: a GPU would be waited for.
     elif cu_seqlens.device.type == "cpu" and not _is_partition(cu_seqlens, length):
         problem = f"cu_seqlens {cu_seqlens.tolist()} does not divide sequences of {length} tokens"
     if problem is not None:

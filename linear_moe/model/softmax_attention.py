@@ -29,7 +29,10 @@ from linear_moe.model.decoding import DecodingContext
 
 
 class OfRows(tuple[Tensor, Tensor]):
-    """Megatron's pair of rotary tables, for queries and keys, of tokens that lie in rows: the first is the second."""
+    """Megatron's pair of rotary tables (of queries, of keys), the same one twice, for tokens in rows of a batch.
+
+    Its type tells :class:`SoftmaxAttention` that it may rotate both itself.
+    """
 
 
 class SoftmaxAttention(SelfAttention):
@@ -82,7 +85,7 @@ class SoftmaxAttention(SelfAttention):
     def _attend_rows(
         self, context: DecodingContext, q_TBHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor
     ) -> Tensor:
-        """``[T, B, H * V]``: the tokens of every row to what the row has read, themselves included."""
+        """``[T, B, H * V]``: the tokens of every row attend to all that the row has read, themselves included."""
         reading = context.reading
         assert reading is not None
         outputs = []
@@ -102,7 +105,10 @@ class SoftmaxAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """The step of Megatron's ``forward`` before it turns queries and keys, if it is given a table for that."""
+        """Megatron's ``forward`` calls it before it rotates queries and keys: where a fused kernel does, it does here.
+
+        Megatron gets no table back then, and rotates nothing.
+        """
         is_ours = inference_context is None and isinstance(rotary_pos_emb, OfRows)
         if is_ours and self._turns_both(query):
             query, key = self._rotate(query, key, rotary_pos_emb[0])
@@ -135,14 +141,14 @@ class SoftmaxAttention(SelfAttention):
 
 
 def _has_fused_rotary(x: Tensor) -> bool:
-    """Else Megatron's own."""
+    """Whether a fused kernel rotates heads here; otherwise Megatron's own code does."""
     return dispatch.pick("rotate_heads", x.device, x.dtype)[0].name == "triton"
 
 
 def attend_one(
     q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, allowed_B11S: Tensor | None, scale: float | None
 ) -> Tensor:
-    """One token of every row to the cached ones that ``allowed_B11S`` says: ``[B, H * V]``."""
+    """One token of every row attends to its cached tokens where ``allowed_B11S`` is true: ``[B, H * V]``."""
     groups = k_BGSK.shape[1]
     q_BGLK = q_BHK.unflatten(1, (groups, -1))
     out_BGLV = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSV, attn_mask=allowed_B11S, scale=scale)
@@ -150,6 +156,6 @@ def attend_one(
 
 
 def gated(out_TBC: Tensor, gate_TBHK: Tensor) -> Tensor:
-    """As in training, where torch compiles Megatron's own, once: here it would again for other shapes, seconds each."""
+    """The output gate as Megatron computes it; its own is compiled anew for every shape, seconds each in decoding."""
     weight_TBC = torch.sigmoid(gate_TBHK.float()).reshape(out_TBC.shape)
     return (out_TBC * weight_TBC).to(out_TBC.dtype)

@@ -74,8 +74,8 @@ def moe_layers(config: LinearMoEConfig) -> list[bool]:
 def layer_spec(config: LinearMoEConfig, backend: LinearMoEBackend, kind: str, is_moe: bool) -> ModuleSpec:
     """One transformer layer: norm, mixer or softmax attention, norm, experts or dense feed-forward.
 
-    Of a feed-forward width of 0, layers without experts end behind the first residual: Megatron's defaults for the
-    other half of a layer are modules that do nothing.
+    With a feed-forward width of 0, layers without experts end after the mixer: Megatron's default modules for the other
+    half of a layer do nothing.
     """
     assert not backend.fuse_layernorm_and_linear(), "norms are modules of their own here: keys stay the same"
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)

@@ -70,11 +70,11 @@ class _Finish(torch.autograd.Function):
         own = grad.new_empty(grad.shape[0] // gathering.group.size(), *grad.shape[1:])
         gathering.work = dist.reduce_scatter_tensor(own, grad, group=gathering.group, async_op=True)
         gathering.own_gradient = own
-        return grad, None  # to _Start, which does not look at it
+        return grad, None  # autograd wants a gradient of this shape; _Start returns the reduce-scattered one
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Gathering:
-    """:func:`all_gather` in two calls, this and its ``wait``."""
+    """:func:`all_gather` in two steps: this starts it, and ``wait`` of the result gives what was gathered."""
     return Gathering(x, group)
 
 
