@@ -21,7 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.kernels.reference_gates import bounded_decay_of, log_decay_of  # noqa: F401
+from linear_moe.kernels.reference_gates import (  # noqa: F401
+    bounded_decay_of,
+    edit_keys,
+    gated_group_norm,
+    lerp_tokens,
+    log_decay_of,
+)
 from linear_moe.kernels.reference_optimizer import adam_  # noqa: F401
 from linear_moe.kernels.reference_tokens import (  # noqa: F401
     collect_rows,
