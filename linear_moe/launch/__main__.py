@@ -85,7 +85,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     own = variables(FinetuneSettings)
     known = {*variables(RunSettings), *own, *RETIRED}
     idle = [] if task.finetune else of_finetuning(environment, own)
-    for line in retired_variables(environment) + misspelt_variables(environment, known) + idle:
+    for line in retired_variables(environment) + misspelt_variables(variables_given, known) + idle:
         _announce(line)
     if is_dry:
         _write(sys.stderr, header(plan))

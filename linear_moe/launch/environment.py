@@ -202,6 +202,7 @@ def is_true(environment: Mapping[str, str], name: str) -> bool:
 _OTHER_NAMES = {
     "LA_MODULE": "MIXER MIXERS",
     "LAYER_TYPE_LIST": "LAYER_TYPE LAYER_TYPES LAYER_PATTERN",
+    "DATASET_PATH": "DATA_PATH",
     "TOKENIZER": "TOKENIZER_PATH TOKENIZER_MODEL",
     "SEQ_LEN": "SEQ_LENGTH SEQUENCE_LENGTH MAX_SEQ_LEN CONTEXT_LENGTH",
     "BATCH_SIZE": "MICRO_BATCH_SIZE MBS",
@@ -226,21 +227,41 @@ _OTHER_NAMES = {
 }
 """Variables -> what other trainers and Megatron call them; no word that systems set for themselves, as NAME or DATA."""
 _OURS = {theirs: ours for ours, names in _OTHER_NAMES.items() for theirs in names.split()}
+_COMMON = (
+    "CHECKPOINT_PATH LOAD_PATH DATA_PATH OUTPUT_DIR OUTPUT_PATH DTYPE PRECISION NUM_GPUS NGPUS NPROC_PER_NODE "
+    "NUM_NODES STEPS ITERS ITERATIONS"
+)
+_OF_OTHERS = {*_COMMON.split()}
+"""Those of them that clusters and other programs (our own evaluation is one) set, too: seldom a mistake."""
 
 
 def misspelt_variables(environment: Mapping[str, str], known: Collection[str]) -> list[str]:
-    """One line for each variable that is set and is all but one of the ``known`` ones, or another's name of one."""
+    """One line for each variable that is set and is all but one of the ``known`` ones, or another's name of one.
+
+    Names that other programs have as well share one line, without those of which the person has set ours.
+    """
     long = [name for name in known if len(name) > 4]
-    found = []
+    found: list[str] = []
+    of_others: dict[str, str] = {}
     for name in environment:
         if name in known or not environment[name].strip():
             continue
         meant = _OURS.get(name.upper(), name.upper())
         near = [meant] if meant in known else difflib.get_close_matches(name, long, n=1, cutoff=0.85)
-        found += [
-            f"{name} is no variable of a run, and does nothing: {near[0]} is one." for near in [near] if near
-        ]
+        if name in _OF_OTHERS:
+            of_others |= {} if _is_chosen(environment, meant) else {name: meant}
+        elif near:
+            found.append(f"{name} is no variable of a run, and does nothing: {near[0]} is one.")
+    if of_others:
+        pairs = ", ".join(f"{theirs} ({ours} is)" for theirs, ours in of_others.items())
+        found.append(f"no variable of a run, whatever else reads it: {pairs}.")
     return found
+
+
+def _is_chosen(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a variable has another value than its default, which the scripts give to all."""
+    f, _ = variables()[name]
+    return environment.get(name, "").strip().lower() not in ("", "none", str(f.default).lower())
 
 
 def of_finetuning(environment: Mapping[str, str], names: Collection[str]) -> list[str]:

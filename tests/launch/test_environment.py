@@ -8,6 +8,7 @@ import pytest
 from linear_moe.launch import __main__ as launcher
 from linear_moe.launch.cluster import RETIRED, first_node, retired_variables, with_cluster
 from linear_moe.launch.environment import (
+    _OF_OTHERS,
     _OURS,
     RunSettings,
     default_mixer,
@@ -137,9 +138,9 @@ def test_names_that_others_have(tmp_path: Path, capsys: pytest.CaptureFixture):
     known = {*variables(), *variables(FinetuneSettings)}
     given = {
         "MICRO_BATCH_SIZE": "1",
-        "NGPUS": "8",
+        "TRAIN_STEPS": "9",
         "learning_rate": "1",
-        "STEPS": "9",
+        "dtype": "fp32",
         "NAME": "host",
         "MBS": "",
     }
@@ -147,9 +148,9 @@ def test_names_that_others_have(tmp_path: Path, capsys: pytest.CaptureFixture):
         f"{name} is no variable of a run, and does nothing: {ours} is one."
         for name, ours in (
             ("MICRO_BATCH_SIZE", "BATCH_SIZE"),
-            ("NGPUS", "GPUS_PER_NODE"),
+            ("TRAIN_STEPS", "TRAIN_ITERS"),
             ("learning_rate", "LR"),
-            ("STEPS", "TRAIN_ITERS"),
+            ("dtype", "PR"),
         )
     ]
     assert set(_OURS.values()) <= known and not set(_OURS) & (known | {*RETIRED})
@@ -164,6 +165,29 @@ def test_names_that_others_have(tmp_path: Path, capsys: pytest.CaptureFixture):
         "LAYER_TYPE is no variable of a run, and does nothing: LAYER_TYPE_LIST is one."
         in capsys.readouterr().err
     )
+
+
+def test_names_that_clusters_set_share_a_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """And none is told once its own variable has been chosen; scripts give that its default."""
+    known = {*variables(), *variables(FinetuneSettings)}
+    cluster = {"CHECKPOINT_PATH": "/ckpt", "DTYPE": "float32", "NUM_NODES": "4", "DATA_PATH": "/data"}
+    defaults = {"PR": "BF16", "NNODES": "1", "DATASET_PATH": "mock", "PRETRAIN_CHECKPOINT_PATH": "none"}
+    line = (
+        "no variable of a run, whatever else reads it: CHECKPOINT_PATH (PRETRAIN_CHECKPOINT_PATH is), "
+        "DTYPE (PR is), NUM_NODES (NNODES is), DATA_PATH (DATASET_PATH is)."
+    )
+    assert misspelt_variables(cluster, known) == misspelt_variables(cluster | defaults, known) == [line]
+    chosen = {"PR": "fp32", "NNODES": "4", "DATASET_PATH": "x", "PRETRAIN_CHECKPOINT_PATH": "y"}
+    assert misspelt_variables(cluster | chosen, known) == []
+    assert "(PR is)" in misspelt_variables(cluster | chosen | {"PR": ""}, known)[0]
+    mistake = misspelt_variables({"SEQ_LENGTH": "8", "SEQ_LEN": "4096"}, known)
+    assert len(mistake) == 1, "nobody but a trainer has that name: of two, one is not meant"
+    assert {*_OURS} >= _OF_OTHERS and {_OURS[name] for name in _OF_OTHERS} <= {*variables()}
+    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "0"}
+    slurm |= {"SLURM_STEP_NODELIST": "gpu[1-4]", "NUM_NODES": "4", "LINEAR_MOE_DRY_RUN": "1"}
+    slurm |= {"MODEL_SIZE": "tiny", "OUTPUT_BASEPATH": str(tmp_path), "GPUS_PER_NODE": "1"}
+    assert launcher.main(["--family", "qwen2"], slurm) == 0
+    assert "NUM_NODES" not in capsys.readouterr().err, "srun has told NNODES"
 
 
 def test_variables_of_finetuning_are_told(tmp_path: Path, capsys: pytest.CaptureFixture):
