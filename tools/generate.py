@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
     add("--prompt", action="append", help="text, may be repeated; numbers for a run without a tokenizer")
     add("--prompts", metavar="FILE", help="a prompt per line; of .jsonl, a string or the field prompt")
     add("--batch-size", type=int, default=16, help="prompts read side by side, of any lengths [%(default)s]")
-    output = "JSON lines instead of text: prompt, text, tokens; FILE.part until all are there"
+    output = "JSON lines instead of text: prompt, text, tokens; FILE.part until all are there, never over one"
     add("--output", metavar="FILE", help=output)
     chat = "the prompt is a question, in the tokenizer's chat template; without one, ask line by line"
     add("--chat", action="store_true", help=chat)
@@ -248,6 +248,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
                 else f"mkdir -p {shlex.quote(str(Path(args.output).parent))}"
             )
             raise ValueError(f"--output {args.output} cannot be written\n  why: {why}\n  try: {instead}")
+        from linear_moe.inference.answers import Answers
+
+        Answers(
+            args.output, len(texts), is_writer=False
+        )  # refuses to write over others, before a model is loaded
     for flag, is_given in (("--system", args.system), ("--chat-template", args.chat_template)):
         if is_given and not args.chat:
             raise ValueError(

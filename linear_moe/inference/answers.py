@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from io import FileIO
@@ -20,7 +21,7 @@ class Answers:
     ``/dev/stdout``) has no other name, and is written as it is.
 
     Raises:
-        ValueError: the file cannot be written, or the disk is full.
+        ValueError: a stopped job has left answers in ``FILE.part``; the file cannot be written, or the disk is full.
     """
 
     def __init__(self, file: str, total: int, *, is_writer: bool) -> None:
@@ -31,6 +32,17 @@ class Answers:
         if self.path.is_file() or not self.path.exists():
             self.path = self.path.resolve()
             self.part = self.path.with_name(f"{self.path.name}.part")
+            self._check_left_over()
+
+    def _check_left_over(self) -> None:
+        if not self.part.is_file() or not (count := self.part.read_bytes().count(b"\n")):
+            return
+        raise ValueError(
+            f"{self.part} has the first {count} answers of a job that was stopped\n"
+            f"  why: all prompts are answered from the first one on, and would be written over them\n"
+            f"  try: rm {shlex.quote(str(self.part))}; or another --output for the prompts behind the first {count}, "
+            f"with a --seed that is {count} higher, and each draws as it would have"
+        )
 
     def __enter__(self) -> Self:
         if self.is_writer:
@@ -72,6 +84,9 @@ class Answers:
                     has_part = False
         finally:
             if has_part and self.count:
-                print(f"linear_moe: {self.count} of {self.total} answers are in {self.part}", file=sys.stderr)
+                print(
+                    f"linear_moe: {self.count} of {self.total} answers are in {self.part}, and stay there",
+                    file=sys.stderr,
+                )
             elif has_part:
                 self.part.unlink(missing_ok=True)

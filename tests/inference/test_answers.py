@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +36,18 @@ def test_a_job_that_is_stopped_keeps_what_it_had(tmp_path: Path, capsys: pytest.
         answers.add(ROWS)
         raise KeyboardInterrupt
     assert read(part) == ROWS and not file.exists()
-    assert capsys.readouterr().err == f"linear_moe: 2 of 5 answers are in {part}\n"
-    with pytest.raises(ValueError), Answers(str(file), 5, is_writer=True):
-        raise ValueError
+    assert capsys.readouterr().err == f"linear_moe: 2 of 5 answers are in {part}, and stay there\n"
+    for is_writer in (True, False):
+        with pytest.raises(ValueError) as refused:
+            Answers(str(file), 5, is_writer=is_writer)
+        what, _, instead = str(refused.value).splitlines()
+        assert (
+            what == f"{part} has the first 2 answers of a job that was stopped" and "first 2, with" in instead
+        )
+    assert read(part) == ROWS, "the next start lost them"
+    part.write_text("")
+    with pytest.raises(KeyError), Answers(str(file), 5, is_writer=True):
+        raise KeyError
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == "", "there was nothing to keep"
     with Answers(str(file), 1, is_writer=False) as answers:
         answers.add(ROWS)
@@ -70,7 +81,7 @@ def test_a_name_that_cannot_be_taken(tmp_path: Path, capsys: pytest.CaptureFixtu
         answers.add(ROWS)
         file.mkdir()
     assert read(part) == ROWS
-    assert capsys.readouterr().err == f"linear_moe: 2 of 2 answers are in {part}\n"
+    assert capsys.readouterr().err == f"linear_moe: 2 of 2 answers are in {part}, and stay there\n"
 
 
 def test_what_is_no_file_keeps_its_name(tmp_path: Path):
@@ -97,3 +108,16 @@ def test_the_pipe_behind_standard_output():
     assert [json.loads(line) for line in os.read(reader, 1000).splitlines()] == ROWS
     os.close(reader)
     os.close(writer)
+
+
+def test_answers_of_a_stopped_job_are_told_before_a_model_is_loaded(tmp_path: Path):
+    (tmp_path / "x.jsonl.part").write_text("{}\n")
+    tool = [sys.executable, "tools/generate.py", "--load", str(tmp_path / "run"), "--prompt", "a"]
+    argv = [*tool, "--output", str(tmp_path / "x.jsonl")]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(argv, cwd=root, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"linear_moe: {tmp_path}/x.jsonl.part has the first 1 answers "
+    )
+    assert (tmp_path / "x.jsonl.part").read_text() == "{}\n"
