@@ -48,6 +48,7 @@ MISTAKES = {
     "--positions ,": "--positions without a number is no position.",
     "--steps 0": "--steps 0 is less than 1.",
     "--batch -1": "--batch -1 is less than 1.",
+    "--batch 1 --steps 1 --positions 1 --size A9": "unknown MODEL_SIZE=A9 ",
 }
 
 

@@ -223,6 +223,19 @@ def test_figures_of_a_watched_run(gloo, tmp_path: Path):
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+def random_tokens(rank: int, world: int, configuration: Configuration, folder: Path) -> None:
+    running.write_random_tokens(configuration, folder)
+
+
+def test_no_sequence_comes_twice(gloo, tmp_path: Path):
+    """Nor is much more written than a run reads: of a long one, 6 % or a sequence for each document."""
+    (found,) = configurations("--models", "gla", "--seq-lens", "32", "--tokens", "8192", "--steps", "40")
+    gloo(1, random_tokens, found, tmp_path)
+    needed = 41 * 8192
+    held = (tmp_path / "random.bin").stat().st_size // 2
+    assert needed < 0.99 * held and held < 1.06 * needed + 32 * 200
+
+
 def test_a_run_of_its_own(tmp_path: Path):
     """The command, with nothing in the place of anything."""
     argv = [*TINY, "--models", "mamba2:LN", "--seq-lens", "64", "--minutes", "2", "--output", str(tmp_path)]

@@ -76,9 +76,10 @@ def with_fallback():
     return Backend(tokenizer)
 
 
+@pytest.mark.parametrize("text", ["a \U0001f600\u00e9\u65e5 b\u00df", "\u00e9\u65e5 b"])
 @pytest.mark.parametrize("prompt", ["", "a b ", "\u65e5\u672c\u8a9e\u65e5\u672c\u8a9e", "\u65e5\u00e9a"])
-def test_bytes_as_a_fallback(prompt):
-    text = "a \U0001f600\u00e9\u65e5 b\u00df"
+def test_bytes_as_a_fallback(prompt, text):
+    """Also right behind bytes of the prompt, of which a part of one would spoil all that follow."""
     tokenizer = with_fallback()
     fed, rest = pieces(tokenizer, tokenizer.tokenize(prompt), tokenizer.tokenize(text))
     assert [piece for piece in fed if piece] == list(text) and rest == ""
