@@ -45,6 +45,7 @@ def main() -> int:
             key=args.json_key,
             overwrite=args.overwrite,
             empty=empty,
+            tell=lambda line: print(f"linear_moe: {line}", file=sys.stderr),
         )
     except ValueError as error:
         print(f"linear_moe: {error}", file=sys.stderr)

@@ -5,12 +5,14 @@ read where it lies; nothing of it is distributed.
 """
 
 import ast
+import codecs
 import json
 import shlex
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Not text worth learning: tests and their data, generated tables, what pip installed, bytecode.
 _SKIPPED_FOLDERS = {
@@ -25,6 +27,7 @@ _COMPRESSED = {
     b"\xfd7zXZ": ("xz -dc", ".xz"),
 }
 """First bytes of a file, what unpacks it, and how its name ends."""
+_ONE_PER_LINE = "jq -c '.[]' FILE > FILE.jsonl, if the file is one list of objects"
 
 
 def python_documents() -> Iterator[str]:
@@ -120,20 +123,15 @@ def _text_of(line: bytes, key: str, where: str) -> str:
     except UnicodeDecodeError as error:
         raise _no_text(where, error) from None
     except json.JSONDecodeError as error:
+        is_spread = line.strip() in (b"[", b"{", b"[{")
+        as_text = "give plain text another suffix, .txt, to read the file as one document"
         raise ValueError(
             f"{where} is not JSON ({error.msg}).\n"
-            f"  why: a .jsonl file has one JSON object per line.\n"
-            f"  try: give plain text another suffix, .txt, to read the file as one document"
+            f"  why: a .jsonl file has one JSON object per line, and so has one that ends in .json.\n"
+            f"  try: {_ONE_PER_LINE if is_spread else as_text}"
         ) from None
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        is_object = isinstance(value, dict)
-        held = ", ".join(value) if is_object else f"a {type(value).__name__}, and each is one object"
-        named = "--json-key NAME, with the name of the field that holds the text"
-        raise ValueError(
-            f"{where} has no text under {key!r}.\n"
-            f"  why: the line holds {held}.\n"
-            f"  try: {named if is_object else f'lines of {{"{key}": ".."}}'}"
-        )
+        raise ValueError(f"{where} has no text under {key!r}.\n" + _held(value, key))
     try:
         value[key].encode()
     except UnicodeEncodeError as error:  # half of an escaped pair: JSON allows it, and no tokenizer takes it
@@ -142,10 +140,29 @@ def _text_of(line: bytes, key: str, where: str) -> str:
     return text
 
 
+def _held(value: Any, key: str) -> str:
+    """Why a line has no text, and what to try."""
+    if not isinstance(value, dict):
+        why, attempt = f"the line holds a {type(value).__name__}, and each is one object", _ONE_PER_LINE
+    elif key in value:
+        why = f"it is {json.dumps(value[key])[:40]} there, and a text is a string"
+        attempt = "the file without that line, or --json-key NAME, with another field"
+    else:
+        why = f"the line holds {', '.join(value)}"
+        attempt = "--json-key NAME, with the name of the field that holds the text"
+    return f"  why: {why}.\n  try: {attempt}"
+
+
 def _no_text(where: str, error: UnicodeError) -> ValueError:
     assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
+    if isinstance(error, UnicodeEncodeError):
+        attempt = f"the line without {error.object[error.start]!a}, which is half of an escaped pair"
+    else:
+        is_wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        named = "UTF-16 -t UTF-8" if is_wide else "LATIN1 -t UTF-8, with the encoding that the file has"
+        attempt = f"iconv -f {named}; or the file without that line"
     return ValueError(
         f"{where} holds what is no text in UTF-8 ({error.reason}, at place {error.start}).\n"
         f"  why: a model learns from characters.\n"
-        f"  try: iconv -f LATIN1 -t UTF-8, with the encoding that the file has; or the file without that line"
+        f"  try: {attempt}"
     )

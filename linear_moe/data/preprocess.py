@@ -8,8 +8,9 @@ names only when they are whole: a killed run leaves no half-written data set beh
 
 import itertools
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from linear_moe.data.tokenizer import TokenizerError, TokenizerInfo, describe_to
 _BATCH = 256
 """Documents tokenized at a time, by as many threads as there are cores."""
 
+_SILENCE = 30.0
+"""Seconds without a word: a corpus takes hours."""
+
 
 def preprocess(
     inputs: list[str],
@@ -31,8 +35,11 @@ def preprocess(
     key: str = "text",
     overwrite: bool = False,
     empty: Counter[str] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[str, Manifest]:
     """Tokenize the documents of `inputs` (JSONL, or one document per text file), in order; `empty` ones are counted.
+
+    Every half minute `tell` gets a line that says how far it is.
 
     Returns the prefix for DATASET_PATH and the manifest written beside the files. Raises ValueError when the files
     exist and `overwrite` is false, when an input is missing or a line of it broken, when `tokenizer` cannot be used,
@@ -50,7 +57,7 @@ def preprocess(
     part = f"{prefix}.part{os.getpid()}"
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        manifest = _write(part, inputs, info, key, empty)
+        manifest = _write(part, inputs, info, key, empty, tell)
         assert read_index(part).num_tokens == manifest.num_tokens
         _publish(part, prefix)
     except OSError as error:
@@ -79,16 +86,25 @@ def _usable(tokenizer: str) -> TokenizerInfo:
 
 
 def _write(
-    part: str, inputs: list[str], info: TokenizerInfo, key: str, empty: Counter[str] | None
+    part: str,
+    inputs: list[str],
+    info: TokenizerInfo,
+    key: str,
+    empty: Counter[str] | None,
+    tell: Callable[[str], None] | None,
 ) -> Manifest:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     texts = itertools.chain(*(read_documents(path, key, empty) for path in inputs))
     documents = tokens = 0
+    told = time.monotonic()
     builder = IndexedDatasetBuilder(part + ".bin", dtype=DType.optimal_dtype(info.vocab_size))
     for ids in _tokenize(texts, info.path, info.eod):
         builder.add_document(ids, [len(ids)])
         documents, tokens = documents + 1, tokens + len(ids)
+        if tell is not None and time.monotonic() - told > _SILENCE:
+            told = time.monotonic()
+            tell(f"{documents} documents, {tokens} tokens so far")
     if not documents:
         raise ValueError(
             f"{', '.join(inputs)} holds no document.\n"

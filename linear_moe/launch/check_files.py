@@ -1,5 +1,6 @@
 """Checks of what a run reads and writes: token files, their vocabulary, the disk."""
 
+import difflib
 import os
 import shlex
 import shutil
@@ -82,10 +83,15 @@ def _half_a_blend(plan: RunPlan) -> PreflightError:
 def _data_hint(prefix: str) -> str:
     if any(Path(prefix + end).exists() for end in (".bin", ".idx")):
         return "copy the other of the two files there, too"
+    whole = prefix.removesuffix(".bin").removesuffix(".idx")
+    if whole != prefix and all(Path(whole + end).exists() for end in (".bin", ".idx")):
+        return f"DATASET_PATH={shlex.quote(whole)}"
     folder = Path(prefix) if Path(prefix).is_dir() else Path(prefix).parent
     indices = sorted(folder.glob("*.idx")) if folder.is_dir() else []
     found = [path.with_suffix("").name for path in indices if path.with_suffix(".bin").exists()]
     if found:
+        near = difflib.get_close_matches(Path(prefix).name, found, n=1, cutoff=0.3)
+        found = [*near, *(name for name in found if name not in near)]
         return f"DATASET_PATH={shlex.quote(str(folder / found[0]))}" + (
             f" (also there: {', '.join(found[1:4])})" if found[1:] else ""
         )

@@ -4,6 +4,7 @@ The mixers have to be imported, and torch with them (2 s): the last check, of ru
 """
 
 import argparse
+import difflib
 from typing import NoReturn
 
 from linear_moe.launch.errors import PreflightError
@@ -45,7 +46,7 @@ def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
     args, others = parser.parse_known_args(list(plan.extra_args))
     for word in others:
         if word.startswith(prefixes) and word.partition("=")[0] != "--la-module":
-            parser.error(f"no mixer has the option {word.partition('=')[0]}")
+            parser.error(f"no mixer has the option {word.partition('=')[0]}{parser.nearest(word)}")
     options = take_mixer_options(args, plan.kinds)
     typed = {word.partition("=")[0] for word in plan.extra_args}
     layouts = {
@@ -77,6 +78,12 @@ def _check(plan: RunPlan, prefixes: tuple[str, ...]) -> None:
 
 class _Parser(argparse.ArgumentParser):
     """Its mistakes are errors, and leave no usage of several pages."""
+
+    def nearest(self, word: str) -> str:
+        """The option that is spelt most like it, in words; nothing without one."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=0.9)
+        return f"; the nearest is {near[0]}" if near else ""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(

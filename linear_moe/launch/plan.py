@@ -282,6 +282,13 @@ def registered_mixers(modules: str | None = None) -> tuple[str, ...]:
 
 def _module_source(module: str) -> Path:
     # The file alone, where Python would find it: importing it, or its package, would import torch.
+    if "/" in module or module.endswith(".py"):
+        path = Path(module).absolute()
+        raise PreflightError(
+            f"MIXER_MODULES={module} is the path of a file.",
+            "Python imports modules by name, from the folders of PYTHONPATH.",
+            f"PYTHONPATH={shlex.quote(str(path.parent))} MIXER_MODULES={shlex.quote(path.stem)}",
+        )
     *packages, name = module.split(".")
     for folder in sys.path:
         place = Path(folder, *packages)

@@ -32,7 +32,7 @@ from torch import Tensor
 from linear_moe.kernels import Segment
 from linear_moe.lsm import output, split
 from linear_moe.lsm.options import check_types, one_of, positive, whole_width
-from linear_moe.lsm.tables import Memory, MixerState, Parameter, Placement, Projection
+from linear_moe.lsm.tables import Memory, MixerState, Parameter, Placement, Projection, checked_names
 
 __all__ = ["Memory", "MemorySource", "Mixer", "MixerState", "Parameter", "Placement", "Projection"]
 
@@ -234,7 +234,7 @@ class Mixer:
 
     def all_projections(self) -> tuple[Projection, ...]:
         """The whole table, output gate included."""
-        return self.projections() + self.output_projections()
+        return checked_names(type(self).__name__, self.projections(), self.output_projections())
 
     def all_parameters(self) -> tuple[Parameter, ...]:
         """The whole table, with the biases, the convolution and the output norm that the options ask for."""

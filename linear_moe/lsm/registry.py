@@ -77,10 +77,14 @@ def import_mixers(modules: str) -> None:
     for module in filter(None, (part.strip() for part in modules.split(","))):
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:
+            is_there = not isinstance(error, ModuleNotFoundError) or not f"{module}.".startswith(
+                f"{error.name}."
+            )
+            named = f"PYTHONPATH=<the folder that holds {module.split('.')[0]}>, or correct the name"
             raise ValueError(
                 f"mixer module {module!r} cannot be imported\n"
                 f"  why: {error}\n"
-                f"  try: PYTHONPATH=<the folder that holds {module.split('.')[0]}>, or correct the name"
+                f"  try: {f'python -c "import {module}", which shows the line' if is_there else named}"
             ) from error
     add_mixtures()

@@ -53,6 +53,32 @@ class Projection:
     after_first: bool = False
 
 
+def checked_names(
+    mixer: str, table: tuple[Projection, ...], output: tuple[Projection, ...]
+) -> tuple[Projection, ...]:
+    """Both tables in one.
+
+    Raises:
+        ValueError: the first is no table, or two projections have one name.
+    """
+    if isinstance(table, Projection):
+        raise ValueError(
+            f"projections() of {mixer} is the projection {table.name!r} alone\n"
+            f"  why: it is the table of all of them, and a tuple of one ends in a comma\n"
+            f"  try: (*self.qkv(), Projection({table.name!r}, {table.width}))"
+        )
+    names = [p.name for p in (*table, *output)]
+    for name in names:
+        if names.count(name) > 1:
+            of_gate = ", and is that of the output gate unless output_gate is none"
+            raise ValueError(
+                f"{mixer} has two projections of the name {name!r}\n"
+                f"  why: gates finds each by its name{of_gate if any(p.name == name for p in output) else ''}\n"
+                f"  try: another name for one of them"
+            )
+    return (*table, *output)
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A learned tensor that is not a projection.

@@ -13,6 +13,13 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 
 def not_a_number(step: int, what: str, value: float) -> ValueError:
     """What to tell a person whose weights are spoiled by a step; ``what`` is the value that shows it."""
+    if step == 1:
+        return ValueError(
+            f"step 1 has a {what} of {value}, before anything was learned\n"
+            f"  why: the weights that it started from, or what a layer computes (gates of a mixer, a sum too large for "
+            f"PR), are not finite\n"
+            f"  try: PR=fp32, LAYER_TYPE_LIST=N to see whether it is the mixer, and docs/new_mixer.md for one of yours"
+        )
     return ValueError(
         f"step {step} has a {what} of {value}, and the weights after it are of no use\n"
         f"  why: training diverged, most often by a learning rate that is too high or a warm-up that is too short\n"

@@ -197,7 +197,25 @@ def test_a_full_disk_keeps_the_old_tokenizer(tmp_path: Path, monkeypatch: pytest
     [
         ('{"body": "x"}', "has no text under 'text'.\n  why: the line holds body."),
         ('["x"]', "has no text under 'text'.\n  why: the line holds a list, and each is one object."),
-        ('{"text": 3}', "has no text under 'text'."),
+        (
+            '{"text": 3}',
+            "has no text under 'text'.\n  why: it is 3 there, and a text is a string.\n  try: the file ",
+        ),
+        ('{"text": null, "body": "x"}', "has no text under 'text'.\n  why: it is null there, and "),
+        (
+            '[{"text": "x"}]',
+            "has no text under 'text'.\n  why: the line holds a list, and each is one object.\n  try: jq ",
+        ),
+        (
+            '[\n{"text": "x"}\n]',
+            "is not JSON (Expecting value).\n  why: a .jsonl file has one JSON object per line, "
+            "and so has one that ends in .json.\n  try: jq -c '.[]' FILE > FILE.jsonl, if ",
+        ),
+        (
+            "once upon a time",
+            "is not JSON (Expecting value).\n  why: a .jsonl file has one JSON object per line, "
+            "and so has one that ends in .json.\n  try: give plain text another suffix, .txt, ",
+        ),
     ],
 )
 def test_lines_without_text(tmp_path: Path, line: str, problem: str):
@@ -254,6 +272,13 @@ def test_what_is_no_utf_8_is_named(tmp_path: Path):
         (tmp_path / f"{name}.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name}.jsonl:2 holds what is no text .*\n  why: .*\n  try: "):
             list(read_documents(str(tmp_path / f"{name}.jsonl")))
+    with pytest.raises(
+        ValueError, match=r"try: the line without '\\ud83d', which is half of an escaped pair"
+    ):
+        list(read_documents(str(tmp_path / "b.jsonl")))
+    (tmp_path / "w.txt").write_bytes("café".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"try: iconv -f UTF-16 -t UTF-8; or the file without that line"):
+        list(read_documents(str(tmp_path / "w.txt")))
     (tmp_path / "c.txt").write_bytes(b"caf\xe9")
     with pytest.raises(
         ValueError, match=r"c.txt holds what is no text in UTF-8 \(.*, at place 3\).\n  why: "
@@ -262,6 +287,16 @@ def test_what_is_no_utf_8_is_named(tmp_path: Path):
     for name, content in {"d.txt": "x", "e.jsonl": '{"text": "x"}\n'}.items():
         (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
         assert list(read_documents(str(tmp_path / name))) == ["x"]
+
+
+def test_it_says_how_far_it_is(tmp_path: Path, corpus: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
+    told: list[str] = []
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 3)
+    preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "short"), corpus[1], tell=told.append)
+    assert told == [], "a short one has nothing to say"
+    monkeypatch.setattr("linear_moe.data.preprocess._SILENCE", 0.0)
+    _, manifest = preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "long"), corpus[1], tell=told.append)
+    assert len(told) == 3 and told[-1] == f"3 documents, {manifest.num_tokens} tokens so far"
 
 
 def test_an_empty_input_is_an_error(tmp_path: Path, corpus: tuple[str, str]):

@@ -50,6 +50,18 @@ def test_missing_prefix(data: dict[str, str], tmp_path: Path):
     )
 
 
+def test_the_prefix_that_was_meant(data: dict[str, str], tmp_path: Path):
+    """With a suffix, or a letter off, among others that come before it."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tmp_path / f"mine{suffix}", tmp_path / f"another{suffix}")
+        assert message(**data | {"DATASET_PATH": f"{tmp_path}/mine{suffix}"}).endswith(
+            f"\n  try: DATASET_PATH={tmp_path}/mine"
+        )
+    assert message(**data | {"DATASET_PATH": f"{tmp_path}/mime"}).endswith(
+        f"\n  try: DATASET_PATH={tmp_path}/mine (also there: another)"
+    )
+
+
 def test_half_a_pair_a_folder_and_spaces(data: dict[str, str], tmp_path: Path):
     shutil.copytree(tmp_path, tmp_path / "my data", ignore=shutil.ignore_patterns("my data"))
     spaced = {**data, "DATASET_PATH": f"{tmp_path}/my data/mine"}

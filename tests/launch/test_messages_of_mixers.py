@@ -4,8 +4,9 @@ import pytest
 
 from linear_moe.launch import check_mixers
 from linear_moe.launch.plan import registered_mixers
+from linear_moe.launch.preflight import preflight
 from linear_moe.lsm.gla import GatedLinearAttention
-from tests.launch.plans import case, message
+from tests.launch.plans import case, make_plan, message
 
 CASES = [
     case(
@@ -127,6 +128,10 @@ OF_MIXERS = {
         "EXTRA_ARGS": "--weight-decay 0.2 --gated-deltanet-conv-size x"
     },
     "EXTRA_ARGS: no mixer has the option --gated-deltanet-foo.": {"EXTRA_ARGS": "--gated-deltanet-foo 3"},
+    "EXTRA_ARGS: no mixer has the option --gla-gate-rnak; the nearest is --gla-gate-rank.": {
+        "EXTRA_ARGS": "--gla-gate-rnak=3", "LA_MODULE": "gla",
+    },
+    "MIXER_MODULES=my package/decay.py is the path of a file.": {"MIXER_MODULES": "my package/decay.py"},
     "--expand-v 1.7 gives a head of 54.4 channels": {"EXTRA_ARGS": "--expand-v 1.7"},
     "a memory of gated_deltanet is 1024 channels wide": {"EXTRA_ARGS": "--expand-v 32"},
     "--la-feature-map is set, but no layer of this model has feature_map": {
@@ -149,6 +154,11 @@ OF_MIXERS = {
 def test_message_of_a_mixer(what: str):
     lines = message(**OF_MIXERS[what]).splitlines()
     assert lines[0] == what and lines[1].startswith("  why: ") and lines[2].startswith("  try: ")
+
+
+def test_a_file_is_imported_by_its_name():
+    told = message(MIXER_MODULES="/my package/decay.py", LA_MODULE="decay").splitlines()[2]
+    assert told == "  try: PYTHONPATH='/my package' MIXER_MODULES=decay"
 
 
 def test_what_to_type_about_an_option_is_its_flag():
@@ -179,7 +189,7 @@ def test_a_defect_of_a_mixer_is_no_mistake_of_the_variables(monkeypatch: pytest.
 
     monkeypatch.setattr(check_mixers, "_check", broken)
     with pytest.raises(ValueError, match=r"^math domain error$"):
-        message(AC="full")
+        preflight(make_plan(AC="full"))
 
 
 @pytest.mark.parametrize(

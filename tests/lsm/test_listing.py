@@ -110,6 +110,23 @@ def test_options_with_their_meaning_and_default(capsys):
         assert all(text.partition(" [")[0] for _, _, text in options_of(lsm.get(name).Config)), name
 
 
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [("import no_such_thing", "No module named 'no_such_thing'"), ("def f(:", "invalid syntax")],
+)
+def test_a_module_that_does_not_import(source: str, why: str, tmp_path, monkeypatch, capsys):
+    """It is there: another folder to look for it in would not help."""
+    (tmp_path / "half_a_mixer.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert listing.main(["--mixer-module", "half_a_mixer"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("linear_moe: mixer module 'half_a_mixer' cannot be imported\n  why: ")
+        and why in error
+    )
+    assert error.endswith('\n  try: python -c "import half_a_mixer", which shows the line\n')
+
+
 def test_a_module_that_is_not_there(capsys):
     assert listing.main(["--mixer-module", "no_such.mixer"]) == 2
     error = capsys.readouterr().err

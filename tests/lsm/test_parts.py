@@ -138,6 +138,33 @@ def test_a_mixer_that_sets_how_it_starts_has_no_mixture() -> None:
     )
 
 
+def test_a_table_that_is_none() -> None:
+    class Mine(lsm.get("gla")):  # type: ignore[misc]
+        table: tuple[Projection, ...] = ()
+
+        def projections(self) -> tuple[Projection, ...]:
+            return self.table
+
+    mixer = Mine(Mine.Config(hidden_size=64, num_heads=4, head_dim=16))
+    mixer.table = Projection("a", 1)  # type: ignore[assignment]
+    with pytest.raises(
+        ValueError, match=r"projections\(\) of Mine is the projection 'a' alone\n  why: .*\n  try: "
+    ):
+        mixer.all_projections()
+    mixer.table = (*mixer.qkv(), Projection("k", 1))
+    with pytest.raises(
+        ValueError, match=r"two projections of the name 'k'\n  why: gates finds each by its name\n"
+    ):
+        mixer.all_projections()
+    mixer.table = (Projection("g", 1),)
+    with pytest.raises(
+        ValueError, match=r"of the name 'g'\n  why: .*, and is that of the output gate unless"
+    ):
+        mixer.all_projections()
+    mixer.table = [Projection("a", 1)]  # type: ignore[assignment]
+    assert [p.name for p in mixer.all_projections()] == ["a", "g"]
+
+
 def test_flags_say_true_or_false() -> None:
     parse = {name: parser for name, parser, _ in options_of(lsm.get("gla").Config)}["conv_bias"]
     assert parse("True") is True and parse("false") is False

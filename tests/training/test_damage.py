@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from linear_moe.training.damage import cannot_be_loaded
+from linear_moe.training.damage import cannot_be_loaded, not_a_number
 from tests.training.tiny import ARGUMENTS
 
 
@@ -25,6 +25,16 @@ def saved(folder: Path, *steps: int, latest: int | None) -> Path:
     if latest is not None:
         (folder / "latest_checkpointed_iteration.txt").write_text(f"{latest}\n")
     return folder
+
+
+def test_the_first_step_has_not_diverged():
+    """No learning rate is to blame before a weight has changed."""
+    first, later = (str(not_a_number(step, "loss", float("nan"))) for step in (1, 2))
+    assert (
+        first.startswith("step 1 has a loss of nan, before anything was learned\n  why: ")
+        and "LR" not in first
+    )
+    assert "learning rate that is too high" in later
 
 
 def test_the_latest_of_the_other_whole_steps_is_named(tmp_path: Path):
