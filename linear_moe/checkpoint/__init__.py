@@ -21,7 +21,7 @@ What export calls of ``remote`` (it writes all tensors, ``generation_config.json
         the whole config.json, auto_map and architectures included; may raise ValueError for what it cannot express
     remote.write_code(directory: Path, config: Mapping[str, Any]) -> None
         puts configuration_linear_moe.py, modeling_linear_moe.py and the modules of config's mixers there
-    remote.mixer_rows(mixer: Mixer, layer_of_kind: int) -> list[MixerRow]    remote.model_rows(mixer) -> list[MixerRow]
+    remote.mixer_rows(mixer: Mixer, layer_of_kind: int) -> list[MixerRow]
         every tensor of a mixer by name, with the part of ours that it is: names follow from the mixer's tables
 
 Names of the tensors in a remote folder (D hidden, H heads, G groups, W width of the projection in the mixer's table):

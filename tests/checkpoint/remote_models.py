@@ -169,16 +169,21 @@ def _mixer(kind: str, layer: dict[str, Tensor], config: Any, layer_of_kind: int)
     used = {row.key for row in rows}
     own = {name.removeprefix("self_attention.") for name in layer if name.startswith("self_attention.")}
     assert used == {name for name in own if not name.endswith("_extra_state")}, (used, own)
-    return {f"mixer.{row.name}": row.exported(layer[f"self_attention.{row.key}"]) for row in rows}
+    found = {}
+    for row in rows:
+        x = layer[f"self_attention.{row.key}"]
+        if row.start is not None:
+            x = x.unflatten(0, (row.groups, -1))[:, row.start : row.stop].flatten(0, 1)
+        found[f"mixer.{row.name}"] = x
+    return found
 
 
 def _tables(kind: str, ours: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     from linear_moe import lsm
-    from linear_moe.checkpoint import remote
     from linear_moe.model.config import mixer_config
 
-    rows = remote.model_rows(lsm.get(kind)(mixer_config(kind, config)))
-    return {f"model.tables.{kind}.{row.name}": row.exported(ours[f"{kind}_tables.{row.key}"]) for row in rows}
+    shared = [p.name for p in lsm.get(kind)(mixer_config(kind, config)).all_parameters() if p.per_model]
+    return {f"model.tables.{kind}.{name}": ours[f"{kind}_tables.{name}"] for name in shared}
 
 
 def _attention(layer: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

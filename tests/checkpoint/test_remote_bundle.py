@@ -11,7 +11,9 @@ import torch
 from linear_moe import lsm
 from linear_moe.checkpoint.remote.bundle import bundle
 from linear_moe.checkpoint.remote.describe import PLAIN, hf_config
-from linear_moe.checkpoint.remote.names import mixer_rows, model_rows
+from linear_moe.checkpoint.remote.names import mixer_rows
+from linear_moe.checkpoint.tables import Shape
+from linear_moe.checkpoint.tables import rows as table_rows
 from tests.contract import outsider
 
 
@@ -64,25 +66,28 @@ def test_a_mixer_from_elsewhere_comes_along(monkeypatch):
 
 @pytest.mark.parametrize("name", lsm.names())
 def test_rows_cover_every_tensor_and_give_it_back(name):
-    """Filling ours from the exported tensors restores every element."""
+    """The names of a layer are different ones, and what goes there comes back, every element."""
     config = lsm.get(name).Config.from_model(hidden_size=256, num_heads=4, head_dim=64, layers_of_kind=2)
     mixer = lsm.get(name)(config)
+    model = Shape((name, name), {name: mixer}, groups=1, channels=1, vocab_size=1, padded_vocab_size=1)
+    shared = [p.name for p in mixer.all_parameters() if p.per_model]
     for layer in (0, 1):
         rows = mixer_rows(mixer, layer)
         assert len({row.name for row in rows}) == len(rows)
-        ours: dict[str, torch.Tensor] = {}
+        sizes = {f"{name}_tables.{table}": (3, 5) for table in shared}
         for key in {row.key for row in rows}:
-            parts = [row for row in rows if row.key == key]
-            size = sum(torch.Size(row.shape).numel() for row in parts)
-            shape = parts[0].shape if parts[0].start is None else (size // 256, 256)
-            ours[key] = torch.arange(size, dtype=torch.float64).view(shape)
-        again = {key: torch.full_like(x, -1) for key, x in ours.items()}
-        for row in rows:
-            exported = row.exported(ours[row.key])
-            assert exported.shape == row.shape
-            row.fill(again[row.key], exported)
-        assert all(again[key].equal(x) for key, x in ours.items())
-    assert {row.name for row in model_rows(mixer)} == {t.name for t in mixer.all_parameters() if t.per_model}
+            stops = [row.stop for row in rows if row.key == key and row.stop is not None]
+            groups = next(row.groups for row in rows if row.key == key)
+            size = (groups * max(stops), 256) if stops else (3, 5)
+            sizes[f"decoder.layers.{layer}.self_attention.{key}"] = size
+        table, unknown = table_rows("linear_moe", model, sizes)
+        assert not unknown and {row.key for row in table} == sizes.keys()
+        assert sum(len(row.names) for row in table) == len(rows) + len(shared)
+        for row in table:
+            ours = torch.arange(torch.Size(sizes[row.key]).numel()).view(sizes[row.key])
+            theirs = row.transform.to_theirs(ours)
+            assert len(theirs) == len(row.names) and sum(x.numel() for x in theirs) == ours.numel()
+            assert row.transform.to_ours(theirs).equal(ours)
 
 
 def test_what_the_exported_model_does_not_know_is_refused_in_one_error():

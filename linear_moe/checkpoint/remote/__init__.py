@@ -8,6 +8,6 @@ names.py      its tensors' names
 
 from linear_moe.checkpoint.remote.bundle import write_code
 from linear_moe.checkpoint.remote.describe import facts, hf_config
-from linear_moe.checkpoint.remote.names import MixerRow, mixer_rows, model_rows
+from linear_moe.checkpoint.remote.names import MixerRow, mixer_rows
 
-__all__ = ["MixerRow", "facts", "hf_config", "mixer_rows", "model_rows", "write_code"]
+__all__ = ["MixerRow", "facts", "hf_config", "mixer_rows", "write_code"]
