@@ -30,7 +30,7 @@ def with_cluster(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT filled in from the cluster, where not set.
 
     Knows `srun` (one task per node) and the container service of the earlier scripts (ENV=dlc). Raises PreflightError
-    when SLURM started several tasks on a node, or when a job of several nodes runs the script on the first one only.
+    when SLURM or torchrun started several tasks on a node, or when a job of several nodes would be as many runs.
     """
     found: dict[str, str] = {}
     if environment.get("ENV") == "dlc":
@@ -42,7 +42,28 @@ def with_cluster(environment: Mapping[str, str]) -> dict[str, str]:
         found = {ours: environment[theirs] for ours, theirs in names.items() if environment.get(theirs)}
     elif environment.get("SLURM_PROCID") and not environment.get("NNODES"):
         found = _from_slurm(environment)
+    else:
+        _refuse_one_of_many(environment)
     return {**environment, **{name: value for name, value in found.items() if not environment.get(name)}}
+
+
+def _refuse_one_of_many(environment: Mapping[str, str]) -> None:
+    """Each process of torchrun, or pod of a PyTorchJob, would train the whole run by itself, without the others."""
+    size = environment.get("WORLD_SIZE", "")
+    if environment.get("NNODES") or not environment.get("MASTER_ADDR") or not size.isdigit() or int(size) < 2:
+        return
+    rank = environment.get("RANK", "?")
+    if environment.get("LOCAL_RANK"):
+        raise PreflightError(
+            f"this script was started as process {rank} of {size} (RANK, WORLD_SIZE).",
+            "it starts the processes of its node itself, with torchrun.",
+            "sh <this script> without torchrun, once on each node",
+        )
+    raise PreflightError(
+        f"WORLD_SIZE={size} and RANK={rank} speak of other nodes, and NNODES of none.",
+        "each node would train a run of its own; a service sets the former, of its pods or of all their processes.",
+        f"NNODES=<number of nodes> NODE_RANK={rank} (one start on each), or NNODES=1 to use this node alone",
+    )
 
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:

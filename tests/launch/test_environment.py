@@ -258,6 +258,11 @@ def test_the_container_service_of_the_earlier_scripts():
     )
     assert (found["NNODES"], found["NODE_RANK"], found["GPUS_PER_NODE"]) == ("2", "1", "8")
     assert "NNODES" not in with_cluster({"WORLD_SIZE": "2", "RANK": "1"})
+    for one in ({"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2", "NNODES": "2"}, {"WORLD_SIZE": "2", "NNODES": "1"}):
+        assert with_cluster(one | {"RANK": "0", "MASTER_ADDR": "host"}) == one | {
+            "RANK": "0",
+            "MASTER_ADDR": "host",
+        }
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,25 @@ CASES = [
         SLURM_STEP_NUM_NODES="2",
         SLURM_STEP_NUM_TASKS="16",
     ),
+    case(
+        "under_torchrun",
+        """this script was started as process 3 of 16 (RANK, WORLD_SIZE).
+  why: it starts the processes of its node itself, with torchrun.
+  try: sh <this script> without torchrun, once on each node""",
+        WORLD_SIZE="16",
+        RANK="3",
+        LOCAL_RANK="3",
+        MASTER_ADDR="host",
+    ),
+    case(
+        "a_pod_of_two",
+        """WORLD_SIZE=2 and RANK=1 speak of other nodes, and NNODES of none.
+  why: each node would train a run of its own; a service sets the former, of its pods or of all their processes.
+  try: NNODES=<number of nodes> NODE_RANK=1 (one start on each), or NNODES=1 to use this node alone""",
+        WORLD_SIZE="2",
+        RANK="1",
+        MASTER_ADDR="host",
+    ),
 ]
 
 
