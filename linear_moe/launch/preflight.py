@@ -1,6 +1,6 @@
 """Every mistake a run's variables can hold, found before any process group, directory or file is created.
 
-Each `check_*` takes the plan and raises PreflightError; they run in the order in which one explains the next.
+Each `check_*` takes the plan and raises ValueError; they run in the order in which one explains the next.
 """
 
 import ast
@@ -145,6 +145,6 @@ CHECKS: tuple[Callable[[RunPlan], None], ...] = (
 
 
 def preflight(plan: RunPlan) -> None:
-    """Run every check; raises the first PreflightError."""
+    """Run every check; ValueError for the first mistake."""
     for check in CHECKS:
         check(plan)
