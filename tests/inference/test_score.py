@@ -54,6 +54,8 @@ def test_the_same_bits_at_every_batch_size(gloo, dtype):
     options = [{"batch_size": n, "tokens_per_call": 128} for n in (16, 1, 5)]
     first, *others = gloo(1, scored, dtype, options)[0]
     assert others == [first, first]
+    values = torch.tensor([value for row, _ in first for value in row], dtype=torch.float64)
+    assert (values != values.bfloat16()).double().mean() > 0.9, "logits of bfloat16, their sums of float32"
 
 
 GROUPS = [
