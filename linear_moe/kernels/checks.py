@@ -271,8 +271,10 @@ def check_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> None:
     _check_shape("weight", weight, logits.shape[:1], "[M]")
 
 
-def check_rows(x: Tensor, order: Tensor, place: Tensor, num_rows: int) -> None:
-    """Everything that moves between tokens and slots; values are not looked at."""
+def check_rows(
+    x: Tensor, order: Tensor, place: Tensor, *, of_slots: bool, weight: Tensor | None = None
+) -> None:
+    """Everything that moves rows of tokens to slots, or rows of slots back to tokens; values are not looked at."""
     for name, index in (("order", order), ("place", place)):
         if index.dtype != torch.int64 or index.device != x.device:
             found = f"is {index.dtype} on {index.device}"
@@ -280,8 +282,13 @@ def check_rows(x: Tensor, order: Tensor, place: Tensor, num_rows: int) -> None:
     if place.ndim != 2 or order.shape != (place.numel(),):
         found = f"has shape {show(place.shape)} and order {show(order.shape)}"
         fail("place", found, "place is [S, k], and order has its S * k slots", "both from one routing")
-    if x.shape[0] != num_rows or num_rows not in (place.shape[0], place.numel()):
-        fail("x", f"has {x.shape[0]} rows", f"place is {show(place.shape)}", f"{num_rows} rows")
+    num_rows = place.numel() if of_slots else place.shape[0]
+    if x.shape[0] != num_rows:
+        why = f"it has a row for each {'slot' if of_slots else 'token'} of place, {show(place.shape)}"
+        fail("x", f"has {x.shape[0]} rows", why, f"{num_rows} rows")
+    if weight is not None:
+        _check_float("weight", weight, x.device)
+        _check_shape("weight", weight, place.shape, "[S, k], as place")
 
 
 def check_swiglu(x: Tensor, weight: Tensor) -> None:

@@ -54,7 +54,7 @@ def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_rows(x, order, place, x.shape[0])
+    checks.check_rows(x, order, place, of_slots=False)
     return dispatch.run("spread_rows", x, x, order, place)
 
 
@@ -73,7 +73,7 @@ def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None 
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_rows(x, order, place, order.shape[0])
+    checks.check_rows(x, order, place, of_slots=True, weight=weight)
     return dispatch.run("collect_rows", x, x, order, place, weight)
 
 

@@ -52,3 +52,32 @@ def test_refuses_what_does_not_fit(function: Any, change: dict[str, Any], messag
     num_rows = 3 if function is kernels.spread_rows else 6
     with pytest.raises(ValueError, match=message):
         function(**{**dict(x=torch.zeros(num_rows, 2), order=order, place=order.view(3, 2)), **change})
+
+
+def test_rows_of_slots_are_not_those_of_tokens() -> None:
+    """The first rows would be spread, and the others left out."""
+    order = torch.arange(6)
+    with pytest.raises(
+        ValueError, match=r"^x has 6 rows\n  why: it has a row for each token of .*\n  try: 3 rows$"
+    ):
+        spread_rows(torch.zeros(6, 2), order, order.view(3, 2))
+    with pytest.raises(
+        ValueError, match=r"^x has 3 rows\n  why: it has a row for each slot of .*\n  try: 6 rows$"
+    ):
+        collect_rows(torch.zeros(3, 2), order, order.view(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(3, 1), r"weight has shape \[3, 1\]\n"),
+        (torch.ones(2), r"weight has shape \[2\]\n"),
+        (torch.ones(3, 2, dtype=torch.int64), "weight is torch.int64\n"),
+        (torch.ones(3, 2, device="meta"), "weight is on meta\n"),
+    ],
+)
+def test_refuses_weights_that_are_not_of_slots(weight: torch.Tensor, message: str) -> None:
+    """Torch would broadcast them, and a kernel read what lies behind them."""
+    order = torch.arange(6)
+    with pytest.raises(ValueError, match=message):
+        collect_rows(torch.zeros(6, 2), order, order.view(3, 2), weight)
