@@ -137,9 +137,9 @@ def compiling_only(call: str, arch: int = 90) -> Iterator[list[Row]]:
             rows.append(_row(call, kernel, kwargs, time.perf_counter() - start, arch))
         return kernel
 
-    available = lambda device, dtype: (True, "compiled only")  # noqa: E731
+    obstacle = lambda device, dtype: None  # noqa: E731  # compiled only
     table = {
-        op: tuple(dataclasses.replace(b, available=available) if b.name == "triton" else b for b in backends)
+        op: tuple(dataclasses.replace(b, obstacle=obstacle) if b.name == "triton" else b for b in backends)
         for op, backends in dispatch.BACKENDS.items()
     }
     active = triton.runtime.driver._active

@@ -1,4 +1,4 @@
-"""Which backend runs a kernel, and why: one table, first available wins.
+"""Which backend runs a kernel: one table, the first one without an obstacle wins.
 
 ``LINEAR_MOE_KERNELS=reference`` (token loops, to debug), ``=chunked`` or ``=triton`` puts one first by name; operations
 and calls that it does not cover run as they would without it.
@@ -56,38 +56,36 @@ class Backend:
 
     name: str
     run: Callable[..., Any]
-    available: Callable[[torch.device, torch.dtype], tuple[bool, str]]
-    """Whether it can run there, and the reason in a few words."""
+    obstacle: Callable[[torch.device, torch.dtype], str | None]
+    """Why it cannot run there, in a few words; ``None``: it can."""
     takes: Callable[..., bool] = _takes_everything
     """Whether it covers a call with these arguments."""
     begins: bool = False
     """Whether it takes a ``state`` that is on its way, and starts what does not need it."""
 
 
-def _always(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    return True, "torch operations, any device and dtype"
+def _none(device: torch.device, dtype: torch.dtype) -> None:
+    """Operations of torch run on any device and dtype."""
 
 
-def _when_asked(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    return _asked() == "reference", f"token loops, only with {ENVIRONMENT_VARIABLE}=reference"
+def _unless_asked(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Token loops are slow."""
+    return None if _asked() == "reference" else f"{ENVIRONMENT_VARIABLE} is not reference"
 
 
-def _fused(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def _fused(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.compiler.is_compiling():
-        return False, "torch.compile and torch.export trace operations of torch"
+        return "torch.compile and torch.export trace operations of torch"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return False, f"no fused kernel computes in {dtype}"
+        return f"no fused kernel computes in {dtype}"
     is_interpreted = _is_interpreted()
     if device.type == "cpu" and is_interpreted and _asked() == "triton" and _has_triton():
-        # computes bfloat16 wrongly, without saying so
-        return dtype != torch.bfloat16, "Triton's interpreter, float32 and float16"
+        return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     if device.type != "cuda" or is_interpreted or torch.version.hip is not None:
-        return False, "fused kernels need a CUDA device of NVIDIA"
+        return "fused kernels need a CUDA device of NVIDIA"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return False, "fused kernels need a CUDA device of compute capability 8.0"
-    if not _has_triton():
-        return False, "triton cannot be imported"
-    return True, "fused, each kind tried against float64 before its first use"
+        return "fused kernels need compute capability 8.0"
+    return None if _has_triton() else "triton cannot be imported"
 
 
 _TRUE = ("1", "true", "on", "yes", "y")
@@ -113,12 +111,12 @@ def _is_plain(x: Any) -> bool:
     return not isinstance(x, Tensor) or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def _fused_scan(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def _fused_scan(device: torch.device, dtype: torch.dtype) -> str | None:
     """As the others, but where Triton makes wrong code of a memory that one product writes and another reads."""
-    is_available, reason = _fused(device, dtype)
-    if is_available and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (10, 11):
-        return False, "Triton miscompiles scans for this GPU (triton-lang/triton#9871, #10590, #10993)"
-    return is_available, reason
+    obstacle = _fused(device, dtype)
+    if obstacle is None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (10, 11):
+        return "Triton miscompiles scans for this GPU (triton-lang/triton#9871, #10590, #10993)"
+    return obstacle
 
 
 def _takes_decay(
@@ -227,8 +225,8 @@ def _operation(
     is_scan = in_torch in (chunked_diag, chunked_delta, chunked_dplr)
     return op, (
         Backend("triton", run_fused, _fused_scan if is_scan else _fused, takes_plain, begins),
-        Backend("chunked", getattr(in_torch, op), _always, begins=True),
-        Backend("reference", getattr(reference, op), _when_asked),
+        Backend("chunked", getattr(in_torch, op), _none, begins=True),
+        Backend("reference", getattr(reference, op), _unless_asked),
     )
 
 
@@ -262,8 +260,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
 
 def pick(
     op: str, device: torch.device, dtype: torch.dtype, takes: Callable[[Backend], bool] = _takes_everything
-) -> tuple[Backend, str]:
-    """The backend that runs ``op`` on such tensors, and why; ``takes`` says whether one covers the call at hand.
+) -> Backend:
+    """The backend that runs ``op`` on such tensors; ``takes`` says whether one covers the call at hand.
 
     Raises:
         ValueError: ``LINEAR_MOE_KERNELS`` names no backend.
@@ -276,9 +274,8 @@ def pick(
             f"  try: unset it, or {ENVIRONMENT_VARIABLE}={NAMES[0]}"
         )
     for backend in sorted(BACKENDS[op], key=lambda backend: backend.name != asked):
-        is_available, reason = backend.available(device, dtype)
-        if is_available and takes(backend):
-            return backend, f"{ENVIRONMENT_VARIABLE}={asked}" if backend.name == asked else reason
+        if backend.obstacle(device, dtype) is None and takes(backend):
+            return backend
     raise AssertionError(f"{op} has no backend that always runs")
 
 
@@ -300,32 +297,31 @@ def fused(op: str, *args: Any, **kwargs: Any) -> Callable[[], Any] | None:
     Arguments are not checked.
     """
     like = args[0]
-    backend, _ = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
+    backend = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
     backend = tried(op, backend, args, kwargs)
     return partial(backend.run, *args, **kwargs) if backend.name == "triton" else None
 
 
-def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """One line for the start-up log, such as ``diag_decay: chunked (torch operations, any device and dtype)``."""
-    backend, reason = pick(op, device, dtype)
-    return f"{op}: {backend.name} ({reason})"
-
-
-def warn_if_unfused(op: str, backend: Backend, device: torch.device) -> None:
-    """Say, once for each operation, that it runs without a fused kernel: on a GPU, unless somebody chose so, and
-    anywhere else to somebody who chose fused ones.
+def warn_if_unfused(op: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+    """Say, once for each operation and reason, that it runs without a fused kernel: on a GPU, unless somebody chose so,
+    and anywhere else to somebody who chose fused ones.
     """
     is_expected = _asked() != "chunked" if device.type == "cuda" else _asked() == "triton"
     if is_expected and backend.name == "chunked":
-        _warn_of_torch_once(op)
+        why = "it does not cover these arguments"
+        if all(other.name != "triton" for other in BACKENDS[op]):  # in an exported folder
+            why = "it comes with the package linear_moe"
+        elif (obstacle := BACKENDS[op][0].obstacle(device, dtype)) is not None:
+            why = obstacle
+        _warn_of_torch_once(op, why)
 
 
 @cache
-def _warn_of_torch_once(op: str) -> None:
+def _warn_of_torch_once(op: str, why: str) -> None:
     warnings.warn(
-        f"{op} has no fused kernel for this device and these arguments, and runs on chunked torch: the same results, "
-        f"but every operation, and every step from chunk to chunk, is a launch of its own with intermediates in GPU "
-        f"memory, so it is slower than a fused kernel; {ENVIRONMENT_VARIABLE}=chunked chooses it without this notice",
+        f"{op} has no fused kernel here ({why}), and runs on chunked torch: the same results, but every operation, and "
+        f"every step from chunk to chunk, is a launch of its own with intermediates in GPU memory, so it is slower "
+        f"than a fused kernel; {ENVIRONMENT_VARIABLE}=chunked chooses it without this notice",
         stacklevel=2,
     )
 
@@ -355,8 +351,8 @@ def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs = _arrived(kwargs)  # of one token there is nothing worth starting
         if not is_asked() and step.takes(*args, **kwargs):
             return step.OPERATIONS[op](*args, **kwargs)
-    backend, _ = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
-    warn_if_unfused(op, backend, like.device)
+    backend = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
+    warn_if_unfused(op, backend, like.device, like.dtype)
     backend = tried(op, backend, args, kwargs)
     return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
 

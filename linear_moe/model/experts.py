@@ -230,7 +230,7 @@ def made_again(x: Tensor, again: Callable[[], Tensor]) -> torch.autograd.graph.s
 
 def _has_fused_unit(x: Tensor) -> bool:
     """Else Megatron's, which it compiles with torch, at the first call of every shape."""
-    return dispatch.pick("weighted_swiglu", x.device, x.dtype)[0].name == "triton"
+    return dispatch.pick("weighted_swiglu", x.device, x.dtype).name == "triton"
 
 
 @cache

@@ -142,7 +142,7 @@ class SoftmaxAttention(SelfAttention):
 
 def _has_fused_rotary(x: Tensor) -> bool:
     """Whether a fused kernel rotates heads here; otherwise Megatron's own code does."""
-    return dispatch.pick("rotate_heads", x.device, x.dtype)[0].name == "triton"
+    return dispatch.pick("rotate_heads", x.device, x.dtype).name == "triton"
 
 
 def attend_one(

@@ -64,7 +64,7 @@ def clip_later(original: Callable) -> Callable:
 
 
 def _has_kernel(param: Tensor) -> bool:
-    return dispatch.pick("adam_", param.device, param.dtype)[0].name == "triton"
+    return dispatch.pick("adam_", param.device, param.dtype).name == "triton"
 
 
 class _OnePass:

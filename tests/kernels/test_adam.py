@@ -145,7 +145,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]) -> None:
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(trial, "_passed", {})
     fused, in_torch, definition = dispatch.BACKENDS["adam_"]
-    fused = dataclasses.replace(fused, run=run, available=in_torch.available)
+    fused = dataclasses.replace(fused, run=run, obstacle=in_torch.obstacle)
     monkeypatch.setitem(dispatch.BACKENDS, "adam_", (fused, in_torch, definition))
 
 

@@ -148,11 +148,9 @@ def test_short_conv_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_backend_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LINEAR_MOE_KERNELS", raising=False)
-    assert dispatch.describe("diag_decay", CPU, torch.float32).startswith("diag_decay: chunked (torch")
+    assert dispatch.pick("diag_decay", CPU, torch.float32).name == "chunked"
     monkeypatch.setenv("LINEAR_MOE_KERNELS", "reference")
-    assert dispatch.describe("delta_rule", CPU, torch.float32) == (
-        "delta_rule: reference (LINEAR_MOE_KERNELS=reference)"
-    )
+    assert dispatch.pick("delta_rule", CPU, torch.float32).name == "reference"
     inputs = make("delta_rule", "vector", num_tokens=8)
     o, _ = inputs.run(kernels)
     assert torch.equal(o, inputs.run(kernels.reference)[0])
@@ -176,13 +174,16 @@ def test_a_gpu_without_a_fused_kernel_says_so_once(monkeypatch: pytest.MonkeyPat
     def notices(op: str, device: torch.device) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            dispatch.warn_if_unfused(op, dispatch.pick(op, device, torch.bfloat16)[0], device)
+            dispatch.warn_if_unfused(op, dispatch.pick(op, device, torch.bfloat16), device, torch.bfloat16)
         return [str(warning.message) for warning in caught]
 
     try:
         assert not notices("dplr_delta_rule", CPU)
         (message,) = notices("dplr_delta_rule", cuda)
-        assert message.startswith("dplr_delta_rule has no fused kernel") and "slower" in message
+        assert message.startswith(
+            "dplr_delta_rule has no fused kernel here (fused kernels need compute capability 8.0)"
+        )
+        assert "slower" in message
         assert not notices("dplr_delta_rule", cuda)
         assert len(notices("delta_rule", cuda)) == 1
         monkeypatch.setenv("LINEAR_MOE_KERNELS", "chunked")
@@ -215,7 +216,7 @@ def test_scans_are_not_fused_where_triton_miscompiles_them(monkeypatch: pytest.M
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         picked = {
-            op: dispatch.pick(op, torch.device("cuda"), torch.bfloat16)[0].name for op in dispatch.BACKENDS
+            op: dispatch.pick(op, torch.device("cuda"), torch.bfloat16).name for op in dispatch.BACKENDS
         }
         expected = {op: scans if op.startswith(("diag", "delta", "dplr")) else "triton" for op in picked}
         assert picked == expected
@@ -248,12 +249,10 @@ def test_where_fused_kernels_run(
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for op in ("weighted_swiglu", "diag_decay"):
-        assert dispatch.pick(op, torch.device(kind), dtype)[0].name == picked
+        assert dispatch.pick(op, torch.device(kind), dtype).name == picked
         with monkeypatch.context() as without:
             without.setattr(dispatch, "_has_triton", lambda: False)
-            assert dispatch.pick(op, torch.device(kind), dtype)[0].name == "chunked", (
-                "Triton is not installed"
-            )
+            assert dispatch.pick(op, torch.device(kind), dtype).name == "chunked", "Triton is not installed"
 
 
 def test_fused_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,3 +276,17 @@ def test_fused_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.Mo
 
 def test_every_public_operation_has_a_backend() -> None:
     assert set(dispatch.BACKENDS) == set(kernels.__all__) - {"Segment"}
+
+
+def test_an_exported_folder_says_where_its_fused_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", "triton")
+    table = tuple(backend for backend in dispatch.BACKENDS["delta_rule"] if backend.name != "triton")
+    monkeypatch.setitem(dispatch.BACKENDS, "delta_rule", table)
+    dispatch._warn_of_torch_once.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=r"^delta_rule .* here \(it comes with the package linear_moe\), "
+        ):
+            dispatch.warn_if_unfused("delta_rule", table[0], CPU, torch.float32)
+    finally:
+        dispatch._warn_of_torch_once.cache_clear()

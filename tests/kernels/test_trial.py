@@ -40,7 +40,7 @@ def pretended(change: Change = lambda op, results: results) -> Iterator[list[str
             ran.append(op)
             return change(op, in_torch.run(*args, **kwargs))
 
-        return dataclasses.replace(fused, run=run, available=in_torch.available, begins=in_torch.begins)
+        return dataclasses.replace(fused, run=run, obstacle=in_torch.obstacle, begins=in_torch.begins)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
@@ -85,7 +85,7 @@ def test_fused_kernels_pass_on_a_device(number: int, monkeypatch: pytest.MonkeyP
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results(kernels, call, call.arguments("cuda"))
-    assert dispatch.pick(call.op, torch.device("cuda"), call.dtype)[0].name == "triton"
+    assert dispatch.pick(call.op, torch.device("cuda"), call.dtype).name == "triton"
 
 
 def test_wrong_results_are_found() -> None:

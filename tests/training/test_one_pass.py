@@ -62,7 +62,7 @@ def kernel(spoil: float = 1.0) -> Iterator[list[int]]:
         module.adam_(param, grad * spoil, m, v, half, **options)
 
     fused, in_torch, definition = dispatch.BACKENDS["adam_"]
-    fused = dataclasses.replace(fused, run=run, available=in_torch.available)
+    fused = dataclasses.replace(fused, run=run, obstacle=in_torch.obstacle)
     with (
         mock.patch.dict(dispatch.BACKENDS, adam_=(fused, in_torch, definition)),
         mock.patch.dict("os.environ"),

@@ -164,7 +164,7 @@ def _backend(family: Family, session: Session) -> str:
     """What runs its calls."""
     named = inputs(family, SMOKE["tiny"], session.dtype, session.device)
     takes: dict[str, Any] = {**named, "scale": 1.0}
-    return dispatch.pick(family.op, named["v"].device, session.dtype, lambda b: b.takes(**takes))[0].name
+    return dispatch.pick(family.op, named["v"].device, session.dtype, lambda b: b.takes(**takes)).name
 
 
 def _errors(session: Session) -> None:
