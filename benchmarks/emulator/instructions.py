@@ -209,7 +209,12 @@ class Writer:
         is_register = operands[1].startswith("{")
         a = self._list(operands[1]) if is_register else self._bits(operands[1], 8)
         assert operands[4:6] == ["1", "1"], "a factor of -1"
-        order = f"(False, {operands[6]} == 1)" if is_register else f"({operands[6]} == 1, {operands[7]} == 1)"
+        if words[-1] == "tf32":
+            order = "(False, False)"
+        elif is_register:
+            order = f"(False, {operands[6]} == 1)"
+        else:
+            order = f"({operands[6]} == 1, {operands[7]} == 1)"
         b, adds = self._bits(operands[2], 8), self._value(operands[3], "pred")
         return [
             f"{targets} = m.multiply_async({words[-1]!r}, [{targets}], {a}, {b}, {adds}, {order}, {where})"

@@ -211,6 +211,9 @@ class Machine:
         words = np.unique(addresses >> 2)
         self.shared.multiplies(words, where)
         self._products.append(words)
+        if kind == "tf32":
+            assert not transposed
+            return products.as_tf32(self.shared.view(4)[addresses[:, ::2] >> 2])
         return as_type(self.shared.view(2)[addresses >> 1], kind)
 
     def _rows(self, address: Array, count: int) -> tuple[Array, Array]:

@@ -35,10 +35,15 @@ def mma(depth: int, kind: str, a: list[Array], b: list[Array], c: list[Array]) -
 def _place(tile: Array, x: Array, kind: str, depth: Array, other: Array) -> None:
     """Put what the lanes hold at ``[:, depth, other]``."""
     if kind == "tf32":
-        tile[:, depth, other] = as_type(x & np.uint32(0xFFFFE000), "f32")
+        tile[:, depth, other] = as_tf32(x)
         return
     for n, half in enumerate(halves(x)):
         tile[:, depth + n, other] = as_type(half, kind)
+
+
+def as_tf32(x: Array) -> Array:
+    """The tensor cores leave the last 13 bits out."""
+    return as_type(x & np.uint32(0xFFFFE000), "f32")
 
 
 def matrices_to_lanes(tiles: Array, transposed: bool) -> list[Array]:
@@ -62,7 +67,10 @@ def lanes_to_matrices(registers: list[Array], transposed: bool) -> Array:
 
 @cache
 def described(descriptor: int, rows: int, transposed: bool) -> Array:
-    """Addresses ``[rows, 16]`` of a factor of 16 bits of wgmma, by its descriptor of shared memory."""
+    """Addresses ``[rows, 16]`` of a factor of 16 bits of wgmma, by its descriptor of shared memory.
+
+    Of 32 bits: every second one, where rows are not contiguous.
+    """
     start = (descriptor & 0x3FFF) << 4
     leading, stride = ((descriptor >> 16) & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
     mode = descriptor >> 62
@@ -86,10 +94,16 @@ def places_of_64_rows() -> list[tuple[Array, Array]]:
 
 
 def of_registers(registers: list[Array], kind: str) -> Array:
-    """``[64, 16]``, the first factor of wgmma where it is in registers of 128 threads."""
+    """``[64, 16]``, or ``[64, 8]`` of TF32: the first factor of wgmma where it is in registers of 128 threads."""
+    thread = np.arange(128)
+    row, place = thread // 32 * 16 + thread % 32 // 4, thread % 4
+    if kind == "tf32":
+        tile = np.zeros((64, 8), np.float32)
+        for n, register in enumerate(registers):
+            tile[row + 8 * (n % 2), place + 4 * (n // 2)] = as_tf32(register)
+        return tile
     tile = np.zeros((64, 16), np.float32)
-    row, column = places_of_64_rows()[0]
     for n, register in enumerate(registers):
         for half, x in enumerate(halves(register)):
-            tile[row + 8 * (n % 2), column + 8 * (n // 2) + half] = as_type(x, kind)
+            tile[row + 8 * (n % 2), 2 * place + 8 * (n // 2) + half] = as_type(x, kind)
     return tile

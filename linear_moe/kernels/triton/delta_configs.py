@@ -98,13 +98,14 @@ def backward_scan(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     return Cut(keys, min(32, values), 4, 2)
 
 
-def ahead(scan: Cut) -> Cut:
+def ahead(scan: Cut, is_long: bool) -> Cut:
     """A scan of the delta rule, which fetches two steps ahead where others fetch one: then no load is waited for.
 
-    What it loads by hand takes registers: with masks, blocks of 32 columns spill in packed rows.
+    What it loads by hand takes registers: with masks, blocks of 32 columns spill in packed rows. ``is_long``: programs
+    are so few that twice as many still have a multiprocessor each; steps of half as many columns are shorter.
     """
     if scan.num_stages == 2 and scan.num_warps == 4:
-        return replace(scan, num_stages=3)
+        return replace(scan, num_stages=3, values=min(16, scan.values) if is_long else scan.values)
     if configs.has_wgmma() and scan.num_warps == 8 and scan.keys <= 128:
         return replace(scan, values=min(16, scan.values))
     return scan

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from linear_moe.kernels.triton import delta_configs
+from linear_moe.kernels.triton import configs, delta_configs
 from linear_moe.kernels.triton.chunk_launch import ChunkLaunch, Scan, plan_chunks
 from linear_moe.kernels.triton.decay_sums import sums_kernel
 from linear_moe.kernels.triton.delta_chunk import solve_kernel
@@ -48,9 +48,11 @@ class Solved:
     """``[S, H, K]`` float32 for decays per row: what a chunk keeps."""
     weak: Tensor
     """``[S, H]`` int32 for decays per row, if chunks may go delta_weak.py's way: which do; else anything."""
+    scores_low: Tensor | None = None
+    """What the rounding of P left out, for outputs of decays per row in half precision."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """For ``save_for_backward``."""
+        """For ``save_for_backward``; outputs are there by then."""
         return self.inverse, self.scores, self.q_read, self.k_read, self.k_write, self.totals, self.weak
 
 
@@ -100,7 +102,9 @@ class DeltaChunks(ChunkLaunch):
             q_read = torch.empty_like(k_read) if has_q else k_read
             totals = self._empty(*shape[:2], self.num_keys, dtype=torch.float32)
             weak = self._empty(*shape[:2], dtype=torch.int32) if self._has_weak else inverse
-            tensors = weak, layout.plan, inverse, scores, q_read, k_read, k_write, totals
+            low = torch.empty_like(scores) if has_q and self.dtype.itemsize == 2 else None
+            of_scores = scores, scores if low is None else low
+            tensors = weak, layout.plan, inverse, *of_scores, q_read, k_read, k_write, totals
             sizes = *self._sizes(), layout.num_documents, self.scale
             strides = *q.stride()[:3], *k.stride()[:3], *beta.stride(), *self.log_decay.stride()
             dims = dict(
@@ -118,7 +122,7 @@ class DeltaChunks(ChunkLaunch):
                 q, k, beta, self.log_decay, self.sums, *tensors, *sizes, *strides, **dims, LEVELS=self._levels(),
                 HAS_WEAK=self._has_weak, **cut.launch,
             )  # fmt: skip
-            return Solved(inverse, scores, q_read, k_read, k_write, totals, weak)
+            return Solved(inverse, scores, q_read, k_read, k_write, totals, weak, low)
         cut = delta_configs.solve(self.num_keys, self.dtype)
         solve_kernel[(self._places(),)](
             q, k, beta, self.log_decay, self.sums, layout.plan, inverse, scores,
@@ -164,7 +168,7 @@ class DeltaChunks(ChunkLaunch):
         num_values = self.num_keys if v is None else self.num_values
         documents = layout.num_documents * self.pieces
         final = self._empty(documents, self.num_heads, self.num_keys, num_values, dtype=torch.float32)
-        cut = delta_configs.ahead(delta_configs.forward_scan(self.num_keys, num_values, self.dtype))
+        cut = self._ahead(delta_configs.forward_scan(self.num_keys, num_values, self.dtype), num_values)
         dims = {**self._dims(), "DV": num_values}
         forward_kernel[(documents * self.num_heads * triton.cdiv(num_values, cut.values),)](
             k_read, k_write, beta if v is None else v, beta, self.log_decay, self.sums, solved.totals,
@@ -179,13 +183,14 @@ class DeltaChunks(ChunkLaunch):
 
     def output(self, solved: Solved, states: Tensor, errors: Tensor) -> Tensor:
         """o, ``[B, T, H, V]``."""
-        layout, q_read = self.layout, solved.q_read
+        layout, q_read, low = self.layout, solved.q_read, solved.scores_low
         o = self._empty(*self._tokens(), self.num_values)
         cut = delta_configs.output(self.num_keys, self.num_values, self.dtype)
         output_kernel[(self._places() * self._blocks_of_values(cut),)](
-            q_read, self.log_decay, self.sums, layout.plan, solved.scores, states, errors, o,
+            q_read, self.log_decay, self.sums, layout.plan, solved.scores,
+            solved.scores if low is None else low, states, errors, o,
             *self._sizes(), layout.num_documents, self.scale, *q_read.stride()[:3],
-            K_PER=self._sharing(q_read), **self._dims(), **cut.launch,
+            K_PER=self._sharing(q_read), **self._dims(), HAS_LOW=low is not None, **cut.launch,
         )  # fmt: skip
         return o
 
@@ -216,7 +221,9 @@ class DeltaChunks(ChunkLaunch):
         documents = layout.num_documents * self.pieces
         shape = documents, self.num_heads, self.num_keys, self.num_values
         d_initial = self._empty(*shape, dtype=torch.float32)
-        cut = delta_configs.ahead(delta_configs.backward_scan(self.num_keys, self.num_values, self.dtype))
+        cut = self._ahead(
+            delta_configs.backward_scan(self.num_keys, self.num_values, self.dtype), self.num_values
+        )
         backward_kernel[(documents * self.num_heads * self._blocks_of_values(cut),)](
             q_read, k_read, k_write, do, beta, self.log_decay, self.sums, solved.totals, solved.inverse,
             solved.scores, layout.plan, layout.first_segment, d_initial if d_final is None else d_final,
@@ -311,6 +318,13 @@ class DeltaChunks(ChunkLaunch):
     def _has_weak(self) -> bool:
         """Whether chunks may go delta_weak.py's way."""
         return delta_configs.least_kept(self.dtype) <= 0
+
+    def _ahead(self, scan: delta_configs.Cut, num_values: int) -> delta_configs.Cut:
+        """A scan's blocks; pieces of rows are many, and of documents most may be short."""
+        rows, _ = configs.deciding(self.layout.num_rows, self.layout.num_tokens)
+        programs = rows * self.num_heads * triton.cdiv(num_values, scan.values)
+        is_long = 2 * programs <= configs.num_processors(self.device)
+        return delta_configs.ahead(scan, is_long and self.pieces == 1 and not self.layout.is_packed)
 
     def _new_pairs(self) -> Tensor:
         return self._empty(self.layout.num_segments, self.num_heads, 2, self.chunk, self.chunk)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from linear_moe.kernels.triton.delta_chunk import unit_lower_inverse
 from linear_moe.kernels.triton.delta_near import far_sums, near_sums, of_blocks, on_diagonal
-from linear_moe.kernels.triton.diag_levels import halves, load_log_decay
+from linear_moe.kernels.triton.diag_levels import for_scores, halves, load_log_decay
 from linear_moe.kernels.triton.layout import segment_of
 
 
@@ -29,7 +29,7 @@ def solve_levels_kernel(
     table,  # level_sums of diag_levels.py
     weak,  # [S, H]: chunks that delta_weak.py has solved, with HAS_WEAK
     plan,
-    inverse, scores,  # [S, H, C, C]: T - I, and P
+    inverse, scores, scores_low,  # [S, H, C, C]: T - I, P, and in half precision what its rounding leaves out
     q_read, k_read, k_write,  # [L, H, DK]
     totals,  # [S, H, DK] float32
     num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
@@ -57,6 +57,7 @@ def solve_levels_kernel(
         q_read, k_read, k_write = q_read + of_chunk, k_read + of_chunk, k_write + of_chunk
         N: tl.constexpr = C // 16
         dtype: tl.constexpr = inverse.dtype.element_ty
+        OF_SCORES: tl.constexpr = "tf32" if dtype == tl.bfloat16 else "ieee"
         n, i = tl.arange(0, N), tl.arange(0, 16)
         i_T = n[:, None, None] * 16 + i[None, :, None]
 
@@ -73,12 +74,12 @@ def solve_levels_kernel(
             for level in range(0, 4):
                 factor = tl.exp2(near_sums(table, level, high, low, C))
                 is_level = (((i[:, None] ^ i[None, :]) >> level) == 1)[None]
-                b_z = (b_k * factor).to(dtype)
+                b_z = for_scores(b_k * factor, dtype)
                 b_zT = tl.permute(b_z, (0, 2, 1))
                 if HAS_OUTPUT:
-                    b_x = (b_q * factor).to(dtype)
-                    b_P += tl.where(is_level, tl.dot(b_x, b_zT, input_precision="ieee"), 0.0)
-                b_L += tl.where(is_level, tl.dot(b_z, b_zT, input_precision="ieee"), 0.0)
+                    b_x = for_scores(b_q * factor, dtype)
+                    b_P += tl.where(is_level, tl.dot(b_x, b_zT, input_precision=OF_SCORES), 0.0)
+                b_L += tl.where(is_level, tl.dot(b_z, b_zT, input_precision=OF_SCORES), 0.0)
 
         b_P, b_L = on_diagonal(b_P, C), on_diagonal(b_L, C)
         is_earlier, is_later = n[None, :] < n[:, None], n[None, :] > n[:, None]
@@ -106,27 +107,30 @@ def solve_levels_kernel(
                 if level > 4:
                     b_sums += far_sums(sums, level, C)
                 factor = tl.exp2(b_sums)
-                b_z = tl.reshape((b_k * factor).to(dtype), (C, BK))
+                b_z = tl.reshape(for_scores(b_k * factor, dtype), (C, BK))
                 if HAS_OUTPUT:
-                    b_x = tl.reshape((b_q * factor).to(dtype), (C, BK))
+                    b_x = tl.reshape(for_scores(b_q * factor, dtype), (C, BK))
                 if level == LEVELS - 1:  # readers are all later than writers
                     is_reader = (i_C >> level == 1)[:, None]
-                    b_zT = tl.trans(tl.where(is_reader, 0.0, b_z).to(dtype))
-                    b_z = tl.where(is_reader, b_z, 0.0).to(dtype)
+                    b_zT = tl.trans(tl.where(is_reader, 0.0, b_z).to(b_z.dtype))
+                    b_z = tl.where(is_reader, b_z, 0.0).to(b_z.dtype)
                     if HAS_OUTPUT:
-                        b_x = tl.where(is_reader, b_x, 0.0).to(dtype)
-                        b_P = tl.dot(b_x, b_zT, b_P, input_precision="ieee")
-                    b_L = tl.dot(b_z, b_zT, b_L, input_precision="ieee")
+                        b_x = tl.where(is_reader, b_x, 0.0).to(b_x.dtype)
+                        b_P = tl.dot(b_x, b_zT, b_P, input_precision=OF_SCORES)
+                    b_L = tl.dot(b_z, b_zT, b_L, input_precision=OF_SCORES)
                 else:
                     is_level = ((i_C[:, None] ^ i_C[None, :]) >> level) == 1
                     if HAS_OUTPUT:
-                        b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision="ieee"), 0.0)
-                    b_L += tl.where(is_level, tl.dot(b_z, tl.trans(b_z), input_precision="ieee"), 0.0)
+                        b_P += tl.where(is_level, tl.dot(b_x, tl.trans(b_z), input_precision=OF_SCORES), 0.0)
+                    b_L += tl.where(is_level, tl.dot(b_z, tl.trans(b_z), input_precision=OF_SCORES), 0.0)
         p_beta = beta + batch * b_b + (first + i_C) * b_t + head.to(tl.int64) * b_h
         b_beta = tl.load(p_beta, mask=i_C < left, other=0.0).to(tl.float32)
         p_tile, is_below = tile * (C * C) + i_C[:, None] * C + i_C[None, :], i_C[:, None] > i_C[None, :]
         if HAS_OUTPUT:
             b_P = tl.where(i_C[:, None] >= i_C[None, :], b_P * (b_beta * scale)[None, :], 0.0)
-            tl.store(scores + p_tile, b_P.to(scores.dtype.element_ty))
+            b_P, b_low = halves(b_P, dtype)
+            tl.store(scores + p_tile, b_P)
+            if dtype != tl.float32:
+                tl.store(scores_low + p_tile, b_low)
         b_inverse = unit_lower_inverse(tl.where(is_below, b_L * b_beta[None, :], 0.0), C, PRECISION)
         tl.store(inverse + p_tile, tl.where(is_below, b_inverse, 0.0).to(inverse.dtype.element_ty))

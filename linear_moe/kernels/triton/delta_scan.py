@@ -167,8 +167,12 @@ def forward_kernel(
         if not ONLY_FINAL:
             p_e = errors + past * e_t + i_C[:, None] * e_t + i_V[None, :]
             tl.store(p_e, b_e.to(errors.dtype.element_ty), mask=m_v)
-        b_w = (b_e * write[:, None]).to(b_kT.dtype)
-        b_S = tl.dot(b_kT, b_w, b_S * total[:, None], input_precision="ieee")
+        b_w = b_e * write[:, None]
+        b_high = b_w.to(b_kT.dtype)
+        b_S = tl.dot(b_kT, b_high, b_S * total[:, None], input_precision="ieee")
+        if b_kT.dtype != tl.float32:  # of a memory that hardly fades, every rounded write stays
+            b_low = (b_w - b_high.to(tl.float32)).to(b_kT.dtype)
+            b_S = tl.dot(b_kT, b_low, b_S, input_precision="ieee")
     tl.store(final + of_document + i_S, b_S, mask=m_S)
 
 

@@ -32,7 +32,7 @@ import triton.language as tl
 from linear_moe.kernels.triton.delta_chunk import unit_lower_inverse
 from linear_moe.kernels.triton.delta_gradient import beta_gradient, reads_of_memory, writes_to_memory
 from linear_moe.kernels.triton.delta_vector_gradient import rows_through
-from linear_moe.kernels.triton.diag_levels import halves, load_log_decay
+from linear_moe.kernels.triton.diag_levels import for_scores, halves, load_log_decay
 from linear_moe.kernels.triton.layout import segment_of
 
 
@@ -79,7 +79,7 @@ def solve_weak_kernel(
     q, k, beta, log_decay,
     weak,  # [S, H] int32: which chunks are
     plan,
-    inverse, scores,  # [S, H, C, C]: T - I, and P
+    inverse, scores, scores_low,  # [S, H, C, C]: T - I, P, and what its rounding leaves out
     q_read, k_read, k_write,  # [L, H, DK]
     totals,  # [S, H, DK] float32
     num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,
@@ -136,19 +136,19 @@ def solve_weak_kernel(
                 # of writers in the first half; above the diagonal nothing counts
                 up = to_borders(high, low, C)
                 z_w = b_k * tl.exp2(-up)
-                z_wT = tl.trans(tl.where(is_second, 0.0, z_w).to(dtype))
+                z_wT = tl.trans(for_scores(tl.where(is_second, 0.0, z_w), dtype))
                 half = tl.where(t_C < C // 2, 0.5, tl.where(is_second, 1.0, 0.0))
                 half = tl.where(i_C[:, None] >= t_C, half, tl.where(t_C < C // 2, -0.5, 0.0))
                 factor = tl.exp2(sums_by(half, high, low))
-                b_L = tl.dot((b_k * factor).to(dtype), z_wT, b_L, input_precision="ieee")
+                b_L = tl.dot(for_scores(b_k * factor, dtype), z_wT, b_L, input_precision="tf32")
                 if HAS_OUTPUT:
-                    b_P = tl.dot((b_q * factor).to(dtype), z_wT, b_P, input_precision="ieee")
+                    b_P = tl.dot(for_scores(b_q * factor, dtype), z_wT, b_P, input_precision="tf32")
                 # of those in the second
-                z_wT = tl.trans(tl.where(is_second, z_w, 0.0).to(dtype))
+                z_wT = tl.trans(for_scores(tl.where(is_second, z_w, 0.0), dtype))
                 factor = tl.exp2(up)
-                b_L = tl.dot((b_k * factor).to(dtype), z_wT, b_L, input_precision="ieee")
+                b_L = tl.dot(for_scores(b_k * factor, dtype), z_wT, b_L, input_precision="tf32")
                 if HAS_OUTPUT:
-                    b_P = tl.dot((b_q * factor).to(dtype), z_wT, b_P, input_precision="ieee")
+                    b_P = tl.dot(for_scores(b_q * factor, dtype), z_wT, b_P, input_precision="tf32")
             p_beta = beta + batch * b_b + (first + i_C) * b_t + head.to(tl.int64) * b_h
             b_beta = tl.load(p_beta, mask=i_C < left, other=0.0).to(tl.float32)
             p_tile = tile * (C * C) + i_C[:, None] * C + t_C
@@ -156,7 +156,9 @@ def solve_weak_kernel(
                 own = own_pairs(q, k, q_t, k_t, left, DK, BK, C)
                 b_P = tl.where(i_C[:, None] > t_C, b_P, tl.where(i_C[:, None] == t_C, own[:, None], 0.0))
                 b_P *= (b_beta * scale)[None, :]
-                tl.store(scores + p_tile, b_P.to(scores.dtype.element_ty))
+                b_P, b_low = halves(b_P, dtype)
+                tl.store(scores + p_tile, b_P)
+                tl.store(scores_low + p_tile, b_low)
             is_below = i_C[:, None] > t_C
             b_inverse = unit_lower_inverse(tl.where(is_below, b_L * b_beta[None, :], 0.0), C, PRECISION)
             tl.store(inverse + p_tile, tl.where(is_below, b_inverse, 0.0).to(inverse.dtype.element_ty))

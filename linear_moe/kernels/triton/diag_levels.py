@@ -59,6 +59,16 @@ def halves(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def for_scores(x, dtype: tl.constexpr):
+    """A factor of scores: TF32 instead of bfloat16, the rounding of which would be half of what outputs are off by."""
+    if dtype == tl.bfloat16:
+        nearest = x.to(tl.int32, bitcast=True) + 0x1000  # products leave the last 13 bits out
+        return nearest.to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def sum_over(sums, level, high, low):
     """[C, BD]: sums of log2 a by one of ``level_sums``."""
     C: tl.constexpr = high.shape[0]
