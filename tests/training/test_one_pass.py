@@ -281,9 +281,9 @@ PRECISIONS: dict[str, list[str]] = {
 
 
 @contextmanager
-def beside_torch() -> Iterator[list[tuple[int, bool]]]:
-    """Every step of a large parameter is compared with torch's on copies; how many elements, and whether clipped."""
-    found: list[tuple[int, bool]] = []
+def beside_torch() -> Iterator[list[tuple[int, bool, bool]]]:
+    """Every step of a large parameter is compared with torch's on copies: its elements, if clipped, if copied."""
+    found: list[tuple[int, bool, bool]] = []
     step_one = one_pass._step_one
 
     def both(inner: Any, group: Any, param: Tensor, half: Tensor | None, factor: float) -> bool:
@@ -304,7 +304,7 @@ def beside_torch() -> Iterator[list[tuple[int, bool]]]:
             torch.testing.assert_close(mine.detach(), torchs.detach(), rtol=2e-6, atol=atol)
         if half is not None:
             assert torch.equal(half, param.to(half.dtype)), "the model's copy"
-        found.append((param.numel(), factor < 1.0))
+        found.append((param.numel(), factor < 1.0, half is not None))
         return True
 
     with mock.patch.object(one_pass, "_step_one", both), mock.patch.object(one_pass, "LARGE", RUN_LARGE):
@@ -320,10 +320,13 @@ def a_run(rank: int, world_size: int, precision: str, folder: str) -> None:
             stack.enter_context(kernel())
         found = stack.enter_context(beside_torch())
         train(rank, world_size, [*RUN, *PRECISIONS[precision], "--run-dir", folder])
-    sizes, count = [size for size, _ in found], len(found) // RUN_STEPS
+    sizes, count = [size for size, _, _ in found], len(found) // RUN_STEPS
     assert sizes == sizes[:count] * RUN_STEPS and min(sizes) >= RUN_LARGE
-    assert {4 * 64 * 64, 128 * 64} <= set(sizes), "experts, tables"
-    assert any(is_clipped for _, is_clipped in found)
+    experts_and_tables = {4 * 64 * 64, 128 * 64}
+    assert experts_and_tables <= set(sizes)
+    copied = {size for size, _, is_copied in found if is_copied}
+    assert experts_and_tables <= copied if "bf16" in precision else not copied
+    assert any(is_clipped for _, is_clipped, _ in found)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
