@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-from linear_moe.bench import breakdown, report, running
+from linear_moe.bench import breakdown, report, running, step
+from linear_moe.bench.configurations import Sweep, sweep
 
 ASKED: Any = SimpleNamespace(warm_up=2, steps=3)
 
@@ -110,3 +111,15 @@ def test_kernels_of_a_step_by_kind():
     assert found["kinds"][kind] == {"seconds": 2.0, "launches": 5.0}
     assert [kernel["name"] for kernel in found["kernels"]] == ["gemm_b", "gemm_a", "nccl_all_reduce"]
     assert found["kernels"][0] == {"name": "gemm_b", "kind": kind, "seconds": 1.5, "launches": 1.0}
+
+
+def test_figures_are_not_lost_to_a_failure(tmp_path: Path):
+    """Of a run that was stopped with figures, and measured again without success; a later success replaces it."""
+    (asked,) = sweep(Sweep.of(step.parser().parse_args(["--models", "gla", "--seq-lens", "2048"])))
+    results = report.Results(tmp_path, "a command", again=False)
+    for status, kept in (
+        *(("failed", "failed"), ("not begun", "not begun"), ("stopped", "stopped")),
+        *(("failed", "stopped"), ("not begun", "stopped"), ("ok", "ok")),
+    ):
+        results.add(asked, {"status": status, "error": "x"})
+        assert [row["status"] for row in results.rows] == [kept], status

@@ -126,7 +126,7 @@ def forbidden(names):
 
 
 def streams_of_loops(rank, world):
-    """Streams of warm-ups and captures, by their order, of two loops whose caches grow."""
+    """Streams of warm-ups and captures, and which waits for which, of two loops whose caches grow."""
     from contextlib import contextmanager
     from types import SimpleNamespace
 
@@ -141,13 +141,19 @@ def streams_of_loops(rank, world):
         streams.append((what, stream))
         yield
 
+    class Stream:
+        def wait_stream(self, other):
+            streams.append(("wait", self, other))
+
     def captured(graph, *, stream=None, capture_error_mode):
         return noted("capture", stream)
 
-    make = torch.cuda.Stream
+    here = Stream()
+    loop._aside.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_why_no_graph", lambda decoder, graph: None)
-        patch.setattr(torch.cuda, "Stream", lambda *device: make())  # the stand-in of a CPU takes none
+        patch.setattr(torch.cuda, "Stream", lambda *device: Stream())
+        patch.setattr(torch.cuda, "current_stream", lambda: here)
         patch.setattr(torch.cuda, "stream", functools.partial(noted, "warm-up"))
         patch.setattr(torch.cuda, "graph", captured)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
@@ -157,13 +163,15 @@ def streams_of_loops(rank, world):
             steps.start(decoder.read(prompts(1, 60)))
             for _ in range(8):
                 steps.next()
-    numbers = {id(stream): i for i, (_, stream) in reversed(list(enumerate(streams)))}
-    return [(what, numbers[id(stream)]) for what, stream in streams]
+    loop._aside.cache_clear()
+    numbers: dict[int, int] = {id(here): 0}
+    return [(what, *(numbers.setdefault(id(x), len(numbers)) for x in used)) for what, *used in streams]
 
 
 def test_every_warm_up_and_capture_is_on_one_stream(gloo):
-    """cuBLAS keeps a workspace for each that it has seen."""
-    assert gloo(1, streams_of_loops)[0] == [("warm-up", 0), ("capture", 0)] * 4
+    """cuBLAS keeps a workspace for each that it has seen. A step there waits for the one before, the next for it."""
+    one = [("wait", 1, 0), ("warm-up", 1), ("wait", 0, 1), ("capture", 1)]
+    assert gloo(1, streams_of_loops)[0] == one * 4
 
 
 def compiled_parts(rank, world):
