@@ -24,6 +24,9 @@ OURS = "linear_moe"
 RUN_FILE = "linear_moe_run.json"
 """File of such a folder: the architecture and arguments of the run, from which it is imported."""
 
+SOURCE_FILE = "hugging_face/source.json"
+"""File of an imported run: the folder that it was made of, and that folder's :func:`weight_files`."""
+
 CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -178,6 +181,12 @@ def is_hf_folder(folder: Path) -> bool:
         return "model_type" in json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, TypeError):
         return False
+
+
+def weight_files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of every file of weights in a model folder: where they differ, it is another model."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def describe_folder(folder: Path) -> Described:

@@ -3,7 +3,8 @@
     DST/config.json              how the model is built, as a training would have written it
     DST/checkpoint/iter_0000001  its weights, in their own dtypes
     DST/tokenizer                the tokenizer's files, if the source has one
-    DST/hugging_face             config.json and generation_config.json of the source, which export gives back
+    DST/hugging_face             config.json and generation_config.json of the source, which export gives back;
+                                 source.json: which source it was
 
 Everything is checked before anything is written.
 """
@@ -14,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,15 @@ from linear_moe.checkpoint.folders import (
     refuse_existing,
     silent,
 )
-from linear_moe.checkpoint.hf_config import OURS, RUN_FILE, Described, describe_folder, read_config
+from linear_moe.checkpoint.hf_config import (
+    OURS,
+    RUN_FILE,
+    SOURCE_FILE,
+    Described,
+    describe_folder,
+    read_config,
+    weight_files,
+)
 from linear_moe.checkpoint.hf_folder import Stored, stored_tensors
 from linear_moe.checkpoint.linearise import start_layer, start_tables
 from linear_moe.checkpoint.options import check_options, linear_options, model_arguments
@@ -267,7 +276,20 @@ def _check_tied(source: Path, stored: Mapping[str, Stored]) -> None:
 
 
 def _check_kept(source: Path, before: Blueprint, model: Blueprint) -> None:
-    """What a layer that stays has may depend on how many layers of its mixer there are, and which of them is first."""
+    """Layers that stay compute what they did: options of new ones may be theirs, too, or they read the others."""
+    mixers = [built.shape(1).mixers for built in (before, model)]
+    options = [
+        f"{name} of {kind}"
+        for kind, mixer in mixers[0].items()
+        for name in (option.name for option in fields(mixer.cfg) if option.name != "layers_of_kind")
+        if getattr(mixer.cfg, name) != getattr(mixers[1][kind].cfg, name)
+    ]
+    if options:
+        raise ValueError(
+            f"--extra-args would change layers of {source} that stay: {', '.join(options)}\n"
+            f"  why: their weights have been trained with the values in its config.json\n"
+            f"  try: options of the new mixers alone, which begin with their names (--gla-gate-rank 32)"
+        )
     changed = [
         key
         for key, size in model.tensors.items()
@@ -365,4 +387,6 @@ def _write_rest(source: Path, part: Path, model: Blueprint, argv: list[str]) -> 
     for name in ORIGIN_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, part / ORIGIN / name)
+    made_of = {"folder": str(source.absolute()), "weights": weight_files(source)}
+    (part / SOURCE_FILE).write_text(json.dumps(made_of, indent=1) + "\n")
     write_config(part, model.args, argv)

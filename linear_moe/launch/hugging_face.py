@@ -3,6 +3,8 @@
 The folder is read as the run that it will become, `RUN/pretrained`, so that everything else takes it for one.
 """
 
+import json
+import shlex
 import subprocess
 import sys
 import time
@@ -10,9 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from linear_moe.checkpoint.hf_config import describe_folder
+from linear_moe.checkpoint.hf_config import SOURCE_FILE, describe_folder, weight_files
 from linear_moe.checkpoint.options import linear_options, model_arguments
 from linear_moe.data.tokenizer import TokenizerError, describe_tokenizer
+from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.plan import RunPlan, registered_mixers
 from linear_moe.launch.resume import (
     UNSET,
@@ -73,6 +76,21 @@ def check_hugging_face(plan: RunPlan) -> None:
     ours = {name: value for name, value in architecture(plan).items() if name in theirs}
     given = f"PRETRAIN_CHECKPOINT_PATH={plan.settings.pretrain_checkpoint_path}"
     refuse_differences(theirs, ours, f"{given} has another architecture", UNSET)
+    _check_source(source, plan.run_dir / "pretrained")
+
+
+def _check_source(source: Path, target: Path) -> None:
+    """What an earlier start has converted is this folder: another of the same sizes would pass every other check."""
+    try:
+        made_of = json.loads((target / SOURCE_FILE).read_text())
+    except FileNotFoundError:
+        return  # nothing is converted yet, or by an earlier version
+    if made_of["weights"] != weight_files(source):
+        raise PreflightError(
+            f"{target} was made from {made_of['folder']}, and PRETRAIN_CHECKPOINT_PATH={source} has other files.",
+            "the run would start from weights that are not these.",
+            f"another RUN_NAME, or rm -r {shlex.quote(str(target))} to convert again",
+        )
 
 
 def convert(plan: RunPlan, announce: Callable[[str], None]) -> bool:

@@ -277,7 +277,9 @@ def fused_kernels_that_are_not_there_are_a_warning(folder: Path) -> None:
             warnings.simplefilter("always")
             assert model(ids).logits.equal(before)
         texts.append([str(warning.message) for warning in caught])
-    assert any(text.startswith("delta_rule has no fused kernel here (it comes with") for text in texts[0]), texts
+    assert any(text.startswith("delta_rule has no fused kernel here (it comes with") for text in texts[0]), (
+        texts
+    )
     assert len({text.split()[0] for text in texts[0]}) == len(texts[0]) and not texts[1], texts
 
 

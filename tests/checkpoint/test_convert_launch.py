@@ -64,6 +64,14 @@ def test_from_the_folder_to_a_step(folders, gloo, tmp_path):
     assert gloo(1, run_command, words[2:])[0] == 0
     assert convert(plan, said.append) and "converted before" in said[1]
     preflight(plan)  # the same architecture as what was converted
+    finetuned = Path(shutil.copytree(folders / "qwen2_moe-renormalised", tmp_path / "finetuned"))
+    weights = next(iter(finetuned.glob("*.safetensors")))
+    weights.write_bytes(weights.read_bytes())  # of another time: of the same sizes, and other weights
+    with pytest.raises(
+        ValueError, match=r"/pretrained was made from .*renormalised, and PRETRAIN_CHECK"
+    ) as told:
+        plan_of(finetuned, tmp_path)
+    assert f"or rm -r {plan.run_dir / 'pretrained'} to convert again" in str(told.value)
     arguments = training_arguments(plan)
     gloo(1, train, [*arguments, "--eval-iters", "0"])
     assert 4 < metrics(plan.run_dir)[0]["lm_loss"] < 7
