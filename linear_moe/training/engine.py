@@ -332,6 +332,7 @@ def _end_the_schedule_with_the_run(original: Callable) -> Callable:
     """``load_checkpoint``: the schedule counts sequences, and takes all steps for as large as those to come.
 
     After steps with another global batch it would end before the last step, or never come down to the lowest rate.
+    Steps that were skipped (fp16) are none of the schedule, and stay so.
     """
 
     @functools.wraps(original)
@@ -341,9 +342,9 @@ def _end_the_schedule_with_the_run(original: Callable) -> Callable:
         from megatron.training import get_args
 
         iteration, flops = original(model, optimizer, opt_param_scheduler, *args, **kwargs)
-        scheduler = opt_param_scheduler
-        if scheduler is not None and scheduler.num_steps and scheduler.override_opt_param_scheduler:
-            scheduler.lr_decay_steps += scheduler.num_steps - iteration * get_args().global_batch_size
+        scheduler, samples = opt_param_scheduler, get_args().consumed_train_samples
+        if scheduler is not None and samples and scheduler.override_opt_param_scheduler:
+            scheduler.lr_decay_steps += samples - iteration * get_args().global_batch_size
             scheduler.step(0)
         return iteration, flops
 

@@ -1,13 +1,16 @@
 """A run stopped and started again is the same run, bit for bit; a checkpoint opens under any layout."""
 
+import argparse
 import itertools
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from linear_moe.training import engine
 from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, checkpoint, losses, records, train
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -88,6 +91,32 @@ def test_the_schedule_of_a_run_whose_batch_changes_ends_with_it(gloo, tmp_path):
     assert all(rate > later for rate, later in itertools.pairwise(halves[1:])), (
         "it comes down to the last step"
     )
+
+
+def the_schedule_after_loading(rank: int, world_size: int, samples: int, override: bool) -> tuple[int, int]:
+    import megatron.training.training as training
+
+    engine.install()
+    moved = []
+    scheduler = argparse.Namespace(
+        num_steps=60, lr_decay_steps=200, override_opt_param_scheduler=override, step=moved.append
+    )
+    args = argparse.Namespace(consumed_train_samples=samples, global_batch_size=20)
+    loaded = engine._end_the_schedule_with_the_run(lambda *a, **k: (5, 7.0))
+    with mock.patch("megatron.training.get_args", lambda: args):
+        assert loaded([], None, scheduler) == loaded([], None, None) == (5, 7.0)
+    assert training.load_checkpoint is not engine.stock(training, "load_checkpoint")
+    return scheduler.lr_decay_steps, len(moved)
+
+
+@pytest.mark.parametrize(
+    ("samples", "override", "end"),
+    [(50, True, 150), (100, True, 200), (0, True, 200), (50, False, 200)],
+    ids=["other batches", "the same, two steps skipped", "unknown", "of the checkpoint"],
+)
+def test_where_the_schedule_ends(gloo, samples: int, override: bool, end: int) -> None:
+    ((found, moved),) = gloo(1, the_schedule_after_loading, samples, override)
+    assert found == end and moved == (override and samples > 0)
 
 
 def failure(rank: int, world: int, argv: list[str]) -> str:
