@@ -26,6 +26,7 @@ from linear_moe.inference.experts import keep_tokens_here
 from linear_moe.lsm import MixerState
 from linear_moe.model.decoding import DecodingContext, state_tensors
 from linear_moe.model.mixer_layer import MixerLayer
+from linear_moe.model.mixer_options import check_supported
 
 PREFILL_CHUNK = {"cuda": 4096, "cpu": 512}
 """Tokens of all prompts read at once: bounds the activations of long prompts, changes no result.
@@ -65,8 +66,10 @@ class Decoder:
         mixers = [x.self_attention for x in model.decoder.layers if isinstance(x.self_attention, MixerLayer)]
         has_cache = len(mixers) < len(model.decoder.layers)
         self.context = DecodingContext(batch_size, max_length, self.device, has_cache)
-        for layer in mixers:  # single_process_arguments switches it off
-            capacity = getattr(layer.mixer.cfg, "capacity", None)
+        for layer in mixers:
+            # Prompts of different length are read packed.
+            check_supported(layer.mixer, {"decode": True, "packed": batch_size > 1})
+            capacity = getattr(layer.mixer.cfg, "capacity", None)  # single_process_arguments switches it off
             assert capacity is None, "what a memory takes would depend on the other tokens of a call"
         keep_tokens_here(model)
 

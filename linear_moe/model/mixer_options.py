@@ -114,7 +114,7 @@ def _renamed(text: str, names: dict[str, str]) -> str:
     return re.sub(rf"(?<![\w-])({'|'.join(names)})(?![\w-])", lambda found: names[found[1]], text)
 
 
-def check_supported(mixer: Mixer, layouts: Mapping[str, bool]) -> None:
+def check_supported(mixer: Mixer | type[Mixer], layouts: Mapping[str, bool]) -> None:
     """Refuse a mixer under a layout that its file says it cannot take.
 
     Args:

@@ -17,8 +17,8 @@ from linear_moe import lsm
 from linear_moe.lsm.registry import import_mixers
 from linear_moe.model.builder import LinearMoEModelConfig
 from linear_moe.model.config import LatentMoEConfig, LinearMoEConfig
-from linear_moe.model.mixer_options import add_mixer_options, take_mixer_options
-from linear_moe.model.pattern import layer_kinds
+from linear_moe.model.mixer_options import add_mixer_options, check_supported, take_mixer_options
+from linear_moe.model.pattern import SOFTMAX, layer_kinds
 from linear_moe.training import engine, finetune
 
 OUTPUT_CHUNK = 4096
@@ -96,6 +96,8 @@ def resolve(args: argparse.Namespace) -> None:
     # Megatron refuses the flag where everything is float32, and a family has it in any precision.
     args.fp32_residual_connection = args.fp32_residual_connection and (args.bf16 or args.fp16)
     args.mixer_options = take_mixer_options(args, args.layer_kinds)
+    for kind in sorted({*args.layer_kinds} - {SOFTMAX}):
+        check_supported(lsm.get(kind), {"packed": args.dataloader_inter_document_masking})
     if args.lsm_recompute is None:
         args.lsm_recompute = args.recompute_granularity == "selective"
     if args.reset_attention_mask:

@@ -34,3 +34,31 @@ def test_bytes_and_lengths(gloo):
     assert length == 9 and (read.recurrent, read.kv_cache) == (states, 64 * place)
     assert far == 500 and growths == 0, "the room is there before the steps are timed"
     assert large.recurrent == states and large.kv_cache == 512 * place
+
+
+def refusals(rank, world):
+    """What a decoder says of a model whose mixer does not decode, or reads no rows of different length."""
+    from linear_moe import lsm
+    from linear_moe.inference.decoder import Decoder
+
+    model, found = random_model(["gla"], moe=False).model, []
+    try:
+        for layout, rows in (("decode", 1), ("packed", 1), ("packed", 2)):
+            lsm.get("gla").unsupported = {layout: "it looks at the future"}
+            try:
+                found.append(Decoder(model, rows, 100).length)
+            except ValueError as error:
+                found.append(str(error).splitlines()[:2])
+    finally:
+        lsm.get("gla").unsupported = {}
+    return found
+
+
+def test_a_mixer_that_cannot_decode_is_refused(gloo):
+    why = "  why: it looks at the future"
+    decode, alone, several = gloo(1, refusals)[0]
+    assert decode == ["mixer gla does not support generation from a recurrent state (decode)", why]
+    assert alone == 0 and several == [
+        "mixer gla does not support documents packed in one sequence (packed)",
+        why,
+    ]

@@ -80,6 +80,7 @@ def parse(*argv: str, num_layers: int = 2, **megatron: Any) -> argparse.Namespac
     names = (
         "recompute_granularity",
         "reset_attention_mask",
+        "dataloader_inter_document_masking",
         "hybrid_context_parallel",
         "fp32_residual_connection",
         "use_mup",
@@ -282,6 +283,14 @@ def test_config_can_be_copied():
     assert copied.layer_kinds == ["gla", "gla"] and copied.mixer_options == {"gla": {"gate_rank": 4}}
     copied.mixer_options["gla"]["gate_rank"] = 8
     assert mixer_config("gla", config).gate_rank == 4
+
+
+def test_a_mixer_that_takes_no_packed_documents(monkeypatch):
+    monkeypatch.setattr(lsm.get("gla"), "unsupported", {"packed": "it looks at the future"})
+    parse("--la-module", "gla")
+    parse("--layer-kinds", "deltanet,softmax", dataloader_inter_document_masking=True)
+    with pytest.raises(ValueError, match=r"^mixer gla .*\(packed\)\n  why: it looks at the future\n"):
+        parse("--layer-kinds", "gla,softmax", dataloader_inter_document_masking=True)
 
 
 def test_layers_of_any_kinds_have_their_own_checkpoint_keys():
