@@ -112,6 +112,22 @@ def which_are_weak() -> Errors:
     return found
 
 
+@case("roundings of half precision")
+def roundings() -> Errors:
+    """RMS errors of a memory that hardly fades; of bfloat16, which is wrong in the interpreter, 8 times these."""
+    from linear_moe.kernels.triton import delta
+
+    random = torch.Generator().manual_seed(0)
+    shape, width = (1, 192, 1), 32
+    q, k, v = (torch.randn(*shape, width, generator=random) for _ in range(3))
+    beta, log_decay = torch.rand(shape, generator=random), -0.02 * torch.rand(*shape, width, generator=random)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    given = [x.half() for x in (q, k, v, beta, log_decay)]
+    found, exact = delta.delta_rule(*given), reference.delta_rule(*(x.double() for x in given))
+    relative = ((x.double() - y).norm() / y.norm() for x, y in zip(found, exact))
+    return dict(zip(("o", "state"), (x.item() for x in relative)))
+
+
 case("pieces of two rows", "scalar", num_tokens=75, processors=8, groups=1, num_heads=1, has_state=False)(
     compare
 )
