@@ -255,3 +255,60 @@ def test_processes_share_a_model_by_tensor_parallelism(gloo, tmp_path):
     assert gloo(2, ragged_continuation, run) == [alone, alone]
     assert len({token for row in alone[1] for token in row}) > 8
     refused(gloo, run, "3 processes cannot share 4 attention heads", world=3)
+
+
+def limits(rank, world):
+    from types import SimpleNamespace
+
+    from linear_moe.inference.load import _sequence_limit
+
+    def limit(kind, wanted):
+        config = SimpleNamespace(seq_length=128, position_embedding_type=kind)
+        try:
+            return _sequence_limit(config, wanted)
+        except ValueError as error:
+            return str(error)
+
+    return [limit(kind, wanted) for kind in ("rope", "learned_absolute") for wanted in (None, 9, 128, 129)]
+
+
+def test_only_learned_positions_end(gloo):
+    *found, refused = gloo(1, limits)[0]
+    assert found == [None, 9, 128, 129, 128, 9, 128]
+    assert refused.startswith("max_sequence_length is 129, the model has 128 positions\n  why: ")
+    assert refused.endswith("\n  try: max_sequence_length=128")
+
+
+def join(rank, world):
+    from megatron.core import parallel_state
+
+    from linear_moe.inference import load
+
+    told = []
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=world)
+    for joined in (load.join_single_process, load.join_tensor_parallel):
+        try:
+            joined()
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def test_processes_that_cannot_share_a_model(gloo):
+    """A whole model has one process; those of another layout than tensor parallelism hold other layers."""
+    single, tensor = gloo(2, join)[0]
+    assert single.startswith("a whole model is held by one process, and there are 2\n  why: ")
+    assert tensor.startswith("2 processes are there, and Megatron divides layers over 1 of them\n  why: ")
+    assert gloo(1, join) == [[]]
+
+
+def test_a_tokenizer_that_is_gone_is_told(gloo, tmp_path, run):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["tokenizer"]["tokenizer_model"] = str(tmp_path / "gone")
+    words = config["arguments"]
+    place = words.index("--tokenizer-type") + 1
+    words[place : place + 1] = ["HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "gone")]
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(gloo, copy, f"the tokenizer of {copy} cannot be opened: HuggingFaceTokenizer {tmp_path}/gone")
