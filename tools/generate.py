@@ -214,6 +214,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg})") from None
+    prompt = row.get("prompt") if isinstance(row, dict) else row
+    if not isinstance(prompt, str):
+        held = f"an object with {', '.join(row) or 'nothing'}" if isinstance(row, dict) else "no string"
+        raise ValueError(f"{where} is {held}, and has no text under 'prompt'")
+    return prompt
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """All prompts; none only for a conversation."""
     texts = list(args.prompt or [])
@@ -223,15 +235,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             text = Path(args.prompts).read_text(encoding="utf-8-sig")
             lines = text.removesuffix("\n").split("\n") if text else []
             if args.prompts.endswith(".jsonl"):
-                rows = [json.loads(line) for line in lines if line.strip()]
-                lines = [row if isinstance(row, str) else row["prompt"] for row in rows]
-                if other := [line for line in lines if not isinstance(line, str)]:
-                    raise TypeError(f"{other[0]!r} is no text")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                rows = enumerate(lines, 1)
+                lines = [_prompt_of(line, f"line {number}") for number, line in rows if line.strip()]
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"--prompts {args.prompts} cannot be read: {type(error).__name__}: {error}\n"
                 f"  why: it holds one prompt per line, in a .jsonl file as a string or in the field prompt\n"
-                f"  try: a text file in UTF-8"
+                f'  try: lines of {{"prompt": ".."}}, or a .txt file in UTF-8'
             ) from None
         texts += lines
     if args.batch_size < 1:

@@ -21,7 +21,7 @@ _SKIPPED_FOLDERS = {
 }  # fmt: skip
 _SUFFIXES = {".py", ".txt", ".rst"}
 _LARGEST_FILE = 400_000
-_COMPRESSED = {
+COMPRESSED = {
     b"\x1f\x8b": ("gzip -dc", ".gz"),
     b"\x28\xb5\x2f\xfd": ("zstd -dc", ".zst"),
     b"\xfd7zXZ": ("xz -dc", ".xz"),
@@ -79,7 +79,7 @@ def check_inputs(paths: Iterable[str]) -> None:
                 f"  why: every input is read from its beginning to its end.\n"
                 f"  try: --input with files that you may read"
             ) from None
-        for magic, (command, suffix) in _COMPRESSED.items():
+        for magic, (command, suffix) in COMPRESSED.items():
             if start.startswith(magic):
                 # Never its own name, which the shell would empty before anything reads it.
                 plain = path.removesuffix(suffix) if path.endswith(suffix) else f"{path}.unpacked.jsonl"

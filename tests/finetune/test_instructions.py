@@ -1,6 +1,7 @@
 """Samples from JSONL: which tokens they have and which are learned, against transformers; and every way to be wrong."""
 
 import contextlib
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from linear_moe.data.instructions import prepare as preparing
 from linear_moe.data.instructions.packing import Schedule, pack
 from linear_moe.data.instructions.prepare import Prepared
+from linear_moe.data.instructions.records import read_conversations
 from tests.finetune.chat import CHATML, chat_tokenizer, mixed_messages, prepared, write_lines
 
 # The same text as CHATML, with the marks from which transformers itself finds what an assistant says.
@@ -208,13 +210,21 @@ BAD = {
     "no instruction": ({"output": "Lima"}, "lines.jsonl:2 has neither messages nor instruction and output"),
     "no role": (
         {"messages": [{"content": "Peru"}, *CHAT["messages"]]},
-        "has no text under role and content in message 1",
+        "has no text under 'role' in message 1\n  why: it holds content\n",
     ),
     "no assistant": ({"messages": USER}, "lines.jsonl:2 has no turn of the assistant\n"),
     "no turns": ({"messages": []}, "lines.jsonl:2 has no turn of the user and none of the assistant"),
     "no content": (
         {"messages": [*USER, {"role": "assistant"}]},
-        "has no text under role and content in message 2",
+        "has no text under 'content' in message 2\n  why: it holds role\n",
+    ),
+    "content in parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, *CHAT["messages"]]},
+        "has no text under 'content' in message 1\n  why: it is a list, and each is a string\n",
+    ),
+    "content null": (
+        {"messages": [*USER, {"role": "assistant", "content": None}]},
+        "has no text under 'content' in message 2\n  why: it is null, and each is a string\n",
     ),
     "half a pair": ('{"instruction": "x", "output": "\\ud83d"}', "lines.jsonl:2 holds what is no text"),
     "tools no list": ({**CHAT, "tools": "capital"}, "lines.jsonl:2 has tools that are no list of objects"),
@@ -234,6 +244,13 @@ def test_a_broken_line_is_named(tokenizer, tmp_path, record, expected):
     text = str(error.value)
     assert expected in text and "\n  why: " in text and "\n  try: " in text
     assert not (tmp_path / "cache").exists(), "nothing is written"
+
+
+def test_a_compressed_file_is_named(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(gzip.compress(json.dumps(CHAT).encode()))
+    with pytest.raises(ValueError, match=r"lines.jsonl:1 is compressed\n  why: .*\n  try: gzip -dc, "):
+        list(read_conversations(str(path)))
 
 
 def test_bytes_that_are_no_text_are_named(tokenizer, tmp_path):

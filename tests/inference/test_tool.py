@@ -115,7 +115,7 @@ def test_a_row_without_a_text_is_told(tmp_path, row):
     (tmp_path / "a.jsonl").write_text(f'"import"\n{row}\n')
     with (
         patch.object(sys, "argv", ["generate.py", "--load", "run", "--prompts", str(tmp_path / "a.jsonl")]),
-        pytest.raises(ValueError, match=r"a.jsonl cannot be read: \w+: .*\n  why: .*\n  try: "),
+        pytest.raises(ValueError, match=r"a.jsonl cannot be read: \w+: line 2 is .*\n  why: .*\n  try: "),
     ):
         tool_of().read_prompts(tool_of().parse())
 

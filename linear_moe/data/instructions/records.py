@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from linear_moe.data.corpus import COMPRESSED
+
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
@@ -58,6 +60,9 @@ def _conversation(line: bytes, where: str) -> Conversation:
         why = "JSON allows half of an escaped pair of characters, and no tokenizer takes it"
         raise _problem(where, f"holds what is no text ({error.reason})", why) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if line.startswith(tuple(COMPRESSED)):
+            instead = "gzip -dc, zstd -dc or xz -dc of it, into a .jsonl file"
+            raise _problem(where, "is compressed", "samples are JSONL, as text", instead) from None
         reason = error.msg if isinstance(error, json.JSONDecodeError) else f"not UTF-8: {error.reason}"
         raise _problem(where, f"is not JSON ({reason})", "every line is one JSON object") from None
     if not isinstance(record, dict):
@@ -84,8 +89,12 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
         if content is None and message.get("tool_calls"):
             content = ""
         if not isinstance(message.get("role"), str) or not isinstance(content, str):
-            what = f"has no text under role and content in message {i + 1}"
-            raise _problem(where, what, f"it holds {', '.join(message) or 'nothing'}")
+            name = "content" if isinstance(message.get("role"), str) else "role"
+            kinds = {dict: "an object", list: "a list", type(None): "null"}
+            held = kinds.get(type(message.get(name)), "a number")
+            without = f"it holds {', '.join(message) or 'nothing'}"
+            why = f"it is {held}, and each is a string" if name in message else without
+            raise _problem(where, f"has no text under {name!r} in message {i + 1}", why)
         turns.append({**message, "content": content})
     roles = [turn["role"] for turn in turns]
     absent = [role for role in ("user", "assistant") if role not in roles]
