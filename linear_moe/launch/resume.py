@@ -223,13 +223,14 @@ def _replaced_softmax(saved: Mapping[str, Any], wanted: Mapping[str, Any], run_d
 
 def refuse_differences(saved: dict[str, Any], wanted: dict[str, Any], what: str, instead: str) -> None:
     """PreflightError with every name that both have with another value, and with options that only one has."""
-    differences = [
-        f"{name}: {_text(saved.get(name))} -> {_text(wanted.get(name))}" for name in _different(saved, wanted)
-    ]
+    names = _different(saved, wanted)
+    differences = [f"{name}: {_text(saved.get(name))} -> {_text(wanted.get(name))}" for name in names]
     if differences:
         raise PreflightError(
             f"{what} than this one:\n    " + "\n    ".join(differences),
-            "a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.",
+            "the embedding has rows for the tokens of TOKENIZER (VOCAB_SIZE without one) and EXTRA_VOCAB_SIZE more."
+            if names == ["padded_vocab_size"]
+            else "a checkpoint fits the model that saved it; layout, batch, data and learning rate may change.",
             f"the variables of that run, or {instead}",
         )
 

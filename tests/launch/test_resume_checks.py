@@ -95,6 +95,15 @@ def test_tokens_to_train_on_count_those_of_earlier_steps(data: dict[str, str], t
     assert planned(GPUS_PER_NODE="4").settings.iterations == 5
 
 
+def test_an_embedding_of_another_size_is_of_a_tokenizer(data: dict[str, str], tmp_path: Path):
+    finished_run(tmp_path, **data, EXTRA_VOCAB_SIZE="1000")
+    start = {"PRETRAIN_CHECKPOINT_PATH": str(tmp_path / "old"), "OUTPUT_BASEPATH": str(tmp_path / "runs")}
+    _, change, why, _ = message(**start, **data, EXTRA_VOCAB_SIZE="0").splitlines()
+    assert change.strip() == "padded_vocab_size: 1408 -> 384" and "tokens of TOKENIZER" in why
+    both = message(**start, **data, EXTRA_VOCAB_SIZE="0", LA_MODULE="gla")
+    assert "why: a checkpoint fits the model that saved it" in both
+
+
 def test_resume_with_another_tokenizer(data: dict[str, str], tmp_path: Path):
     finished_run(tmp_path, **data)
     keep_tokenizer(tmp_path / "old", Path(data["TOKENIZER"]), None)
