@@ -254,7 +254,7 @@ def test_our_own_folders_come_back(gloo, tmp_path):
 
 
 def another_first_layer(rank, world, folder):
-    """Of a mixer whose later layers read the first, which has no tensors for that."""
+    """Of a mixer whose later layers read the first, which has no tensors for that; and other options."""
     from linear_moe.checkpoint.exporting import export_model
     from linear_moe.checkpoint.importing import import_model
 
@@ -264,6 +264,12 @@ def another_first_layer(rank, world, folder):
     refused = r"more layers of rwkv7: .*layers.1.*low_rank.mix.*\n  why: .*\n  try: .*-kinds gla,rwkv7$"
     with pytest.raises(ValueError, match=refused):
         import_model(folder / "ours", folder / "none", kinds=["rwkv7", "rwkv7"])
+    options, refused = (
+        ["--rwkv7-conv-size", "3"],
+        r"would change layers of .*ours that stay: conv_size of rwkv7\n  why: ",
+    )
+    with pytest.raises(ValueError, match=refused):
+        import_model(folder / "ours", folder / "none", kinds=["gla", "rwkv7"], extra_args=options)
     return (folder / "none.part").exists()
 
 
