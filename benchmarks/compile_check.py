@@ -67,7 +67,7 @@ AROUND = {
     "edit_keys": ("",),
     "gated_group_norm": ("alone", "own"),
     "conv_and_split": ("",),
-    "skip_gate_norm": ("skip", "alone"),
+    "skip_gate_norm": ("skip", "alone", "wide"),
     "adam_": ("",),
 }
 """Other operators, and what kinds there are: of heads K wide, V channels are turned, or read of its own by a token; K
@@ -242,7 +242,10 @@ def _around(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: i
         widths = num_keys // 2, num_keys // 2, num_values
         weight = ones(heads, num_keys, 4)
         return {"x": wide.requires_grad_(), "weight": weight, "widths": widths, "activation": "silu"}
-    skip = {"skip": x, "skip_weight": ones(heads), "gate": x} if kind == "skip" else {}
+    if kind == "wide":  # as mamba2 2.7B has them
+        heads = 5120 // num_keys
+        x = torch.zeros(1, 2048, heads, num_keys + num_values, dtype=dtype)[..., :num_keys].requires_grad_()
+    skip = {} if kind == "alone" else {"skip": x, "skip_weight": ones(heads), "gate": x}
     return {"x": x, "skip": None, "skip_weight": None, "weight": ones(heads, num_keys), **skip}
 
 

@@ -162,11 +162,12 @@ def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int) -> d
     if op == "conv_and_split":
         x, widths = normal(2, tokens, 2, num_keys + num_values), (num_keys // 2, num_keys // 2, num_values)
         return {"x": x, "weight": normal(2, num_keys, 4), "widths": widths, "activation": "silu"}
-    x, weight = normal(2, tokens, 2, num_keys), normal(2, num_keys)
+    heads, tokens = (5120 // num_keys, tokens // 14) if kind == "wide" else (2, tokens)
+    x, weight = normal(2, tokens, heads, num_keys), normal(heads, num_keys)
     if kind == "alone":
         return {"x": x, "skip": None, "skip_weight": None, "weight": weight}
     skip, gate = normal(*x.shape), normal(*x.shape)
-    return {"x": x, "skip": skip, "skip_weight": normal(2), "weight": weight, "gate": gate}
+    return {"x": x, "skip": skip, "skip_weight": normal(heads), "weight": weight, "gate": gate}
 
 
 def main() -> int:
