@@ -45,6 +45,7 @@ def turns(rank: int, world: int, name: str, look_every: int, change: str) -> lis
                 loaded, [text], look_every=look_every, conversation=conversation, prefill_chunk=4, **options
             )
             answer = [token for (token,) in steps]
+        assert len(conversation._places) <= 2, "each keeps all states"
         found.append((answer, anew, len(text), counts.pop()))
         text = text + answer
         if change == "answers" and answer:  # as text that is tokenized again may be
@@ -79,3 +80,22 @@ def test_a_turn_is_what_reading_everything_gives(gloo, name, look_every, change)
             last = 0 if before == 0 else length - 9 - before
             assert read <= 9 + min(look_every + 1, last), "new tokens, and those since the last look"
         before = length
+
+
+def asked_again(rank: int, world: int) -> list[Any]:
+    """Answers to one prompt, asked twice, and to its beginning; with what each had in memory."""
+    from linear_moe.inference.conversation import Conversation
+    from linear_moe.inference.generate import Generation
+
+    loaded, conversation, found = random_model(["gla", "softmax"], moe=False), Conversation(), []
+    (text,) = prompts(1, 12)
+    for prompt in (text, text, text[:7]):
+        steps = Generation(loaded, [prompt], max_new_tokens=5, conversation=conversation)
+        found.append(([token for (token,) in steps], conversation.num_kept))
+    return found
+
+
+def test_the_same_prompt_again(gloo):
+    """Nothing of it is new, and what follows is predicted from its last token: all is read once more."""
+    first, again, beginning = gloo(1, asked_again)[0]
+    assert first == again and first[1] == beginning[1] == 0
