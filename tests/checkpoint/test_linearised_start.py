@@ -35,6 +35,8 @@ def test_a_layer_starts(gloo, tmp_path, mixer):
     for name in {"conv_weight", "group_conv_weight"} & found.keys():
         assert (found[name][..., -1] == 1).all() and not found[name][..., :-1].any()
     assert origins["self_attention.in_proj.weight", 0] == PROJECTIONS[mixer]
+    for name in FLOAT32 & found.keys():
+        assert origins[f"self_attention.{name}", 0] == ("started", f"as {mixer} from scratch")
     how = origins["self_attention.norm_weight", 0]
     if mixer == "mamba2":
         assert how == ("started", "as mamba2 from scratch") and (found["norm_weight"] == 1).all()
