@@ -180,6 +180,7 @@ def without_measures(text):
 
 
 def test_ends_and_prompts_of_a_chat(run):
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
     from linear_moe.inference.chat import ChatTemplate
@@ -194,6 +195,14 @@ def test_ends_and_prompts_of_a_chat(run):
     assert chat.ends() == sorted([inner.eos_token_id, inner.convert_tokens_to_ids("<|padding|>")])
     messages = [{"role": "user", "content": "os"}]
     assert inner.decode(chat.prompt(messages)) == "user:os<|padding|>\nassistant:"
+    ends, mark = chat.ends(), inner.eos_token
+    inner.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{mark} $A", special_tokens=[(mark, inner.eos_token_id)]
+    )
+    assert inner.encode("os")[0] == inner.eos_token_id, (
+        "a first token, as Llama has one: a template writes its own"
+    )
+    assert chat.ends() == ends and chat.prompt(messages)[0] != inner.eos_token_id
     inner.chat_template = None
     with pytest.raises(ValueError, match=r"no chat template\n  why: .*\n  try: --chat-template"):
         ChatTemplate(Outer())
