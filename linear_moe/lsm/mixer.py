@@ -316,7 +316,8 @@ class Mixer:
 
         Args:
             x_BTHW: ``[B, T, H, W]`` fused projections.
-            others: the low-rank projections by name, ``[B, T, H, width]``; ``"groups"``, the fused grouped ones
+            others: the low-rank projections by name, ``[B, T, H, width]``, and fused ones that come by themselves, if
+                none is convolved (``x_BTHW`` is then without them); ``"groups"``, the fused grouped ones
                 ``[B, T, G, width]``; ``"first_" + name``, see ``first_value``.
             w: the parameters by name, those per head with this placement's heads only.
             place: the heads and the layer computed here.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.kernels import gated_rms_norm, skip_gate_norm
+from linear_moe.kernels import gated_group_norm, gated_rms_norm, skip_gate_norm
 from linear_moe.lsm.tables import Placement, widen
 
 if TYPE_CHECKING:
@@ -26,18 +26,22 @@ def read_out(
     num_groups: int,
     place: Placement,
 ) -> Tensor:
-    """Norm, then gate, ``[B, T, H, V]`` in o's dtype; one kernel for both where every head has its own RMS.
+    """Norm, then gate, ``[B, T, H, V]`` in o's dtype; one kernel for both where every head has its own statistics.
 
     And one for a norm over heads that are all here, if no gate follows.
     """
+    gated = None if cfg.output_gate == "none" else g_BTHV
+    activation = "sigmoid" if cfg.output_gate == "sigmoid" else "swish"
     if cfg.output_norm == "rmsnorm" and num_groups == cfg.num_heads:
-        gated = None if cfg.output_gate == "none" else g_BTHV
-        activation = "sigmoid" if cfg.output_gate == "sigmoid" else "swish"
         return gated_rms_norm(o_BTHV, w["norm_weight"], gated, activation=activation, eps=cfg.norm_eps)
     per_group = cfg.num_heads // num_groups
     if cfg.output_norm == "rmsnorm" and cfg.output_gate == "none" and place.num_heads % per_group == 0:
         groups = place.num_heads // per_group
         return skip_gate_norm(o_BTHV, None, None, w["norm_weight"], num_groups=groups, eps=cfg.norm_eps)
+    if cfg.output_norm == "groupnorm":
+        assert num_groups == cfg.num_heads, "a mean over heads of several ranks is not needed by any mixer"
+        weight, bias = (w[name].expand(o_BTHV.shape[2:]) for name in ("norm_weight", "norm_bias"))
+        return gated_group_norm(o_BTHV, weight, bias, gated, activation=activation, eps=cfg.norm_eps)
     wide = norm(o_BTHV, w, cfg, num_groups, place)
     return gate(wide, g_BTHV, cfg.output_gate).to(o_BTHV.dtype)
 

@@ -6,7 +6,8 @@
     S_t  = diag(a_t) S_{t-1} + k_t v_t^T           a_t = exp(-exp(w_t)), w_t = A tanh(B x_w) + b
     o_t  = (S_{t-1} + diag(u) k_t v_t^T)^T q_t     y_t = GroupNorm(o_t) silu(g_t)
 
-Letters: B rows, T tokens, D hidden, S streams, R rank of the shift, H heads, K key dim, V value dim.
+Letters: B rows, T tokens, N tokens of all rows, D hidden, S streams, R rank of the shift, H heads, K key dim,
+V value dim.
 Source: arXiv:2404.05892, sections 3 and 4 (q is its receptance r). mu, u and every b start by layer and channel as in
 the authors' code (github.com/BlinkDL/RWKV-LM, RWKV-v5, x060); the common library starts them at zero, so that every
 channel fades by 1 / e a token, and then recall is not learned (examples/recall). Where else it differs from the authors
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.kernels import log_decay_of
+from linear_moe.kernels import lerp_tokens, log_decay_of
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import positive
 from linear_moe.lsm.recurrence import DiagonalDecay
@@ -78,13 +79,14 @@ class RWKV6(DiagonalDecay):
 
     def inputs(self, x_BTD: Tensor, before_BTD: Tensor, w: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each projection reads its own mix of two tokens, channel by channel."""
-        mixed_BTD = torch.lerp(x_BTD, before_BTD, w["x_mu"])
-        waist_BTC = torch.tanh(F.linear(mixed_BTD, w["x_down"]))
-        found = {}
-        parts = waist_BTC.split(self.cfg.shift_rank, dim=-1)
-        for name, waist_BTR, up_DR, bias_D in zip(self._streams, parts, w["x_up"], w["x_bias"], strict=True):
-            found[name] = torch.lerp(x_BTD, before_BTD, F.linear(waist_BTR, up_DR, bias_D))
-        return found
+        (mixed_BTD,) = lerp_tokens(x_BTD, before_BTD, w["x_mu"].unsqueeze(0))
+        # Tokens outside of rows, as Megatron has them in memory: nothing is copied, and one product serves all streams.
+        waist_TBC = torch.tanh(F.linear(mixed_BTD.transpose(0, 1), w["x_down"]))
+        waist_SNR = waist_TBC.flatten(0, 1).unflatten(-1, (len(self._streams), -1)).transpose(0, 1)
+        logits_SND = torch.bmm(waist_SNR, w["x_up"].transpose(1, 2))
+        logits_BTSD = logits_SND.unflatten(1, waist_TBC.shape[:2]).permute(2, 1, 0, 3)
+        mixes = lerp_tokens(x_BTD, before_BTD, w["x_bias"], logits_BTSD)
+        return dict(zip(self._streams, mixes, strict=True))
 
     def initialize(self, found: dict[str, Tensor], place: Placement) -> None:
         """By depth and channel: early layers shift more and forget less, some channels for good, some within tokens."""

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linear_moe.kernels import log_decay_of
+from linear_moe.kernels import edit_keys, gated_group_norm, lerp_tokens, log_decay_of
 from linear_moe.lsm import output
-from linear_moe.lsm.gating import unit
 from linear_moe.lsm.mixer import Mixer, Parameter, Placement, Projection
 from linear_moe.lsm.options import one_of, positive
 from linear_moe.lsm.recurrence import DiagonalPlusLowRank
@@ -106,18 +105,21 @@ class RWKV7(DiagonalPlusLowRank):
     def inputs(self, x_BTD: Tensor, before_BTD: Tensor, w: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each projection reads its own fixed mix of two tokens, channel by channel."""
         names = {p.name: SHIFTS[p.name] for p in self.all_projections()}
-        shifted = {key: torch.lerp(x_BTD, before_BTD, w[key]) for key in dict.fromkeys(names.values())}
+        keys = list(dict.fromkeys(names.values()))
+        mixes = lerp_tokens(x_BTD, before_BTD, torch.stack([w[key] for key in keys]))
+        shifted = dict(zip(keys, mixes, strict=True))
         return {name: shifted[key] for name, key in names.items()}
 
     def gates(self, p: dict[str, Tensor], w: dict[str, Tensor], place: Placement) -> dict[str, Tensor]:
-        """The log decay in float32: it is summed over the whole sequence."""
-        removed_BTHK = unit(p["k"] * w["k_k"])
+        """The log decay in float32: it is summed over the whole sequence. ``p`` gets what is written."""
+        key, removed, added = edit_keys(p["k"], p["a"], w["k_k"], w["k_a"])
+        p["written_k"], p["written_v"] = key, _value(p)
         return {
             "q": p["q"],
-            "k": _key(p, w),
-            "v": _value(p),
-            "a": -removed_BTHK,
-            "b": removed_BTHK * torch.sigmoid(widen(p["a"])).to(removed_BTHK.dtype),
+            "k": key,
+            "v": p["written_v"],
+            "a": removed,
+            "b": added,
             "log_decay": log_decay_of(p["w"], form="sigmoid", scale=SLOWEST),
         }
 
@@ -127,9 +129,15 @@ class RWKV7(DiagonalPlusLowRank):
         """Norm, add the current token's value as strongly as its key answers the query, gate."""
         cfg = self.cfg
         eps = cfg.head_dim * cfg.norm_eps
+        if "written_k" not in p:
+            self.gates(p, w, place)
+        own = p["q"], p["written_k"], p["written_v"], w["r_k"]
+        if cfg.output_norm == "groupnorm":
+            weight, bias = w["norm_weight"], w["norm_bias"]
+            return gated_group_norm(o_BTHV, weight, bias, p.get("g"), *own, activation=None, eps=eps)
         wide = output.norm(o_BTHV, w, cfg, self.num_norm_groups, place, eps=eps)
-        bonus_BTH1 = (widen(p["q"]) * widen(_key(p, w)) * widen(w["r_k"])).sum(-1, keepdim=True)
-        wide = wide + bonus_BTH1 * _value(p)
+        query, key, value, bonus = map(widen, own)
+        wide = wide + (query * key * bonus).sum(-1, keepdim=True) * value
         return (wide * p["g"] if "g" in p else wide).to(o_BTHV.dtype)
 
     @property
@@ -170,17 +178,13 @@ class RWKV7(DiagonalPlusLowRank):
         found["out_proj.weight"].zero_()
 
 
-def _key(p: dict[str, Tensor], w: dict[str, Tensor]) -> Tensor:
-    """What is written under: k', the weaker the lower the learning rate."""
-    rate_BTHK = torch.sigmoid(widen(p["a"]))
-    return (p["k"] * (1 + (rate_BTHK - 1) * w["k_a"])).to(p["k"].dtype)
-
-
 def _value(p: dict[str, Tensor]) -> Tensor:
     """What is written: v'."""
     if "first_v" not in p:
         return p["v"]
-    return torch.lerp(p["v"], p["first_v"], torch.sigmoid(p["mix"]))
+    v_BTC, first_BTC, logits_BTC = (p[name].flatten(2) for name in ("v", "first_v", "mix"))
+    (mixed_BTC,) = lerp_tokens(v_BTC, first_BTC, logits=logits_BTC.unsqueeze(2), activation="sigmoid")
+    return mixed_BTC.view_as(p["v"])
 
 
 def _orthogonal(x: Tensor, gain: float, ranks: int) -> None:

@@ -28,11 +28,13 @@ def split(
     state: MixerState,
     cu_seqlens: Tensor | None,
 ) -> tuple[dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Every projection by name, biased and convolved, and the tails of both convolutions."""
+    """Every projection by name, biased and convolved, and the tails of both convolutions.
+
+    Fused projections may come among ``others`` instead, if none is convolved.
+    """
     taps = w.get("conv_weight"), w.get("conv_bias")
-    named, tail = _convolved(
-        mixer.fused_projections(), x_BTHW, w, taps, state.conv, cu_seqlens, mixer.conv_activation
-    )
+    fused = [p for p in mixer.fused_projections() if p.name not in others]
+    named, tail = _convolved(fused, x_BTHW, w, taps, state.conv, cu_seqlens, mixer.conv_activation)
     group_tail = None
     if "groups" in others:
         here = mixer.groups_here(place)

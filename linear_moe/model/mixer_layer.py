@@ -136,10 +136,11 @@ class MixerLayer(TableModule):
     def _add_projections(self, config: LinearMoEConfig, groups: ProcessGroupCollection) -> None:
         heads = self.mixer.cfg.num_heads
         table = self.mixer.fused_projections()
-        is_plain = not (self.mixer.token_shift or isinstance(self.mixer, MixtureOfMemories))
+        is_plain = self.tp_group.size() == 1 and not config.gradient_accumulation_fusion
+        is_plain = is_plain and not isinstance(self.mixer, MixtureOfMemories)
         self.biases_of_gemm: list[str] = []
-        """Biases that the fused GEMM adds: elsewhere they are an operation over all tokens, and another before it."""
-        if is_plain and self.tp_group.size() == 1 and not config.gradient_accumulation_fusion:
+        """Biases that the GEMM adds: elsewhere they are an operation over all tokens, and another before it."""
+        if is_plain or self.mixer.token_shift:
             self.biases_of_gemm = [f"{p.name}_bias" for p in table if p.bias]
         self.in_proj = ColumnParallelLinear(
             config.hidden_size,
@@ -243,16 +244,19 @@ class MixerLayer(TableModule):
             hidden_BTD = self._whole(hidden_TBD)
             before_BTD, last_hidden = self._before(hidden_BTD, layout, state)
             inputs = self.mixer.inputs(hidden_BTD, before_BTD, w)
-            table = self.mixer.fused_projections()
+            table, heads = self.mixer.fused_projections(), self.place.num_heads
+            biases = {p.name: getattr(self, f"{p.name}_bias") for p in table if p.bias}
             wait_for(self.in_proj)
-            x_BTHW = shifted(table, self.in_proj.weight, inputs, self.place.num_heads)
+            parts = shifted(table, self.in_proj.weight, biases, inputs, heads)
             sum_here = self.tp_group.size() > 1 and not self.config.sequence_parallel
             others = {
-                name: cast(LowRankLinear, module)
-                .of_whole(inputs[name], sum_here)
-                .unflatten(-1, (self.place.num_heads, -1))
+                name: cast(LowRankLinear, module).of_whole(inputs[name], sum_here).unflatten(-1, (heads, -1))
                 for name, module in self.low_rank.items()
             }
+            if self.mixer.conv_channels:
+                x_BTHW = torch.cat(list(parts.values()), dim=-1)
+            else:  # nothing reads them side by side
+                x_BTHW, others = hidden_BTD.new_empty(*hidden_BTD.shape[:2], heads, 0), others | parts
         else:
             x_BTHW = self._heads(self._fused(hidden_TBD))
             others = {name: self._heads(module(hidden_TBD)) for name, module in self.low_rank.items()}
@@ -267,7 +271,7 @@ class MixerLayer(TableModule):
                 name = f"first_{self.mixer.first_value}"
                 others[name] = self.first_value.take(keep=self.place.layer_of_kind < layers - 1)
             elif layers > 1:
-                self.first_value.x_BTHV = self._named(x_BTHW, self.mixer.first_value, w)
+                self.first_value.x_BTHV = self._named(x_BTHW, others, self.mixer.first_value, w)
         return x_BTHW, others, last_hidden
 
     def _fused(self, hidden_TBD: Tensor) -> Tensor:
@@ -300,12 +304,14 @@ class MixerLayer(TableModule):
             weight_BTk = self.balance.attach(weight_BTk, probs_BTE, index_BTk)
         return {"hidden": hidden_BTD, "memory_weight": weight_BTk, "memory_index": index_BTk}
 
-    def _named(self, x_BTHW: Tensor, name: str, w: dict[str, Tensor]) -> Tensor:
-        """One of the fused projections."""
+    def _named(self, x_BTHW: Tensor, others: dict[str, Tensor], name: str, w: dict[str, Tensor]) -> Tensor:
+        """One of the fused projections, biased."""
+        if name in others:
+            return others[name]
         table = self.mixer.fused_projections()
-        position = [p.name for p in table].index(name)
-        part = x_BTHW.split([p.width for p in table], dim=-1)[position]
-        return part + w[f"{name}_bias"] if table[position].bias else part
+        parts = x_BTHW.split([p.width for p in table], dim=-1)
+        part = parts[[p.name for p in table].index(name)]
+        return part + w[f"{name}_bias"] if f"{name}_bias" in w else part
 
     def _before(
         self, hidden_BTD: Tensor, layout: SequenceLayout, state: MixerState | None

@@ -77,8 +77,8 @@ class LowRankLinear(MegatronModule):
         down = self.down
         if sum_gradients:
             down = copy_to_tensor_model_parallel_region(down, group=self.up.tp_group)
-        waist = self.waist(F.linear(hidden_BTD, down.to(hidden_BTD.dtype)))
-        return F.linear(waist, self.up.weight, self.up.bias)
+        waist = self.waist(linear_time_first(hidden_BTD, down.to(hidden_BTD.dtype)))
+        return linear_time_first(waist, self.up.weight, self.up.bias)
 
 
 class GroupLinear(MegatronModule):
@@ -98,24 +98,36 @@ class GroupLinear(MegatronModule):
 
 
 def shifted(
-    table: tuple[Projection, ...], weight: Tensor, inputs: dict[str, Tensor], num_heads: int
-) -> Tensor:
-    """The fused projection when each of its parts reads an input of its own.
+    table: tuple[Projection, ...],
+    weight: Tensor,
+    biases: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    num_heads: int,
+) -> dict[str, Tensor]:
+    """The fused projections when each of them reads an input of its own.
 
     Args:
         table: the fused projections.
         weight: ``[H * W, D]``, laid out head by head.
+        biases: ``[H, width]`` by name of the projection, of those that have one.
         inputs: ``[B, T, D]`` by name of the projection.
         num_heads: H.
 
     Returns:
-        ``[B, T, H, W]``.
+        ``[B, T, H, width]`` by name of the projection.
     """
     weight_HWD = weight.unflatten(0, (num_heads, -1))
-    parts = []
+    parts = {}
     for p, part_HWD in zip(table, weight_HWD.split([p.width for p in table], dim=1), strict=True):
-        parts.append(F.linear(inputs[p.name], part_HWD.flatten(0, 1)).unflatten(-1, (num_heads, p.width)))
-    return torch.cat(parts, dim=-1)
+        bias = biases[p.name].flatten().to(weight.dtype) if p.name in biases else None
+        out_BTC = linear_time_first(inputs[p.name], part_HWD.flatten(0, 1), bias)
+        parts[p.name] = out_BTC.unflatten(-1, (num_heads, p.width))
+    return parts
+
+
+def linear_time_first(x_BTD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``[B, T, out]``, both with tokens outside of rows in memory, as Megatron has them: so neither is copied."""
+    return F.linear(x_BTD.transpose(0, 1), weight, bias).transpose(0, 1)
 
 
 def replicated(shape: tuple[int, ...], config: LinearMoEConfig) -> torch.nn.Parameter:

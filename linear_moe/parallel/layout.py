@@ -89,7 +89,7 @@ class SequenceLayout:
         """``[B, T, ...]`` local tokens as rows of runs: ``[B * J, L, ...]``, or ``[1, B * T, ...]`` when packed."""
         rest = x_BT.shape[2:]
         if self.is_packed:
-            return x_BT.reshape(1, -1, *rest)
+            return x_BT.reshape(1, x_BT.shape[0] * x_BT.shape[1], *rest)  # of no channels, too
         if self.chunks_per_rank == 1:
             return x_BT
         return x_BT.reshape(self.batch * self.chunks_per_rank, self.chunk_length, *rest)

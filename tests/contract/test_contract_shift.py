@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from linear_moe.lsm import MixerState, split
 from tests.contract import layers
 from tests.contract.cases import EVERY_CASE, MIXERS, PLACE, assert_close, error, gradients, make, mixer_class
 from tests.contract.layers import BATCH, DOCUMENTS, LENGTH, Layout
+from tests.contract.test_contract_layer import whole
 
 SHIFTED = [name for name in MIXERS if mixer_class(name).token_shift]
 HANDED_ON = [name for name in MIXERS if mixer_class(name).first_value is not None]
@@ -114,6 +116,30 @@ def test_shift_stays_in_its_document(packed, name):
     assert error(packed[name]["together"], packed[name]["alone"]) < 1e-12
 
 
+PLAIN = {"conv_size": 0, "qkv_bias": True}
+"""As RWKV is by default, with biases: its projections never lie side by side."""
+
+
+def plain(name: str) -> dict[str, dict[str, Tensor]]:
+    """A layer by hand, and step by step."""
+    with patch.dict(layers.IN_MODEL, {name: PLAIN}):
+        return {"by hand": layers.by_hand(name), "decoded": layers.decode(name)}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_layers_without_a_convolution(gloo, name):
+    """As their definition, step by step, and over ranks."""
+    found = gloo(1, layers.alone, [name], plain)[0][name]
+    assert isinstance(found, dict), found
+    for outcome in found.values():
+        first, second = outcome.values()
+        assert error(first, second) < 1e-10
+    layout, single = Layout(4, tp=2, sp=True, cp=2, packed=True), Layout(1, packed=True)
+    ranks, alone = (gloo(each.world, layers.run_with, name, PLAIN, each) for each in (layout, single))
+    assert isinstance(alone[0], dict) and isinstance(ranks[0], dict), (alone[0], ranks[0])
+    assert_close(whole(ranks, layout), whole(alone, single))
+
+
 def first_layer(name: str) -> dict[str, Any]:
     """The layer that hands its value on: what it owns, what has a gradient, what it leaves."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -139,7 +165,7 @@ def first_layer(name: str) -> dict[str, Any]:
     before = torch.nn.functional.pad(hidden_BTD, (0, 0, 1, -1))
     read = mixer.inputs(hidden_BTD, before, w)[mixer.first_value]
     weight_HVD = first._found()[f"in_proj.{mixer.first_value}"]
-    truth = torch.einsum("btd,hvd->bthv", read, weight_HVD) + w.get(f"{mixer.first_value}_bias", 0)
+    truth = torch.einsum("btd,hvd->bthv", read, weight_HVD) + getattr(first, f"{mixer.first_value}_bias", 0)
     return {
         "keys": {number: [key for key, _ in layer.named_parameters()] for number, layer in made.items()},
         "unused": [key for key, p in first.named_parameters() if p.grad is None or not p.grad.any()],

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Fused keys of RWKV7 (edit_keys.py): key and logit are read once, and k', a and b written; the same back.
+"""Fused keys of RWKV7 (edits.py): key and logit are read once, and k', a and b written; the same back.
 
 With u = scale k, r = 1 / sqrt(sum u^2 + 1e-6), n = u r, s = sigmoid(x), c = 1 + (s - 1) strength and e = s db - da, the
 gradients are
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.edit_keys import EPS
+from linear_moe.kernels.edits import EPS
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together, runs_of_heads
 from linear_moe.kernels.triton.log_decay import blocks
