@@ -2,6 +2,15 @@
 # Make the environment of this repository in .venv: Python 3.12, the pinned requirements, this package (editable).
 # Does nothing when it is up to date. Two at once are safe: the second waits. PYTHON=<interpreter> chooses the Python.
 set -eu
+case ${1:-} in
+    '') ;;
+    -h | --help) echo 'sh scripts/setup.sh' && exec sed -n '2,3s/^# /    /p' "$0" ;;
+    *)
+        printf 'linear_moe: %s takes no %s.\n  why: the environment is always the same one.\n' "$0" "$1" >&2
+        printf '  try: sh scripts/setup.sh, or PYTHON=<interpreter> sh scripts/setup.sh\n' >&2
+        exit 2
+        ;;
+esac
 cd -- "$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)"
 
 usable() { # Python 3.12 that runs and can make environments

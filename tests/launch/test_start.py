@@ -55,7 +55,7 @@ def test_scripts_parse(script: str, shell: str):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize("script", ["demo"])
+@pytest.mark.parametrize("script", ["setup", "demo"])
 def test_help_of_a_script_starts_nothing(tmp_path: Path, script: str, shell: str):
     """Nor does a word that it does not know; in a copy, where there is nothing that it could start."""
     shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
