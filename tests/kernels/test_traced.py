@@ -90,19 +90,19 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interpreter_is_not_taken_for_a_gpu(
     value: str, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert dispatch._fused(CUDA, HALF)[0]
+    assert dispatch._fused(CUDA, HALF) is None
     monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert not dispatch._fused(CUDA, HALF)[0]
+    assert dispatch._fused(CUDA, HALF)
 
 
 def test_a_gpu_of_another_make_runs_torch(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not dispatch._fused(CUDA, HALF)[0]
+    assert dispatch._fused(CUDA, HALF)
 
 
 def test_on_a_cpu_nobody_looks_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_has_triton", lambda: pytest.fail("looked"))
-    assert not dispatch._fused(torch.device("cpu"), torch.float32)[0]
+    assert dispatch._fused(torch.device("cpu"), torch.float32)
 
 
 def test_tensors_without_memory_run_torch(on_a_gpu: None) -> None:
