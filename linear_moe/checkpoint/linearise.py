@@ -265,5 +265,5 @@ def _is_gate(p: Projection) -> bool:
 
 
 def _is_low_rank_gate(name: str) -> bool:
-    """Whether a tensor is the last map of a low-rank gate."""
-    return name.startswith("low_rank.") and name.endswith(".up.weight")
+    """Whether a tensor is the last map of a low-rank gate, or those of all memories."""
+    return name.endswith((".up.weight", "_up")) and name.startswith(("low_rank.", "memory_"))

@@ -90,6 +90,14 @@ def test_memories_start_alike(gloo, tmp_path):
     assert torch.equal(memories[0, :, :16].flatten(0, 1), key)
 
 
+def test_gates_of_memories_start_neutral(gloo, tmp_path):
+    ours, *_ = converted(gloo, tmp_path, "mom_gla")
+    ups = [value for name, value in ours.items() if name.endswith(("memory_a_up", "low_rank.a.up.weight"))]
+    assert len(ups) == 2 and not any(up.any() for up in ups), (
+        "of the memories, and of the one that they share"
+    )
+
+
 def every_mixer(rank, world, folder):
     """Each one imports and loads; which of them took over the output projection."""
     from linear_moe.checkpoint.importing import import_model
