@@ -29,9 +29,9 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader ||
 case $stage in
 tests)
     # only files that have such tests: others do not import without flash-linear-attention, and then nothing would run
-    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort -r)
     # interrupted, pytest still says what has failed so far
-    timeout --foreground -s INT -k 20 530 "$PYTHON" -m pytest "${files[@]}" -m gpu -n 12 -q --tb=short -p no:warnings --timeout 300 2>&1 |
+    timeout --foreground -s INT -k 20 530 "$PYTHON" -m pytest "${files[@]}" -m gpu -n 16 --maxschedchunk 2 -q --tb=short -p no:warnings --timeout 300 2>&1 |
         tee "$out/gpu_tests.log" | tail -n 60 ;;
 kernels) "$PYTHON" -m linear_moe.bench kernels --who ours torch --minutes 9 --output "$out/kernels" ;;
 peers) "$PYTHON" -m linear_moe.bench kernels --who fla --parts time memory --processes 8 --minutes 9 --output "$out/kernels" ;;

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linear_moe.kernels import (
     adam,
+    assembler,
     bounded_decay,
     chunked_delta,
     chunked_diag,
@@ -83,9 +84,12 @@ def _fused(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     if device.type != "cuda" or is_interpreted or torch.version.hip is not None:
         return "fused kernels need a CUDA device of NVIDIA"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return "fused kernels need compute capability 8.0"
-    return None if _has_triton() else "triton cannot be imported"
+    if not _has_triton():
+        return "triton cannot be imported"
+    return assembler.obstacle() if capability[0] == 9 else None
 
 
 _TRUE = ("1", "true", "on", "yes", "y")

@@ -142,9 +142,15 @@ def run(call: Call, module: Any, tensors: dict[str, Tensor]) -> list[Tensor]:
     leaves = [x for x in tensors.values() if x.requires_grad]
     if not any(y.requires_grad for y in outputs):
         return outputs
-    total = sum((y.double() * (0.3 + y.detach().double().cos())).sum() for y in outputs)
+    total = sum((y.double() * direction(y)).sum() for y in outputs)
     grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [*outputs, *(g for g in grads if g is not None)]
+    # detached, or the leaves' ends of this graph, and their stream, would go on into a captured one
+    return [*(y.detach() for y in outputs), *(g for g in grads if g is not None)]
+
+
+def direction(y: Tensor) -> Tensor:
+    """Any, but of no output: rounded, that would be another in every dtype."""
+    return 0.3 + torch.arange(y.numel(), dtype=torch.float64, device=y.device).cos().view(y.shape)
 
 
 @pytest.fixture(autouse=True)

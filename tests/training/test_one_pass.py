@@ -301,7 +301,9 @@ def beside_torch() -> Iterator[list[tuple[int, bool, bool]]]:
         assert float(state["step"]) == float(its["step"])
         for mine, torchs in [(param, theirs), *((state[n], its[n]) for n in ("exp_avg", "exp_avg_sq"))]:
             atol = 2e-7 * torchs.abs().max().item()  # of sums that cancel
-            torch.testing.assert_close(mine.detach(), torchs.detach(), rtol=2e-6, atol=atol)
+            # torch's kernel takes 1 - beta2 of a beta2 in float32, which is off by 1.3e-5
+            rtol = 2e-5 if theirs.is_cuda else 2e-6
+            torch.testing.assert_close(mine.detach(), torchs.detach(), rtol=rtol, atol=atol)
         if half is not None:
             assert torch.equal(half, param.to(half.dtype)), "the model's copy"
         found.append((param.numel(), factor < 1.0, half is not None))

@@ -316,4 +316,5 @@ def _in_words(error: Exception) -> str:
 
 def _versions() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{device}, torch {torch.__version__}, triton {triton.__version__}"
+    ptxas = triton.knobs.nvidia.ptxas.version
+    return f"{device}, torch {torch.__version__}, triton {triton.__version__}, ptxas {ptxas}"

@@ -1,0 +1,96 @@
+"""The ptxas that assembles fused kernels for Hopper: Triton 3.6 brings 12.8, with which they compute wrongly there.
+
+On an H100, gradients of the delta rules came out wrong, or other programs' shared memory was written, with 12.8; the
+same code is right with 13.0 and 13.5 (docs/kernels.md). NVIDIA names two such defects that 12.9 has: registers that an
+asynchronous product has yet to read are reused (right since 13.3, triton-lang/triton#11781), and addresses of shared
+memory (right since 13.1, fla-org/flash-linear-attention#1262).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+ENVIRONMENT_VARIABLE = "TRITON_PTXAS_PATH"
+"""Triton's own: which assembler it runs."""
+
+OLDEST = (13, 3)
+"""The first release without known defects on Hopper."""
+
+PACKAGE = "nvidia-cuda-nvcc"
+
+
+@cache
+def obstacle() -> str | None:
+    """Why kernels for Hopper cannot be assembled rightly, in a few words; ``None``: they can.
+
+    Points Triton to a newer ptxas where its own is too old: the one of the package ``nvidia-cuda-nvcc``, else a CUDA
+    toolkit's. Whatever ``TRITON_PTXAS_PATH`` names is left as it is.
+    """
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    from triton import knobs  # only now: it takes a second
+
+    theirs = knobs.nvidia.ptxas
+    if _numbers(theirs.version) >= OLDEST:
+        return None
+    why = f"ptxas {theirs.version} miscompiles them for this GPU"
+    if named:
+        return f"{why}: {ENVIRONMENT_VARIABLE} must name one of {_text(OLDEST)} or newer, or be unset"
+    if torch.version.cuda is None or _numbers(torch.version.cuda) < (13, 0):
+        # what a ptxas of CUDA 13 makes, drivers of CUDA 12 do not load
+        return f"{why}, and this torch is for CUDA {torch.version.cuda}: install one for CUDA 13"
+    for path in _candidates():
+        if version(path) >= OLDEST:
+            os.environ[ENVIRONMENT_VARIABLE] = path
+            _forget_versions()
+            return None
+    return f"{why}: pip install '{PACKAGE}>={_text(OLDEST)}'"
+
+
+def version(path: str) -> tuple[int, ...]:
+    """Of a ptxas: ``(13, 3)``; ``(0,)`` where it does not run."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return (0,)
+    found = re.search(r"release (\d+\.\d+)", said)
+    return _numbers(found[1]) if found else (0,)
+
+
+def _candidates() -> Iterator[str]:
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    yield from (str(file.locate()) for file in files if file.name == "ptxas")
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        yield os.path.join(home, "bin", "ptxas")
+    if on_path := shutil.which("ptxas"):
+        yield on_path
+    yield "/usr/local/cuda/bin/ptxas"
+
+
+def _forget_versions() -> None:
+    """Triton asks for the version once, and files compiled kernels under it: those of the old one stay there."""
+    compiler: Any = sys.modules.get("triton.backends.nvidia.compiler")
+    if compiler is not None:
+        for cached in (compiler.get_ptxas_version, compiler.CUDABackend.hash):
+            if hasattr(cached, "cache_clear"):  # whatever a later Triton does
+                cached.cache_clear()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(".")[:2])
+
+
+def _text(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
