@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     about: Row = {name: getattr(args, name) for name in SETTINGS}
     about |= {
         "device": decoding.device_name(),
-        "versions": versions("torch", "triton", "megatron-core"),
+        "versions": versions("torch", "triton", "nvidia-cuda-nvcc", "megatron-core"),
     }
     for name, plan in plans.items():
         for row in decoding.measure(name, plan, positions, args, until):

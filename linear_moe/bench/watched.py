@@ -64,7 +64,7 @@ def _machine() -> dict[str, Any]:
     return {
         "device": "CPU" if cpu.is_active() else torch.cuda.get_device_name(),
         "peak_tflops": (peak_flops() or 0) / 1e12 or None,
-        "versions": versions("torch", "megatron-core", "triton"),
+        "versions": versions("torch", "megatron-core", "triton", "nvidia-cuda-nvcc"),
     }
 
 

@@ -38,7 +38,7 @@ from linear_moe.kernels import dispatch
 
 FUSED = "triton"
 KEYS = ("part", "family", "shape", "dtype", "who")
-PACKAGES = ("torch", "triton", "flash-linear-attention")
+PACKAGES = ("torch", "triton", "nvidia-cuda-nvcc", "flash-linear-attention")
 
 
 @dataclass
