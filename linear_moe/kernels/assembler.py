@@ -33,18 +33,16 @@ PACKAGE = "nvidia-cuda-nvcc"
 def obstacle() -> str | None:
     """Why kernels for Hopper cannot be assembled rightly, in a few words; ``None``: they can.
 
-    Points Triton to a newer ptxas where its own is too old: the one of the package ``nvidia-cuda-nvcc``, else a CUDA
-    toolkit's. Whatever ``TRITON_PTXAS_PATH`` names is left as it is.
+    Points Triton to a newer ptxas where the one it would run is too old: the one of the package ``nvidia-cuda-nvcc``,
+    else a CUDA toolkit's. So it does where ``TRITON_PTXAS_PATH`` names an old one: torch.compile sets it to the 13.0
+    that torch brings.
     """
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
     from triton import knobs  # only now: it takes a second
 
     theirs = knobs.nvidia.ptxas
     if _numbers(theirs.version) >= OLDEST:
         return None
     why = f"ptxas {theirs.version} miscompiles them for this GPU"
-    if named:
-        return f"{why}: {ENVIRONMENT_VARIABLE} must name one of {_text(OLDEST)} or newer, or be unset"
     if torch.version.cuda is None or _numbers(torch.version.cuda) < (13, 0):
         # what a ptxas of CUDA 13 makes, drivers of CUDA 12 do not load
         return f"{why}, and this torch is for CUDA {torch.version.cuda}: install one for CUDA 13"
