@@ -72,7 +72,7 @@ def diag_decay(
         return scale * torch.stack(outputs, 1), memory
 
     tokens = (_repeat_heads(q, num_heads), _repeat_heads(k, num_heads), v, log_decay, log_decay_v)
-    o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens)
+    o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens, v)
     return o.to(v.dtype), memory
 
 
@@ -104,7 +104,7 @@ def delta_rule(
         return scale * torch.stack(outputs, 1), memory
 
     tokens = (_repeat_heads(q, num_heads), _repeat_heads(k, num_heads), v, beta, log_decay)
-    o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens)
+    o, memory = _each_document(run, tokens, _initial(state, k, v, cu_seqlens, dtype), cu_seqlens, v)
     return o.to(v.dtype), memory
 
 
@@ -138,7 +138,7 @@ def dplr_delta_rule(
 
     q, k, a, b = (_repeat_heads(x, num_heads) for x in (q, k, a, b))
     memory = _initial(state, k, v, cu_seqlens, dtype)
-    o, memory = _each_document(run, (q, k, v, a, b, log_decay), memory, cu_seqlens)
+    o, memory = _each_document(run, (q, k, v, a, b, log_decay), memory, cu_seqlens, v)
     return o.to(v.dtype), memory
 
 
@@ -220,7 +220,7 @@ def short_conv(
             window = window[:, 1:]
         return torch.stack(outputs, 1), window
 
-    y, window = _each_document(run, (x,), state.to(dtype), cu_seqlens)
+    y, window = _each_document(run, (x,), state.to(dtype), cu_seqlens, x)
     return y.to(x.dtype), window.to(x.dtype)
 
 
@@ -316,8 +316,9 @@ def _each_document(
     tokens: TokenInputs,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    like: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Run each document on its own; tokens after the last document give zeros."""
+    """Run each document on its own; tokens after the last document give zeros. Outputs are as wide as ``like``."""
     if cu_seqlens is None:
         return run(tokens, state)
     bounds = cu_seqlens.tolist()
@@ -328,9 +329,7 @@ def _each_document(
             o, memory = run(tuple(None if x is None else x[:, start:end] for x in tokens), memory)
             outputs.append(o)
         states.append(memory)
-    num_tokens = next(x.shape[1] for x in tokens if x is not None)
-    like = outputs[0] if outputs else state.new_zeros(1, 0, *state.shape[1:2], *state.shape[3:])
-    outputs.append(like.new_zeros(1, num_tokens - bounds[-1], *like.shape[2:]))
+    outputs.append(state.new_zeros(1, like.shape[1] - bounds[-1], *like.shape[2:]))
     return torch.cat(outputs, 1), torch.cat(states)
 
 

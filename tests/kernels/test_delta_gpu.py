@@ -3,7 +3,18 @@
 import pytest
 import torch
 from fused_scans import repeated_keys
-from gpu_checks import DIMS, LAYOUTS, RMS, captured, check_fused, fused_errors, never_waiting, on_gpu
+from gpu_checks import (
+    DIMS,
+    LAYOUTS,
+    OF_DELTA_RULES,
+    RMS,
+    captured,
+    check_fused,
+    fused_errors,
+    more_of,
+    never_waiting,
+    on_gpu,
+)
 from scan_cases import DECAYS, PACKED, Inputs, make, poison_empty
 
 from linear_moe import kernels
@@ -30,7 +41,7 @@ def test_fused_delta_layouts(decay, layout, dtype, fused):
 def test_fused_delta_dims_and_groups(num_keys, num_values, dtype, fused):
     sizes = dict(num_keys=num_keys, num_values=num_values, num_heads=4, groups=2, num_tokens=130)
     for decay in ("none", "scalar", "vector"):
-        check_fused(make("delta_rule", decay, strength=0.3, **sizes), dtype)
+        check_fused(make("delta_rule", decay, strength=0.3, **sizes), dtype, more_of(num_keys))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,7 +77,7 @@ def test_fused_delta_extremes(extreme, decay, dtype, fused):
     if dtype == torch.float16 and extreme == "e^-30":
         errors = {n: e for n, e in errors.items() if n not in ("grad log_decay", "grad state")}
     more = 8 if extreme == "repeated keys" and dtype.itemsize == 2 else 1
-    limits = {n: more * RMS[dtype][n.startswith("grad")] for n in errors}
+    limits = {n: more * OF_DELTA_RULES[dtype][n.startswith("grad")] for n in errors}
     assert all(e <= limits[n] for n, e in errors.items()), errors
 
 

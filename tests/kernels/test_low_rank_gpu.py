@@ -7,7 +7,7 @@ import torch
 from gpu_checks import (
     DIMS,
     LAYOUTS,
-    OF_SCALED_OUTPUTS,
+    OF_DELTA_RULES,
     RMS,
     captured,
     check_segment,
@@ -36,8 +36,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(inputs: Inputs, dtype: torch.dtype, more: float = 1.0, without: tuple[str, ...] = ()) -> None:
     """Relative RMS errors; whatever the decay, rows decay by themselves, and are rounded once more."""
-    of_outputs, of_gradients = RMS[dtype]
-    of_outputs = max(of_outputs, OF_SCALED_OUTPUTS if dtype == torch.bfloat16 else 0.0)
+    of_outputs, of_gradients = OF_DELTA_RULES[dtype]
     errors = fused_errors(inputs, dtype)
     limits = {n: more * (of_gradients if n.startswith("grad") else of_outputs) for n in errors}
     assert all(e <= limits[n] for n, e in errors.items() if n not in without), errors

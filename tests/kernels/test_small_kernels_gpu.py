@@ -70,7 +70,7 @@ def rotary(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
 
 
 def log_decay(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
-    x, bias = t["x"].unflatten(-1, (5, 128)), t["weight"].expand(5, 128)
+    x, bias = t["x"].unflatten(-1, (5, 128)), t["bias"].expand(5, 128)
     return [
         module.log_decay_of(x, bias[0, :5].exp(), bias),
         *(module.log_decay_of(x, form=form, scale=0.3) for form in ("log_sigmoid", "sigmoid", "exp")),
@@ -100,7 +100,7 @@ CALLS: dict[str, Call] = {
     **{f.__name__: f for f in (short_conv, gated_norm, skip_norm, log_decay, bounded_decay, rows)},
     **{f.__name__: f for f in (cross_entropy, unit, rotary, rwkv)},
 }
-WIDE = ("factor", "angles")
+WIDE = ("factor", "angles", "bias")
 """What stays float32 in bfloat16 runs."""
 
 
@@ -115,6 +115,7 @@ def make(packed: bool) -> dict[str, Tensor]:
         angles=normal(batch, tokens, 64) * 200,
         taps=normal(4, 96, 4),
         weight=normal(128),
+        bias=normal(128),
         share=torch.rand(600, slots, generator=draw, dtype=torch.float64),
         order=place.argsort(),
         place=place.view(600, slots),

@@ -122,7 +122,10 @@ def _uneven(shape: Shape, seed: int) -> Tensor:
 
 def passes(run: Operator, named: dict[str, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
     """The forward pass, and forward with backward, which returns the gradients."""
-    leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in named.items()}
+    is_leaf = {
+        name: x.is_floating_point() and x.ndim > 1 for name, x in named.items()
+    }  # a head's decay is fixed
+    leaves = {name: x.detach().requires_grad_(is_leaf[name]) for name, x in named.items()}
     wanted = [x for x in leaves.values() if x.requires_grad]
     grad = torch.randn_like(run(**named)[0])
 

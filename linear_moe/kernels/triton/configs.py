@@ -71,10 +71,8 @@ def scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype, decay: int, 
         return _blocks(num_keys, num_values, 32, 8 if needs_more else 4, 2)
     # 8 warps share 64 rows in pairs, each with a product of its own: half the rate
     is_token, is_wide = decay == TOKEN_DECAY, num_keys > 64
-    spills = is_wide and (role == READS if is_token else role == WRITES and num_values <= 64)
-    return _blocks(
-        num_keys, num_values, 32 if spills else 64, 4, 1 if is_wide and is_token and role == WRITES else 2
-    )
+    spills = is_wide and role != WITHOUT_GRADIENT and (is_token or (role == WRITES and num_values <= 64))
+    return _blocks(num_keys, num_values, 32 if spills else 64, 4, 2)
 
 
 def scaled_scan_blocks(num_keys: int, num_values: int, dtype: torch.dtype) -> Blocks:
