@@ -33,14 +33,15 @@ tests)
     # interrupted, pytest still says what has failed so far
     timeout --foreground -s INT -k 20 530 "$PYTHON" -m pytest "${files[@]}" -m gpu -n 16 --maxschedchunk 2 -q --tb=short -p no:warnings --timeout 300 2>&1 |
         tee "$out/gpu_tests.log" | tail -n 60 ;;
-kernels) "$PYTHON" -m linear_moe.bench kernels --who ours torch --minutes 9 --output "$out/kernels" ;;
-peers) "$PYTHON" -m linear_moe.bench kernels --who fla --parts time memory --processes 8 --minutes 9 --output "$out/kernels" ;;
+kernels) "$PYTHON" -m linear_moe.bench kernels --who ours torch --processes 14 --minutes 9 --output "$out/kernels" ;;
+peers) "$PYTHON" -m linear_moe.bench kernels --who fla --parts time memory --processes 15 --minutes 9 --output "$out/kernels" ;;
 mixers)
     timeout 180 "$PYTHON" benchmarks/mixers_step.py "$out/mixers_step.json"
     "$PYTHON" examples/recall/run.py --minutes 6 --processes 6 --results "$out/recall" ;;
 step)
     memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
     halves=$([ "$memory" -ge 110000 ] || echo "--micro-tokens 32768")
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # 73 to 75 GiB are in use
     # shellcheck disable=SC2086
     "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;

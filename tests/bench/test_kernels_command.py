@@ -14,8 +14,9 @@ import torch
 
 from linear_moe.bench import __main__ as command_line
 from linear_moe.bench.kernels import command, report
-from linear_moe.bench.kernels.calls import ALL_SHAPES, FAMILIES, SHAPES, inputs, least_bytes
-from linear_moe.bench.kernels.peer import _different, arguments, let_it_run, peer, place
+from linear_moe.bench.kernels.calls import ALL_SHAPES, FAMILIES, OURS, PEER, SHAPES, inputs, least_bytes
+from linear_moe.bench.kernels.first_calls import _different
+from linear_moe.bench.kernels.peer import arguments, let_it_run, peer, place
 from linear_moe.bench.record import Record
 
 ROOT = Path(__file__).parents[2]
@@ -135,8 +136,9 @@ def test_floors() -> None:
 
 
 def test_one_process_compiles_what_shapes_share() -> None:
-    found = _different(["linear", "gla", "gsa_keys"], ["2k", "16k", "64", "packed"])
-    assert found == [(name, shape) for name in ("linear", "gla") for shape in ("2k", "64", "packed")]
+    names, shapes = ["linear", "gla"], ["2k", "16k", "64", "packed"]
+    assert _different(PEER, names, shapes) == [(n, s) for s in ("2k", "64", "packed") for n in names]
+    assert _different(OURS, names, shapes) == [(n, s) for s in shapes for n in names]
 
 
 class Guarded:

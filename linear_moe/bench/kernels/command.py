@@ -49,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also try the neighbours of every entry of the configuration tables",
     )
-    processes = (
-        "that compile flash-linear-attention's kernels before they are timed; 0: it compiles as it goes"
-    )
+    processes = "that compile kernels before they are measured; 0: they are compiled as it goes"
     add("--processes", type=int, default=min(6, (os.cpu_count() or 1) // 3), help=processes)
     add("--cache", type=Path, default=Path("/tmp/linear_moe_cold"), help="of what cold calls compile")
     folder = Path("benchmarks", f"kernels_{time.strftime('%Y-%m-%d')}")

@@ -1,14 +1,10 @@
-"""How a call is measured: error against the definition, milliseconds, peak memory, seconds of the first call."""
+"""How a call is measured: error against the definition, milliseconds, peak memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +33,8 @@ def median(run: Callable[[], Any]) -> tuple[float, str]:
     run()
     torch.cuda.synchronize()
     try:
-        return triton.testing.do_bench_cudagraph(run, rep=100, return_mode="median"), "graph"
+        # as many calls in a graph as fill that time, and ten replays; more wait for the host, which captures them
+        return triton.testing.do_bench_cudagraph(run, rep=20, return_mode="median"), "graph"
     except Exception:  # it cannot be captured
         torch.cuda.synchronize()
         return triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median"), "launches"
@@ -110,39 +107,3 @@ def _results(operator: Operator, named: dict[str, Tensor], scale: float) -> dict
     up = [torch.randn(x.shape, generator=generator).to(torch.bfloat16).to(x) for x in (o, state)]
     grads = torch.autograd.grad([o, state], list(wanted.values()), up)
     return {"o": o.detach(), "state": state.detach(), **{f"grad {n}": g for n, g in zip(wanted, grads)}}
-
-
-FIRST_CALL = """
-import sys, time, torch
-from linear_moe.bench.kernels import calls, peer
-name, shape_name, who = sys.argv[1:]
-family, shape = calls.FAMILIES[name], calls.ALL_SHAPES[shape_name]
-named = calls.inputs(family, shape, torch.bfloat16, "cuda")
-if who == "ours":
-    operator = calls.ours(family, shape)
-else:
-    operator, named = peer.peer(family, shape), peer.arguments(named)
-    peer.let_it_run(family)
-leaves = {n: x.requires_grad_(x.is_floating_point()) for n, x in named.items()}
-torch.cuda.synchronize()
-start = time.perf_counter()
-operator(**leaves)[0].sum().backward()
-torch.cuda.synchronize()
-print("seconds", time.perf_counter() - start)
-"""
-
-
-def first_call(name: str, shape_name: str, who: str, folder: Path) -> dict[str, Any]:
-    """Seconds of the first forward and backward pass with an empty compile cache, in a process of its own."""
-    cache = folder / f"{who}-{name}-{time.time_ns()}"
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": search_path()}
-    command = [sys.executable, "-c", FIRST_CALL, name, shape_name, who]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr[-800:])
-    return {"seconds": float(run.stdout.split("seconds")[-1])}
-
-
-def search_path() -> str:
-    """For processes that import what this one does."""
-    return os.pathsep.join(filter(None, sys.path))

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linear_moe.bench.kernels.calls import ALL_SHAPES, FAMILIES, Family, Operator, Shape
-from linear_moe.bench.kernels.measures import search_path
+from linear_moe.bench.kernels.calls import Family, Operator, Shape
 
 WRONG = "result wrong on this compiler"
 
@@ -79,53 +73,3 @@ def _refuses(guarded: ModuleType) -> bool:
     was_bypassed = hasattr(guarded, "linear_moe_bypassed")
     known = guarded.IS_NVIDIA_HOPPER and guarded.TRITON_ABOVE_3_4_0
     return known and (was_bypassed or not guarded.TRITON_ABOVE_3_7_1)
-
-
-COMPILE = """
-import sys
-from linear_moe.bench.kernels import calls, peer
-import torch
-family, shape = calls.FAMILIES[sys.argv[1]], calls.ALL_SHAPES[sys.argv[2]]
-peer.let_it_run(family)
-named = peer.arguments(calls.inputs(family, shape, torch.bfloat16, "cuda"))
-calls.passes(peer.peer(family, shape), named)[1]()
-torch.cuda.synchronize()
-"""
-
-
-def compile_ahead(
-    families: Sequence[str], shapes: Sequence[str], num_processes: int, is_over: Callable[[], bool]
-) -> float:
-    """Fill the compile cache from several processes at once, without keeping what they tuned; returns the seconds.
-
-    It compiles every configuration that it times: two to four minutes for each operator, one after the other.
-    """
-    start = time.monotonic()
-    environment = {**os.environ, "FLA_CACHE_RESULTS": "0", "PYTHONPATH": search_path()}
-    waiting = _different(families, shapes)
-    running: list[subprocess.Popen] = []
-    try:
-        while (waiting or running) and not is_over():
-            running = [process for process in running if process.poll() is None]
-            while waiting and len(running) < num_processes:
-                command = [sys.executable, "-c", COMPILE, *waiting.pop(0)]
-                quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                running.append(subprocess.Popen(command, env=environment, **quiet))  # type: ignore[call-overload]
-            time.sleep(0.2)
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    return time.monotonic() - start
-
-
-def _different(families: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str]]:
-    """One shape for each that compiles something else."""
-    found: dict[Any, tuple[str, str]] = {}
-    for name in (name for name in families if FAMILIES[name].peer):
-        for shape_name in shapes:
-            shape = ALL_SHAPES[shape_name]
-            found.setdefault(
-                (name, shape.heads, shape.keys, shape.values, bool(shape.documents)), (name, shape_name)
-            )
-    return list(found.values())

@@ -31,7 +31,8 @@ from linear_moe.bench.kernels.calls import (
     passes,
     softmax,
 )
-from linear_moe.bench.kernels.peer import arguments, compile_ahead, let_it_run, peer, why_not
+from linear_moe.bench.kernels.first_calls import compile_ahead, seconds_of
+from linear_moe.bench.kernels.peer import arguments, let_it_run, peer, why_not
 from linear_moe.bench.kernels.sweep import sweep
 from linear_moe.bench.record import Record, Row, say, versions
 from linear_moe.kernels import dispatch
@@ -99,13 +100,13 @@ class Session:
         for path in report.write(self.record):
             say(f"wrote {path}")
 
-    def compile_peers(self) -> None:
-        """Before they are timed."""
+    def compile(self, who: str) -> None:
+        """What is measured next, before it is."""
         count = self.asked.processes
-        if count and not self.is_over():
-            say(f"compiling flash-linear-attention's kernels in {count} processes ...")
-            seconds = compile_ahead(self.asked.families, self.shapes, count, self.is_over)
-            say(f"compiled in {seconds:.0f} s")
+        if count and self.device == "cuda" and not self.is_over():
+            say(f"compiling the kernels of {who} in {count} processes ...")
+            families = _families_of(who, self)
+            say(f"compiled in {compile_ahead(who, families, self.shapes, count, self.is_over):.0f} s")
 
 
 def _outcome(run: Callable[[], Row]) -> Row:
@@ -127,6 +128,8 @@ def measure(session: Session) -> None:
     unfused = set(asked.families) - set(_families_of(OURS, session))
     if unfused:
         say(f"no fused kernel, only looked at for errors: {', '.join(sorted(unfused))}")
+    if {"right", "time", "memory"} & set(asked.parts) and OURS in asked.who:
+        session.compile(OURS)
     if "right" in asked.parts:
         _errors(session)
     if asked.sweep:
@@ -138,7 +141,7 @@ def measure(session: Session) -> None:
             say(f"flash-linear-attention is left out: {reason}")
             continue
         if who == PEER and {"time", "memory"} & set(asked.parts):
-            session.compile_peers()
+            session.compile(PEER)
         for shape in session.shapes:
             for part in ("time", "memory"):
                 if part in asked.parts and (part == "time" or session.device == "cuda"):
@@ -146,7 +149,7 @@ def measure(session: Session) -> None:
             report.write(session.record)
         if "cold" in asked.parts and session.device == "cuda" and who != TORCH:
             for family in _families_of(who, session):
-                run = partial(measures.first_call, family, session.shapes[0], who, asked.cache)
+                run = partial(seconds_of, family, session.shapes[0], who, asked.cache)
                 session.row("cold", family, session.shapes[0], who, run)
 
 
