@@ -16,7 +16,7 @@ It is to find what is fat, not to report a time. Of flash-linear-attention's ker
 was measured forward and 0.5 to 1 times what was measured with backward (docs/kernels.md): it is an optimist about
 memory, and knows neither launches by the host, nor the operations of torch between the kernels.
 
-    PYTHONPATH=. python benchmarks/predict_kernels.py [--families gla ...] [--shapes 2k ...] [--lines scan_kernel]
+    PYTHONPATH=. python benchmarks/predict_kernels.py [--families gla ...] [--shapes 2k ...] [--lines diag_scan_kernel]
                                                       [--json FILE]
 
 A call takes 2 to 10 seconds. ``--lines`` adds the lines of that kernel at which its warps wait and work most.
@@ -179,13 +179,13 @@ def passes(run: calls.Operator, named: dict[str, Tensor], found: list[Launch] | 
 def show(name: str, found: list[Prediction], goal: float | None, lines: str | None) -> None:
     """A row for each kernel, and their sum."""
     print(
-        f"{name}\n    {'':30} programs  on  " + " ".join(f"{x:>7}" for x in COLUMNS) + "  estimate  conflicts"
+        f"{name}\n    {'':34} programs  on  " + " ".join(f"{x:>7}" for x in COLUMNS) + "  estimate  conflicts"
     )
     for row in found:
-        label = f"{row.kernel.removesuffix('_kernel'):.22} {'bwd' if row.is_backward else 'fwd'} {row.warps}w"
+        label = f"{row.kernel.removesuffix('_kernel'):.26} {'bwd' if row.is_backward else 'fwd'} {row.warps}w"
         numbers = " ".join(f"{row.ms[x]:7.3f}" for x in COLUMNS)
         print(
-            f"    {label:30} {row.programs:8} {row.resident:3}  {numbers} {row.estimate:9.3f} {row.conflicts:10.2f}"
+            f"    {label:34} {row.programs:8} {row.resident:3}  {numbers} {row.estimate:9.3f} {row.conflicts:10.2f}"
         )
         if lines and lines in row.kernel:
             for where, (wait, work) in sorted(row.lines.items(), key=lambda x: -sum(x[1]))[:24]:

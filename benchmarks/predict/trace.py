@@ -44,7 +44,7 @@ WRITES_ONLY = ("copy_", "fill_", "zero_", "_like", "new_")
 """In-place operations, and makers of tensors, that do not read what they are given."""
 LAUNCHES = {"sort": 8, "topk": 3, "cumsum": 2}
 """Kernels of an operation that has several."""
-IN_PLACE = {"write_kernel": ("logits",), "adam_kernel": ("param", "exp_avg", "exp_avg_sq")}
+IN_PLACE = {"cross_entropy_write_kernel": ("logits",), "adam_kernel": ("param", "exp_avg", "exp_avg_sq")}
 """What kernels of ours write where they read it."""
 CALLER = re.compile(r"/(linear_moe|megatron)/(.+\.py)$")
 PASSED_ON = re.compile(

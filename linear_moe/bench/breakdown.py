@@ -24,9 +24,9 @@ KINDS = {
     "matrix products": r"gemm|gemv|nvjet|cutlass|xmma|cublas|\b(mm|bmm|addmm|addbmm|baddbmm)\b",
     "optimizer": r"multi_tensor|adam|foreach|lpnorm|l2norm",
     "cross entropy, softmax": r"softmax|cross_?entropy|nll|logsumexp",
-    "norms": r"layer_?norm|rms_?norm",
+    "norms": r"layer_?norm|rms_?norm|gammabeta",
     "sorting, gathering, scattering": r"sort|radix|topk|index|gather|scatter|permut|cumsum|scan|histogram|bincount"
-    r"|embedding|take|roll|masked|nonzero|unique",
+    r"|embedding|\btake|\broll|masked|nonzero|unique",
     "copies and casts": r"copy|memcpy|memset|clone|contiguous|\bcat\b|catarray|fill|zero|_to_\b|\bto\b",
     "reductions": r"reduce|\bsum\b|\bmean\b|\bmax\b|\bmin\b",
     "element-wise": r"elementwise|vectorized|triton_|\b(mul|add|sub|div|exp|neg|silu|sigmoid|where|pow|sqrt|rsqrt)_?\b",

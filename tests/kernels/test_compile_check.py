@@ -17,8 +17,8 @@ def test_fits_an_h100(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--ops", "diag_decay", "diag_decay_segment", *around, *calls)
     assert len(rows) >= 15 and all(row["registers"] > 16 and row["resident"] >= 1 for row in rows)
     assert all(row["spilled"] == 0 and row["shared"] <= 227 * 1024 for row in rows)
-    scans = {"scan_kernel", "scaled_scan_kernel", "scale_kernel", "combine_kernel"}
-    segments = {"local_segment_kernel", "after_kernel", "segment_gradient_kernel"}
+    scans = {"diag_scan_kernel", "diag_scaled_scan_kernel", "diag_scale_kernel", "diag_combine_kernel"}
+    segments = {"segment_local_kernel", "segment_after_kernel", "segment_gradient_kernel"}
     assert scans | segments | {"rotate_kernel", "adam_kernel"} <= {row["kernel"] for row in rows}
     assert sum(row["call"].startswith("log_decay_of") for row in rows) == 8
     assert sum(row["call"].startswith("bounded_decay_of") for row in rows) == 2

@@ -11,7 +11,7 @@ TOKENS, HEADS, DIM, CHUNK = 32768, 16, 64, 64
 
 
 def test_counts_of_a_scan_without_decay(tmp_path: Path) -> None:
-    """Bytes, products and programs of the four runs of ``scan_kernel`` at H = 16, K = V = 64, 2k tokens."""
+    """Bytes, products and programs of the four runs of ``diag_scan_kernel`` at H = 16, K = V = 64, 2k tokens."""
     program, found = ROOT / "benchmarks" / "predict_kernels.py", tmp_path / "found.json"
     command = [sys.executable, str(program), "--families", "linear", "--shapes", "64", "--json", str(found)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -19,7 +19,7 @@ def test_counts_of_a_scan_without_decay(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(found.read_text())["linear 64"]
     assert [(row["kernel"], row["is_backward"], row["programs"]) for row in rows] == [
-        ("scan_kernel", n > 0, 16 * HEADS) for n in range(4)
+        ("diag_scan_kernel", n > 0, 16 * HEADS) for n in range(4)
     ]
     tensor = 2 * TOKENS * HEADS * DIM
     least = 4 * tensor / 3.02e12 * 1e3  # three are read, one is written

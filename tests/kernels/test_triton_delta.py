@@ -37,15 +37,15 @@ def test_fits_an_h100(tmp_path: Path) -> None:
     """Compiled for sm_90: no spills, and shared memory that a program can have."""
     calls = "--kinds", "scalar", "vector", "--dims", "128x128", "--dtypes", "bfloat16"
     kernels = {row["kernel"] for row in compiled(tmp_path, "--ops", "delta_rule", *calls)}
-    scans = {"forward_kernel", "backward_kernel", "output_kernel"}
+    scans = {"delta_forward_kernel", "delta_backward_kernel", "delta_output_kernel"}
     assert {
         *scans,
-        "solve_kernel",
-        "pairs_kernel",
-        "gradient_kernel",
-        "solve_weak_kernel",
-        "solve_levels_kernel",
-        "vector_pairs_kernel",
-        "vector_gradient_kernel",
-        "vector_gradient_weak_kernel",
+        "delta_solve_kernel",
+        "delta_pairs_kernel",
+        "delta_gradient_kernel",
+        "delta_solve_weak_kernel",
+        "delta_solve_levels_kernel",
+        "delta_vector_pairs_kernel",
+        "delta_vector_gradient_kernel",
+        "delta_vector_gradient_weak_kernel",
     } <= kernels

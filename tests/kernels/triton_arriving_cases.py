@@ -48,44 +48,72 @@ def launched(inputs: Inputs, arrives: bool) -> tuple[dict[str, Tensor], list[str
         return {"o": o, "final": final, **gradients([o, final], of)}, names
 
 
-DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_scan", "combine")
+DIAG, DIAG_VECTOR = (
+    ("diag_scan", "diag_scan", "decay_gradient"),
+    ("diag_scaled_scan", "diag_scaled_scan", "diag_combine"),
+)
 
 
 @case("head rows", "diag_decay", "head", (), DIAG, num_tokens=20, **ONE)
-@case("scalar rows", "diag_decay", "scalar", ("sums",), DIAG, num_tokens=20, strided=True, **ONE)
-@case("none segments", "diag_decay", "none", ("local_state",), DIAG[:2], num_tokens=100, processors=16, **ONE)
+@case("scalar rows", "diag_decay", "scalar", ("decay_sums",), DIAG, num_tokens=20, strided=True, **ONE)
+@case(
+    "none segments",
+    "diag_decay",
+    "none",
+    ("diag_local_state",),
+    DIAG[:2],
+    num_tokens=100,
+    processors=16,
+    **ONE,
+)
 @case(
     "scalar packed",
     "diag_decay",
     "scalar",
-    ("plan", "sums", "local_state"),
+    ("layout_plan", "decay_sums", "diag_local_state"),
     DIAG,
     num_tokens=60,
     cu_seqlens=SHORT,
     **FEW,
 )
-@case("vector rows", "diag_decay", "vector", ("scale",), DIAG_VECTOR, num_tokens=20, strided=True, **ONE)
+@case("vector rows", "diag_decay", "vector", ("diag_scale",), DIAG_VECTOR, num_tokens=20, strided=True, **ONE)
 @case(
     "vector segments",
     "diag_decay",
     "vector",
-    ("scale", "scaled_scan"),
+    ("diag_scale", "diag_scaled_scan"),
     DIAG_VECTOR,
     num_tokens=100,
     processors=16,
     **ONE,
 )
-@case("bonus rows", "diag_decay", "vector", ("scale",), DIAG_VECTOR, extra="bonus", num_tokens=20, **ONE)
-@case("values rows", "diag_decay", "none", ("scale",), DIAG_VECTOR, extra="log_decay_v", num_tokens=20, **ONE)
+@case("bonus rows", "diag_decay", "vector", ("diag_scale",), DIAG_VECTOR, extra="bonus", num_tokens=20, **ONE)
 @case(
-    "delta none", "delta_rule", "none", ("solve",), ("pairs", "gradient"), num_tokens=20, strided=True, **ONE
+    "values rows",
+    "diag_decay",
+    "none",
+    ("diag_scale",),
+    DIAG_VECTOR,
+    extra="log_decay_v",
+    num_tokens=20,
+    **ONE,
+)
+@case(
+    "delta none",
+    "delta_rule",
+    "none",
+    ("delta_solve",),
+    ("delta_pairs", "delta_gradient"),
+    num_tokens=20,
+    strided=True,
+    **ONE,
 )
 @case(
     "delta scalar packed",
     "delta_rule",
     "scalar",
-    ("plan", "sums", "solve"),
-    ("pairs", "gradient"),
+    ("layout_plan", "decay_sums", "delta_solve"),
+    ("delta_pairs", "delta_gradient"),
     num_tokens=60,
     cu_seqlens=SHORT,
     **FEW,
@@ -94,8 +122,8 @@ DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_
     "delta scalar pieces",
     "delta_rule",
     "scalar",
-    ("sums", "solve", "forward", "forward"),
-    ("pairs", "gradient"),
+    ("decay_sums", "delta_solve", "delta_forward", "delta_forward"),
+    ("delta_pairs", "delta_gradient"),
     num_tokens=70,
     processors=5,
     **ONE,
@@ -104,8 +132,8 @@ DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_
     "delta vector",
     "delta_rule",
     "vector",
-    ("solve_levels",),
-    ("vector_pairs", "vector_gradient"),
+    ("delta_solve_levels",),
+    ("delta_vector_pairs", "delta_vector_gradient"),
     num_tokens=20,
     **ONE,
 )
@@ -113,7 +141,7 @@ DIAG, DIAG_VECTOR = ("scan", "scan", "decay_gradient"), ("scaled_scan", "scaled_
     "low rank packed",
     "dplr_delta_rule",
     "vector",
-    ("plan", "dplr_solve"),
+    ("layout_plan", "dplr_solve"),
     ("dplr_read", "dplr_pairs", "dplr_gradient"),
     num_tokens=60,
     cu_seqlens=SHORT,

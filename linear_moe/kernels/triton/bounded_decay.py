@@ -44,7 +44,7 @@ class _BoundedDecay(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, bound)
         k, y = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
-        forward_kernel[runs_of_heads(x, RUN)](
+        bounded_decay_forward_kernel[runs_of_heads(x, RUN)](
             x, bound.contiguous(), k, y, *x.shape[1:3],
             *x.stride()[:3], *k.stride()[:3], *y.stride()[:3], **blocks(x, TILE, RUN),
         )  # fmt: skip
@@ -57,7 +57,7 @@ class _BoundedDecay(torch.autograd.Function):
         dk, dy = map(rows_together, grads)
         dx, (runs, heads) = torch.empty_like(x), runs_of_heads(x, RUN)
         parts = x.new_empty(runs, heads, x.shape[-1], dtype=torch.float32)
-        backward_kernel[runs, heads](
+        bounded_decay_backward_kernel[runs, heads](
             x, bound.contiguous(), dk, dy, dx, parts, *x.shape[1:3],
             *x.stride()[:3], *dk.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], **blocks(x, TILE, RUN),
         )  # fmt: skip
@@ -81,7 +81,7 @@ def _odds(z, c):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads"])
-def forward_kernel(
+def bounded_decay_forward_kernel(
     x, bound, k, y, num_tokens, num_heads, x_b, x_t, x_h, k_b, k_t, k_h, y_b, y_t, y_h,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads"])
-def backward_kernel(
+def bounded_decay_backward_kernel(
     x, bound, dk, dy, dx, parts, num_tokens, num_heads,
     x_b, x_t, x_h, dk_b, dk_t, dk_h, dy_b, dy_t, dy_h, dx_b, dx_t, dx_h,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,

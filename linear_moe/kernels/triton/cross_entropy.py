@@ -34,7 +34,7 @@ def cross_entropy_(
 
 def _statistics(logits: Tensor, labels: Tensor) -> Statistics:
     found = logits.new_empty(3, logits.shape[0], dtype=torch.float32)
-    read_kernel[(logits.shape[0],)](
+    cross_entropy_read_kernel[(logits.shape[0],)](
         logits,
         labels.contiguous(),
         found,
@@ -48,7 +48,7 @@ def _statistics(logits: Tensor, labels: Tensor) -> Statistics:
 
 
 def _gradient_(logits: Tensor, labels: Tensor, log_sum: Tensor, weight: Tensor) -> None:
-    write_kernel[(logits.shape[0],)](
+    cross_entropy_write_kernel[(logits.shape[0],)](
         logits, labels.contiguous(), log_sum.contiguous(), weight.contiguous(), logits.shape[1], logits.stride(0),
         BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
@@ -56,7 +56,7 @@ def _gradient_(logits: Tensor, labels: Tensor, log_sum: Tensor, weight: Tensor) 
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def read_kernel(logits, labels, found, num_tokens, num_logits, stride, BLOCK: tl.constexpr):
+def cross_entropy_read_kernel(logits, labels, found, num_tokens, num_logits, stride, BLOCK: tl.constexpr):
     """``found`` ``[3, M]``: largest logit, sum of exponentials relative to it, logit of the label."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -77,7 +77,7 @@ def read_kernel(logits, labels, found, num_tokens, num_logits, stride, BLOCK: tl
 
 
 @triton.jit
-def write_kernel(logits, labels, log_sum, weight, num_logits, stride, BLOCK: tl.constexpr):
+def cross_entropy_write_kernel(logits, labels, log_sum, weight, num_logits, stride, BLOCK: tl.constexpr):
     """Overwrite a row by its gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride

@@ -67,7 +67,7 @@ def chunk_decay(log_decay, sums, head, left, DECAY: tl.constexpr, C: tl.constexp
         "a_b",
     ]
 )
-def sums_kernel(
+def decay_sums_kernel(
     log_decay,  # [B, T, H], any strides
     sums,  # [chunks, H, 2, C] float32: high parts, low parts
     plan,

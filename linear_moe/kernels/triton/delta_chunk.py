@@ -104,7 +104,7 @@ def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
-def solve_kernel(
+def delta_solve_kernel(
     q, k, beta, log_decay, sums, plan,
     inverse, scores,  # [S, H, C, C] in the dtype of q: T - I, and P
     num_tokens, num_heads: tl.constexpr, chunks_per_row, num_documents, scale,

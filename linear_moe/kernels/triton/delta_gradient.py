@@ -130,7 +130,7 @@ def clear_values(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
-def gradient_kernel(
+def delta_gradient_kernel(
     q, k, do, beta, log_decay, sums, plan,
     pairs,  # delta_pairs.py
     e, dv,  # [L, H, DV]

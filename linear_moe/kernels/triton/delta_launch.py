@@ -15,16 +15,16 @@ from torch import Tensor
 
 from linear_moe.kernels.triton import configs, delta_configs
 from linear_moe.kernels.triton.chunk_launch import ChunkLaunch, Scan, plan_chunks
-from linear_moe.kernels.triton.decay_sums import sums_kernel
-from linear_moe.kernels.triton.delta_chunk import solve_kernel
-from linear_moe.kernels.triton.delta_gradient import gradient_kernel
-from linear_moe.kernels.triton.delta_levels import solve_levels_kernel
-from linear_moe.kernels.triton.delta_output import output_kernel
-from linear_moe.kernels.triton.delta_pairs import pairs_kernel
-from linear_moe.kernels.triton.delta_scan import backward_kernel, forward_kernel
-from linear_moe.kernels.triton.delta_vector_gradient import vector_gradient_kernel
-from linear_moe.kernels.triton.delta_vector_pairs import vector_pairs_kernel
-from linear_moe.kernels.triton.delta_weak import solve_weak_kernel, vector_gradient_weak_kernel
+from linear_moe.kernels.triton.decay_sums import decay_sums_kernel
+from linear_moe.kernels.triton.delta_chunk import delta_solve_kernel
+from linear_moe.kernels.triton.delta_gradient import delta_gradient_kernel
+from linear_moe.kernels.triton.delta_levels import delta_solve_levels_kernel
+from linear_moe.kernels.triton.delta_output import delta_output_kernel
+from linear_moe.kernels.triton.delta_pairs import delta_pairs_kernel
+from linear_moe.kernels.triton.delta_scan import delta_backward_kernel, delta_forward_kernel
+from linear_moe.kernels.triton.delta_vector_gradient import delta_vector_gradient_kernel
+from linear_moe.kernels.triton.delta_vector_pairs import delta_vector_pairs_kernel
+from linear_moe.kernels.triton.delta_weak import delta_solve_weak_kernel, delta_vector_gradient_weak_kernel
 from linear_moe.kernels.triton.diag_levels import level_sums
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY, KEY_DECAY = 0, 1, 2, 3
@@ -82,7 +82,7 @@ class DeltaChunks(ChunkLaunch):
         shape = layout.num_slots(chunk), num_heads, 2, chunk
         sums = torch.empty(shape, dtype=torch.float32, device=v.device)
         heads = min(16, triton.next_power_of_2(num_heads))
-        sums_kernel[(layout.num_segments, triton.cdiv(num_heads, heads))](
+        decay_sums_kernel[(layout.num_segments, triton.cdiv(num_heads, heads))](
             log_decay, sums, layout.plan, layout.num_tokens, num_heads, chunk,
             layout.segments_per_row, layout.num_documents, 1, *log_decay.stride(),
             BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
@@ -113,18 +113,18 @@ class DeltaChunks(ChunkLaunch):
             )  # fmt: skip
             if self._has_weak:
                 cut, wide = delta_configs.solve_weak(self.num_keys)
-                solve_weak_kernel[(self._places(),)](
+                delta_solve_weak_kernel[(self._places(),)](
                     q, k, beta, self.log_decay, *tensors, *sizes, *strides, **dims, WIDE=wide,
                     LEAST=delta_configs.least_kept(self.dtype), **cut.launch,
                 )  # fmt: skip
             cut = delta_configs.solve_levels(self.num_keys, self.dtype)
-            solve_levels_kernel[(self._places(),)](
+            delta_solve_levels_kernel[(self._places(),)](
                 q, k, beta, self.log_decay, self.sums, *tensors, *sizes, *strides, **dims, LEVELS=self._levels(),
                 HAS_WEAK=self._has_weak, **cut.launch,
             )  # fmt: skip
             return Solved(inverse, scores, q_read, k_read, k_write, totals, weak, low)
         cut = delta_configs.solve(self.num_keys, self.dtype)
-        solve_kernel[(self._places(),)](
+        delta_solve_kernel[(self._places(),)](
             q, k, beta, self.log_decay, self.sums, layout.plan, inverse, scores,
             *self._sizes(), layout.num_documents, self.scale,
             *q.stride()[:3], *k.stride()[:3], *beta.stride(),
@@ -170,7 +170,7 @@ class DeltaChunks(ChunkLaunch):
         final = self._empty(documents, self.num_heads, self.num_keys, num_values, dtype=torch.float32)
         cut = self._ahead(delta_configs.forward_scan(self.num_keys, num_values, self.dtype), num_values)
         dims = {**self._dims(), "DV": num_values}
-        forward_kernel[(documents * self.num_heads * triton.cdiv(num_values, cut.values),)](
+        delta_forward_kernel[(documents * self.num_heads * triton.cdiv(num_values, cut.values),)](
             k_read, k_write, beta if v is None else v, beta, self.log_decay, self.sums, solved.totals,
             solved.inverse, layout.plan, layout.first_segment, final if initial is None else initial, final,
             final if states is None else states, final if errors is None else errors,
@@ -186,7 +186,7 @@ class DeltaChunks(ChunkLaunch):
         layout, q_read, low = self.layout, solved.q_read, solved.scores_low
         o = self._empty(*self._tokens(), self.num_values)
         cut = delta_configs.output(self.num_keys, self.num_values, self.dtype)
-        output_kernel[(self._places() * self._blocks_of_values(cut),)](
+        delta_output_kernel[(self._places() * self._blocks_of_values(cut),)](
             q_read, self.log_decay, self.sums, layout.plan, solved.scores,
             solved.scores if low is None else low, states, errors, o,
             *self._sizes(), layout.num_documents, self.scale, *q_read.stride()[:3],
@@ -224,7 +224,7 @@ class DeltaChunks(ChunkLaunch):
         cut = self._ahead(
             delta_configs.backward_scan(self.num_keys, self.num_values, self.dtype), self.num_values
         )
-        backward_kernel[(documents * self.num_heads * self._blocks_of_values(cut),)](
+        delta_backward_kernel[(documents * self.num_heads * self._blocks_of_values(cut),)](
             q_read, k_read, k_write, do, beta, self.log_decay, self.sums, solved.totals, solved.inverse,
             solved.scores, layout.plan, layout.first_segment, d_initial if d_final is None else d_final,
             d_initial, d_initial if d_states is None else d_states, d_initial if dv is None else dv,
@@ -271,25 +271,25 @@ class DeltaChunks(ChunkLaunch):
                 d_beta, *self._sizes(), layout.num_documents, layout.num_all, self.scale, *strides,
                 *self.log_decay.stride(),
             )  # fmt: skip
-            vector_gradient_kernel[grid](
+            delta_vector_gradient_kernel[grid](
                 q, k, do, beta, self.log_decay, self.sums, *tensors,
                 LEVELS=self._levels(), HAS_WEAK=self._has_weak, **dims, **cut.launch,
             )  # fmt: skip
             if self._has_weak:
                 cut = delta_configs.vector_gradient_weak(self.num_keys, self.num_values)
-                vector_gradient_weak_kernel[(self._places() * triton.cdiv(self.num_keys, cut.keys),)](
+                delta_vector_gradient_weak_kernel[(self._places() * triton.cdiv(self.num_keys, cut.keys),)](
                     q, k, do, beta, self.log_decay, *tensors, PARTS=blocks, **dims, **cut.launch
                 )
             return dq, dk, d_beta.sum(0), d_decay
         d_decay = d_beta if self.decay == NO_DECAY else self._empty(*parts, dtype=torch.float32)
         pairs = self._new_pairs()
         of_pairs = delta_configs.pairs(self.num_keys, self.num_values, self.dtype)
-        pairs_kernel[(self._places(),)](
+        delta_pairs_kernel[(self._places(),)](
             q, k, do, beta, self.log_decay, self.sums, layout.plan, errors, dv, pairs, d_beta[-1], d_decay[-1],
             *self._sizes(), layout.num_documents, self.scale, *strides,
             K_PER=self._sharing(k), HAS_OUTPUT=has_output, **self._dims(), **of_pairs.launch,
         )  # fmt: skip
-        gradient_kernel[grid](
+        delta_gradient_kernel[grid](
             q, k, do, beta, self.log_decay, self.sums, layout.plan, pairs, errors, dv, states, d_states,
             dq, dk, d_beta, d_decay, *self._sizes(), layout.num_documents, layout.num_all, self.scale, *strides,
             K_PER=self._sharing(k), HAS_OUTPUT=has_output, **self._dims(), **cut.launch,
@@ -306,7 +306,7 @@ class DeltaChunks(ChunkLaunch):
         layout, pairs = self.layout, self._new_pairs()
         own = self._empty(layout.num_segments, self.num_heads, self.chunk, dtype=torch.float32)
         cut = delta_configs.vector_pairs(self.num_values, self.dtype)
-        vector_pairs_kernel[(self._places(),)](
+        delta_vector_pairs_kernel[(self._places(),)](
             do, errors, dv, solved.weak, layout.plan, pairs, own, *self._sizes(), layout.num_documents, self.scale,
             *do.stride()[:3], DV=self.num_values, BV=cut.values, C=self.chunk, HAS_WEAK=self._has_weak,
             HAS_OUTPUT=has_output, IS_PACKED=layout.is_packed,

@@ -24,7 +24,7 @@ from linear_moe.kernels.triton.layout import segment_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
-def solve_levels_kernel(
+def delta_solve_levels_kernel(
     q, k, beta, log_decay,
     table,  # level_sums of diag_levels.py
     weak,  # [S, H]: chunks that delta_weak.py has solved, with HAS_WEAK

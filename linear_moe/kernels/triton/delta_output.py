@@ -17,7 +17,7 @@ from linear_moe.kernels.triton.layout import mask_if, segment_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
-def output_kernel(
+def delta_output_kernel(
     q_read, log_decay, sums, plan,
     scores, scores_low,  # [S, H, C, C]: P, and what its rounding left out, with HAS_LOW
     states,  # [S, H, DK, DV]: the memory before each chunk

@@ -22,7 +22,7 @@ from linear_moe.kernels.triton.layout import segment_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
-def pairs_kernel(
+def delta_pairs_kernel(
     q, k, do, beta, log_decay, sums, plan,
     e, dv,  # [L, H, DV]
     pairs,  # [S, H, 2, C, C]: Y, if there is do, and X

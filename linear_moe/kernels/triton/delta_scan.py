@@ -90,7 +90,7 @@ def step_factors(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "b_b"])
-def forward_kernel(
+def delta_forward_kernel(
     k_read, k_write, v, beta, log_decay, sums, totals, inverse, plan, first_chunk,
     initial, final,  # [N, H, DK, DV] float32; initial may be nothing
     states,  # [S, H, DK, DV]: the memory before each chunk
@@ -177,7 +177,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "pieces", "b_b"])
-def backward_kernel(
+def delta_backward_kernel(
     q_read, k_read, k_write, do, beta, log_decay, sums, totals, inverse, scores, plan, first_chunk,
     d_final, d_initial,  # [N, H, DK, DV] float32; d_final may be nothing
     d_states,  # [S, H, DK, DV]: the gradient of the memory after each chunk

@@ -120,7 +120,7 @@ def of_levels(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
-def vector_gradient_kernel(
+def delta_vector_gradient_kernel(
     q, k, do, beta, log_decay, table, weak, totals, plan,
     pairs, own,  # delta_vector_pairs.py
     e, dv,  # [L, H, DV]

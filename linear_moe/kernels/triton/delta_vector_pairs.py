@@ -18,7 +18,7 @@ from linear_moe.kernels.triton.layout import segment_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents"])
-def vector_pairs_kernel(
+def delta_vector_pairs_kernel(
     do, e, dv,
     weak,  # [S, H], with HAS_WEAK
     plan,

@@ -75,7 +75,7 @@ def own_pairs(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "b_b"])
-def solve_weak_kernel(
+def delta_solve_weak_kernel(
     q, k, beta, log_decay,
     weak,  # [S, H] int32: which chunks are
     plan,
@@ -186,7 +186,7 @@ def of_writers(b_X, b_Y, z_k, z_q, b_sum, IS_SECOND: tl.constexpr, C: tl.constex
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks_per_row", "num_documents", "num_all", "b_b"])
-def vector_gradient_weak_kernel(
+def delta_vector_gradient_weak_kernel(
     q, k, do, beta, log_decay, weak, totals, plan,
     pairs, own,  # delta_vector_pairs.py
     e, dv,  # [L, H, DV]

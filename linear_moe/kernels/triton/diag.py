@@ -31,11 +31,11 @@ from linear_moe.kernels.triton.configs import (
     WITHOUT_GRADIENT,
     WRITES,
 )
-from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, sums_kernel
-from linear_moe.kernels.triton.diag_scan import scan_kernel
+from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, decay_sums_kernel
+from linear_moe.kernels.triton.diag_scan import diag_scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
 from linear_moe.kernels.triton.saved import save, saved
-from linear_moe.kernels.triton.states import Local, carry_kernel, local_state_kernel
+from linear_moe.kernels.triton.states import Local, diag_carry_kernel, diag_local_state_kernel
 
 WIDEST = 128
 """Columns of v in one head of a scan."""
@@ -217,7 +217,7 @@ class _Scan:
         scan = cls(layout, num_heads, scale, chunk, TOKEN_DECAY, log_decay, sums)
         heads = min(16, triton.next_power_of_2(num_heads))
         chunks = triton.cdiv(layout.segment_size, chunk)
-        sums_kernel[(layout.num_segments * chunks, triton.cdiv(num_heads, heads))](
+        decay_sums_kernel[(layout.num_segments * chunks, triton.cdiv(num_heads, heads))](
             log_decay, sums, layout.plan, *scan._sizes(), chunks, *log_decay.stride(),
             BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
         )  # fmt: skip
@@ -237,7 +237,7 @@ class _Scan:
         totals = torch.empty(layout.num_segments, num_heads, dtype=torch.float32, device=v.device)
         cut = configs.blocks(num_keys, num_values, v.dtype)
         grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
-        local_state_kernel[grid](
+        diag_local_state_kernel[grid](
             k, v, self.log_decay, self.sums, layout.plan, states, totals, *self._sizes(), self.scale,
             k.stride(0), k.stride(2), v.stride(0), v.stride(2), k.stride(1), v.stride(1),
             K_PER=num_heads // k.shape[2], V_PER=num_heads // v.shape[2],
@@ -262,7 +262,7 @@ class _Scan:
             return initial, final
         states, totals = local
         size, block = num_keys * num_values, 1024
-        carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
+        diag_carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
             states, totals, final if initial is None else initial, final,
             layout.first_segment, layout.segments_per_row, num_heads,
             SIZE=size, BLOCK=block, DECAY=self.decay, REVERSE=reverse, IS_PACKED=layout.is_packed,
@@ -294,7 +294,7 @@ class _Scan:
         stores_final = final is not None and not layout.is_split
         x = v if x is None else x
         grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
-        scan_kernel[grid](
+        diag_scan_kernel[grid](
             q, k, v, o, x, self.log_decay, self.sums, layout.plan,
             v if before is None else before,
             final if stores_final else v,

@@ -146,7 +146,7 @@ def least_kept(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "groups_per_segment"])
-def combine_kernel(
+def diag_combine_kernel(
     x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
     bonus,  # [H, D] float32, or nothing
     pairs,  # [L, H, C]: gradient of what each token takes from the tokens of its chunk, over scale

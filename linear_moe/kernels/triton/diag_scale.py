@@ -53,7 +53,7 @@ def scale_levels(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "chunks_per_segment"])
-def scale_kernel(
+def diag_scale_kernel(
     x, y, log_decay,  # [B, T, H, D], any strides; log_decay even in its last dim
     bonus,  # [H, D] float32, or nothing
     scaled_x, scaled_y,  # [L, H, D]: what reads the memory before the chunk, what is written to the memory after it

@@ -69,7 +69,7 @@ def of_memory(b_q, b_S, read, scale, DECAY: tl.constexpr, REVERSE: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents", "num_all", "num_groups"])
-def scan_kernel(
+def diag_scan_kernel(
     q, k, v, o, x, log_decay, sums, plan,
     before,  # [S, H, DK, DV] float32 (strides S_K, S_V): what S starts from, or nothing
     final,  # the same: what S ends with

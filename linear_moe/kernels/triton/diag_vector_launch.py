@@ -13,12 +13,12 @@ import triton
 from torch import Tensor
 
 from linear_moe.kernels.triton import configs
-from linear_moe.kernels.triton.diag_combine import combine_kernel
+from linear_moe.kernels.triton.diag_combine import diag_combine_kernel
 from linear_moe.kernels.triton.diag_levels import level_sums
-from linear_moe.kernels.triton.diag_scale import scale_kernel
-from linear_moe.kernels.triton.diag_vector_scan import scaled_scan_kernel
+from linear_moe.kernels.triton.diag_scale import diag_scale_kernel
+from linear_moe.kernels.triton.diag_vector_scan import diag_scaled_scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out
-from linear_moe.kernels.triton.states import Local, carry_kernel
+from linear_moe.kernels.triton.states import Local, diag_carry_kernel
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class VectorScan:
         per_segment = triton.cdiv(layout.segment_size, chunk)
         a = self.log_decay
         cut = configs.scale_blocks(self.width, y.dtype)
-        scale_kernel[(layout.num_segments * per_segment, self.memory[0])](
+        diag_scale_kernel[(layout.num_segments * per_segment, self.memory[0])](
             x, y, a, y if self.bonus is None else self.bonus,
             y if scaled_x is None else scaled_x, scaled_y, y if pairs is None else pairs, totals,
             self._sums(y), layout.plan,
@@ -140,7 +140,7 @@ class VectorScan:
             return initial, final
         states, kept = local
         size, block = num_keys * num_values, 1024
-        carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
+        diag_carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
             states, kept, final if initial is None else initial, final,
             layout.first_segment, layout.segments_per_row, num_heads,
             SIZE=size, BLOCK=block, DECAY=1, REVERSE=reverse, IS_PACKED=layout.is_packed,
@@ -255,7 +255,7 @@ class VectorScan:
         out = v if o is None else o
         is_transposed = rows != self.decays_rows
         grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
-        scaled_scan_kernel[grid](
+        diag_scaled_scan_kernel[grid](
             q, k, v, out, *(v if x is None else x for x in (pairs, totals, kept)), layout.plan,
             *(v if x is None else x for x in (before, final, saved, through)), layout.num_tokens, *self._sizes(),
             *(n for y in (q, k, v, out) for n in (y.stride(0), y.stride(2))),
@@ -288,7 +288,7 @@ class VectorScan:
         a = self.log_decay
         cut = configs.combine_blocks(self.width, y.dtype, self._least(y) < 0)
         grid = layout.num_segments * groups, self.memory[0], triton.cdiv(self.width, cut.columns)
-        combine_kernel[grid](
+        diag_combine_kernel[grid](
             x, y, a, y if self.bonus is None else self.bonus, pairs, scaled_dx, scaled_dy,
             y if through is None else through, totals, dx, y if dy is None else dy, y if d_log is None else d_log,
             y if d_bonus is None else d_bonus, self._sums(y), layout.plan,

@@ -27,7 +27,7 @@ from linear_moe.kernels.triton.layout import chunk_slot, mask_if, segment_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
-def scaled_scan_kernel(
+def diag_scaled_scan_kernel(
     q, k, v, o,
     pairs,  # [L, H, C]
     totals,  # [M, H, D] float32: log2 of what a chunk keeps

@@ -35,7 +35,7 @@ def scale_weak(
     b_pairs, x, y, b_a, b_total, scaled_x, scaled_y, sums, i_D, m_D, x_t, y_t, out_t, left, scale,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of ``scale_kernel``; pairs over scale are added to ``b_pairs``. ``b_a`` [BD, C]: log2 a."""
+    """A block of columns of ``diag_scale_kernel``; adds pairs over scale to ``b_pairs``. ``b_a`` [BD, C]: log2 a."""
     C: tl.constexpr = b_a.shape[1]
     dtype: tl.constexpr = scaled_y.dtype.element_ty
     i_C = tl.arange(0, C)
@@ -66,7 +66,7 @@ def combine_weak(
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, EVERY: tl.constexpr,
     FORWARD: tl.constexpr, HAS_DECAY_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One group of chunks and block of columns of ``combine_kernel``."""
+    """One group of chunks and block of columns of ``diag_combine_kernel``."""
     dtype: tl.constexpr = dx.dtype.element_ty
     i_C, i_D = tl.arange(0, C), i_D[:, None]
     m_D = (i_D < D) | (D % BD == 0)  # [BD, 1]

@@ -44,7 +44,7 @@ class _EditKeys(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(k, logits, scale, strength)
         written, removed, added = (torch.empty_like(k) for _ in range(3))
-        forward_kernel[runs_of_heads(k, RUN)](
+        edit_keys_forward_kernel[runs_of_heads(k, RUN)](
             k, logits, scale.contiguous(), strength.contiguous(), written, removed, added, *k.shape[1:3], EPS,
             *k.stride()[:3], *logits.stride()[:3], *written.stride()[:3], **blocks(k, TILE, RUN),
         )  # fmt: skip
@@ -58,7 +58,7 @@ class _EditKeys(torch.autograd.Function):
         dk, dx = torch.empty_like(k), torch.empty_like(logits)
         runs, heads = runs_of_heads(k, RUN)
         parts = k.new_empty(2, runs, heads, k.shape[-1], dtype=torch.float32)
-        backward_kernel[runs, heads](
+        edit_keys_backward_kernel[runs, heads](
             k, logits, scale.contiguous(), strength.contiguous(), d_written, d_removed, d_added, dk, dx, parts,
             *k.shape[1:3], EPS, *k.stride()[:3], *logits.stride()[:3], *d_written.stride()[:3],
             *d_removed.stride()[:3], *d_added.stride()[:3], *dk.stride()[:3], *dx.stride()[:3],
@@ -69,7 +69,7 @@ class _EditKeys(torch.autograd.Function):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "eps"])
-def forward_kernel(
+def edit_keys_forward_kernel(
     k, logits, scale, strength, written, removed, added, num_tokens, num_heads, eps,
     k_b, k_t, k_h, x_b, x_t, x_h, y_b, y_t, y_h,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
@@ -98,7 +98,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "eps"])
-def backward_kernel(
+def edit_keys_backward_kernel(
     k, logits, scale, strength, d_written, d_removed, d_added, dk, dx, parts, num_tokens, num_heads, eps,
     k_b, k_t, k_h, x_b, x_t, x_h, dw_b, dw_t, dw_h, da_b, da_t, da_h, db_b, db_t, db_h,
     dk_b, dk_t, dk_h, dx_b, dx_t, dx_h,

@@ -57,7 +57,7 @@ class _GatedNorm(torch.autograd.Function):
         ctx.constants = _constants(x, weight, gate, activation)
         ctx.sizes = (x.shape[1], x.shape[2], eps, scale)
         g = x if gate is None else gate
-        forward_kernel[runs_of_heads(x, RUN)](
+        gated_norm_forward_kernel[runs_of_heads(x, RUN)](
             x, x if weight is None else weight.contiguous(), g, y,
             *ctx.sizes, *x.stride()[:3], *g.stride()[:3], *y.stride()[:2], **ctx.constants,
         )  # fmt: skip
@@ -73,7 +73,7 @@ class _GatedNorm(torch.autograd.Function):
         dg = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
         runs, heads = runs_of_heads(x, RUN)
         parts = None if weight is None else x.new_empty(runs, heads, x.shape[-1], dtype=torch.float32)
-        backward_kernel[runs, heads](
+        gated_norm_backward_kernel[runs, heads](
             x, x if weight is None else weight.contiguous(), g, dy, dx,
             dx if dg is None else dg, dx if parts is None else parts,
             *ctx.sizes, *x.stride()[:3], *g.stride()[:3], *dy.stride()[:3], **ctx.constants,
@@ -95,7 +95,7 @@ def _constants(x: Tensor, weight: Tensor | None, gate: Tensor | None, activation
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "eps", "scale"])
-def forward_kernel(
+def gated_norm_forward_kernel(
     x, weight, gate, y, num_tokens, num_heads, eps, scale, x_b, x_t, x_h, g_b, g_t, g_h, y_b, y_t,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, IS_SWISH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_GATE: tl.constexpr, WEIGHT_PER_HEAD: tl.constexpr,
@@ -130,7 +130,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "eps", "scale"])
-def backward_kernel(
+def gated_norm_backward_kernel(
     x, weight, gate, dy, dx, d_gate, parts, num_tokens, num_heads, eps, scale,
     x_b, x_t, x_h, g_b, g_t, g_h, dy_b, dy_t, dy_h,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, IS_SWISH: tl.constexpr,

@@ -66,7 +66,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx.sizes, ctx.constants = (*x.shape[1:3], eps), _constants(x, gate, q, activation)
         y = in_order_of(x if gate is None else gate, x)
         given, strides = _given(x, weight, bias, gate, q, k, v, bonus)
-        forward_kernel[runs_of_heads(x, RUN)](
+        group_norm_forward_kernel[runs_of_heads(x, RUN)](
             *given, y, *ctx.sizes, *strides, *y.stride()[:3], **ctx.constants
         )
         return y
@@ -84,7 +84,7 @@ class _GroupNorm(torch.autograd.Function):
         ]
         parts = x.new_empty(2, runs, heads, x.shape[-1], dtype=torch.float32)
         of_bonus = None if q is None else x.new_empty(runs, heads, q.shape[-1], dtype=torch.float32)
-        backward_kernel[runs, heads](
+        group_norm_backward_kernel[runs, heads](
             *given, dy, *(x if t is None else t for t in (*grads, of_bonus)), parts, *ctx.sizes, *strides,
             *dy.stride()[:3], **ctx.constants,
         )  # fmt: skip
@@ -127,7 +127,7 @@ def _normalized(b_x, m, eps, V: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "eps"])
-def forward_kernel(
+def group_norm_forward_kernel(
     x, weight, bias, gate, q, k, v, bonus, y, num_tokens, num_heads, eps,
     x_b, x_t, x_h, g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
@@ -167,7 +167,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "eps"])
-def backward_kernel(
+def group_norm_backward_kernel(
     x, weight, bias, gate, q, k, v, bonus, dy, dx, d_gate, dq, dk, dv, of_bonus, parts, num_tokens, num_heads, eps,
     x_b, x_t, x_h, g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,

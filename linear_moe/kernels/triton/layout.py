@@ -59,7 +59,7 @@ def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | 
     num_segments = min(num_tokens // segment_size + num_documents + 1, num_tokens)
     plan = torch.zeros(num_segments, 3, dtype=torch.int32, device=cu_seqlens.device)
     first_segment = torch.empty(num_documents + 1, dtype=torch.int32, device=cu_seqlens.device)
-    plan_kernel[(num_documents + 1,)](
+    layout_plan_kernel[(num_documents + 1,)](
         cu_seqlens.contiguous(),
         plan,
         first_segment,
@@ -130,7 +130,7 @@ def segment_of(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_documents", "num_segments", "segment_size"])
-def plan_kernel(
+def layout_plan_kernel(
     cu_seqlens,  # [N + 1]
     plan,  # [S, 3] int32, zeros
     first_segment,  # [N + 1] int32: of each document, and of the tokens after the last one

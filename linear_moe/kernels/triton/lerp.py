@@ -58,7 +58,7 @@ class _Lerp(torch.autograd.Function):
         else:
             y = x.new_empty(num_mixes, rows, num_tokens, width)
         given, strides, constants = _given(x, other, weight, logits, is_sigmoid, num_mixes)
-        forward_kernel[_grid(x)](*given, y, num_tokens, *strides, *y.stride()[:3], **constants)
+        lerp_forward_kernel[_grid(x)](*given, y, num_tokens, *strides, *y.stride()[:3], **constants)
         ctx.strides = y.stride()[1:]
         return y.unbind(0)
 
@@ -75,7 +75,7 @@ class _Lerp(torch.autograd.Function):
         runs, blocks = _grid(x)
         parts = None if weight is None else x.new_empty(runs, *weight.shape, dtype=torch.float32)
         dl = dx.unsqueeze(2) if d_logits is None else d_logits
-        backward_kernel[runs, blocks](
+        lerp_backward_kernel[runs, blocks](
             *given, *dys, dx, d_other, dl, dx if parts is None else parts, x.shape[1], *strides,
             *strides_of_dy, *dx.stride()[:2], *d_other.stride()[:2], *dl.stride()[:3], **constants,
         )  # fmt: skip
@@ -124,7 +124,7 @@ def _share(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def forward_kernel(
+def lerp_forward_kernel(
     x, other, weight, logits, y, num_tokens, x_b, x_t, o_b, o_t, z_b, z_t, z_n, y_n, y_b, y_t,
     N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_LOGITS: tl.constexpr, IS_SIGMOID: tl.constexpr,
@@ -146,7 +146,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def backward_kernel(
+def lerp_backward_kernel(
     x, other, weight, logits, dy_0, dy_1, dy_2, dy_3, dy_4, dy_5, dx, d_other, d_logits, parts, num_tokens,
     x_b, x_t, o_b, o_t, z_b, z_t, z_n, dy_b, dy_t, dx_b, dx_t, do_b, do_t, dz_b, dz_t, dz_n,
     N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,

@@ -47,7 +47,7 @@ class _LogDecay(torch.autograd.Function):
         ctx.save_for_backward(x, rate, bias)
         ctx.sizes, ctx.constants = (*x.shape[1:3], scale), _constants(x, rate, bias, form)
         y = torch.empty_like(x, dtype=torch.float32)
-        forward_kernel[runs_of_heads(x, RUN)](
+        log_decay_forward_kernel[runs_of_heads(x, RUN)](
             *_tensors(x, rate, bias), y, *ctx.sizes, *x.stride()[:3], *y.stride()[:3], **ctx.constants
         )
         return y
@@ -60,7 +60,7 @@ class _LogDecay(torch.autograd.Function):
         runs, heads = runs_of_heads(x, RUN)
         summed = [t for t in (bias, rate) if t is not None]
         parts = x.new_empty(len(summed), runs, heads, x.shape[-1], dtype=torch.float32)
-        backward_kernel[runs, heads](
+        log_decay_backward_kernel[runs, heads](
             *_tensors(x, rate, bias), dy, dx, parts if summed else dx, *ctx.sizes,
             *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], **ctx.constants,
         )  # fmt: skip
@@ -128,7 +128,7 @@ def _slope(z, FORM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "scale"])
-def forward_kernel(
+def log_decay_forward_kernel(
     x, rate, bias, y, num_tokens, num_heads, scale, x_b, x_t, x_h, y_b, y_t, y_h,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, FORM: tl.constexpr,
     HAS_RATE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -153,7 +153,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "scale"])
-def backward_kernel(
+def log_decay_backward_kernel(
     x, rate, bias, dy, dx, parts, num_tokens, num_heads, scale,
     x_b, x_t, x_h, dy_b, dy_t, dy_h, dx_b, dx_t, dx_h,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, FORM: tl.constexpr,

@@ -66,11 +66,11 @@ class _Collect(torch.autograd.Function):
 
 
 def _spread(x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
-    return _move(spread_kernel, place.numel(), x, place, weight)
+    return _move(rows_spread_kernel, place.numel(), x, place, weight)
 
 
 def _collect(x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
-    return _move(collect_kernel, place.shape[0], x, place, weight)
+    return _move(rows_collect_kernel, place.shape[0], x, place, weight)
 
 
 def _move(kernel: Any, num_rows: int, x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
@@ -86,7 +86,7 @@ def _move(kernel: Any, num_rows: int, x: Tensor, place: Tensor, weight: Tensor |
 def _products(a: Tensor, x: Tensor, place: Tensor) -> Tensor:
     """``[S, K]`` float32: each token's row of ``a`` times those of its slots."""
     y, a, x = a.new_empty(place.shape, dtype=torch.float32), rows_together(a), rows_together(x)
-    product_kernel[(place.shape[0],)](
+    rows_product_kernel[(place.shape[0],)](
         a, x, place, y, x.shape[1], a.stride(0), x.stride(0), K=place.shape[1], BLOCK=_block(x), num_warps=4
     )
     return y
@@ -98,7 +98,7 @@ def _block(x: Tensor) -> int:
 
 
 @triton.jit
-def spread_kernel(
+def rows_spread_kernel(
     x, place, weight, y, num_channels, x_s, K: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):
     """y[place] = weight * x. Grid: (S, blocks)."""
@@ -115,7 +115,7 @@ def spread_kernel(
 
 
 @triton.jit
-def collect_kernel(
+def rows_collect_kernel(
     x, place, weight, y, num_channels, x_s, K: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):
     """y = sum of weight * x[place]. Grid: (S, blocks)."""
@@ -133,7 +133,7 @@ def collect_kernel(
 
 
 @triton.jit
-def product_kernel(a, x, place, y, num_channels, a_s, x_s, K: tl.constexpr, BLOCK: tl.constexpr):
+def rows_product_kernel(a, x, place, y, num_channels, a_s, x_s, K: tl.constexpr, BLOCK: tl.constexpr):
     """y[:, j] = a . x[place[:, j]]. Grid: (S,)."""
     token = tl.program_id(0).to(tl.int64)
     for j in tl.static_range(K):

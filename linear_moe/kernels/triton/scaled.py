@@ -32,7 +32,7 @@ class _ScaleHeads(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         y = torch.empty_like(x)
         grid, constants = _plan(x)
-        forward_kernel[grid](x, weight, y, weight.numel(), **constants)
+        scaled_forward_kernel[grid](x, weight, y, weight.numel(), **constants)
         return y
 
     @staticmethod
@@ -41,7 +41,9 @@ class _ScaleHeads(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
         grid, constants = _plan(x)
-        backward_kernel[grid](x, weight, grads[0].contiguous(), dx, d_weight, weight.numel(), **constants)
+        scaled_backward_kernel[grid](
+            x, weight, grads[0].contiguous(), dx, d_weight, weight.numel(), **constants
+        )
         return dx, d_weight
 
 
@@ -53,7 +55,7 @@ def _plan(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward_kernel(x, weight, y, num_rows, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def scaled_forward_kernel(x, weight, y, num_rows, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """y ``[M, V]``. Grid: (tiles of rows,)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i_V = tl.arange(0, BLOCK)
@@ -65,7 +67,7 @@ def forward_kernel(x, weight, y, num_rows, V: tl.constexpr, BLOCK: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def backward_kernel(
+def scaled_backward_kernel(
     x, weight, dy, dx, d_weight, num_rows, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """dx ``[M, V]`` and d_weight ``[M]``. Grid: (tiles of rows,)."""

@@ -7,7 +7,7 @@ y are the vectors along the dimension of the memory that decays, z the others: k
 alike, v and k where columns do, with the memory transposed by its strides. Inside a chunk 2^(..) is a sum of later log
 decays, from chunk to chunk the memory decays by the chunk's total, so nothing is subtracted and no exponent is
 positive. states.py carries the memory from segment to segment. The log decays of chunks, summed backward in time over
-a document by ``after_kernel``, are what the gradient (segment_gradient.py) needs besides the inputs.
+a document by ``segment_after_kernel``, are what the gradient (segment_gradient.py) needs besides the inputs.
 
 Letters: S segments, N documents, H heads, C tokens in a chunk, D width of y, Z of z, BD and BZ blocks of them, M chunks
 (``chunk_slot``), W numbers for each decay: D, or 1 where all rows decay alike. ``Y_PER`` heads share one head of y.
@@ -43,7 +43,7 @@ def sum_of_later(log_a, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
-def local_segment_kernel(
+def segment_local_kernel(
     y, z, log_decay, plan,
     local,  # [S, H, D, Z] float32 (strides S_D, S_Z)
     kept,  # [S, H, W] float32: what a segment keeps of the memory before it
@@ -117,7 +117,7 @@ def local_segment_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row"])
-def after_kernel(
+def segment_after_kernel(
     totals,  # [M, H, W]: log2 of what each chunk keeps; 0 in places without a chunk
     after,  # [M, H, W]: the same of all later chunks of its document
     total,  # [N, H, W]: natural log of what the document keeps

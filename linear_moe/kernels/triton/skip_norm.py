@@ -65,7 +65,7 @@ class _SkipGateNorm(torch.autograd.Function):
         ctx.constants = _constants(x, num_groups, activation, skip is not None, gate is not None)
         ctx.eps = eps
         s, d, g = _given(x, skip, skip_weight, gate)
-        forward_kernel[ctx.grid](
+        skip_norm_forward_kernel[ctx.grid](
             x, s, d, weight.contiguous(), g, y, x.shape[1], eps,
             *x.stride()[:3], *s.stride()[:3], *g.stride()[:3], *y.stride()[:2], **ctx.constants,
         )  # fmt: skip
@@ -82,10 +82,10 @@ class _SkipGateNorm(torch.autograd.Function):
             for t in (x, skip, gate)
         )
         parts = x.new_empty(1 if skip is None else 2, ctx.grid[0], *x.shape[2:], dtype=torch.float32)
-        kernel, constants = backward_kernel, ctx.constants
+        kernel, constants = skip_norm_backward_kernel, ctx.constants
         if constants["W"] > WIDEST:
             rest = max(16, triton.next_power_of_2(constants["W"] - WIDEST))
-            kernel, constants = wide_backward_kernel, constants | dict(BLOCK=WIDEST, REST=rest)
+            kernel, constants = skip_norm_wide_backward_kernel, constants | dict(BLOCK=WIDEST, REST=rest)
         kernel[ctx.grid](
             x, s, d, weight.contiguous(), g, dy, dx, dx if d_skip is None else d_skip, dx if dg is None else dg,
             parts, x.shape[1], ctx.eps,
@@ -120,7 +120,7 @@ def _place(x, row, token, i_head, i_V, x_b, x_t, x_h):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "eps"])
-def forward_kernel(
+def skip_norm_forward_kernel(
     x, skip, skip_weight, weight, gate, y, num_tokens, eps,
     x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h, y_b, y_t,
     H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
@@ -224,7 +224,7 @@ def _store_parts(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "eps"])
-def backward_kernel(
+def skip_norm_backward_kernel(
     x, skip, skip_weight, weight, gate, dy, dx, d_skip, d_gate, parts, num_tokens, eps,
     x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h, dy_b, dy_t, dy_h,
     H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
@@ -297,7 +297,7 @@ def _tile_back(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "eps"])
-def wide_backward_kernel(
+def skip_norm_wide_backward_kernel(
     x, skip, skip_weight, weight, gate, dy, dx, d_skip, d_gate, parts, num_tokens, eps,
     x_b, x_t, x_h, s_b, s_t, s_h, g_b, g_t, g_h, dy_b, dy_t, dy_h,
     H: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, RUN: tl.constexpr,

@@ -23,7 +23,7 @@ Local = tuple[Tensor, Tensor]
 
 
 @triton.jit(do_not_specialize=["num_tokens", "segments_per_row", "num_documents"])
-def local_state_kernel(
+def diag_local_state_kernel(
     k, v, log_decay, sums, plan,
     local,  # [S, H, DK, DV] float32
     totals,  # [S, H] float32: what a segment keeps of the memory before it
@@ -92,7 +92,7 @@ def local_state_kernel(
 
 
 @triton.jit(do_not_specialize=["segments_per_row"])
-def carry_kernel(
+def diag_carry_kernel(
     states,  # [S, H, SIZE] float32: local(s), replaced by the memory before (backward in time: after) each segment
     totals,  # [S, H]
     initial,  # [N, H, SIZE] float32, or nothing

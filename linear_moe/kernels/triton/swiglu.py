@@ -35,7 +35,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         rows, width = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, width)
         if rows:
-            forward_kernel[(rows,)](
+            swiglu_forward_kernel[(rows,)](
                 x, weight.contiguous(), y, width, x.stride(0), BLOCK=_block(width), num_warps=4
             )
         return y
@@ -49,7 +49,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         width = dy.shape[1]
         if dy.shape[0]:
-            backward_kernel[(dy.shape[0],)](
+            swiglu_backward_kernel[(dy.shape[0],)](
                 x, weight.contiguous(), dy, dx, d_weight, width, x.stride(0), BLOCK=_block(width), num_warps=4
             )
         return dx, d_weight
@@ -60,7 +60,7 @@ def _block(width: int) -> int:
 
 
 @triton.jit
-def forward_kernel(x, weight, y, width, x_m, BLOCK: tl.constexpr):
+def swiglu_forward_kernel(x, weight, y, width, x_m, BLOCK: tl.constexpr):
     """y ``[M, F]``. Grid: (M,)."""
     row = tl.program_id(0).to(tl.int64)
     w = tl.load(weight + row).to(tl.float32)
@@ -73,7 +73,7 @@ def forward_kernel(x, weight, y, width, x_m, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(x, weight, dy, dx, d_weight, width, x_m, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(x, weight, dy, dx, d_weight, width, x_m, BLOCK: tl.constexpr):
     """dx ``[M, 2F]`` and d_weight ``[M]``. Grid: (M,)."""
     row = tl.program_id(0).to(tl.int64)
     w = tl.load(weight + row).to(tl.float32)
