@@ -29,8 +29,12 @@ LIMITS = {
     torch.bfloat16: (3e-3, 5e-3),
 }
 """Relative RMS error of outputs and states, and of gradients."""
-OF_SCALED_OUTPUTS, OF_LOG_DECAYS = 4e-3, 1e-2
-"""bfloat16's, of outputs where single elements decay, and of gradients of log decays: docs/kernels.md says why."""
+OF_SCALED_OUTPUTS, OF_LOG_DECAYS, OF_BOTH = 4e-3, 1e-2, 7e-2
+"""bfloat16's, of outputs where single elements decay, and of gradients of log decays: docs/kernels.md says why.
+
+One of a head beside those of its columns is a sum over all tokens and columns of what cancels; an H100 had 4.2 %, the
+interpreter 8 times 0.8 %.
+"""
 ROUNDINGS = 4
 """Or: as much as so many roundings of the inputs change the truth, where much of it cancels."""
 SMALLEST = {torch.float32: 1e-37, torch.float16: 2**-16, torch.bfloat16: 2**-13}
@@ -162,7 +166,7 @@ def judge(call: Call, module: ModuleType | type, device: str) -> dict[str, str]:
         if error <= max(limit, SMALLEST[min(dtype, call.dtype, key=lambda d: d.itemsize)] * largest):
             continue
         shaken = shaken or results(reference, shake(call), shake(call).arguments(device, exact=True), True)
-        cancelling = ROUNDINGS * rms(shaken[name] - x)
+        cancelling = ROUNDINGS * call.slack * rms(shaken[name] - x)
         if not error <= cancelling:
             bad[name] = f"{error / max(rms(x), 1e-300):.2e} (RMS {rms(x):.2e}; roundings: {cancelling:.2e})"
     return bad
@@ -177,7 +181,8 @@ def limit_of(call: Call, name: str) -> float:
     if dtype == torch.bfloat16 and call.is_per_element:
         of_outputs = OF_SCALED_OUTPUTS
     if dtype == torch.bfloat16 and "log_decay" in name:
-        of_gradients = OF_LOG_DECAYS
+        has_both = name == "grad log_decay" and "log_decay_v" in call.tensors
+        of_gradients = OF_BOTH if has_both else OF_LOG_DECAYS
     slack = call.slack if dtype.itemsize == 2 else 1.0
     return slack * (of_gradients if name.startswith("grad") else of_outputs) / (8 if call.is_bfloat16 else 1)
 
