@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # All that one GPU is needed for, in calls of less than ten minutes; each leaves its files in OUTPUT_FOLDER.
 # Usage: bash benchmarks/gpu_session.sh STAGE OUTPUT_FOLDER [FOLDER_OF_WHEELS]
-#   tests     the tests marked gpu
+#   tests     the tests marked gpu, but for
+#   random    hundreds of random calls, and a trial of each of their kinds
 #   kernels   fused operators against definition, softmax attention and the floor
 #   peers     flash-linear-attention beside them (its wheels in FOLDER_OF_WHEELS/peers); the same OUTPUT_FOLDER goes on
 #   mixers    a step of every mixer at A0.3B, bfloat16 against float32; then the recall table
 #   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile; two micro-batches where
 #             64k tokens at once, 105 GiB, do not fit
 #   decode    time per token at ever later positions
-# Order: as listed; what is right and faster than chunked torch then becomes the default (kernels/dispatch.py).
+# Wheels, where they are not installed: megatron-core, nvidia-cuda-nvcc, pytest-timeout, pytest-xdist and execnet.
 set -uo pipefail
 cd -- "$(dirname -- "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
 if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
 install() { # a module and its wheels, where there are some and it does not import
@@ -27,12 +28,14 @@ export PYTHON PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || exit
 case $stage in
-tests)
+tests | random)
     # only files that have such tests: others do not import without flash-linear-attention, and then nothing would run
-    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort -r)
+    drawn=(tests/kernels/test_random_calls.py tests/kernels/test_trial.py)
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -vxF "$(printf '%s\n' "${drawn[@]}")" | sort -r)
+    [ "$stage" = tests ] || files=("${drawn[@]}")
     # interrupted, pytest still says what has failed so far
     timeout --foreground -s INT -k 20 530 "$PYTHON" -m pytest "${files[@]}" -m gpu -n 16 --maxschedchunk 2 -q --tb=short -p no:warnings --timeout 300 2>&1 |
-        tee "$out/gpu_tests.log" | tail -n 60 ;;
+        tee "$out/gpu_$stage.log" | tail -n 60 ;;
 kernels) "$PYTHON" -m linear_moe.bench kernels --who ours torch --processes 14 --minutes 9 --output "$out/kernels" ;;
 peers) "$PYTHON" -m linear_moe.bench kernels --who fla --parts time memory --processes 15 --minutes 9 --output "$out/kernels" ;;
 mixers)
@@ -45,5 +48,5 @@ step)
     # shellcheck disable=SC2086
     "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
-*) echo "gpu_session.sh: $stage is no stage; there are tests, kernels, peers, mixers, step and decode" >&2; exit 2 ;;
+*) echo "gpu_session.sh: $stage is no stage; there are tests, random, kernels, peers, mixers, step and decode" >&2; exit 2 ;;
 esac
