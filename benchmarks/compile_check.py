@@ -67,6 +67,7 @@ AROUND = {
     "edit_keys": ("",),
     "gated_group_norm": ("alone", "own"),
     "conv_and_split": ("",),
+    "rms_norm": ("", "wide"),
     "skip_gate_norm": ("skip", "alone", "wide"),
     "adam_": ("",),
 }
@@ -230,6 +231,9 @@ def _around(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: i
         given |= {} if kind == "weight" else {"logits": ones(1, 2048, mixes, heads * num_keys)}
         given |= {"activation": "sigmoid"} if kind == "share" else {}
         return {"x": ones(1, 2048, heads * num_keys), "other": ones(1, 2048, heads * num_keys), **given}
+    if op == "rms_norm":
+        width = 8 * num_keys if kind == "wide" else num_keys
+        return {"x": ones(1, 2048, width), "weight": ones(width)}
     if op == "edit_keys":
         return {"k": x, "logits": x, "scale": ones(heads, num_keys), "strength": ones(heads, num_keys)}
     if op == "gated_group_norm":

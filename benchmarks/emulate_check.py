@@ -162,6 +162,9 @@ def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int) -> d
     if op == "conv_and_split":
         x, widths = normal(2, tokens, 2, num_keys + num_values), (num_keys // 2, num_keys // 2, num_values)
         return {"x": x, "weight": normal(2, num_keys, 4), "widths": widths, "activation": "silu"}
+    if op == "rms_norm":
+        width = 8 * num_keys if kind == "wide" else num_keys
+        return {"x": normal(2, tokens, width), "weight": normal(width)}
     heads, tokens = (5120 // num_keys, tokens // 14) if kind == "wide" else (2, tokens)
     x, weight = normal(2, tokens, heads, num_keys), normal(heads, num_keys)
     if kind == "alone":

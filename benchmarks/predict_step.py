@@ -51,7 +51,7 @@ PARTS = {
     "scan": r"triton/(diag|delta|dplr|decay|states|segment|chunk)",
     "norm and gate of outputs": r"gated_norm|group_norm|skip_norm|lsm/output",
     "gates and splits of mixers": r"lsm/|scaled|log_decay|bounded_decay|lerp|edit_keys|random\.py",
-    "norms": r"model/norm",
+    "norms": r"model/norm|triton/rms_norm",
     "residual stream": r"fused_bias_dropout|several readers",
     "output loss": r"output_loss|cross_entropy|pretrain.py:loss",
     "gradients into float32": r"distributed/|optimizer_step\.py:(hook|_clear_stale)",

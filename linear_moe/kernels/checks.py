@@ -199,6 +199,15 @@ def check_gated_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, acti
         fail("activation", f"is {activation!r}", "there is no other", '"swish" or "sigmoid"')
 
 
+def check_norm(x: Tensor, weight: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.rms_norm` takes."""
+    _check_float("x", x, x.device)
+    if x.ndim != 3:
+        fail("x", f"has shape {show(x.shape)}", "x is [B, T, D]", "x.flatten(0, -2)[None]")
+    _check_float("weight", weight, x.device)
+    _check_shape("weight", weight, x.shape[2:], "[D]")
+
+
 def check_scaled(x: Tensor, weight: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.scale_heads` takes."""
     check_gated_norm(x, None, None, "swish")

@@ -32,6 +32,7 @@ from linear_moe.kernels import (
     lerp,
     log_decay,
     reference,
+    rms_norm,
     rotary,
     rows,
     scaled,
@@ -158,6 +159,11 @@ def _takes_group(x: Tensor, *others: Any, num_groups: int = 1, **options: Any) -
     return x.shape[2] * x.shape[3] <= 8192 * num_groups
 
 
+def _takes_stream(x: Tensor, *others: Any, **options: Any) -> bool:
+    """Hidden sizes up to 8192, of any tokens: a program has whole ones in registers."""
+    return x.shape[-1] <= 8192
+
+
 def _takes_mixes(
     x: Tensor, other: Tensor, weight: Tensor | None = None, logits: Tensor | None = None, **options: Any
 ) -> bool:
@@ -252,6 +258,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("gated_group_norm", gated_norm, "group_norm", _takes_read),
         _operation("scale_heads", scaled, "scaled", _takes_width),
         _operation("rotate_heads", rotary, "rotary"),
+        _operation("rms_norm", rms_norm, "rms_norm", _takes_stream),
         _operation("skip_gate_norm", skip_norm, "skip_norm", _takes_group),
         _operation("cross_entropy_", cross_entropy, "cross_entropy"),
         _operation("spread_rows", rows, "rows"),

@@ -274,6 +274,28 @@ def gated_rms_norm(
     return dispatch.run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
 
 
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """RMS norm of tokens, ``x / sqrt(mean(x^2) + eps) * weight``, and x itself, for whoever adds to it.
+
+    The gradient of x is that of the norm plus that of what was passed on: where a residual stream goes by the norm, the
+    two are added in the norm's backward pass, and not by one of their own. Computes in float32, or float64 for float64
+    inputs, and keeps only its inputs for the backward pass.
+
+    Args:
+        x: ``[B, T, D]``, any float dtype, any strides.
+        weight: ``[D]``.
+        eps: added to the mean square.
+
+    Returns:
+        ``[B, T, D]`` in x's dtype, and x.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.check_norm(x, weight)
+    return cast(tuple[Tensor, Tensor], dispatch.run("rms_norm", x, x, weight, eps=eps))
+
+
 def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
     """Each head of a token times its number: ``weight[..., None] * x``.
 

@@ -286,6 +286,15 @@ def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) ->
     return found[0], found[1]
 
 
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """One token after the other."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    normed = [
+        x_D / (x_D.square().mean() + eps).sqrt() * weight.to(dtype) for x_D in x.to(dtype).flatten(0, 1)
+    ]
+    return torch.stack(normed).view(x.shape).to(x.dtype), x
+
+
 def skip_gate_norm(
     x: Tensor,
     skip: Tensor | None,

@@ -17,7 +17,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from linear_moe.model.attention import CoreAttention
 from linear_moe.model.column_linear import ColumnLinear
 from linear_moe.model.experts import GroupedExperts, SequentialExperts
-from linear_moe.model.norm import LayerNorm, RMSNorm
+from linear_moe.model.norm import LayerNorm, ResidualRMSNorm, RMSNorm
 
 
 class LinearMoEBackend(BackendSpecProvider):
@@ -51,9 +51,9 @@ class LinearMoEBackend(BackendSpecProvider):
         return None
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
-        """Builder of a norm, called with ``config, hidden_size, eps``."""
-        del for_qk, has_residual
-        return RMSNorm if rms_norm else LayerNorm
+        """Builder of a norm, called with ``config, hidden_size, eps``; ``has_residual``: it may pass its input on."""
+        del for_qk
+        return (ResidualRMSNorm if has_residual else RMSNorm) if rms_norm else LayerNorm
 
     def core_attention(self) -> type:
         """Softmax attention between projections."""

@@ -11,10 +11,14 @@ the parameter makes Megatron's ``finalize_model_grads`` add them up.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
+
+from linear_moe.kernels import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -30,15 +34,28 @@ class RMSNorm(torch.nn.Module):
         self.narrows = config.fp32_residual_connection
         self.weight = _parameter(config, hidden_size, 0.0 if self.zero_centered else 1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Normalise ``x``."""
-        dtype = self.weight.dtype if self.narrows else x.dtype
+        return self._normed(x)[0]
+
+    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight: Tensor = self.weight
         if self.zero_centered:
             # In half precision 1 + weight would be 1 for offsets that matter over a whole model.
-            exact = torch.promote_types(x.dtype, torch.float32)
-            weight = 1.0 + self.weight.to(exact)
-            return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(dtype)
+            weight = 1.0 + weight.to(torch.promote_types(x.dtype, torch.float32))
+        y, passed = rms_norm(x.reshape(1, -1, x.shape[-1]), weight, eps=self.eps)
+        return y.view(x.shape).to(self.weight.dtype if self.narrows else x.dtype), passed.view(x.shape)
+
+
+class ResidualRMSNorm(RMSNorm):
+    """The norm at the start of a residual branch; gives ``x`` too, which Megatron's layer adds to what comes out of it.
+
+    The gradients of the two are added in one pass. Kept apart: recomputed on its own, a norm must not give its input.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise ``x``, and pass it on."""
+        return self._normed(x)
 
 
 class LayerNorm(torch.nn.Module):

@@ -78,7 +78,8 @@ def layer_spec(config: LinearMoEConfig, backend: LinearMoEBackend, kind: str, is
     half of a layer do nothing.
     """
     assert not backend.fuse_layernorm_and_linear(), "norms are modules of their own here: keys stay the same"
-    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
+    has_residual = not _recomputes_norms(config)
+    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", has_residual=has_residual)
     token_mixer = softmax_spec(config, backend) if kind == SOFTMAX else mixer_spec(kind)
     submodules = TransformerLayerSubmodules(
         input_layernorm=norm, self_attention=token_mixer, self_attn_bda=get_bias_dropout_add
@@ -88,6 +89,11 @@ def layer_spec(config: LinearMoEConfig, backend: LinearMoEBackend, kind: str, is
         submodules.mlp = _feed_forward(config, backend, is_moe)
         submodules.mlp_bda = get_bias_dropout_add
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def _recomputes_norms(config: LinearMoEConfig) -> bool:
+    """Megatron then frees all that a norm gives, which its input must not be."""
+    return config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
 
 
 def _feed_forward(config: LinearMoEConfig, backend: LinearMoEBackend, is_moe: bool) -> Any:

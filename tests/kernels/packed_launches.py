@@ -101,6 +101,7 @@ def small(op: str, _: str, boundaries: tuple[int, ...]) -> None:
     inputs = {
         "short_conv": [x, token(HEADS, WIDTH, 4)],
         "gated_rms_norm": [x, token(WIDTH), token(1, tokens, HEADS, WIDTH)],
+        "rms_norm": [token(1, tokens, WIDTH), token(WIDTH)],
         "weighted_swiglu": [token(tokens, 2 * WIDTH), per_token],
         "spread_rows": [token(tokens, WIDTH)],
         "collect_rows": [token(2 * tokens, WIDTH)],
@@ -113,12 +114,15 @@ def small(op: str, _: str, boundaries: tuple[int, ...]) -> None:
         both_ways(operation(x, x, torch.zeros(1, tokens, WIDTH // 2)), [x])
     elif op.endswith("_rows"):
         both_ways([operation(*inputs, order, order.view(-1, 2))], inputs)
+    elif op == "rms_norm":
+        both_ways(operation(*inputs), inputs)
     else:
         both_ways([operation(*inputs)], inputs)
 
 
 SMALL = (
-    "short_conv", "gated_rms_norm", "rotate_heads", "weighted_swiglu", "spread_rows", "collect_rows", "cross_entropy_",
+    "short_conv", "gated_rms_norm", "rms_norm", "rotate_heads", "weighted_swiglu", "spread_rows", "collect_rows",
+    "cross_entropy_",
 )  # fmt: skip
 CALLS = [(scan, op, kind) for op, kinds in KINDS.items() for kind in kinds] + [
     (small, op, "") for op in SMALL

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 from random_calls import FULL, PER_GEOMETRY, SMALL, Call, Dice, Size, judge
 from random_scans import KINDS, LOW_RANK, SEGMENTS, scan
-from random_small import OPERATIONS, rotate_heads
+from random_small import OPERATIONS, rms_norm, rotate_heads
 from scan_cases import poison_empty
 
 from linear_moe import kernels
@@ -59,6 +59,8 @@ def _plan() -> dict[str, tuple[Draw, torch.dtype]]:
         add(partial(scan, f"{LOW_RANK}_segment", kind), dtype, f"{LOW_RANK}_segment", kind)
     for dtype in HALVES[1:]:
         add(rotate_heads, dtype, "rotate_heads")
+    for dtype in HALVES[1:]:
+        add(rms_norm, dtype, "rms_norm")
     return found
 
 

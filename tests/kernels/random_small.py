@@ -177,4 +177,25 @@ def run_rotary(module: ModuleType | type, call: Call, given: dict[str, Tensor]) 
     return dict(zip(("q", "k"), module.rotate_heads(**given, **call.options), strict=True))
 
 
+def rms_norm(dtype: torch.dtype, size: Size, dice: Dice) -> Call:
+    """Tokens of a residual stream, narrow and wide; rows that are nearly zero, where eps counts."""
+    geometry = dice.geometry
+    width = geometry.choice([dice.dim(size.dim), geometry.randint(1, 16 * size.dim), 8 * size.dim])
+    shape = geometry.randint(1, size.batch), dice.tokens(size), width
+    call = Call("rms_norm", dtype, [f"{list(shape)}"], run=run_stream)
+    call.tensors = {"x": dice.normal(*shape), "weight": dice.normal(width)}
+    call.tensors["x"][dice.uniform(*shape[:2]) < 0.1] *= 1e-3
+    call.layouts = {"x": dice.layout()}
+    call.options = dict(eps=geometry.choice([1e-6, 1e-5]))
+    call.wide = frozenset({"weight"} if geometry.random() < 0.3 else ())
+    call.upstream = dice.own.choice(["both", "y", "passed", "sum"])
+    rounded(call)
+    return call
+
+
+def run_stream(module: ModuleType | type, call: Call, given: dict[str, Tensor]) -> Outputs:
+    """The norm, and what is passed on."""
+    return dict(zip(("y", "passed"), module.rms_norm(**given, **call.options), strict=True))
+
+
 OPERATIONS = (short_conv, gated_rms_norm, cross_entropy_, spread_rows, collect_rows, weighted_swiglu)

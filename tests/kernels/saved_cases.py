@@ -171,6 +171,7 @@ add(
 )
 add("heads times a number", "scale_heads", dict(x=KEY, weight=SCALAR))
 add("rotary positions", "rotate_heads", dict(q=KEY, k=KEY), angles=torch.randn(1, TOKENS, KEYS // 2))
+add("norm of a residual stream", "rms_norm", dict(x=(TOKENS, KEYS), weight=(KEYS,)))
 add(
     "skip, gate and norm",
     "skip_gate_norm",

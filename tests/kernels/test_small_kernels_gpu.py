@@ -63,6 +63,13 @@ def skip_norm(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
+def stream(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
+    x = t["x"]
+    y, passed = module.rms_norm(x, t["weight"].repeat(5))
+    tall, _ = module.rms_norm(x.unflatten(-1, (5, 128)).flatten(1, 2)[..., :96], t["bias"][:96])
+    return [y, passed + t["gate"], tall]
+
+
 def rotary(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
     q, k = t["x"].unflatten(-1, (5, 128)).split([4, 1], dim=2)
     whole, part = t["angles"].detach(), t["angles"][..., :16].detach()
@@ -97,7 +104,7 @@ def rwkv(module: ModuleType, t: dict[str, Tensor]) -> list[Tensor]:
 
 
 CALLS: dict[str, Call] = {
-    **{f.__name__: f for f in (short_conv, gated_norm, skip_norm, log_decay, bounded_decay, rows)},
+    **{f.__name__: f for f in (short_conv, gated_norm, skip_norm, stream, log_decay, bounded_decay, rows)},
     **{f.__name__: f for f in (cross_entropy, unit, rotary, rwkv)},
 }
 WIDE = ("factor", "angles", "bias")

@@ -6,7 +6,10 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from linear_moe.model.norm import LayerNorm, RMSNorm
+from linear_moe.model.backend import make_backend
+from linear_moe.model.config import LinearMoEConfig
+from linear_moe.model.norm import LayerNorm, ResidualRMSNorm, RMSNorm
+from linear_moe.model.specs import layer_spec
 from tests.workers import with_model_parallel
 
 SIZE, EPS = 6, 1e-3
@@ -66,6 +69,36 @@ def test_small_offsets_from_one_are_kept():
     x = torch.randn(4096, SIZE).bfloat16()
     ratio = norm(x).double() / by_definition("RMSNorm", x.double(), 1.0)
     assert ratio.mean().item() == pytest.approx(1 + 1 / 500, abs=5e-4)
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_a_residual_goes_by_the_norm(zero_centered):
+    """Its gradient is added to the norm's, and nothing is copied."""
+    options = config(params_dtype=torch.float64, layernorm_zero_centered_gamma=zero_centered)
+    norm, plain = ResidualRMSNorm(options, SIZE, EPS), RMSNorm(options, SIZE, EPS)
+    assert list(norm.state_dict()) == list(plain.state_dict())
+    x = torch.randn(5, 2, SIZE, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(x)
+    y, residual = norm(x)
+    assert residual.data_ptr() == x.data_ptr() and torch.equal(residual, x) and torch.equal(y, plain(x))
+    found, true = ((a + b.cos() * direction).square().sum() for a, b in ((y, residual), (plain(x), x)))
+    torch.testing.assert_close(*(torch.autograd.grad(z, x) for z in (found, true)), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_layers_pass_their_residual_on(recomputed):
+    """But for norms that are recomputed: what those give is freed."""
+    chosen = dict(recompute_granularity="selective", recompute_modules=["layernorm"]) if recomputed else {}
+    options = LinearMoEConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        layer_kinds=["gla"],
+        normalization="RMSNorm",
+        **chosen,
+    )
+    layer = layer_spec(options, make_backend("local"), "gla", False).submodules
+    assert layer.input_layernorm is layer.pre_mlp_layernorm is (RMSNorm if recomputed else ResidualRMSNorm)
 
 
 def weight_gradients(rank: int, world_size: int, sequence_parallel: bool) -> list[torch.Tensor]:
