@@ -112,10 +112,14 @@ def chosen(routing_map: Tensor, per_token: int) -> Tensor:
 
     A row with fewer, of a padded token, gets others, whose probability is 0.
     """
-    expert_E = torch.arange(routing_map.shape[1], device=routing_map.device)
-    key_NE = torch.where(routing_map, len(expert_E) - expert_E, -1 - expert_E)
-    key_Nk = key_NE.topk(per_token, dim=1).values
-    return torch.where(key_Nk > 0, len(expert_E) - key_Nk, -1 - key_Nk)
+    num_experts = routing_map.shape[1]
+    # A GPU reads a row once for every two bits of a key: of one byte, 4 times, of int64, 32 times.
+    dtype = torch.int8 if num_experts <= 127 else torch.int16
+    assert num_experts <= torch.iinfo(dtype).max
+    expert_E = torch.arange(num_experts, dtype=dtype, device=routing_map.device)
+    key_NE = torch.where(routing_map, num_experts - expert_E, -1 - expert_E)
+    key_Nk = key_NE.topk(per_token, dim=1).values.long()
+    return torch.where(key_Nk > 0, num_experts - key_Nk, -1 - key_Nk)
 
 
 def _is_local(config: TransformerConfig, ep_size: int, tp_size: int) -> bool:

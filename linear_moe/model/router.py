@@ -1,5 +1,10 @@
 """Megatron's router without float32 copies of its input, and with a balance loss that weighs the same in every layout.
 
+A balance loss counts the experts that tokens chose. Megatron chooses them once more for it, of probabilities; here the
+first choice is counted where it is the same one: the softmax is monotonous, and of equal numbers torch takes those that
+it would take of any others in this order. (Two logits that differ may have one probability. Then Megatron may count
+another expert than the token goes to.)
+
 Logits are float32, of bfloat16 tokens and weights: products of two bfloat16 are exact there, so tensor cores compute
 them as well as float32 copies would. Going back, a float32 gradient is two bfloat16, which differ from it by 2^-17:
 
@@ -28,6 +33,8 @@ class Router(TopKRouter):
 
     _mean_tokens: Tensor | None = None
     """Such tokens of the micro-batch, over ranks that share it; ``None`` without padding."""
+    _is_choosing = False
+    """Whether the loss waits for the choice."""
 
     def gating(self, input: Tensor) -> Tensor:
         """``[.., D]`` to logits ``[.., E]``, as Megatron's."""
@@ -44,7 +51,46 @@ class Router(TopKRouter):
             if self.tp_cp_group.size() > 1:
                 dist.all_reduce(self._mean_tokens, group=self.tp_cp_group)
             self._mean_tokens /= self.tp_cp_group.size()
-        return super().routing(logits, padding_mask)
+        if not self._counts_its_choice():
+            return super().routing(logits, padding_mask)
+        self._is_choosing = True
+        try:
+            probs_NE, chosen_NE = super().routing(logits, padding_mask)
+        finally:
+            self._is_choosing = False
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            probs_NE = self._balanced(probs_NE, chosen_NE, logits, padding_mask)
+        return probs_NE, chosen_NE
+
+    def is_aux_loss_enabled(self) -> bool:
+        """As Megatron's, but not while it chooses."""
+        return not self._is_choosing and super().is_aux_loss_enabled()
+
+    def _counts_its_choice(self) -> bool:
+        """Whether nothing but scores decides where tokens go."""
+        config = self.config
+        return (
+            self.score_function == "softmax"
+            and self.routing_type not in ("sinkhorn", "quantile_balancing")
+            and config.moe_router_num_groups is None
+            and config.moe_expert_capacity_factor is None
+            and not config.moe_router_fusion
+            and self.expert_bias is None
+            and self.router_replay is None
+        )
+
+    def _balanced(
+        self, probs_NE: Tensor, chosen_NE: Tensor, logits: Tensor, padding_mask: Tensor | None
+    ) -> Tensor:
+        """The probabilities, with the gradients of all balance losses attached."""
+        scores_NE = torch.softmax(logits.view(probs_NE.shape), dim=-1, dtype=torch.float32)
+        if padding_mask is not None:
+            is_token_N1 = ~padding_mask.reshape(-1, 1)
+            scores_NE, chosen_NE = scores_NE * is_token_N1, chosen_NE & is_token_N1
+        counted: Any = dict(with_padding_mask=padding_mask is not None)
+        probs_NE = self._apply_aux_loss(probs_NE, scores_NE, chosen_NE, **counted)
+        probs_NE = self._apply_seq_aux_loss(probs_NE, scores_NE, chosen_NE, *logits.shape[:2], **counted)
+        return self._apply_global_aux_loss(probs_NE, scores_NE, chosen_NE, **counted)
 
     def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Megatron's, with this count."""

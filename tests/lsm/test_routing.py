@@ -34,7 +34,11 @@ def expected(choice: list[list[int]], run: list[int], num_runs: int, limit: int 
 
 
 @pytest.mark.parametrize("limit", [None, 3, 1])
-@pytest.mark.parametrize("run", [[0] * 40, [0] * 7 + [1] * 20 + [3] * 13], ids=["one", "four, one empty"])
+@pytest.mark.parametrize(
+    "run",
+    [[0] * 40, [0] * 7 + [1] * 20 + [3] * 13, [*range(60, 100)]],
+    ids=["one", "four, one empty", "more keys than a byte has"],
+)
 def test_slots_are_sorted_by_memory_run_and_time(run, limit):
     num_runs = max(run) + 1
     choice = choices(40)

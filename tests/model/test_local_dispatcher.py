@@ -159,3 +159,7 @@ def test_inputs_that_cannot_be_made_again(gloo: Any, options: dict[str, Any]) ->
 def test_experts_in_rising_order_and_others_where_too_few() -> None:
     routing_map = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
     assert chosen(routing_map, 2).tolist() == [[1, 3], [0, 3], [2, 0], [0, 1]]
+    for num_experts in (127, 128, 1000):
+        best_Nk = torch.rand(20, num_experts).topk(5).indices.sort().values
+        found = chosen(torch.zeros(20, num_experts, dtype=torch.bool).scatter(1, best_Nk, True), 5)
+        assert found.dtype == torch.int64 and torch.equal(found, best_Nk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from linear_moe.model import router
 from linear_moe.model.router import in_halves, logits
+from tests.workers import with_model_parallel
 
 
 def test_a_gradient_is_the_sum_of_two_halves() -> None:
@@ -52,12 +54,75 @@ def test_a_loss_weighs_by_the_tokens_that_are_no_padding(
     monkeypatch.setattr(router.dist, "all_reduce", lambda x, group: x.add_(5 if group.size() == 2 else 99))
     one = object.__new__(router.Router)
     one.tp_cp_group = group
+    monkeypatch.setattr(router.Router, "_counts_its_choice", lambda self: False)
     is_padding = torch.tensor([[False, False, True], [False, False, True]])
     assert one.routing(torch.zeros(6, 4), is_padding) is is_padding
     given = one.attach_and_log_load_balancing_loss(aux_loss=1.0)
     assert given == {"aux_loss": 1.0, "valid_token_count": torch.tensor(count)}
     one.routing(torch.zeros(6, 4))
     assert one.attach_and_log_load_balancing_loss() == {}, "the next micro-batch has no padding"
+
+
+def routed(rank: int, world_size: int, options: dict[str, Any], is_padded: bool) -> list[list[Any]]:
+    """Probabilities, choice and gradient of Megatron's router and of ours, and how often each took a top-k.
+
+    Weights that are small integers, so that many logits of a token are equal.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    defaults: dict[str, Any] = dict(
+        num_layers=1, hidden_size=6, num_attention_heads=2, num_moe_experts=64, moe_router_topk=8,
+        moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.3, moe_router_dtype="fp32",
+        add_bias_linear=False,
+    )  # fmt: skip
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    found, draw = [], torch.Generator().manual_seed(1)
+    x_TBD, up = torch.randint(-1, 2, (30, 3, 6), generator=draw).float(), torch.randn(90, 64, generator=draw)
+    weight_ED = torch.randint(-1, 2, (64, 6), generator=draw).float()
+    padding_TB = torch.arange(30)[:, None] >= torch.tensor([30, 20, 7]) if is_padded else None
+    with with_model_parallel(tp=1):
+        for kind in (TopKRouter, router.Router):
+            config = TransformerConfig(**(defaults | options))
+            one = kind(config, ProcessGroupCollection.use_mpu_process_groups())
+            one.layer_number = 1
+            one.weight.data.copy_(weight_ED)
+            with mock.patch.object(torch, "topk", wraps=torch.topk) as topk:
+                probs, chosen = one(x_TBD, padding_TB)
+            (probs * up).sum().backward()
+            found.append([probs.detach(), chosen, one.weight.grad, topk.call_count])
+    return found
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moe_router_pre_softmax": True, "moe_router_load_balancing_type": "seq_aux_loss"},
+        {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.2, 0.1]},
+        {"moe_z_loss_coeff": 0.1},
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_expert_capacity_factor": 1.0},
+    ],
+    ids=["after", "sequence, before", "two losses", "of logits too", "sigmoid", "dropped"],
+)
+def test_routes_and_balances_as_megatron_with_one_choice(
+    gloo: Any, options: dict[str, Any], is_padded: bool
+) -> None:
+    """To the bit, where most tokens have equal logits; and of more than scores, as often as Megatron.
+
+    A gradient of three terms, with one of the logits' own, is added in another order.
+    """
+    ((stock, ours),) = gloo(1, routed, options, is_padded)
+    for truth, found in zip(stock[:3], ours[:3], strict=True):
+        if truth is stock[2] and "moe_z_loss_coeff" in options:
+            torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(found, truth)
+    once = not options.keys() & {"moe_router_score_function", "moe_expert_capacity_factor"}
+    assert stock[3] - ours[3] == once and stock[2].abs().max() > 0
 
 
 HALF, WHOLE = torch.bfloat16, torch.float32
