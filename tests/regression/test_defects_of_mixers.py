@@ -73,7 +73,8 @@ def at_once_and_by_steps(layer: Any, length: int) -> dict[str, Any]:
         out, bias = layer.self_attention(x_TBD)
         assert out.shape == x_TBD.shape and bias is None
         found, _ = layer(x_TBD, attention_mask=None)
-        for x_1BD in layer.input_layernorm(x_TBD).split(1):
+        normed_TBD, _ = layer.input_layernorm(x_TBD)
+        for x_1BD in normed_TBD.split(1):
             mixed.append(layer.self_attention(x_1BD, inference_context=context)[0])
             context.sequence_len_offset += 1
     return {
