@@ -6,7 +6,7 @@ Letters: B rows, T tokens, N runs, H heads here, G groups here, W fused width, C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +81,44 @@ def _convolved(
     x_BTHW, widths, tail = _biased(table, x_BTHW, w), tuple(p.width for p in table), None
     if weight is None:
         # Time first, as Megatron has it in memory, so that their gradients, laid side by side, need no copy.
-        parts = [part.transpose(0, 1) for part in x_BTHW.transpose(0, 1).split(widths, dim=-1)]
+        x_TBHW = x_BTHW.transpose(0, 1)
+        found = _Parts.apply(widths, x_TBHW) if x_TBHW.requires_grad else x_TBHW.split(widths, dim=-1)
+        parts = [part.transpose(0, 1) for part in found]
     else:
         *parts, tail = conv_and_split(
             x_BTHW, weight, bias, widths=widths, activation=activation, state=state, cu_seqlens=cu_seqlens
         )
     return dict(zip([p.name for p in table], parts, strict=True)), tail
+
+
+class _Parts(torch.autograd.Function):
+    """``x.split(widths, dim=-1)``, whose gradients are laid side by side in words of up to 16 bytes.
+
+    A GPU finds the place of every number of strided tensors by several divisions: of two bytes each, at a third of what
+    its memory gives (10.4 ms of a step of 518, measured).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, widths: tuple[int, ...], x_TBHW: Tensor) -> tuple[Tensor, ...]:
+        return x_TBHW.split(widths, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        if torch.is_grad_enabled():  # to be differentiated again, which words cannot
+            return None, torch.cat(grads, dim=-1)
+        rows = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
+        words = (torch.complex128, torch.int64, torch.int32, grads[0].dtype)
+        word = next(word for word in words if all(_has_words(x, word) for x in rows))
+        return None, torch.cat([x.view(word) for x in rows], dim=-1).view(grads[0].dtype)
+
+
+def _has_words(x: Tensor, word: torch.dtype) -> bool:
+    """Whether each row of ``x`` consists of them, so that it can be viewed as such."""
+    if word == x.dtype:
+        return True
+    number, rest = divmod(word.itemsize, x.itemsize)
+    lengths = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
+    return x.stride(-1) == 1 and rest == 0 and all(n % number == 0 for n in lengths)
 
 
 def positions(x_BTHW: Tensor, length_N: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
