@@ -8,6 +8,7 @@ memory (right since 13.1, fla-org/flash-linear-attention#1262).
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -37,9 +38,8 @@ def obstacle() -> str | None:
     else a CUDA toolkit's. So it does where ``TRITON_PTXAS_PATH`` names an old one: torch.compile sets it to the 13.0
     that torch brings.
     """
-    from triton import knobs  # only now: it takes a second
-
-    theirs = knobs.nvidia.ptxas
+    # only now: it takes a second; and not as a statement: transformers asks for what an exported model's files import
+    theirs: Any = importlib.import_module("triton.knobs").nvidia.ptxas
     if _numbers(theirs.version) >= OLDEST:
         return None
     why = f"ptxas {theirs.version} miscompiles them for this GPU"
