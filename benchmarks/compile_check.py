@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -26,7 +27,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,10 +38,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.backends.nvidia import compiler
 
 from linear_moe import kernels
-from linear_moe.kernels import dispatch
+from linear_moe.kernels import assembler, dispatch
 from linear_moe.kernels.triton import configs
 
 REGISTERS = 65536
@@ -138,6 +138,8 @@ def compiling_only(call: str, arch: int = 90) -> Iterator[list[Row]]:
             rows.append(_row(call, kernel, kwargs, time.perf_counter() - start, arch))
         return kernel
 
+    if arch == 90:
+        assembler.obstacle()  # sets the one that runs there, if it is installed
     obstacle = lambda device, dtype: None  # noqa: E731  # compiled only
     table = {
         op: tuple(dataclasses.replace(b, obstacle=obstacle) if b.name == "triton" else b for b in backends)
@@ -168,8 +170,8 @@ def check(
             for decoupled in (False, True):
                 kernels.adam_(**parameter(5000, dtype), **STEP, decoupled=decoupled)
         return rows
-    make = _around if op in AROUND else partial(_inputs, packed=packed)
-    inputs = make(op, kind, dtype, num_keys, num_values)
+    make = _around if op in AROUND else _inputs
+    inputs = make(op, kind, dtype, num_keys, num_values, packed)
     with compiling_only(name, arch) as rows:
         if op.endswith("_segment"):
             segment = getattr(kernels, op)(**inputs)
@@ -210,8 +212,10 @@ def _inputs(
     return inputs
 
 
-def _around(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: int) -> dict[str, Any]:
-    """Slices of a fused projection, of what stands around a recurrence."""
+def _around(
+    op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: int, packed: bool
+) -> dict[str, Any]:
+    """Slices of a fused projection, of what stands around a recurrence. The convolution alone takes documents."""
     heads = 16
     wide = torch.zeros(1, 2048, heads, num_keys + num_values, dtype=dtype)
     ones = lambda *s: torch.zeros(*s, dtype=dtype).requires_grad_()  # noqa: E731
@@ -244,8 +248,15 @@ def _around(op: str, kind: str, dtype: torch.dtype, num_keys: int, num_values: i
         return {"x": x, **weights, "gate": x, "activation": None if own else "swish", **own}
     if op == "conv_and_split":
         widths = num_keys // 2, num_keys // 2, num_values
-        weight = ones(heads, num_keys, 4)
-        return {"x": wide.requires_grad_(), "weight": weight, "widths": widths, "activation": "silu"}
+        found = {"x": wide.requires_grad_(), "weight": ones(heads, num_keys, 4), "widths": widths}
+        if packed:
+            bounds = torch.tensor([0, 300, 2048], dtype=torch.int32)
+            found |= {
+                "bias": ones(heads, num_keys),
+                "state": ones(2, 3, heads, num_keys),
+                "cu_seqlens": bounds,
+            }
+        return {**found, "activation": "silu"}
     if kind == "wide":  # as mamba2 2.7B has them
         heads = 5120 // num_keys
         x = torch.zeros(1, 2048, heads, num_keys + num_values, dtype=dtype)[..., :num_keys].requires_grad_()
@@ -311,12 +322,13 @@ def _resources(kernel: Any) -> dict[str, int]:
 
 def _spilled(kernel: Any, arch: int) -> int:
     """Bytes of spilled stores and loads, from the assembler: a stack frame alone may be something else."""
-    ptxas = get_ptxas(arch)
-    options = ["--regAllocOptLevel=2"] if int(ptxas.version.split(".")[0]) >= 13 else []  # as Triton calls it
+    ptxas = compiler.get_ptxas(arch)
+    option = "--regAllocOptLevel=2"  # as Triton calls it: 3.9 with this, 3.6 without, whatever the assembler
+    options = [option] if option in inspect.getsource(compiler) else []
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(kernel.asm["ptx"])
-        options += ["-v", f"--gpu-name={sm_arch_from_capability(arch)}", "-o", str(target)]
+        options += ["-v", f"--gpu-name={compiler.sm_arch_from_capability(arch)}", "-o", str(target)]
         command = [ptxas.path, *options, str(source)]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
@@ -332,7 +344,7 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         mark = " <- BAD" if row.is_bad else ""
         print(
-            f"{row.call:38} {row.kernel:22} {row.warps} warps {row.stages} stages {row.registers:3} registers "
+            f"{row.call:38} {row.kernel:32} {row.warps} warps {row.stages} stages {row.registers:3} registers "
             f"{row.spilled:5} spilled {row.shared / 1024:6.1f} KiB {row.resident} resident {row.seconds:5.1f} s "
             f"{row.flags}{f' {row.miscompiled} miscompiled' if row.miscompiled else ''}{mark}",
             flush=True,

@@ -37,7 +37,7 @@ def check(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, arch: 
     """One call; whether it is right."""
     torch.manual_seed(0)
     inputs: dict[str, Any] = (
-        _around(op, kind, dims, dtype, tokens)
+        _around(op, kind, dims, dtype, tokens, packed)
         if op in AROUND
         else {**_inputs(op, kind, dims, dtype, tokens, packed), "scale": 0.5}
     )
@@ -127,8 +127,11 @@ def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
-    """Two rows of what stands around a recurrence; rotary angles are up to a million. A parameter of the optimizer."""
+def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int, packed: bool) -> dict[str, Any]:
+    """Two rows of what stands around a recurrence; rotary angles are up to a million. A parameter of the optimizer.
+
+    The convolution alone takes packed documents, with histories and a bias then.
+    """
     num_keys, num_values = (int(n) for n in dims.split("x"))
     normal = lambda *shape: torch.randn(*shape).to(dtype)  # noqa: E731
     if op == "adam_":
@@ -160,8 +163,13 @@ def _around(op: str, kind: str, dims: str, dtype: torch.dtype, tokens: int) -> d
         found = {"x": x, "gate": gate, "weight": normal(2, num_values), "bias": normal(2, num_values)}
         return found | (own if kind == "own" else {})
     if op == "conv_and_split":
-        x, widths = normal(2, tokens, 2, num_keys + num_values), (num_keys // 2, num_keys // 2, num_values)
-        return {"x": x, "weight": normal(2, num_keys, 4), "widths": widths, "activation": "silu"}
+        rows, widths = 1 if packed else 2, (num_keys // 2, num_keys // 2, num_values)
+        x, weight = normal(rows, tokens, 2, num_keys + num_values), normal(2, num_keys, 4)
+        found = {"x": x, "weight": weight, "widths": widths, "activation": "silu"}
+        if packed:
+            bounds = torch.tensor([0, tokens // 3, tokens // 3, tokens // 2, tokens - 5], dtype=torch.int32)
+            found |= {"bias": normal(2, num_keys), "state": normal(4, 3, 2, num_keys), "cu_seqlens": bounds}
+        return found
     if op == "rms_norm":
         width = 8 * num_keys if kind == "wide" else num_keys
         return {"x": normal(2, tokens, width), "weight": normal(width)}

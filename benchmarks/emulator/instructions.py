@@ -239,6 +239,9 @@ class Writer:
             return self._set(
                 operands[0], f"permute_bytes({', '.join(self._bits(x, 4) for x in operands[1:])})", guard
             )
+        if what == "shf":
+            shifted = f"funnel({', '.join(self._bits(x, 4) for x in operands[1:])}, {words[1] == 'l'})"
+            return self._set(operands[0], shifted, guard)
         if what in ("shl", "shr"):
             value, count = self._value(operands[1], kind), self._bits(operands[2], 4)
             return self._set_value(operands[0], f"shift({value}, {count}, {what == 'shl'})", kind, guard)

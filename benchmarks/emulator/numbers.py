@@ -100,6 +100,13 @@ def shift(a: Array, count: Array, left: bool) -> Array:
     return shifted.astype(a.dtype)
 
 
+def funnel(low: Array, high: Array, count: Array, left: bool) -> Array:
+    """32 of the 64 bits of ``high`` and ``low``, shifted: the upper ones to the left, the lower ones to the right."""
+    both = np.asarray(low).astype(np.uint64) | np.asarray(high).astype(np.uint64) << np.uint64(32)
+    by = np.asarray(count).astype(np.uint64) & np.uint64(31)
+    return ((both << by) >> np.uint64(32) if left else both >> by).astype(np.uint32)
+
+
 def bit_field(a: Array, start: Array, length: Array) -> Array:
     """``length`` bits from ``start``, extended by their sign where the type has one."""
     a, start, length = np.asarray(a), int(start) & 255, int(length) & 255

@@ -16,6 +16,7 @@ R runs of tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,19 @@ from torch import Tensor
 from linear_moe.kernels.conv import cut, last_inputs
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together
-from linear_moe.kernels.triton.short_conv_kernels import backward_kernel, forward_kernel, history_kernel
+from linear_moe.kernels.triton.short_conv_kernels import (
+    conv_backward_kernel,
+    conv_forward_kernel,
+    conv_history_kernel,
+)
 
-BLOCK, RUN = 64, 256
-"""Channels and tokens of a program."""
-TILE, TILE_BACKWARD = 16, 8
-"""Tokens that its four warps have at a time. Forward, eight elements a thread are one 16-byte load (bfloat16) and 71
-registers; backward, where some ten tiles are alive, four elements are 164 registers and eight are 243 (sm_90)."""
+BLOCK, WIDE = 128, 4
+"""Channels of a program, and at most of one load: as many as a lane has."""
+RUN, AHEAD = 128, 4
+"""Tokens of a program, and those that it loads before it needs them."""
+MOST_REGISTERS = 128
+"""Of backward in half precision: 16 programs on a multiprocessor, where the assembler would take a few more. Of rows
+of 32768 tokens and eight heads of 128 channels an H100 has all programs at once then. Packed rows would spill."""
 
 
 def short_conv(
@@ -96,7 +103,10 @@ class _ShortConv(torch.autograd.Function):
         call = _Call.plan(x, weight, bias, state, cu_seqlens, is_silu)
         y = x.new_empty(*x.shape[:3], call.group)
         tensors = x[..., : call.group], *call.tensors[1:]
-        forward_kernel[call.grid(call.group)](*tensors, y, *call.sizes, D=call.group, **call.constants)
+        grid, walk = call.walk(call.group, x, y)
+        conv_forward_kernel[grid](
+            *tensors, y, *call.sizes, *_rows_and_tokens(x), X_G=_groups(x), D=call.group, **walk
+        )
         ctx.is_silu, ctx.widths = is_silu, widths
         document = None if cu_seqlens is None else call.tensors[-1]
         ctx.save_for_backward(x, weight, bias, state, cu_seqlens, document)
@@ -147,23 +157,31 @@ class _Call:
         """Of all groups."""
         return self.num_groups * self.group
 
-    def grid(self, width: int) -> tuple[int, int]:
-        """For so many channels of each group."""
-        return self.num_runs, self.num_groups * triton.cdiv(width, BLOCK)
+    def walk(self, width: int, *tensors: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+        """Grid and constants of a kernel that goes through ``width`` channels of each group of ``tensors``."""
+        wide = _aligned(width, *tensors)
+        block = BLOCK // 2 if wide == 1 else BLOCK  # each load has an address
+        constants = self.constants | dict(BLOCK=block, WIDE=wide, RUN=RUN, AHEAD=AHEAD, num_warps=1)
+        return (self.num_runs * triton.cdiv(self.num_groups * width, block),), constants
 
     def back(
         self, x: Tensor, dy: Tensor, dx: Tensor, sums: Tensor, d_state: Tensor | None, first: int
     ) -> None:
         """Write the gradients of the channels that ``x``, ``dy`` and ``dx`` have, from each group's ``first`` on."""
-        width, strides = dy.shape[-1], dy.stride()[:3]
-        tensors, constants = (x, *self.tensors[1:], dy), self.constants | {"D": width, "C": self.group}
-        backward_kernel[self.grid(width)](
-            *tensors, dx, sums, *self.sizes, *strides, *dx.stride()[:3], first,
-            **constants | {"TILE": TILE_BACKWARD},
-        )  # fmt: skip
+        width, tensors = dy.shape[-1], (x, *self.tensors[1:], dy)
+        constants: dict[str, Any] = dict(X_G=_groups(x), DY_G=_groups(dy), D=width, C=self.group)
+        sizes = *self.sizes, *_rows_and_tokens(x), *_rows_and_tokens(dy)
+        grid, walk = self.walk(width, x, dy, dx)
+        if x.element_size() == 2 and not walk["IS_PACKED"]:
+            walk["maxnreg"] = MOST_REGISTERS
+        conv_backward_kernel[grid](
+            *tensors, dx, sums, *sizes, *_rows_and_tokens(dx), first, DX_G=_groups(dx), **constants, **walk
+        )
         if d_state is not None:
-            grid = self.num_documents, self.grid(width)[1]
-            history_kernel[grid](*tensors, d_state, *self.sizes, *strides, first, **constants)
+            grid = (self.num_documents * triton.cdiv(self.num_groups * width, BLOCK),)
+            conv_history_kernel[grid](
+                *tensors, d_state, *sizes, first, **constants, **self.constants, BLOCK=BLOCK, WIDE=1, num_warps=1
+            )  # fmt: skip
 
     @classmethod
     def plan(
@@ -184,7 +202,7 @@ class _Call:
         if document is None:
             document = taps if cu_seqlens is None else _document_of(cu, num_tokens)
         constants: dict[str, Any] = dict(
-            W=width, TILE=TILE, BLOCK=BLOCK, RUN=RUN, SILU=is_silu, num_warps=4,
+            W=width, SILU=is_silu,
             HAS_BIAS=bias is not None, HAS_STATE=state is not None, IS_PACKED=cu_seqlens is not None,
         )  # fmt: skip
         return cls(
@@ -196,7 +214,7 @@ class _Call:
                 cu,
                 document,
             ),
-            sizes=(num_tokens, num_documents, groups, num_runs, *x.stride()[:3]),
+            sizes=(num_tokens, num_documents, groups, num_runs, 0),
             constants=constants,
             num_groups=groups,
             num_runs=rows * num_runs,
@@ -210,3 +228,24 @@ def _document_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """``[T]`` int32, the document of each token; N after the last one."""
     token_T = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], token_T, right=True, out_int32=True)
+
+
+def _rows_and_tokens(x: Tensor) -> tuple[int, int]:
+    """How far apart those of ``[B, T, G, D]`` are."""
+    return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1)
+
+
+def _groups(x: Tensor) -> int:
+    """How far apart those of ``[B, T, G, D]`` are."""
+    return x.stride(2) if x.shape[2] > 1 else 0
+
+
+def _aligned(width: int, *tensors: Tensor) -> int:
+    """How many of ``width`` channels, WIDE at most, Triton can load at once in every tensor.
+
+    Of what is not compiled in it knows multiples of 16; groups of a projection may be as odd as 514 apart.
+    """
+    for x in tensors:
+        if x.storage_offset() * x.element_size() % 16 or any(n % 16 for n in _rows_and_tokens(x)):
+            return 1
+    return math.gcd(WIDE, width, *map(_groups, tensors))
