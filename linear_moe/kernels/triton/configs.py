@@ -1,9 +1,10 @@
 """Block sizes, warps and pipeline depth of the fused kernels, by rule: nothing is timed at run time.
 
-Not measured on a device yet. The reasons so far: benchmarks/compile_check.py finds every one of them free of spills on
-sm_90 and inside its shared memory (227 KiB), twice inside where two programs are to share a multiprocessor; wgmma wants
-at least 64 rows for 4 warps; and the fewer blocks of columns, the less often q and k are read and multiplied.
-docs/kernels.md has the table, ``python -m linear_moe.bench kernels --sweep`` tries the neighbours.
+On an H100 whole calls were timed with them (docs/kernels.md, "Measured"), their neighbours not yet. They were chosen by
+rule: benchmarks/compile_check.py finds them free of spills in half precision on sm_90, but for the few that
+docs/kernels.md lists, and inside its shared memory (227 KiB), twice inside where two programs are to share a
+multiprocessor; wgmma wants at least 64 rows for 4 warps; and the fewer blocks of columns, the less often q and k are
+read and multiplied. docs/kernels.md has the table, ``python -m linear_moe.bench kernels --sweep`` tries the neighbours.
 """
 
 from __future__ import annotations

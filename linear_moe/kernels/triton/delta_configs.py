@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline depth of the fused delta-rule kernels, by rule: nothing is timed at run time.
 
-Not measured on a device yet. By benchmarks/compile_check.py all are inside the shared memory of sm_90 and free of
-spills, except float32 with K over 64: without tensor cores, its products are written out over all of K.
+Whole calls were timed on an H100 (docs/kernels.md), not their neighbours. By benchmarks/compile_check.py all are inside
+the shared memory of sm_90 and free of spills, except float32 with K over 64: without tensor cores, its products are
+written out over all of K.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def combine_weak(
             b_scaled = (
                 tl.load(scaled_dy + of_chunk * D + i_tile, mask=mask, other=0.0).to(tl.float32) * border
             )
-            b_passes += tl.where(step == 0, tl.sum(b_scaled * b_zy.to(tl.float32), 1, keep_dims=True), 0.0)
+            if step == 0:
+                b_passes += tl.sum(b_scaled * b_zy.to(tl.float32), 1, keep_dims=True)
             b_dz = b_dz * scale + b_scaled
             b_dy = b_dz * tl.exp2(-b_g)
             tl.store(dy + of_chunk * D + i_tile, b_dy.to(dtype), mask=m_store)
