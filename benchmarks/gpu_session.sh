@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that one GPU is needed for, in calls of less than ten minutes; each leaves its files in OUTPUT_FOLDER.
+# All that GPUs are needed for, in calls of less than ten minutes; each leaves its files in OUTPUT_FOLDER.
 # Usage: bash benchmarks/gpu_session.sh STAGE OUTPUT_FOLDER [FOLDER_OF_WHEELS]
 #   tests     the tests marked gpu, but for
 #   random    hundreds of random calls, and a trial of each of their kinds
@@ -9,10 +9,12 @@
 #   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile; two micro-batches where
 #             64k tokens at once, 105 GiB, do not fit
 #   decode    time per token at ever later positions
+#   layouts   two or four GPUs: every kind of layout trains what one GPU does, in float32, over NCCL
+#   scaling   two or four GPUs: tokens/s and memory of long sequences in each layout, beside data parallelism alone
 # Wheels, where they are not installed: megatron-core, nvidia-cuda-nvcc, pytest-timeout, pytest-xdist and execnet.
 set -uo pipefail
 cd -- "$(dirname -- "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
 if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
 install() { # a module and its wheels, where there are some and it does not import
@@ -48,5 +50,15 @@ step)
     # shellcheck disable=SC2086
     "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
-*) echo "gpu_session.sh: $stage is no stage; there are tests, random, kernels, peers, mixers, step and decode" >&2; exit 2 ;;
+layouts)
+    LINEAR_MOE_WORKERS=cuda timeout --foreground -s INT -k 20 560 "$PYTHON" -m pytest tests/training/test_layouts.py \
+        tests/training/test_family_layouts.py -q --tb=short -p no:warnings --timeout 240 --durations 10 2>&1 |
+        tee "$out/gpu_layouts.log" | tail -n 60 ;;
+scaling)
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+    "$PYTHON" -m linear_moe.bench step --models gla gated_deltanet softmax --set GPUS_PER_NODE="$gpus" \
+        --seq-lens 32768 --tokens $((65536 * gpus)) --micro-tokens 32768 --steps 8 --warm-up 3 \
+        --vary CP=2 TP=2 EP=2 PP=2 --minutes 9 --output "$out/scaling" ;;
+*) echo "gpu_session.sh: $stage is no stage; see bash gpu_session.sh" >&2; exit 2 ;;
 esac

@@ -5,6 +5,9 @@ writes ``gloo(world_size, fn, *args)`` (the fixture of ``conftest.py``), with a 
 ``fn(rank, world_size, *args)``; it runs on the first `world_size` workers and the results come back by rank. The pool
 grows to the largest world asked for. The workers keep their world (process group) from test to test and make a new one
 when its size changes. Every worker is on the CPU platform, single-threaded, and talks over loopback.
+
+``LINEAR_MOE_WORKERS=cuda`` gives each a GPU of its own, and NCCL: for ``tests/training/test_layouts.py`` and
+``test_family_layouts.py``, whose functions leave all to Megatron. A world of more ranks than GPUs is skipped.
 """
 
 import contextlib
@@ -30,6 +33,7 @@ from unittest.mock import patch
 
 LOG_TAIL = 3000  # characters of a worker's output shown with its error
 GRACE = 5.0  # seconds that the other ranks get to finish after one has failed
+ON_GPUS = os.environ.get("LINEAR_MOE_WORKERS") == "cuda"
 
 
 class Pool:
@@ -58,6 +62,8 @@ class Pool:
             TimeoutError: it took longer than `timeout` seconds; the pool was ended, with every worker's stack shown.
             Exception: the first one that a rank raised, with that rank's traceback as a note.
         """
+        if ON_GPUS:
+            _skip_without_gpus(world_size)
         task = pickle.dumps((fn, args))
         self._grow(world_size)
         if self.world is None or self.world[0] != world_size:
@@ -156,12 +162,24 @@ class Pool:
         self.store = None
 
 
+def _skip_without_gpus(world_size: int) -> None:
+    import pytest
+    import torch
+
+    if world_size > (found := torch.cuda.device_count()):
+        pytest.skip(f"needs {world_size} GPUs, here are {found}")
+
+
 def _fork_server() -> Any:
-    """A multiprocessing context whose processes start with the imports done."""
+    """A multiprocessing context whose processes start with the imports done; with GPUs each does its own.
+
+    The imports choose between the CPU platform and GPUs, of which a process that forks must not have one.
+    """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.worker_imports"])
+    context.set_forkserver_preload([] if ON_GPUS else ["tests.worker_imports"])
     path = os.pathsep.join(filter(None, sys.path))
-    with patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}):
+    hidden = {} if ON_GPUS else {"CUDA_VISIBLE_DEVICES": ""}
+    with patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **hidden}):
         forkserver.ensure_running()
     return context
 
@@ -183,13 +201,17 @@ def _work(index: int, pipe: Connection, log: Path, environment: dict[str, str]) 
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"LOCAL_RANK": str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: also on a machine with a GPU
+    if not ON_GPUS:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: also on a machine with a GPU
     import torch
 
-    from linear_moe.training import cpu
-
     torch.set_num_threads(1)
-    cpu.activate()
+    if ON_GPUS:
+        torch.cuda.set_device(index)
+    else:
+        from linear_moe.training import cpu
+
+        cpu.activate()
     current = None
     while True:
         try:
@@ -245,7 +267,7 @@ def _join_world(rank: int, world: tuple[int, int], address: tuple[str, int]) -> 
         dist.destroy_process_group()
     store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
     dist.init_process_group(
-        "gloo",
+        "nccl" if ON_GPUS else "gloo",
         store=dist.PrefixStore(f"world {generation}", store),
         rank=rank,
         world_size=size,

@@ -122,8 +122,8 @@ def checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Everything in a checkpoint, unsharded: weights and optimizer state, and the common state. In a worker."""
     from megatron.core.dist_checkpointing import load_common_state_dict, load_plain_tensors
 
-    sharded = {key: value for key, value in load_plain_tensors(str(folder)).items() if torch.is_tensor(value)}
-    return sharded, load_common_state_dict(str(folder))
+    loaded = load_plain_tensors(str(folder)).items()
+    return {key: x.cpu() for key, x in loaded if torch.is_tensor(x)}, load_common_state_dict(str(folder))
 
 
 def pieces(model: Any, chunk: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
@@ -136,7 +136,7 @@ def pieces(model: Any, chunk: int) -> list[tuple[str, tuple[int, ...], tuple[int
     found = []
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor) and tensor.data is not None:
-            data = tensor.data.detach().clone()
+            data = tensor.data.detach().to("cpu", copy=True)
             data = data.reshape((1,) * tensor.prepend_axis_num + tuple(data.shape))
             found.append((tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), data))
     return found
