@@ -9,12 +9,13 @@
 #   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile; two micro-batches where
 #             64k tokens at once, 105 GiB, do not fit
 #   decode    time per token at ever later positions
+#   candidates  kernels that might take the place of shipped ones
 #   layouts   two or four GPUs: every kind of layout trains what one GPU does, in float32, over NCCL
 #   scaling   two or four GPUs: tokens/s and memory of long sequences in each layout, beside data parallelism alone
 # Wheels, where they are not installed: megatron-core, nvidia-cuda-nvcc, pytest-timeout, pytest-xdist and execnet.
 set -uo pipefail
 cd -- "$(dirname -- "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
 if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
 install() { # a module and its wheels, where there are some and it does not import
@@ -50,6 +51,7 @@ step)
     # shellcheck disable=SC2086
     "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
+candidates) "$PYTHON" benchmarks/candidates.py "$out/candidates.json" ;;
 layouts)
     LINEAR_MOE_WORKERS=cuda timeout --foreground -s INT -k 20 560 "$PYTHON" -m pytest tests/training/test_layouts.py \
         tests/training/test_family_layouts.py -q --tb=short -p no:warnings --timeout 240 --durations 10 2>&1 |
