@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEW_TOKENS = 64
+NEW_TOKENS = 48
+"""With the longest prompt more than a chunk of 64."""
 VOCAB = 128
 
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,22 @@ class _Names:
 
 def _imports(source: str, mixers: set[str]) -> Iterator[tuple[ast.ImportFrom, _Names]]:
     """Imports that must be rewritten, wherever in the file they stand."""
+    for node in _statements(source):
+        inside = node.module == PACKAGE or (node.module or "").startswith(f"{PACKAGE}.")
+        if inside or node.module in mixers:
+            yield node, _Names(node, mixers)
+
+
+@cache
+def _statements(source: str) -> list[ast.ImportFrom]:
+    """Imports from modules; a file is parsed once, whatever the number of models that are exported."""
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             assert not any(alias.name.split(".")[0] == PACKAGE for alias in node.names), ast.unparse(node)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = node.module == PACKAGE or node.module.startswith(f"{PACKAGE}.")
-            if inside or node.module in mixers:
-                yield node, _Names(node, mixers)
+            found.append(node)
+    return found
 
 
 def _rewritten(module: str, source: str, mixers: set[str]) -> str:
