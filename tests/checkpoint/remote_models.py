@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEW_TOKENS = 48
-"""With the longest prompt more than a chunk of 64."""
+NEW_TOKENS = 64
+"""Greedy ones, all of which have to be the same: more than a chunk of the scans."""
 VOCAB = 128
 
 
