@@ -10,12 +10,13 @@
 #             64k tokens at once, 105 GiB, do not fit
 #   decode    time per token at ever later positions
 #   candidates  kernels that might take the place of shipped ones
-#   layouts   two or four GPUs: every kind of layout trains what one GPU does, in float32, over NCCL
+#   layouts   two or four GPUs: every kind of layout trains what one GPU does, in float32, over NCCL; MIXERS="rnns or
+#             linear" picks stacks, of which one call has time for one or two
 #   scaling   two or four GPUs: tokens/s and memory of long sequences in each layout, beside data parallelism alone
 # Wheels, where they are not installed: megatron-core, nvidia-cuda-nvcc, pytest-timeout, pytest-xdist and execnet.
 set -uo pipefail
 cd -- "$(dirname -- "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
 if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
 install() { # a module and its wheels, where there are some and it does not import
@@ -51,15 +52,15 @@ step)
     # shellcheck disable=SC2086
     "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
-candidates) "$PYTHON" benchmarks/candidates.py "$out/candidates.json" ;;
+candidates) timeout 570 "$PYTHON" benchmarks/candidates.py "$out/candidates.json" ;;
 layouts)
     LINEAR_MOE_WORKERS=cuda timeout --foreground -s INT -k 20 560 "$PYTHON" -m pytest tests/training/test_layouts.py \
-        tests/training/test_family_layouts.py -q --tb=short -p no:warnings --timeout 240 --durations 10 2>&1 |
+        -k "${MIXERS:-hybrid}" -q --tb=short -p no:warnings --timeout 540 --durations 10 2>&1 |
         tee "$out/gpu_layouts.log" | tail -n 60 ;;
 scaling)
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
     gpus=$(nvidia-smi --list-gpus | wc -l)
-    "$PYTHON" -m linear_moe.bench step --models gla gated_deltanet softmax --set GPUS_PER_NODE="$gpus" \
+    "$PYTHON" -m linear_moe.bench step --models gla softmax --set GPUS_PER_NODE="$gpus" \
         --seq-lens 32768 --tokens $((65536 * gpus)) --micro-tokens 32768 --steps 8 --warm-up 3 \
         --vary CP=2 TP=2 EP=2 PP=2 --minutes 9 --output "$out/scaling" ;;
 *) echo "gpu_session.sh: $stage is no stage; see bash gpu_session.sh" >&2; exit 2 ;;

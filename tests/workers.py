@@ -7,7 +7,8 @@ grows to the largest world asked for. The workers keep their world (process grou
 when its size changes. Every worker is on the CPU platform, single-threaded, and talks over loopback.
 
 ``LINEAR_MOE_WORKERS=cuda`` gives each a GPU of its own, and NCCL: for ``tests/training/test_layouts.py`` and
-``test_family_layouts.py``, whose functions leave all to Megatron. A world of more ranks than GPUs is skipped.
+``test_family_layouts.py``, whose functions leave all to Megatron. A world of more ranks than GPUs is skipped; every
+task has a new one, since all ranks of a node have to leave a world of NCCL together.
 """
 
 import contextlib
@@ -34,6 +35,9 @@ from unittest.mock import patch
 LOG_TAIL = 3000  # characters of a worker's output shown with its error
 GRACE = 5.0  # seconds that the other ranks get to finish after one has failed
 ON_GPUS = os.environ.get("LINEAR_MOE_WORKERS") == "cuda"
+PATIENCE = (
+    500.0 if ON_GPUS else 120.0
+)  # seconds for a task; on GPUs the first of each kind compiles its kernels
 
 
 class Pool:
@@ -44,7 +48,7 @@ class Pool:
         self.logs = Path(tempfile.mkdtemp(prefix="linear_moe_workers_"))
         self.world: tuple[int, int] | None = None  # (size, generation) that the workers are in
 
-    def run(self, world_size: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, world_size: int, fn: Callable, *args: Any, timeout: float = PATIENCE) -> list[Any]:
         """:meth:`run_once`, and once more after a time-out, with a warning that the summary shows.
 
         A busy machine may need more than the limit once; a hang that is in the code happens twice.
@@ -55,7 +59,7 @@ class Pool:
             warnings.warn(f"{fn.__name__} hung and is run again: {hang}"[:500], stacklevel=2)
             return self.run_once(world_size, fn, *args, timeout=timeout)
 
-    def run_once(self, world_size: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run_once(self, world_size: int, fn: Callable, *args: Any, timeout: float = PATIENCE) -> list[Any]:
         """``[fn(rank, world_size, *args) for rank in range(world_size)]``, each in its own process, as one world.
 
         Raises:
@@ -66,7 +70,7 @@ class Pool:
             _skip_without_gpus(world_size)
         task = pickle.dumps((fn, args))
         self._grow(world_size)
-        if self.world is None or self.world[0] != world_size:
+        if ON_GPUS or self.world is None or self.world[0] != world_size:
             generation = 0 if self.world is None else self.world[1] + 1
             self.world = (world_size, generation)
         message = (world_size, self.world, self.address, list(sys.path))
@@ -133,7 +137,7 @@ class Pool:
             rank: self.workers[rank][2].read_bytes()[outputs[rank] :].decode(errors="replace")[-LOG_TAIL:]
             for rank in range(world_size)
         }
-        if stuck or any(not self.workers[rank][0].is_alive() for rank in range(world_size)):
+        if ON_GPUS or stuck or any(not self.workers[rank][0].is_alive() for rank in range(world_size)):
             self.close()
         else:
             self.world = (0, self.world[1])  # a new world next time: this one may hold half a collective
@@ -201,6 +205,7 @@ def _work(index: int, pipe: Connection, log: Path, environment: dict[str, str]) 
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"LOCAL_RANK": str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it with TP or CP
     if not ON_GPUS:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: also on a machine with a GPU
     import torch
@@ -208,6 +213,7 @@ def _work(index: int, pipe: Connection, log: Path, environment: dict[str, str]) 
     torch.set_num_threads(1)
     if ON_GPUS:
         torch.cuda.set_device(index)
+        import tests.worker_imports  # noqa: F401
     else:
         from linear_moe.training import cpu
 
@@ -228,8 +234,13 @@ def _work(index: int, pipe: Connection, log: Path, environment: dict[str, str]) 
             reply = (True, pickle.dumps(fn(index, world_size, *args)))
         except BaseException as error:  # SystemExit too: Megatron calls sys.exit
             reply = (False, _pickled_error(error))
+            if ON_GPUS:  # others may wait for this rank, which would wait for them: the pool is ended
+                pipe.send(reply)
+                signal.pause()
         try:
             leave_model_parallel()
+            if ON_GPUS:
+                torch.distributed.destroy_process_group()
         except Exception:
             traceback.print_exc()
         gc.collect()

@@ -27,6 +27,9 @@ ENVIRONMENT_VARIABLE = "TRITON_PTXAS_PATH"
 OLDEST = (13, 3)
 """The first release without known defects on Hopper."""
 
+TOO_NEW = (14,)
+"""Drivers of CUDA 13 do not load what it makes."""
+
 PACKAGE = "nvidia-cuda-nvcc"
 
 
@@ -38,20 +41,34 @@ def obstacle() -> str | None:
     else a CUDA toolkit's. So it does where ``TRITON_PTXAS_PATH`` names an old one: torch.compile sets it to the 13.0
     that torch brings.
     """
-    # only now: it takes a second; and not as a statement: transformers asks for what an exported model's files import
-    theirs: Any = importlib.import_module("triton.knobs").nvidia.ptxas
-    if _numbers(theirs.version) >= OLDEST:
+    path, theirs = _of_triton()
+    if theirs >= OLDEST:
+        os.environ.setdefault(ENVIRONMENT_VARIABLE, path)  # else torch.compile would name an old one
         return None
-    why = f"ptxas {theirs.version} miscompiles them for this GPU"
+    why = (
+        f"ptxas {_text(theirs)} miscompiles them for this GPU" if path else "Triton finds no ptxas that runs"
+    )
     if torch.version.cuda is None or _numbers(torch.version.cuda) < (13, 0):
         # what a ptxas of CUDA 13 makes, drivers of CUDA 12 do not load
         return f"{why}, and this torch is for CUDA {torch.version.cuda}: install one for CUDA 13"
     for path in _candidates():
-        if version(path) >= OLDEST:
+        if OLDEST <= version(path) < TOO_NEW:
             os.environ[ENVIRONMENT_VARIABLE] = path
             _forget_versions()
+            if _of_triton()[1] < OLDEST:
+                return f"{why}, and it was set in Python: leave triton.knobs.nvidia.ptxas as it is"
             return None
-    return f"{why}: pip install '{PACKAGE}>={_text(OLDEST)}'"
+    return f"{why}: pip install '{PACKAGE}>={_text(OLDEST)},<{_text(TOO_NEW)}'"
+
+
+def _of_triton() -> tuple[str, tuple[int, ...]]:
+    """Path and version of the one that it would run; ``""`` and ``(0,)``: there is none."""
+    # Only now: it takes a second; not as a statement: transformers asks for what an exported model's files import.
+    knobs: Any = importlib.import_module("triton.knobs")
+    try:
+        return knobs.nvidia.ptxas.path, _numbers(knobs.nvidia.ptxas.version)
+    except (RuntimeError, OSError):
+        return "", (0,)
 
 
 def version(path: str) -> tuple[int, ...]:

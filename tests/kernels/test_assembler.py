@@ -38,12 +38,12 @@ def no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_shipped_one_is_refused() -> None:
     why = assembler.obstacle()
-    assert why is not None and "pip install 'nvidia-cuda-nvcc>=13.3'" in why and NAME not in os.environ
+    assert why is not None and "pip install 'nvidia-cuda-nvcc>=13.3,<14'" in why and NAME not in os.environ
 
 
 def test_the_first_new_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new, newer = (make_ptxas(tmp_path / name, name) for name in ("13.2", "13.3", "14.0"))
-    found = [str(tmp_path / "absent"), old, new, newer]
+    old, next_major, new, newer = (make_ptxas(tmp_path / v, v) for v in ("13.2", "14.0", "13.3", "13.9"))
+    found = [str(tmp_path / "absent"), old, next_major, new, newer]
     monkeypatch.setattr(assembler, "_candidates", lambda: iter(found))
     from triton.backends.nvidia import compiler
 
@@ -60,11 +60,39 @@ def test_the_named_one_stays_unless_it_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, is_right: bool
 ) -> None:
     """torch.compile names torch's own, 13.0, in any process in which it compiles."""
-    named, new = make_ptxas(tmp_path / "named", version), make_ptxas(tmp_path / "new", "14.0")
+    named, new = make_ptxas(tmp_path / "named", version), make_ptxas(tmp_path / "new", "13.9")
     monkeypatch.setenv(NAME, named)
     monkeypatch.setattr(assembler, "_candidates", lambda: iter([new]))
     assert assembler.obstacle() is None
     assert os.environ[NAME] == (named if is_right else new)
+
+
+def test_torch_compile_has_nothing_to_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names torch's own where nothing is named."""
+    path = make_ptxas(tmp_path / "bundled", "13.4")
+    monkeypatch.setattr(assembler, "_of_triton", lambda: (path, (13, 4)))
+    assert assembler.obstacle() is None and os.environ[NAME] == path
+
+
+def test_one_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NAME, str(tmp_path))
+    why = assembler.obstacle()
+    assert why is not None and "finds no ptxas that runs" in why and "pip install" in why
+    new = make_ptxas(tmp_path / "new", "13.3")
+    monkeypatch.setattr(assembler, "_candidates", lambda: iter([new]))
+    assembler.obstacle.cache_clear()
+    assert assembler.obstacle() is None and os.environ[NAME] == new
+
+
+def test_an_old_one_that_python_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable changes that."""
+    monkeypatch.setattr(assembler, "_candidates", lambda: iter([make_ptxas(tmp_path / "new", "13.3")]))
+    triton.knobs.nvidia.ptxas = make_ptxas(tmp_path / "old", "12.9")
+    try:
+        why = assembler.obstacle()
+    finally:
+        del triton.knobs.nvidia.ptxas
+    assert why is not None and "leave triton.knobs.nvidia.ptxas as it is" in why
 
 
 def test_drivers_of_cuda_12_do_not_load_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

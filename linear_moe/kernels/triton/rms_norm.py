@@ -119,7 +119,7 @@ def rms_norm_backward_kernel(
         b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
         b_e = b_dy * b_w[None, :]
         mean = tl.sum(b_e * b_x, 1)[:, None] * b_r / D
-        b_n = b_x * b_r
+        b_n = tl.where(m, b_x * b_r, 0.0)  # without eps 0 * inf where there is no token
         d_weight += b_dy * b_n
         b_dx += b_r * (b_e - b_n * mean)
         tl.store(dx + token[:, None] * D + i_D[None, :], b_dx.to(dx.dtype.element_ty), mask=m)

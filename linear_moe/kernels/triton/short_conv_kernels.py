@@ -106,7 +106,8 @@ def inputs_before(
         found = tl.load(x + tl.cast(last, tl.int64) * x_t, mask=m, other=0.0).to(tl.float32)
         if HAS_STATE:
             slot = W - 1 + last - start
-            found += history_of(state, n, is_there & (last < start), m_D, num_channels, slot, W)
+            is_read = is_there & (last < start) & (slot >= 0)  # offsets that are wrong lead nowhere else
+            found += history_of(state, n, is_read, m_D, num_channels, slot, W)
         seen = seen + (found,)
     return seen
 
@@ -317,7 +318,7 @@ def conv_history_kernel(
     state, d_state = state + channel, d_state + channel
     if IS_PACKED:
         token = tl.load(cu_seqlens + n).to(tl.int32)
-        end = tl.load(cu_seqlens + n + 1).to(tl.int32)
+        end = tl.minimum(tl.load(cu_seqlens + n + 1).to(tl.int32), num_tokens)
     else:
         token, end = n * 0, num_tokens
         x += n.to(tl.int64) * x_b
