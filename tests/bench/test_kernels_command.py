@@ -35,7 +35,7 @@ def run(
 
 
 def test_every_part_runs_without_megatron(tmp_path: Path) -> None:
-    options = "--families", "linear", "retention", "--sweep", "--shapes", "tiny_packed"
+    options = "--families", "linear", "rwkv7", "--sweep", "--shapes", "tiny_packed"
     done, rows = run(tmp_path, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     ours = {row["part"]: row for row in rows if row["family"] == "linear" and row["who"] == "ours"}

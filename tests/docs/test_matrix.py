@@ -131,7 +131,7 @@ def layouts_of_families() -> dict[str, list[str]]:
 def document(ran: Any) -> str:
     cells = {m: ["T" if trained(ran(f)[m]) else "**no**" for f in FAMILIES] for m in MIXERS}
     mixers = f"""
-The layout against one process: losses of three steps and the gradient of every parameter. The mixer is in a stack with
+The layout against one process: losses of six steps and the gradient of every parameter. The mixer is in a stack with
 others, of the kind of qwen2, with experts but for {" and ".join(DENSE)} (Megatron refuses experts under TP without SP).
 A number stands behind each dimension; some cells pack documents, some do not. RWKV7 refuses `recompute-layers`: its
 first layer hands a value to the later ones."""

@@ -69,8 +69,8 @@ for decay in ("none", "head", "scalar"):
     )
     case(f"{decay} packed", decay, groups=1, num_heads=2, **documents)(compare)
     case(f"{decay} without state", decay, num_tokens=20, has_state=False, **ONE)(compare)
-    wide = dict(num_keys=16, num_values=256, cu_seqlens=(0, 17, 17, 22))
-    case(f"{decay} wide values by parts", decay, num_tokens=24, **wide, **ONE)(compare)
+    wide = dict(num_keys=16, num_values=256, cu_seqlens=SHORT)
+    case(f"{decay} wide values by parts", decay, num_tokens=60, **wide, **ONE)(compare)
     case(f"{decay} half precision", decay, num_tokens=150, chunk=None, dtype=torch.float16, **ONE)(compare)
 for decay, num_values in (
     ("head", 64),

@@ -103,9 +103,6 @@ def impossible(layout: str, stack: str, packing: str) -> bool:
     return few or (layout == "recompute-layers" and "rwkv7" in STACKS[stack])
 
 
-STEPS = 3
-"""Of every run: the third one's loss shows what the optimizer kept of the first one's gradients."""
-
 GRADIENT = [
     *("--adam-eps", "1", "--lr", "1000", "--min-lr", "1000", "--lr-warmup-iters", "0", "--clip-grad", "0"),
     *("--weight-decay", "0", "--train-iters", "1", "--no-save-optim"),
@@ -153,7 +150,7 @@ class Comparison:
     ) -> None:
         kinds = STACKS[stack] if isinstance(stack, str) else stack
         self.pool, self.folder = pool, folder
-        self.argv = [*model, *(EXPERTS if moe else []), "--train-iters", str(STEPS)]
+        self.argv = [*model, *(EXPERTS if moe else [])]
         self.argv += ["--layer-kinds", ",".join(kinds), "--num-layers", str(len(kinds))]
         for kind in {kind for kind in kinds if kind.startswith("mom_")}:
             self.argv += [f"--{kind.replace('_', '-')}-aux-loss-coeff", "0.1"]  # not lost in rounding
@@ -182,9 +179,9 @@ class Comparison:
         return self._changes[exact]
 
     def run(self, world: int, flags: list[str], name: str) -> list[dict[str, Any]]:
-        """The figures of some steps."""
+        """The figures of six steps."""
         self._train(world, name, *flags, *self.load)
-        assert len(losses(self.folder / name)) == STEPS
+        assert len(losses(self.folder / name)) == 6
         return metrics(self.folder / name)
 
     def gradients(self, world: int, flags: list[str], name: str, exact: bool) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Every layout trains the same model, whatever its mixers: losses of three steps and the gradient of every parameter.
+"""Every layout trains the same model, whatever its mixers: losses of six steps and the gradient of every parameter.
 
 Several mixers share a stack, so that a mixer's values and gradients also pass through the others.
 """

@@ -32,7 +32,7 @@ def arguments(run: Path, *extra: str, kinds: str = KINDS) -> list[str]:
         *ARGUMENTS,
         *EXPERTS,
         *("--layer-kinds", kinds, "--num-layers", str(kinds.count(",") + 1)),
-        *("--train-iters", "6", "--save-interval", "3", "--hidden-dropout", "0.1"),
+        *("--train-iters", "10", "--save-interval", "5", "--hidden-dropout", "0.1"),
         *("--run-dir", str(run), "--save", folder, "--load", folder),
         *extra,
     ]
@@ -63,13 +63,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, kinds, gloo, 
     flags = flags + OPTIMIZERS[optimizer]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     uninterrupted = gloo(world, train, arguments(whole, *flags, kinds=kinds))
-    gloo(world, train, arguments(parts, *flags, "--exit-interval", "3", kinds=kinds))
-    assert len(losses(parts)) == 3
+    gloo(world, train, arguments(parts, *flags, "--exit-interval", "5", kinds=kinds))
+    assert len(losses(parts)) == 5
     resumed = gloo(world, train, arguments(parts, *flags, kinds=kinds))
     assert losses(parts) == losses(whole)
     for rank, (one, other) in enumerate(zip(uninterrupted, resumed, strict=True)):
         assert one["rng"] == other["rng"], f"random states of rank {rank} differ"
-    gloo(1, assert_equal_checkpoints, *(run / "checkpoint" / "iter_0000006" for run in (whole, parts)))
+    gloo(1, assert_equal_checkpoints, *(run / "checkpoint" / "iter_0000010" for run in (whole, parts)))
 
 
 def test_the_schedule_of_a_run_whose_batch_changes_ends_with_it(gloo, tmp_path):
@@ -226,12 +226,12 @@ ELSEWHERE += [(SHARING, LAYOUTS["tp2"], "pp2"), (KINDS, (2, BUCKETS), "one proce
 
 @pytest.mark.parametrize("kinds,source,target", ELSEWHERE)
 def test_a_checkpoint_opens_elsewhere(kinds, source, target, gloo, tmp_path):
-    """The optimizer comes along: step 4 there is step 4 of the run that saved, to rounding."""
+    """The optimizer comes along: step 6 there is step 6 of the run that saved, to rounding."""
     run = tmp_path / "run"
     same = [*DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0"]
     gloo(source[0], train, arguments(run, *source[1], *same, kinds=kinds))
     expected = losses(run)
-    (run / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("3")
+    (run / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("5")
     world, flags = LAYOUTS[target]
     gloo(world, train, arguments(run, *flags, *same, "--no-load-rng", kinds=kinds))
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(expected), rtol=1e-5, atol=0)
