@@ -43,14 +43,14 @@ GRADIENT = [
     for (BO, BI, warps), BM, stages in itertools.product(((128, 128, 4), (128, 256, 8)), (32, 64), (3, 4))
     if (BO + BI) * BM * 2 * stages <= 220 * 1024
 ]
+SHIPPED = {name: getattr(short_conv, name) for name in ("RUN", "AHEAD", "BLOCK", "MOST_REGISTERS")}
 RUNS = [
-    dict(RUN=run, AHEAD=ahead, BLOCK=block, MOST_REGISTERS=registers)
-    for run, ahead, block, registers in (
-        (128, 4, 128, 128), (64, 4, 128, 128), (256, 4, 128, 128), (512, 4, 128, 128), (128, 8, 128, 168),
-        (128, 4, 128, 168), (128, 4, 256, 255), (128, 4, 64, 80),
+    SHIPPED | change
+    for change in (
+        {}, dict(RUN=64), dict(RUN=256), dict(RUN=512), dict(AHEAD=8, MOST_REGISTERS=168), dict(MOST_REGISTERS=168),
+        dict(BLOCK=256, MOST_REGISTERS=255), dict(BLOCK=64, MOST_REGISTERS=80),
     )
 ]  # fmt: skip
-"""The shipped ones first."""
 CONVOLVED = {
     "gated_deltanet": (8, (128, 128, 128, 128, 1, 1), 384),
     "mamba2": (1, (2048, 128, 128, 2048, 32), 2304),
@@ -141,9 +141,8 @@ def gradient_inputs(device: str, E: int, M: int, O: int, I: int) -> tuple[Tensor
     ends[E // 2 :] = ends[E // 2 :].clamp(min=int(ends[E // 2 - 1]))
     ends = torch.cat([ends, torch.tensor([M], dtype=torch.int32)])
     ends[E // 2] = ends[E // 2 - 1]
-    dtype = (
-        torch.bfloat16 if device == "cuda" else torch.float16
-    )  # the interpreter's products know no bfloat16
+    # The interpreter's products know no bfloat16.
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
     normal = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)  # noqa: E731
     return torch.zeros(E, O, I, device=device), normal(M, O), normal(M, I), ends.to(device)
 

@@ -16,7 +16,7 @@
 # Wheels, where they are not installed: megatron-core, nvidia-cuda-nvcc, pytest-timeout, pytest-xdist and execnet.
 set -uo pipefail
 cd -- "$(dirname -- "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '1d;/^#/!q;s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 stage=$1 out=$2 wheels=${3:-.whl}
 if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
 install() { # a module and its wheels, where there are some and it does not import

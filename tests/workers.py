@@ -35,9 +35,7 @@ from unittest.mock import patch
 LOG_TAIL = 3000  # characters of a worker's output shown with its error
 GRACE = 5.0  # seconds that the other ranks get to finish after one has failed
 ON_GPUS = os.environ.get("LINEAR_MOE_WORKERS") == "cuda"
-PATIENCE = (
-    500.0 if ON_GPUS else 120.0
-)  # seconds for a task; on GPUs the first of each kind compiles its kernels
+PATIENCE = 500.0 if ON_GPUS else 120.0  # seconds for a task; on GPUs it may compile kernels first
 
 
 class Pool:

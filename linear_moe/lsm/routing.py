@@ -52,15 +52,15 @@ class Slots:
         num_slots, per_token = choice_Sk.numel(), choice_Sk.shape[1]
         keys = torch.arange(num_memories * num_runs + 1, device=run_S.device)
         key_M = (choice_Sk * num_runs + run_S[:, None]).flatten()
-        # A GPU sorts a byte in one pass, int64 in eight.
-        order = torch.argsort(key_M.to(_least_dtype(num_memories * num_runs)), stable=True)
+        dtype = _least_dtype(num_memories * num_runs)  # a GPU sorts a byte in one pass, int64 in eight
+        order = torch.argsort(key_M.to(dtype), stable=True)
         key_M = key_M[order]
         if limit_N is not None:
             starts = torch.searchsorted(key_M, keys)
             rank_M = torch.arange(num_slots, device=run_S.device) - starts[key_M]
             dropped = rank_M >= limit_N[key_M % num_runs]
             key_M = key_M.masked_fill(dropped, num_memories * num_runs)
-            kept_first = torch.argsort(key_M.to(_least_dtype(num_memories * num_runs)), stable=True)
+            kept_first = torch.argsort(key_M.to(dtype), stable=True)
             order, key_M = order[kept_first], key_M[kept_first]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(num_slots, device=run_S.device))
         bounds = torch.searchsorted(key_M, keys)

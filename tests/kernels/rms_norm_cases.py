@@ -46,13 +46,9 @@ def errors(name: str, run: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dt
         way = CASES[name].get("used", "both")
         if way == "sum":
             return y.sum() + passed.sum()
-        return (
-            passed * (0 * given["weight"] + 1)
-            if way == "passed"
-            else y
-            if way == "y"
-            else y + 0.7 * passed.sin()
-        )
+        if way == "passed":
+            return passed * (0 * given["weight"] + 1)
+        return y if way == "y" else y + 0.7 * passed.sin()
 
     return errors_of(lambda **t: used(run, **t), lambda **t: used(reference.rms_norm, **t), make(name, dtype))
 

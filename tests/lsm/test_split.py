@@ -25,7 +25,9 @@ HALF, WHOLE = torch.bfloat16, torch.float32
         (torch.float64, (4, 3), torch.int64),
     ],
 )
-@pytest.mark.parametrize("way", ["rows first", "time first", "expanded", "one is missing", "columns"])
+@pytest.mark.parametrize(
+    "way", ["rows first", "time first", "expanded", "one is missing", "columns", "at an odd place"]
+)
 def test_gradients_lie_side_by_side(
     dtype: torch.dtype, widths: tuple[int, ...], word: torch.dtype, way: str
 ) -> None:
@@ -41,6 +43,9 @@ def test_gradients_lie_side_by_side(
         grads[0] = torch.ones((), dtype=dtype).expand(grads[0].shape)
     if way == "columns":
         grads[0] = grads[0].contiguous().transpose(-1, -2).contiguous().transpose(-1, -2)
+    if way == "at an odd place":  # no word but one of the dtype's own size begins there
+        grads[0] = torch.randn(T, B, H, widths[0] + 1).to(dtype)[..., 1:]
+        word = {WHOLE: torch.int32, torch.float64: torch.int64}.get(dtype, dtype)
     used = slice(1, None) if way == "one is missing" else slice(None)
     with mock.patch.object(torch, "cat", wraps=torch.cat) as cat:
         (found,) = torch.autograd.grad(parts[used], x_TBHW, grads[used])
