@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that GPUs are needed for, in calls of less than ten minutes; each leaves its files in OUTPUT_FOLDER.
 # Usage: bash benchmarks/gpu_session.sh STAGE OUTPUT_FOLDER [FOLDER_OF_WHEELS]
-#   tests     the tests marked gpu, but for
+#   tests     the tests marked gpu, in JOBS=16 processes, which take turns on the GPUs; all but for
 #   random    hundreds of random calls, and a trial of each of their kinds
 #   kernels   fused operators against definition, softmax attention and the floor
 #   peers     flash-linear-attention beside them (its wheels in FOLDER_OF_WHEELS/peers); the same OUTPUT_FOLDER goes on
@@ -38,7 +38,7 @@ tests | random)
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -vxF "$(printf '%s\n' "${drawn[@]}")" | sort -r)
     [ "$stage" = tests ] || files=("${drawn[@]}")
     # interrupted, pytest still says what has failed so far
-    timeout --foreground -s INT -k 20 530 "$PYTHON" -m pytest "${files[@]}" -m gpu -n 16 --maxschedchunk 2 -q --tb=short -p no:warnings --timeout 300 2>&1 |
+    timeout --foreground -s INT -k 20 530 "$PYTHON" -m pytest "${files[@]}" -m gpu -n "${JOBS:-16}" --maxschedchunk 2 -q --tb=short -p no:warnings --timeout 300 2>&1 |
         tee "$out/gpu_$stage.log" | tail -n 60 ;;
 kernels) "$PYTHON" -m linear_moe.bench kernels --who ours torch --processes 14 --minutes 9 --output "$out/kernels" ;;
 peers) "$PYTHON" -m linear_moe.bench kernels --who fla --parts time memory --processes 15 --minutes 9 --output "$out/kernels" ;;
