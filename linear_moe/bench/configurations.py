@@ -18,6 +18,8 @@ from linear_moe.launch.preflight import preflight
 SOFTMAX = "softmax"
 WATCH = "LINEAR_MOE_WATCH"
 """Variable that tells a run how it is watched."""
+TRACE = "trace.json.gz"
+"""File of a profile's events, for Perfetto or chrome://tracing."""
 PROFILED_STEPS = 2
 
 
@@ -26,7 +28,7 @@ class Watch:
     """What to write about a run, besides its ``metrics.jsonl``."""
 
     folder: str
-    """Where ``start.json`` and ``profile.json`` go."""
+    """Where ``start.json``, ``profile.json`` and the trace go."""
     profile_after: int | None = None
     """Profile the steps behind this one. None: no profile."""
 

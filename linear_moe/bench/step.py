@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from linear_moe.bench import report
-from linear_moe.bench.configurations import Configuration, Sweep, plan_of, sweep
+from linear_moe.bench.configurations import TRACE, Configuration, Sweep, plan_of, sweep
 from linear_moe.bench.record import say
 from linear_moe.bench.running import measure
 from linear_moe.launch.cluster import cuda_device_count
@@ -74,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     add("--set", nargs="+", default=[], metavar="VARIABLE=VALUE", help="variables of the run script: AC=none")
     vary = "more configurations, each with these variables changed: 'USE_GEMM=false' 'AC=full'; first length only"
     add("--vary", nargs="+", default=[], metavar="VARIABLES", help=vary)
-    add("--profile", action="store_true", help="then profile two more steps: time by kind of kernel")
+    add(
+        "--profile",
+        action="store_true",
+        help="then profile two more steps: time by kind of kernel, and a trace",
+    )
     add("--minutes", type=float, help="begin nothing after so long, and stop what runs; default: no limit")
     folder = Path("benchmarks", f"step_{time.strftime('%Y-%m-%d')}")
     add("--output", type=Path, default=folder, help="folder of results.json, results.md and the plot")
@@ -142,4 +146,6 @@ def _measure_all(
         results.add(configuration, found)
         if found["status"] == "failed" and (place / "log").exists():
             shutil.copy(place / "log", results.folder / f"failed_{configuration.slug}.log")
+        if (place / TRACE).exists():
+            shutil.copy(place / TRACE, results.folder / f"{configuration.slug}_{TRACE}")
         say(f"{where}: {report.line(found)}")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from linear_moe.bench.breakdown import breakdown, device_times
-from linear_moe.bench.configurations import PROFILED_STEPS, WATCH, Watch
+from linear_moe.bench.configurations import PROFILED_STEPS, TRACE, WATCH, Watch
 from linear_moe.bench.record import versions, write_text
 from linear_moe.training import cpu
 from linear_moe.training.metrics import RunLog, peak_flops
@@ -43,7 +43,7 @@ class WatchedLog(RunLog):
             if iteration == 1:
                 self._write_file("start.json", {"end_of_first_step": time.time(), **_machine()})
             if iteration == self.watch.profile_after:
-                self._profiler = profile(activities=[ProfilerActivity.CPU, *CUDA])
+                self._profiler = profile(activities=[ProfilerActivity.CPU, *CUDA], record_shapes=True)
                 self._profiler.start()
             if iteration == self.watch.profile_until:
                 self._finish_profile()
@@ -55,6 +55,7 @@ class WatchedLog(RunLog):
         self._profiler.stop()
         found = breakdown(device_times(self._profiler, on_cpu=cpu.is_active()), PROFILED_STEPS)
         self._write_file("profile.json", found)
+        self._profiler.export_chrome_trace(str(Path(self.watch.folder, TRACE)))
 
     def _write_file(self, name: str, content: dict[str, Any]) -> None:
         write_text(Path(self.watch.folder, name), json.dumps(content, indent=1) + "\n")
