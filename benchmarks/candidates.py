@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """Kernels that might take the place of shipped ones, timed beside them in one run on one GPU; nothing uses them.
 
-    PYTHONPATH=. python benchmarks/candidates.py results.json          on a GPU: some minutes
+    PYTHONPATH=. python benchmarks/candidates.py results.json          on a GPU: a minute, most of it compilers
     TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/candidates.py --check    right or not, anywhere
 
 loss      both passes of the cross entropy in one program a row, the second one backwards: what the first one read last
@@ -10,18 +10,25 @@ gradient  weight gradients of experts, added to float32 sums by the GEMM itself.
           bfloat16, which is then read and added.
 runs      other runs, blocks and look-ahead of the short convolution, forward and backward, than those shipped.
 
+Times are the device's own: between two events around calls that take longer than their launch, and of the kernels in a
+profile where autograd and its small launches take part. A table that fails is its error, and the others go on.
+
 Letters: M tokens, V logits of a row; E experts, O and I sizes of outputs and inputs.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import os
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,18 +37,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from triton.runtime import _async_compile
+from triton.runtime.jit import JITFunction
 
-from linear_moe.bench.kernels.measures import median
-from linear_moe.kernels import assembler, conv_and_split, cross_entropy_
+from linear_moe.bench.breakdown import device_times
+from linear_moe.kernels import assembler, conv_and_split, cross_entropy_, dispatch
 from linear_moe.kernels.triton import short_conv
+
+Run = Callable[[], object]
+Calls = dict[str, Run]
 
 LOSS = [
     dict(BLOCK=block, num_warps=warps) for block, warps in ((8192, 16), (16384, 32), (8192, 32), (4096, 8))
 ]
 GRADIENT = [
-    dict(BO=BO, BI=BI, BM=BM, num_warps=warps, num_stages=stages)
-    for (BO, BI, warps), BM, stages in itertools.product(((128, 128, 4), (128, 256, 8)), (32, 64), (3, 4))
-    if (BO + BI) * BM * 2 * stages <= 220 * 1024
+    dict(BO=BO, BI=BI, BM=64, num_warps=warps, num_stages=stages)
+    for BO, BI, warps, stages in ((128, 128, 4, 3), (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 4))
 ]
 SHIPPED = {name: getattr(short_conv, name) for name in ("RUN", "AHEAD", "BLOCK", "MOST_REGISTERS")}
 RUNS = [
@@ -172,59 +184,92 @@ def gradient_errors(device: str, sizes: tuple[int, ...], how: dict[str, int]) ->
     return found
 
 
-def timed(run: Callable[[], object]) -> str:
-    """Milliseconds, and of what."""
-    milliseconds, what = median(run)
-    return f"{milliseconds:.3f} {what}"
+def timed(run: Run, calls: int = 10) -> float:
+    """Milliseconds of a call that takes longer on the device than its launch does."""
+    for _ in range(2):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
 
 
-def timed_loss(sizes: tuple[int, int]) -> dict[str, str]:
+def timed_kernels(run: Run, calls: int = 20) -> float:
+    """Milliseconds of a call's kernels, without what lies between them."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    seconds = sum(seconds for _, seconds, _ in device_times(profiler, on_cpu=False))
+    return 1e3 * seconds / calls
+
+
+def loss_calls(sizes: tuple[int, int]) -> Calls:
     logits, labels, weight = loss_inputs("cuda", *sizes)
-    found = {"shipped": timed(lambda: cross_entropy_(logits, labels, weight))}
-    for how in LOSS:
-        run = lambda how=how: one_pass_(logits, labels, weight, **how)  # noqa: E731
-        found[str(how)] = timed(run)
-    return found
+    calls: Calls = {"shipped": lambda: cross_entropy_(logits, labels, weight)}
+    return calls | {str(how): partial(one_pass_, logits, labels, weight, **how) for how in LOSS}
 
 
-def timed_gradient(sizes: tuple[int, ...]) -> dict[str, str]:
+def gradient_calls(sizes: tuple[int, ...]) -> Calls:
     total, dy, x, ends = gradient_inputs("cuda", *sizes)
 
-    def shipped(add: bool) -> Callable[[], object]:
-        def run() -> None:
-            grad = F.grouped_mm(dy.t(), x, offs=ends)
-            total.add_(grad) if add else total.copy_(grad)
+    def shipped(add: bool) -> None:
+        grad = F.grouped_mm(dy.t(), x, offs=ends)
+        total.add_(grad) if add else total.copy_(grad)
 
-        return run
-
-    found = {f"shipped, {name}": timed(shipped(add)) for name, add in (("written", False), ("added", True))}
-    for how, (name, add) in itertools.product(GRADIENT, (("written", False), ("added", True))):
-        run = lambda how=how, add=add: add_gradient_(total, dy, x, ends, add, **how)  # noqa: E731
-        found[f"{how}, {name}"] = timed(run)
-    return found
+    calls: Calls = {"of shipped, the product alone": lambda: F.grouped_mm(dy.t(), x, offs=ends)}
+    for name, add in (("written", False), ("added", True)):
+        calls[f"shipped, {name}"] = partial(shipped, add)
+        for how in GRADIENT:
+            calls[f"{how}, {name}"] = partial(add_gradient_, total, dy, x, ends, add, **how)
+    return calls
 
 
-def timed_runs(tokens: int, model: str) -> dict[str, str]:
-    """Milliseconds forward, and of both passes."""
+def convolution_calls(tokens: int, model: str) -> Calls:
     groups, widths, channels = CONVOLVED[model]
     normal = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     x, weight = normal(1, tokens, groups, sum(widths)), normal(groups, channels, 4)
-    found = {}
-    for how in RUNS:
+    leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+    grads = [normal(1, tokens, groups, width) for width in widths]
+
+    def forward(*inputs: Tensor, how: dict[str, int]) -> tuple[Tensor, ...]:
         with mock.patch.multiple(short_conv, **how):
-            run = lambda: conv_and_split(x, weight, widths=widths, activation="silu")  # noqa: E731
-            found[f"{how}, forward"] = timed(run)
-            leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
-            parts = conv_and_split(*leaves, widths=widths, activation="silu")[:-1]
-            grads = [torch.randn_like(part) for part in parts]
+            return conv_and_split(*inputs, widths=widths, activation="silu")[: len(widths)]
 
-            def both() -> object:
-                # In one run, since a graph cannot record a backward pass whose forward pass was not recorded.
-                parts = conv_and_split(*leaves, widths=widths, activation="silu")[:-1]  # noqa: B023
-                return torch.autograd.grad(parts, leaves, grads)  # noqa: B023
+    def both(how: dict[str, int]) -> object:
+        parts = forward(*leaves, how=how)
+        with mock.patch.multiple(short_conv, **how):
+            return torch.autograd.grad(parts, leaves, grads)
 
-            found[f"{how}, both passes"] = timed(both)
-    return found
+    calls: Calls = {}
+    for how in RUNS:
+        calls[f"{how}, forward"] = partial(forward, x, weight, how=how)
+        calls[f"{how}, both passes"] = partial(both, how)
+    return calls
+
+
+def compile_together(calls: Iterable[Run]) -> None:
+    """All their kernels at the same time; nothing is launched. One that fails will say so when it is called."""
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    with ThreadPoolExecutor() as pool, _async_compile.AsyncCompileMode(pool, ignore_errors=True) as mode:
+        everywhere = SimpleNamespace(get=lambda: mode)  # autograd launches from a thread of its own
+        with (
+            mock.patch.object(_async_compile, "active_mode", everywhere),
+            mock.patch.object(JITFunction, "run", compile_only),
+        ):
+            for call in calls:
+                with suppress(Exception):
+                    call()
 
 
 def main() -> None:
@@ -238,33 +283,67 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and (why := assembler.obstacle()):  # these kernels do not go through the dispatch
         parser.error(why)
-    wrong = []
-    for how in LOSS:
-        wrong += report("loss", how, loss_errors(device, (5, 20011), how), 5e-3)
-    for how in GRADIENT if device == "cuda" else GRADIENT[:2]:
-        wrong += report("gradient", how, gradient_errors(device, (4, 250, 136, 264), how), 1e-5)
-    if asked.check or wrong:
-        parser.exit(bool(wrong), f"wrong: {wrong}\n" if wrong else "")
+    if wrong := wrong_ones(device):
+        print("wrong:", wrong)
+    if asked.check:
+        parser.exit(bool(wrong))
+    os.environ[dispatch.ENVIRONMENT_VARIABLE] = (
+        "triton"  # without trials, which cannot be judged while nothing runs
+    )
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "wrong": wrong,
         "milliseconds": {},
     }
-    tables: dict[str, Callable[[], dict[str, str]]] = {
+    tables: dict[str, tuple[Callable[[], Calls], Callable[[Run], float]]] = {
+        "loss of 4096 x 151936": (lambda: loss_calls((4096, 151936)), timed),
         **{
-            f"short convolution of {model}, 32768 tokens": partial(timed_runs, 32768, model)
+            f"gradient of 64 x {O} x {I} over 262144 tokens": (
+                partial(gradient_calls, (64, 262144, O, I)),
+                timed,
+            )
+            for O, I in ((1792, 1024), (1024, 896))  # noqa: E741
+        },
+        **{
+            f"short convolution of {model}, 32768 tokens": (
+                partial(convolution_calls, 32768, model),
+                timed_kernels,
+            )
             for model in CONVOLVED
         },
-        "loss of 4096 x 151936": lambda: timed_loss((4096, 151936)),
-        "gradient of 64 x 1792 x 1024 over 262144 tokens": lambda: timed_gradient((64, 262144, 1792, 1024)),
-        "gradient of 64 x 1024 x 896 over 262144 tokens": lambda: timed_gradient((64, 262144, 1024, 896)),
     }
-    for name, table in tables.items():
-        found["milliseconds"][name] = table()
-        print(json.dumps({name: found["milliseconds"][name]}, indent=1), flush=True)
+    for name, (make, milliseconds) in tables.items():
+        times = found["milliseconds"][name] = {}
+        try:
+            calls = make()
+            compile_together(calls.values())
+            for call, run in calls.items():
+                times[call] = round(milliseconds(run), 4)
+        except Exception:  # the others go on
+            times["error"] = traceback.format_exc()
+        print(json.dumps({name: times}, indent=1), flush=True)
         if asked.output:
             asked.output.write_text(json.dumps(found, indent=1) + "\n")
+    parser.exit(bool(wrong) or any("error" in times for times in found["milliseconds"].values()))
+
+
+def wrong_ones(device: str) -> list[str]:
+    """Of small calls."""
+    sizes, gradients = (4, 250, 136, 264), GRADIENT if device == "cuda" else GRADIENT[:2]
+    if device == "cuda":
+        given = gradient_inputs(device, *sizes)
+        compile_together(
+            [partial(one_pass_, *loss_inputs(device, 5, 20011), **how) for how in LOSS]
+            + [partial(add_gradient_, *given, add, **how) for how in gradients for add in (False, True)]
+        )
+    wrong = []
+    for how in LOSS:
+        wrong += report("loss", how, loss_errors(device, (5, 20011), how), 5e-3)
+    for how in gradients:
+        wrong += report("gradient", how, gradient_errors(device, sizes, how), 1e-5)
+    return wrong
 
 
 def report(name: str, how: dict[str, int], errors: dict[str, float], limit: float) -> list[str]:
