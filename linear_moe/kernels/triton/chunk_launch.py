@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from linear_moe.kernels.triton import configs, delta_configs
 from linear_moe.kernels.triton.layout import Layout, lay_out
+from linear_moe.kernels.triton.sizes import cdiv
 
 Scan = Callable[[Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor]
 """From values (or their gradients), the memory to start from, and room for what it finds; any may be ``None``."""
@@ -114,9 +114,9 @@ def plan_chunks(
     num_keys = k.shape[-1]
     chunk = configs.chunk_size(v.dtype, num_keys)
     layout = lay_out(rows, num_tokens, chunk, cu_seqlens, like=v)
-    per_row = num_heads * triton.cdiv(num_values, blocks(num_keys, num_values, v.dtype).values)
+    per_row = num_heads * cdiv(num_values, blocks(num_keys, num_values, v.dtype).values)
     rows, all_tokens = configs.deciding(rows, num_tokens)
-    all_chunks = 1 if layout.is_packed else triton.cdiv(all_tokens, chunk)
+    all_chunks = 1 if layout.is_packed else cdiv(all_tokens, chunk)
     pieces = delta_configs.pieces(rows * per_row, all_chunks, configs.num_processors(v.device))
     if pieces > 1 and all_tokens != num_tokens:
         pieces = layout.segments_per_row

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
+
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,15 @@ def segment_chunk_size(width: int, dtype: torch.dtype) -> int:
 
 
 def _both(width: int, other: int, keys: int, values: int, num_warps: int, num_stages: int) -> Blocks:
-    widest = [max(16, triton.next_power_of_2(dim)) for dim in (width, other)]
+    widest = [max(16, next_power_of_2(dim)) for dim in (width, other)]
     return Blocks(min(keys, widest[0]), min(values, widest[1]), num_warps, num_stages)
 
 
 def _blocks(num_keys: int, num_values: int, values: int, num_warps: int, num_stages: int) -> Blocks:
     if _is_masked(num_keys, num_values):
         values = min(values, 32)  # masks take registers
-    keys = max(16, triton.next_power_of_2(num_keys))
-    widest = max(16, triton.next_power_of_2(num_values))
+    keys = max(16, next_power_of_2(num_keys))
+    widest = max(16, next_power_of_2(num_values))
     return Blocks(keys, min(values, widest), num_warps, num_stages)
 
 
@@ -124,7 +125,7 @@ def _without_wgmma(num_keys: int, num_values: int) -> Blocks:
 
 
 def _is_masked(*dims: int) -> bool:
-    return any(dim != triton.next_power_of_2(dim) for dim in dims)
+    return any(dim != next_power_of_2(dim) for dim in dims)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Columns:
 
 def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
     """For diag_scale.py."""
-    widest = max(16, triton.next_power_of_2(width))
+    widest = max(16, next_power_of_2(width))
     if not has_wgmma():
         return Columns(min(32, widest), 8, 1)
     return Columns(min(64 if dtype.itemsize == 2 else 32, widest), 4, 1)
@@ -149,7 +150,7 @@ def scale_blocks(width: int, dtype: torch.dtype) -> Columns:
 
 def combine_blocks(width: int, dtype: torch.dtype, has_weak: bool) -> Columns:
     """For diag_combine.py; ``has_weak``: with the way of diag_weak.py, whose tiles have columns as rows."""
-    widest = max(16, triton.next_power_of_2(width))
+    widest = max(16, next_power_of_2(width))
     if not has_wgmma():
         return Columns(16, 8, 1, 16)
     return Columns(min(64 if has_weak else 32, widest), 4, 1, min(32, widest))
@@ -182,10 +183,10 @@ def segment_size(rows: int, num_tokens: int, heads: int, blocks: int, chunk: int
     rows, all_tokens = deciding(rows, num_tokens)
     places = PROGRAMS_PER_PROCESSOR * processors
     per_row = max(1, places // (rows * heads * blocks))
-    size = max(triton.cdiv(triton.cdiv(all_tokens, per_row), chunk), MIN_CHUNKS) * chunk
+    size = max(cdiv(cdiv(all_tokens, per_row), chunk), MIN_CHUNKS) * chunk
     if all_tokens == num_tokens:
         return size
-    return chunk if size < all_tokens else triton.cdiv(num_tokens, chunk) * chunk
+    return chunk if size < all_tokens else cdiv(num_tokens, chunk) * chunk
 
 
 _stands_for: tuple[int, int] | None = None  # not of a context: the backward pass has a thread of its own

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from linear_moe.kernels.triton import configs
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def pieces(programs: int, chunks: int, processors: int) -> int:
     count = min(processors // programs, chunks // MIN_CHUNKS, 32)
     if count < MIN_PIECES:
         return 1
-    size = triton.cdiv(chunks, count)
-    return triton.cdiv(chunks, size)
+    size = cdiv(chunks, count)
+    return cdiv(chunks, size)
 
 
 def solve(num_keys: int, dtype: torch.dtype) -> Cut:
@@ -169,7 +169,7 @@ def vector_pairs(num_values: int, dtype: torch.dtype) -> Cut:
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))
 
 
 def _is_masked(*dims: int) -> bool:

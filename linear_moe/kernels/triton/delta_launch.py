@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from linear_moe.kernels.triton import configs, delta_configs
@@ -26,6 +25,7 @@ from linear_moe.kernels.triton.delta_vector_gradient import delta_vector_gradien
 from linear_moe.kernels.triton.delta_vector_pairs import delta_vector_pairs_kernel
 from linear_moe.kernels.triton.delta_weak import delta_solve_weak_kernel, delta_vector_gradient_weak_kernel
 from linear_moe.kernels.triton.diag_levels import level_sums
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY, KEY_DECAY = 0, 1, 2, 3
 
@@ -81,8 +81,8 @@ class DeltaChunks(ChunkLaunch):
             return cls(**common, decay=KEY_DECAY, log_decay=log_decay, sums=table)
         shape = layout.num_slots(chunk), num_heads, 2, chunk
         sums = torch.empty(shape, dtype=torch.float32, device=v.device)
-        heads = min(16, triton.next_power_of_2(num_heads))
-        decay_sums_kernel[(layout.num_segments, triton.cdiv(num_heads, heads))](
+        heads = min(16, next_power_of_2(num_heads))
+        decay_sums_kernel[(layout.num_segments, cdiv(num_heads, heads))](
             log_decay, sums, layout.plan, layout.num_tokens, num_heads, chunk,
             layout.segments_per_row, layout.num_documents, 1, *log_decay.stride(),
             BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
@@ -170,7 +170,7 @@ class DeltaChunks(ChunkLaunch):
         final = self._empty(documents, self.num_heads, self.num_keys, num_values, dtype=torch.float32)
         cut = self._ahead(delta_configs.forward_scan(self.num_keys, num_values, self.dtype), num_values)
         dims = {**self._dims(), "DV": num_values}
-        delta_forward_kernel[(documents * self.num_heads * triton.cdiv(num_values, cut.values),)](
+        delta_forward_kernel[(documents * self.num_heads * cdiv(num_values, cut.values),)](
             k_read, k_write, beta if v is None else v, beta, self.log_decay, self.sums, solved.totals,
             solved.inverse, layout.plan, layout.first_segment, final if initial is None else initial, final,
             final if states is None else states, final if errors is None else errors,
@@ -256,7 +256,7 @@ class DeltaChunks(ChunkLaunch):
         dq = torch.empty_like(dk) if has_output else dk
         q, do = k if q is None else q, beta if do is None else do
         cut = self._gradient_blocks()
-        blocks = triton.cdiv(self.num_keys, cut.keys)
+        blocks = cdiv(self.num_keys, cut.keys)
         grid = (self._places() * blocks,)
         parts = blocks + (self.decay != KEY_DECAY), *tokens
         d_beta = self._empty(*parts, dtype=torch.float32)
@@ -277,7 +277,7 @@ class DeltaChunks(ChunkLaunch):
             )  # fmt: skip
             if self._has_weak:
                 cut = delta_configs.vector_gradient_weak(self.num_keys, self.num_values)
-                delta_vector_gradient_weak_kernel[(self._places() * triton.cdiv(self.num_keys, cut.keys),)](
+                delta_vector_gradient_weak_kernel[(self._places() * cdiv(self.num_keys, cut.keys),)](
                     q, k, do, beta, self.log_decay, *tensors, PARTS=blocks, **dims, **cut.launch
                 )
             return dq, dk, d_beta.sum(0), d_decay
@@ -322,7 +322,7 @@ class DeltaChunks(ChunkLaunch):
     def _ahead(self, scan: delta_configs.Cut, num_values: int) -> delta_configs.Cut:
         """A scan's blocks; pieces of rows are many, and of documents most may be short."""
         rows, _ = configs.deciding(self.layout.num_rows, self.layout.num_tokens)
-        programs = rows * self.num_heads * triton.cdiv(num_values, scan.values)
+        programs = rows * self.num_heads * cdiv(num_values, scan.values)
         is_long = 2 * programs <= configs.num_processors(self.device)
         return delta_configs.ahead(scan, is_long and self.pieces == 1 and not self.layout.is_packed)
 
@@ -334,7 +334,7 @@ class DeltaChunks(ChunkLaunch):
         return blocks(self.num_keys, self.num_values, self.dtype)
 
     def _blocks_of_values(self, cut: delta_configs.Cut) -> int:
-        return triton.cdiv(self.num_values, cut.values)
+        return cdiv(self.num_values, cut.values)
 
     def _sizes(self) -> tuple[int, int, int]:
         layout = self.layout

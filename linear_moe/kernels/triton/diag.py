@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from linear_moe.kernels.arriving import Early, State, Tensors, afterwards, meanwhile
@@ -35,6 +34,7 @@ from linear_moe.kernels.triton.decay_sums import decay_gradient_kernel, decay_su
 from linear_moe.kernels.triton.diag_scan import diag_scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_together
 from linear_moe.kernels.triton.saved import save, saved
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 from linear_moe.kernels.triton.states import Local, diag_carry_kernel, diag_local_state_kernel
 
 WIDEST = 128
@@ -204,7 +204,7 @@ class _Scan:
     ) -> _Scan:
         rows, num_tokens, num_heads, num_values = v.shape
         chunk = configs.diag_chunk_size(v.dtype)
-        blocks = triton.cdiv(num_values, configs.blocks(k.shape[-1], num_values, v.dtype).values)
+        blocks = cdiv(num_values, configs.blocks(k.shape[-1], num_values, v.dtype).values)
         processors = configs.num_processors(v.device)
         size = configs.segment_size(rows, num_tokens, num_heads, blocks, chunk, processors)
         layout = lay_out(rows, num_tokens, size, cu_seqlens, like=v)
@@ -215,9 +215,9 @@ class _Scan:
         shape = layout.num_slots(chunk), num_heads, 2, chunk
         sums = torch.empty(shape, dtype=torch.float32, device=v.device)
         scan = cls(layout, num_heads, scale, chunk, TOKEN_DECAY, log_decay, sums)
-        heads = min(16, triton.next_power_of_2(num_heads))
-        chunks = triton.cdiv(layout.segment_size, chunk)
-        decay_sums_kernel[(layout.num_segments * chunks, triton.cdiv(num_heads, heads))](
+        heads = min(16, next_power_of_2(num_heads))
+        chunks = cdiv(layout.segment_size, chunk)
+        decay_sums_kernel[(layout.num_segments * chunks, cdiv(num_heads, heads))](
             log_decay, sums, layout.plan, *scan._sizes(), chunks, *log_decay.stride(),
             BH=heads, C=chunk, IS_PACKED=layout.is_packed, num_warps=2,
         )  # fmt: skip
@@ -236,7 +236,7 @@ class _Scan:
         states = torch.empty(shape, dtype=torch.float32, device=v.device)
         totals = torch.empty(layout.num_segments, num_heads, dtype=torch.float32, device=v.device)
         cut = configs.blocks(num_keys, num_values, v.dtype)
-        grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
+        grid = (layout.num_segments * num_heads * cdiv(num_values, cut.values),)
         diag_local_state_kernel[grid](
             k, v, self.log_decay, self.sums, layout.plan, states, totals, *self._sizes(), self.scale,
             k.stride(0), k.stride(2), v.stride(0), v.stride(2), k.stride(1), v.stride(1),
@@ -262,7 +262,7 @@ class _Scan:
             return initial, final
         states, totals = local
         size, block = num_keys * num_values, 1024
-        diag_carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
+        diag_carry_kernel[(layout.num_documents * num_heads * cdiv(size, block),)](
             states, totals, final if initial is None else initial, final,
             layout.first_segment, layout.segments_per_row, num_heads,
             SIZE=size, BLOCK=block, DECAY=self.decay, REVERSE=reverse, IS_PACKED=layout.is_packed,
@@ -293,7 +293,7 @@ class _Scan:
         cut = configs.scan_blocks(num_keys, num_values, v.dtype, self.decay, role)
         stores_final = final is not None and not layout.is_split
         x = v if x is None else x
-        grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
+        grid = (layout.num_segments * num_heads * cdiv(num_values, cut.values),)
         diag_scan_kernel[grid](
             q, k, v, o, x, self.log_decay, self.sums, layout.plan,
             v if before is None else before,
@@ -324,7 +324,7 @@ class _Scan:
         decay_gradient_kernel[(layout.num_segments * groups, num_heads)](
             parts.read, parts.write, parts.through, grad, layout.plan,
             *self._sizes(), self._num_groups(), layout.num_all,
-            C=self.chunk, EVERY=self._every(), PR=reads, PW=writes, BP=triton.next_power_of_2(max(reads, writes)),
+            C=self.chunk, EVERY=self._every(), PR=reads, PW=writes, BP=next_power_of_2(max(reads, writes)),
             G=groups, DECAY=self.decay, IS_PACKED=layout.is_packed, num_warps=1,
         )  # fmt: skip
         return grad if self.decay == TOKEN_DECAY else grad.sum((0, 1))
@@ -340,7 +340,7 @@ class _Scan:
         cuts = [
             configs.scan_blocks(num_values, num_keys, k.dtype, self.decay, role) for role in (READS, WRITES)
         ]
-        reads, writes = (triton.cdiv(num_keys, cut.values) for cut in cuts)
+        reads, writes = (cdiv(num_keys, cut.values) for cut in cuts)
         new = partial(torch.empty, dtype=torch.float32, device=k.device)
         return _Parts(
             new(reads, self.num_heads, layout.num_all),
@@ -352,7 +352,7 @@ class _Scan:
         return self.layout.num_slots(self.chunk * self._every())
 
     def _groups(self) -> int:
-        return triton.cdiv(triton.cdiv(self.layout.segment_size, self.chunk), self._every())
+        return cdiv(cdiv(self.layout.segment_size, self.chunk), self._every())
 
     def _every(self) -> int:
         return configs.SAVE_EVERY if self.decay == TOKEN_DECAY else configs.SAVE_EVERY_PER_HEAD

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
@@ -26,6 +25,7 @@ from linear_moe.kernels.triton.layout import Layout, lay_out, of_groups, rows_to
 from linear_moe.kernels.triton.saved import save, saved
 from linear_moe.kernels.triton.segment_gradient import segment_gradient_kernel
 from linear_moe.kernels.triton.segment_state import segment_after_kernel, segment_local_kernel
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 from linear_moe.kernels.triton.states import diag_carry_kernel
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY, ROW_DECAY = 0, 1, 2, 3
@@ -129,14 +129,14 @@ class _Run:
         chunks = layout.num_slots(self.chunk), num_heads, width
         totals = torch.zeros(chunks, dtype=torch.float32, device=y.device) if has_decay else final
         cut = configs.segment_blocks(y.shape[-1], z.shape[-1], y.dtype, self.decay == ROW_DECAY)
-        blocks = triton.cdiv(y.shape[-1], cut.keys) * triton.cdiv(z.shape[-1], cut.values)
+        blocks = cdiv(y.shape[-1], cut.keys) * cdiv(z.shape[-1], cut.values)
         segment_local_kernel[(layout.num_segments * num_heads * blocks,)](
             y, z, self.log_decay, layout.plan, local, kept, totals, *self._places(y, z),
             **self._dims(y, z), BD=cut.keys, BZ=cut.values, num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
         if states is not None:
             size, block = self.num_keys * self.num_values, 1024
-            diag_carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
+            diag_carry_kernel[(layout.num_documents * num_heads * cdiv(size, block),)](
                 states, kept, final, final, layout.first_segment, layout.segments_per_row, num_heads,
                 SIZE=size, BLOCK=block, DECAY=self.decay, REVERSE=False, IS_PACKED=layout.is_packed,
                 HAS_INITIAL=False, KEPT=width, SPAN=1 if self.columns else self.num_values, num_warps=4,
@@ -145,8 +145,8 @@ class _Run:
             return final, None, (None, None, None)
         after = torch.empty_like(totals)
         total = self._floats(layout.num_documents, num_heads, width)
-        block = min(32, triton.next_power_of_2(width))
-        segment_after_kernel[(layout.num_documents * num_heads * triton.cdiv(width, block),)](
+        block = min(32, next_power_of_2(width))
+        segment_after_kernel[(layout.num_documents * num_heads * cdiv(width, block),)](
             totals, after, total, layout.plan, layout.first_segment,
             layout.num_tokens, num_heads, layout.segment_size, layout.segments_per_row,
             W=width, BW=block, BM=64, C=self.chunk, IS_PACKED=layout.is_packed, num_warps=4,

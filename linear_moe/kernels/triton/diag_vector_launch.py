@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from linear_moe.kernels.triton import configs
@@ -18,6 +17,7 @@ from linear_moe.kernels.triton.diag_levels import level_sums
 from linear_moe.kernels.triton.diag_scale import diag_scale_kernel
 from linear_moe.kernels.triton.diag_vector_scan import diag_scaled_scan_kernel
 from linear_moe.kernels.triton.layout import Layout, lay_out
+from linear_moe.kernels.triton.sizes import cdiv
 from linear_moe.kernels.triton.states import Local, diag_carry_kernel
 
 
@@ -68,7 +68,7 @@ class VectorScan:
         """Cut the rows, or the packed documents, into segments."""
         rows, num_tokens, num_heads, num_values = v.shape
         chunk = configs.diag_chunk_size(v.dtype)
-        blocks = triton.cdiv(num_values, configs.scaled_scan_blocks(k.shape[-1], num_values, v.dtype).values)
+        blocks = cdiv(num_values, configs.scaled_scan_blocks(k.shape[-1], num_values, v.dtype).values)
         processors = configs.num_processors(v.device)
         size = configs.segment_size(rows, num_tokens, num_heads, blocks, chunk, processors)
         layout = lay_out(rows, num_tokens, size, cu_seqlens, like=v)
@@ -92,7 +92,7 @@ class VectorScan:
         num_chunks = layout.num_slots(chunk)
         totals = torch.empty(num_chunks, self.memory[0], self.width, dtype=torch.float32, device=y.device)
         x = y if x is None else x
-        per_segment = triton.cdiv(layout.segment_size, chunk)
+        per_segment = cdiv(layout.segment_size, chunk)
         a = self.log_decay
         cut = configs.scale_blocks(self.width, y.dtype)
         diag_scale_kernel[(layout.num_segments * per_segment, self.memory[0])](
@@ -140,7 +140,7 @@ class VectorScan:
             return initial, final
         states, kept = local
         size, block = num_keys * num_values, 1024
-        diag_carry_kernel[(layout.num_documents * num_heads * triton.cdiv(size, block),)](
+        diag_carry_kernel[(layout.num_documents * num_heads * cdiv(size, block),)](
             states, kept, final if initial is None else initial, final,
             layout.first_segment, layout.segments_per_row, num_heads,
             SIZE=size, BLOCK=block, DECAY=1, REVERSE=reverse, IS_PACKED=layout.is_packed,
@@ -254,7 +254,7 @@ class VectorScan:
         cut = configs.scaled_scan_blocks(num_keys, num_values, v.dtype)
         out = v if o is None else o
         is_transposed = rows != self.decays_rows
-        grid = (layout.num_segments * num_heads * triton.cdiv(num_values, cut.values),)
+        grid = (layout.num_segments * num_heads * cdiv(num_values, cut.values),)
         diag_scaled_scan_kernel[grid](
             q, k, v, out, *(v if x is None else x for x in (pairs, totals, kept)), layout.plan,
             *(v if x is None else x for x in (before, final, saved, through)), layout.num_tokens, *self._sizes(),
@@ -284,10 +284,10 @@ class VectorScan:
         d_bonus: Tensor | None,
     ) -> None:
         layout, chunk = self.layout, self.chunk
-        groups = triton.cdiv(triton.cdiv(layout.segment_size, chunk), self.every)
+        groups = cdiv(cdiv(layout.segment_size, chunk), self.every)
         a = self.log_decay
         cut = configs.combine_blocks(self.width, y.dtype, self._least(y) < 0)
-        grid = layout.num_segments * groups, self.memory[0], triton.cdiv(self.width, cut.columns)
+        grid = layout.num_segments * groups, self.memory[0], cdiv(self.width, cut.columns)
         diag_combine_kernel[grid](
             x, y, a, y if self.bonus is None else self.bonus, pairs, scaled_dx, scaled_dy,
             y if through is None else through, totals, dx, y if dy is None else dy, y if d_log is None else d_log,

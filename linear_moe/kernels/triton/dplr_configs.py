@@ -7,10 +7,10 @@ the shared memory of sm_90, and free of spills in half precision, but for 12 to 
 from __future__ import annotations
 
 import torch
-import triton
 
 from linear_moe.kernels.triton import configs, delta_configs
 from linear_moe.kernels.triton.delta_configs import Cut
+from linear_moe.kernels.triton.sizes import next_power_of_2
 
 
 def solve(num_keys: int, dtype: torch.dtype) -> Cut:
@@ -42,12 +42,12 @@ def read(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 def pairs(num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for the gradients of scores: blocks of V in a loop."""
     widest = 32 if dtype.itemsize == 2 and configs.has_wgmma() else 16
-    return Cut(0, min(widest, max(16, triton.next_power_of_2(num_values))), 8, 1)
+    return Cut(0, min(widest, max(16, next_power_of_2(num_values))), 8, 1)
 
 
 def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """Of the kernel for the other gradients: blocks of K in the grid, blocks of V in a loop."""
-    values = max(16, triton.next_power_of_2(num_values))
+    values = max(16, next_power_of_2(num_values))
     if dtype.itemsize == 2:
         return Cut(16, 64 if values == 128 else min(32, values), 8, 1)
     return Cut(16, min(16, values), 8, 1)
@@ -55,6 +55,6 @@ def gradient(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
 
 def gradient_weak(num_keys: int, num_values: int, dtype: torch.dtype) -> Cut:
     """The same where decays are weak (dplr_weak.py); dims that need masks, which take registers, in narrower blocks."""
-    keys, values = (max(16, triton.next_power_of_2(dim)) for dim in (num_keys, num_values))
+    keys, values = (max(16, next_power_of_2(dim)) for dim in (num_keys, num_values))
     widest = 32 if (keys, values) == (num_keys, num_values) else 16
     return Cut(min(widest, keys), min(64, values), 4, 1)

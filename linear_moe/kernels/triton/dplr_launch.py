@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from linear_moe.kernels.triton import dplr_configs
@@ -21,6 +20,7 @@ from linear_moe.kernels.triton.dplr_chunk import dplr_solve_kernel
 from linear_moe.kernels.triton.dplr_gradient import dplr_gradient_kernel, dplr_pairs_kernel
 from linear_moe.kernels.triton.dplr_scan import dplr_read_kernel, dplr_scan_kernel
 from linear_moe.kernels.triton.dplr_weak import dplr_gradient_weak_kernel, dplr_solve_weak_kernel
+from linear_moe.kernels.triton.sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class DplrChunks(ChunkLaunch):
         if reverse:
             rows = (solved.b_write, solved.a_read, solved.q_read)
         cut = dplr_configs.scan(self.num_keys, num_values, self.dtype)
-        dplr_scan_kernel[(documents * self.num_heads * triton.cdiv(num_values, cut.values),)](
+        dplr_scan_kernel[(documents * self.num_heads * cdiv(num_values, cut.values),)](
             *rows, final if x is None else x, solved.scores_qb if reverse else solved.scores_ak,
             solved.inverse, solved.totals, layout.plan, layout.first_segment,
             final if initial is None else initial, final, final if states is None else states,
@@ -155,7 +155,7 @@ class DplrChunks(ChunkLaunch):
         """o of v, ``[B, T, H, V]``; ``reverse`` dv of do, ``None`` if there was none."""
         layout, o = self.layout, self.new_values()
         cut = dplr_configs.read(self.num_keys, self.num_values, self.dtype)
-        dplr_read_kernel[(self._places() * triton.cdiv(self.num_values, cut.values),)](
+        dplr_read_kernel[(self._places() * cdiv(self.num_values, cut.values),)](
             solved.k_write if reverse else solved.q_read, solved.scores_ak if reverse else solved.scores_qb,
             solved.scores_qk, states, w, w if x is None else x, layout.plan, o,
             *self._sizes(), layout.num_documents, *(w if x is None else x).stride()[:3],
@@ -187,7 +187,7 @@ class DplrChunks(ChunkLaunch):
         if least < 1:
             ways.append((dplr_gradient_weak_kernel, dplr_configs.gradient_weak(*dims)))
         for kernel, cut in ways:  # each for chunks of its own
-            kernel[(self._places() * triton.cdiv(self.num_keys, cut.keys),)](
+            kernel[(self._places() * cdiv(self.num_keys, cut.keys),)](
                 *like, self.table, solved.totals, layout.plan, w if v is None else v, w if do is None else do,
                 w, z, states, d_states, pairs, grads[0] if dq is None else dq, *grads,
                 *self._sizes(), layout.num_documents, self.scale, *self._strides(*like[:4]), *log_decay.stride(),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import in_order_of, rows_together, runs_of_heads
+from linear_moe.kernels.triton.sizes import next_power_of_2
 
 TILE, RUN = 16, 128
 """Tokens that the four warps have at a time, and tokens of a program."""
@@ -86,7 +87,7 @@ class _GatedNorm(torch.autograd.Function):
 
 def _constants(x: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str) -> dict[str, Any]:
     width = x.shape[-1]
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, next_power_of_2(width))
     return dict(
         D=width, BLOCK=block, TILE=max(4, TILE * 128 // block) if block > 128 else TILE, RUN=RUN,
         IS_SWISH=activation == "swish", HAS_WEIGHT=weight is not None, HAS_GATE=gate is not None,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import in_order_of, rows_together, runs_of_heads
+from linear_moe.kernels.triton.sizes import next_power_of_2
 
 TILE, RUN = 8, 128
 """Tokens that the four warps have at a time, eight channels a thread, if a head has 128, and tokens of a program."""
@@ -105,7 +106,7 @@ def _given(
 
 def _constants(x: Tensor, gate: Tensor | None, q: Tensor | None, activation: str | None) -> dict[str, Any]:
     keys = x.shape[-1] if q is None else q.shape[-1]
-    blocks = [max(16, triton.next_power_of_2(width)) for width in (keys, x.shape[-1])]
+    blocks = [max(16, next_power_of_2(width)) for width in (keys, x.shape[-1])]
     return dict(
         K=keys, V=x.shape[-1], BK=blocks[0], BV=blocks[1], TILE=max(4, TILE * 128 // max(blocks)), RUN=RUN,
         HAS_GATE=gate is not None, HAS_OWN=q is not None, IS_SWISH=activation == "swish",

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.kernels.triton.sizes import cdiv
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -53,7 +55,7 @@ class Layout:
 def lay_out(rows: int, num_tokens: int, segment_size: int, cu_seqlens: Tensor | None, like: Tensor) -> Layout:
     """Cut ``rows`` rows of ``num_tokens`` tokens, or the documents of one row, into segments."""
     if cu_seqlens is None:
-        per_row = triton.cdiv(num_tokens, segment_size)
+        per_row = cdiv(num_tokens, segment_size)
         return Layout(rows, num_tokens, rows, segment_size, rows * per_row, per_row, like, like, False)
     num_documents = cu_seqlens.shape[0] - 1
     num_segments = min(num_tokens // segment_size + num_documents + 1, num_tokens)
@@ -90,7 +92,7 @@ def in_order_of(like: Tensor, x_BTHD: Tensor) -> Tensor:
 
 def runs_of_heads(x: Tensor, run: int) -> tuple[int, int]:
     """The grid of programs that own one head of ``run`` tokens each of ``[B, T, H, K]``: (B * runs, H)."""
-    return x.shape[0] * triton.cdiv(x.shape[1], run), x.shape[2]
+    return x.shape[0] * cdiv(x.shape[1], run), x.shape[2]
 
 
 def of_groups(grad: Tensor, x_BTGK: Tensor) -> Tensor:

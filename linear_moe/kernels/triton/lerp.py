@@ -22,6 +22,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together
+from linear_moe.kernels.triton.sizes import cdiv
 
 BLOCK, TILE, RUN = 128, 8, 128
 """Channels of a program, tokens that its four warps have at a time, eight channels a thread, and its tokens."""
@@ -84,7 +85,7 @@ class _Lerp(torch.autograd.Function):
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0] * triton.cdiv(x.shape[1], RUN), triton.cdiv(x.shape[2], BLOCK)
+    return x.shape[0] * cdiv(x.shape[1], RUN), cdiv(x.shape[2], BLOCK)
 
 
 def _given(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together, runs_of_heads
+from linear_moe.kernels.triton.sizes import next_power_of_2
 
 TILE, RUN = 16, 128
 """Tokens that the four warps have at a time, if a head has 128 channels, and tokens of a program."""
@@ -80,7 +81,7 @@ def _constants(x: Tensor, rate: Tensor | None, bias: Tensor | None, form: str) -
 
 def blocks(x: Tensor, tile: int, run: int) -> dict[str, int]:
     """Constants of kernels whose programs own ``run`` tokens, ``tile`` at a time if a head has 128 channels."""
-    block = max(16, triton.next_power_of_2(x.shape[-1]))
+    block = max(16, next_power_of_2(x.shape[-1]))
     return dict(D=x.shape[-1], BLOCK=block, TILE=max(4, tile * 128 // block), RUN=run, num_warps=4)
 
 

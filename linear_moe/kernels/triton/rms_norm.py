@@ -22,6 +22,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton import configs
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 PER_PROCESSOR = 4
 """Programs of the backward pass on each multiprocessor."""
@@ -43,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
         x_MD, y = _tokens(x), torch.empty_like(x, memory_format=torch.contiguous_format)
         constants = _constants(x_MD.shape[1])
         if len(x_MD):
-            rms_norm_forward_kernel[(triton.cdiv(len(x_MD), constants["TILE"]),)](
+            rms_norm_forward_kernel[(cdiv(len(x_MD), constants["TILE"]),)](
                 x_MD, weight.contiguous(), y, len(x_MD), eps, x_MD.stride(0), **constants
             )
         return y, x
@@ -58,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
         passed_MD = x_MD if d_passed is None else _tokens(d_passed)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         constants = _constants(x_MD.shape[1])
-        tiles = triton.cdiv(len(x_MD), constants["TILE"])
+        tiles = cdiv(len(x_MD), constants["TILE"])
         programs = min(tiles, PER_PROCESSOR * configs.num_processors(x.device))
         parts_PD = x.new_empty(programs, x_MD.shape[1], dtype=torch.float32)
         if programs:
@@ -76,7 +77,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _constants(width: int) -> dict[str, Any]:
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, next_power_of_2(width))
     return dict(D=width, BLOCK=block, TILE=max(1, ELEMENTS // block), num_warps=max(4, block // 512))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import in_order_of, rows_together
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 ELEMENTS = 1024
 """Pairs of a tile, eight for each thread of four warps: 16 bytes of each half in half precision."""
@@ -54,10 +55,10 @@ def _rotate(q: Tensor, k: Tensor, angles: Tensor, scale: float, sign: float) -> 
     q_new, k_new = in_order_of(q, q), in_order_of(k, k)
     batch, num_tokens, num_heads, width = q.shape
     num_angles, num_groups = angles.shape[-1], k.shape[2]
-    block = max(16, triton.next_power_of_2(num_angles))
+    block = max(16, next_power_of_2(num_angles))
     tile = max(1, ELEMENTS // block)
-    blocks = triton.cdiv(num_heads, HEADS) + triton.cdiv(num_groups, HEADS)
-    rotate_kernel[triton.cdiv(num_tokens, tile), batch, blocks](
+    blocks = cdiv(num_heads, HEADS) + cdiv(num_groups, HEADS)
+    rotate_kernel[cdiv(num_tokens, tile), batch, blocks](
         q, k, angles, q_new, k_new, num_tokens, num_heads, num_groups, scale, sign,
         *q.stride()[:3], *k.stride()[:3], *angles.stride()[:2], *q_new.stride()[:3], *k_new.stride()[:3],
         K=width, R=num_angles, BLOCK=block, TILE=tile, HEADS=HEADS, num_warps=4,

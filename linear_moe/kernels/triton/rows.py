@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 
 def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def _collect(x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
 
 def _move(kernel: Any, num_rows: int, x: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
     y, rows = x.new_empty(num_rows, x.shape[1]), rows_together(x)
-    grid = (place.shape[0], triton.cdiv(x.shape[1], _block(x)))
+    grid = (place.shape[0], cdiv(x.shape[1], _block(x)))
     kernel[grid](
         rows, place, place if weight is None else weight.contiguous(), y, x.shape[1], rows.stride(0),
         K=place.shape[1], BLOCK=_block(x), HAS_WEIGHT=weight is not None, num_warps=4,
@@ -94,7 +95,7 @@ def _products(a: Tensor, x: Tensor, place: Tensor) -> Tensor:
 
 def _block(x: Tensor) -> int:
     """Eight elements a thread are one 16-byte word in bfloat16; short rows take what they need."""
-    return min(1024, max(16, triton.next_power_of_2(x.shape[1])))
+    return min(1024, max(16, next_power_of_2(x.shape[1])))
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 ELEMENTS = 4096
 """Of a tile, 32 for each thread of four warps."""
@@ -49,9 +50,9 @@ class _ScaleHeads(torch.autograd.Function):
 
 def _plan(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     width = x.shape[-1]
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = max(1, ELEMENTS // block)
-    return (triton.cdiv(x.numel() // width, rows),), dict(V=width, BLOCK=block, ROWS=rows, num_warps=4)
+    return (cdiv(x.numel() // width, rows),), dict(V=width, BLOCK=block, ROWS=rows, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from linear_moe.kernels.conv import cut, last_inputs
@@ -32,6 +31,7 @@ from linear_moe.kernels.triton.short_conv_kernels import (
     conv_forward_kernel,
     conv_history_kernel,
 )
+from linear_moe.kernels.triton.sizes import cdiv
 
 BLOCK, WIDE = 128, 4
 """Channels of a program, and at most of one load: as many as a lane has."""
@@ -162,7 +162,7 @@ class _Call:
         wide = _aligned(width, *tensors)
         block = BLOCK // 2 if wide == 1 else BLOCK  # each load has an address
         constants = self.constants | dict(BLOCK=block, WIDE=wide, RUN=RUN, AHEAD=AHEAD, num_warps=1)
-        return (self.num_runs * triton.cdiv(self.num_groups * width, block),), constants
+        return (self.num_runs * cdiv(self.num_groups * width, block),), constants
 
     def back(
         self, x: Tensor, dy: Tensor, dx: Tensor, sums: Tensor, d_state: Tensor | None, first: int
@@ -178,7 +178,7 @@ class _Call:
             *tensors, dx, sums, *sizes, *_rows_and_tokens(dx), first, DX_G=_groups(dx), **constants, **walk
         )
         if d_state is not None:
-            grid = (self.num_documents * triton.cdiv(self.num_groups * width, BLOCK),)
+            grid = (self.num_documents * cdiv(self.num_groups * width, BLOCK),)
             conv_history_kernel[grid](
                 *tensors, d_state, *sizes, first, **constants, **self.constants, BLOCK=BLOCK, WIDE=1, num_warps=1
             )  # fmt: skip
@@ -195,7 +195,7 @@ class _Call:
         document: Tensor | None = None,
     ) -> _Call:
         rows, num_tokens, groups, _ = x.shape
-        width, num_runs = weight.shape[-1], triton.cdiv(num_tokens, RUN)
+        width, num_runs = weight.shape[-1], cdiv(num_tokens, RUN)
         taps = weight.reshape(-1, width).contiguous()  # stands for what there is not, too
         cu = taps if cu_seqlens is None else cu_seqlens.contiguous()
         num_documents = rows if cu_seqlens is None else cu.shape[0] - 1

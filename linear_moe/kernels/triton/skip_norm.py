@@ -24,6 +24,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import in_order_of, rows_together
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 RUN = 16
 """Tokens of a program."""
@@ -61,7 +62,7 @@ class _SkipGateNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         y = in_order_of(x if gate is None else gate, x)
-        ctx.grid = x.shape[0] * triton.cdiv(x.shape[1], RUN), num_groups
+        ctx.grid = x.shape[0] * cdiv(x.shape[1], RUN), num_groups
         ctx.constants = _constants(x, num_groups, activation, skip is not None, gate is not None)
         ctx.eps = eps
         s, d, g = _given(x, skip, skip_weight, gate)
@@ -84,7 +85,7 @@ class _SkipGateNorm(torch.autograd.Function):
         parts = x.new_empty(1 if skip is None else 2, ctx.grid[0], *x.shape[2:], dtype=torch.float32)
         kernel, constants = skip_norm_backward_kernel, ctx.constants
         if constants["W"] > WIDEST:
-            rest = max(16, triton.next_power_of_2(constants["W"] - WIDEST))
+            rest = max(16, next_power_of_2(constants["W"] - WIDEST))
             kernel, constants = skip_norm_wide_backward_kernel, constants | dict(BLOCK=WIDEST, REST=rest)
         kernel[ctx.grid](
             x, s, d, weight.contiguous(), g, dy, dx, dx if d_skip is None else d_skip, dx if dg is None else dg,
@@ -106,7 +107,7 @@ def _given(
 
 def _constants(x: Tensor, num_groups: int, activation: str, has_skip: bool, has_gate: bool) -> dict[str, Any]:
     heads, width = x.shape[2], x.shape[3]
-    block = max(16, triton.next_power_of_2(heads // num_groups * width))
+    block = max(16, next_power_of_2(heads // num_groups * width))
     return dict(
         H=heads, V=width, W=heads // num_groups * width, BLOCK=block, RUN=RUN, IS_SWISH=activation == "swish",
         HAS_SKIP=has_skip, HAS_GATE=has_gate, num_warps=min(16, max(4, block // 256)),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from linear_moe.kernels.once import once_differentiable
 from linear_moe.kernels.triton.layout import rows_together
+from linear_moe.kernels.triton.sizes import next_power_of_2
 
 
 def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
 
 
 def _block(width: int) -> int:
-    return min(1024, max(16, triton.next_power_of_2(width)))
+    return min(1024, max(16, next_power_of_2(width)))
 
 
 @triton.jit
