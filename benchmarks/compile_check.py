@@ -70,9 +70,11 @@ AROUND = {
     "rms_norm": ("", "wide"),
     "skip_gate_norm": ("skip", "alone", "wide"),
     "adam_": ("",),
+    "grouped_weight_grad_": ("",),
 }
 """Other operators, and what kinds there are: of heads K wide, V channels are turned, or read of its own by a token; K
-are convolved, V more are not; a parameter's copy has the dtype, but for float32."""
+are convolved, V more are not; a parameter's copy has the dtype, but for float32; experts have 4 K inputs and 8 V
+outputs."""
 STEP = dict(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, factor=0.3)
 """Of an optimizer."""
 DIMS = ("64x64", "128x128", "128x256", "256x128", "256x256")
@@ -162,13 +164,18 @@ def compiling_only(call: str, arch: int = 90) -> Iterator[list[Row]]:
 def check(
     op: str, kind: str, dtype: torch.dtype, dims: str, packed: bool = False, arch: int = 90
 ) -> list[Row]:
-    """Forward and backward of one call; an optimizer's step, with either weight decay."""
+    """Forward and backward of one call; an optimizer's step, with either weight decay; sums, written and added to."""
     num_keys, num_values = (int(n) for n in dims.split("x"))
     name = f"{op} {kind} {str(dtype).removeprefix('torch.')} {dims}{' packed' if packed else ''}"
     if op == "adam_":
         with compiling_only(name, arch) as rows:
             for decoupled in (False, True):
                 kernels.adam_(**parameter(5000, dtype), **STEP, decoupled=decoupled)
+        return rows
+    if op == "grouped_weight_grad_":
+        with compiling_only(name, arch) as rows:
+            for add in (False, True):
+                kernels.grouped_weight_grad_(**gradient(8 * num_values, 4 * num_keys, dtype), add=add)
         return rows
     make = _around if op in AROUND else _inputs
     inputs = make(op, kind, dtype, num_keys, num_values, packed)
@@ -269,6 +276,13 @@ def parameter(size: int, dtype: torch.dtype) -> dict[str, Tensor]:
     found = {name: torch.randn(size) for name in ("param", "grad", "exp_avg")}
     found |= {"exp_avg_sq": torch.rand(size), "step": torch.tensor(3.0)}
     return found if dtype == torch.float32 else found | {"half": torch.zeros(size, dtype=dtype)}
+
+
+def gradient(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of three experts' weights, one of which has no tokens."""
+    normal = lambda *shape: torch.randn(*shape).to(dtype)  # noqa: E731
+    found = {"total": torch.randn(3, num_outputs, num_inputs), "dy": normal(300, num_outputs)}
+    return found | {"x": normal(300, num_inputs), "ends": torch.tensor([170, 170, 299], dtype=torch.int32)}
 
 
 def _row(call: str, kernel: Any, kwargs: dict[str, Any], seconds: float, arch: int) -> Row:

@@ -55,6 +55,7 @@ RESET = (
     "run_dir",
     "lsm_recompute",
     "recompute_expert_inputs",
+    "expert_gradients_in_place",
     # training only
     "config_logger_dir",
     "distribute_saved_activations",

@@ -7,6 +7,7 @@ from linear_moe.kernels.gates import (
     lerp_tokens,
     log_decay_of,
 )
+from linear_moe.kernels.gradients import grouped_weight_grad_
 from linear_moe.kernels.ops import (
     conv_and_split,
     delta_rule,
@@ -42,6 +43,7 @@ __all__ = [
     "edit_keys",
     "gated_group_norm",
     "gated_rms_norm",
+    "grouped_weight_grad_",
     "lerp_tokens",
     "log_decay_of",
     "rms_norm",

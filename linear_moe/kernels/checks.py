@@ -309,6 +309,25 @@ def check_swiglu(x: Tensor, weight: Tensor) -> None:
     _check_shape("weight", weight, x.shape[:1], "[M]")
 
 
+def check_weight_grad(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor) -> None:
+    """Everything :func:`linear_moe.kernels.grouped_weight_grad_` takes; values are not looked at."""
+    for name, rows in (("dy", dy), ("x", x)):
+        _check_float(name, rows, total.device)
+        if rows.ndim != 2:
+            fail(name, f"has shape {show(rows.shape)}", f"{name} has a row for each token", "x.flatten(0, -2)")
+    if x.dtype != dy.dtype:
+        fail("x", f"is {x.dtype} but dy is {dy.dtype}", "a product reads both", f"x.to({dy.dtype})")
+    if len(x) != len(dy):
+        found = f"has {len(x)} rows, and dy {len(dy)}"
+        fail("x", found, "every token has an input and an output", "rows of the same tokens")
+    if (ends.dtype, ends.device) != (torch.int32, total.device) or ends.ndim != 1:
+        found = f"is {ends.dtype} of shape {show(ends.shape)} on {ends.device}"
+        fail("ends", found, "ends is [E], next to total", f"int32 on {total.device}")
+    _check_shape("total", total, (len(ends), dy.shape[1], x.shape[1]), "[E, O, I]")
+    if total.dtype != (dtype := torch.promote_types(dy.dtype, torch.float32)):
+        fail("total", f"is {total.dtype}", f"it is a sum of products of {dy.dtype}", f"total.to({dtype})")
+
+
 def check_adam(param: Tensor, tensors: dict[str, Tensor], half: Tensor | None, step: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.adam_` takes."""
     _check_float("param", param, param.device)

@@ -39,6 +39,7 @@ from linear_moe.kernels import (
     skip_norm,
     step,
     swiglu,
+    weight_grad,
 )
 from linear_moe.kernels.autocast import without_autocast
 
@@ -184,6 +185,13 @@ def _takes_read(
     return x.shape[-1] <= 256 and (q is None or q.shape[-1] <= 256)
 
 
+def _takes_sums(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool) -> bool:
+    """16-bit operands, whose products are exact in float32, of whole words of 16 bytes; contiguous tensors."""
+    tensors = (total, dy, x, ends)
+    fits = dy.element_size() == 2 and total.dtype == torch.float32 and all(n % 8 == 0 for n in total.shape[1:])
+    return fits and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors[:3]) and ends.is_contiguous()
+
+
 def _takes_flat(
     param: Tensor,
     grad: Tensor,
@@ -264,6 +272,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("spread_rows", rows, "rows"),
         _operation("collect_rows", rows, "rows"),
         _operation("weighted_swiglu", swiglu, "swiglu"),
+        _operation("grouped_weight_grad_", weight_grad, "weight_grad", _takes_sums),
         _operation("adam_", adam, "adam", _takes_flat),
     ]
 )

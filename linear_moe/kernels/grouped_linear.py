@@ -9,7 +9,7 @@ Hence the autograd function.
 A weight's gradient is summed over a micro-batch in float32 and leaves in the weight's dtype, as those of Megatron's own
 layers do without Apex and Transformer Engine; Megatron adds it to a float32 buffer. ``grouped_mm`` of torch 2.11 gives
 no other dtype and adds to no output (``out_dtype`` has to be that of its operands), and GEMMs that do, one for each
-expert, want the tokens' numbers on the host.
+expert, want the tokens' numbers on the host. Where there is such a buffer, ``sums`` has a kernel of ours add to it.
 
 Letters: M tokens, E experts, I and O sizes of the input and output.
 """
@@ -17,12 +17,20 @@ Letters: M tokens, E experts, I and O sizes of the input and output.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from linear_moe.kernels.gradients import grouped_weight_grad_
+from linear_moe.kernels.weight_grad import weight_grad
+
+Sums = Callable[[], tuple[Tensor, bool] | None]
+"""Asked in a backward pass that will write a weight's gradient: where it is summed, ``[E, O, I]``, and whether there is
+something to add it to. The gradient that autograd gets then has any values. ``None``: autograd gets the gradient."""
 
 ROWS = 16
 """Rows of a tile of a GEMM, or a multiple of that."""
@@ -35,18 +43,19 @@ def can_group(x: Tensor, *weights: Tensor) -> bool:
     return is_bf16 and all(t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in operands)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, sums: Sums | None = None) -> Tensor:
     """Tokens times their experts' weights.
 
     Args:
         x: ``[M, I]``, sorted by expert.
         weight: ``[E, O, I]``; I and O multiples of 8 (bf16).
         ends: ``[E]`` int32 on the device of ``x``: where each expert's tokens end; the last is M.
+        sums: where the gradient of ``weight`` goes, if not through autograd.
 
     Returns:
         ``[M, O]``.
     """
-    return _GroupedLinear.apply(x, weight, ends)
+    return _GroupedLinear.apply(x, weight, ends, sums)
 
 
 def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -87,30 +96,29 @@ def _warn_of_loop_once(dtype: torch.dtype, width: int) -> None:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, sums: Sums | None) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
+        ctx.sums = sums
         if x.shape[0] == 0:
             return x.new_empty(0, weight.shape[1])
         return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
-        if x.shape[0] == 0:
-            return torch.zeros_like(x), torch.zeros_like(weight), None
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = F.grouped_mm(grad, weight, offs=ends)
+            grad_x = F.grouped_mm(grad, weight, offs=ends) if len(x) else torch.zeros_like(x)
         if ctx.needs_input_grad[1]:
-            grad_weight = F.grouped_mm(grad.t(), x.contiguous(), offs=ends)
-            if not _clears_empty(grad_weight.device):
-                is_empty = F.pad(ends, (1, 0)).diff() == 0
-                grad_weight.masked_fill_(is_empty[:, None, None], 0.0)
-        return grad_x, grad_weight, None
+            grad_weight = _weight_grad(grad, x.contiguous(), weight, ends, ctx.sums)
+        return grad_x, grad_weight, None, None
 
 
-@cache
-def _clears_empty(device: torch.device) -> bool:
-    """Whether the gradient of an expert without tokens is zero as it comes: else all are read and written again."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _weight_grad(dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor, sums: Sums | None) -> Tensor:
+    """What autograd gets."""
+    place = None if sums is None else sums()
+    if place is not None:
+        grouped_weight_grad_(place[0], dy, x, ends, add=place[1])
+        return torch.empty_like(weight)
+    return weight_grad(dy, x, ends) if len(x) else torch.zeros_like(weight)

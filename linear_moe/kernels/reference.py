@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.kernels.reference_experts import grouped_weight_grad_  # noqa: F401
 from linear_moe.kernels.reference_gates import (  # noqa: F401
     bounded_decay_of,
     edit_keys,

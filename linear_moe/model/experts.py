@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from linear_moe.kernels import dispatch, weighted_swiglu
 from linear_moe.kernels.grouped_linear import can_group, grouped_linear, looped_linear
 from linear_moe.model.experts_checkpoint import ExpertShards
+from linear_moe.model.gradient_sums import sums_of
 
 _EXTRA_STATE = "_extra_state_"
 
@@ -132,7 +133,7 @@ class GroupedExperts(MegatronModule):
     def _linear(self, tokens_per_expert: Tensor, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         if can_group(x, self.fc1_weight, self.fc2_weight):
             ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(x.device, non_blocking=True)
-            return lambda x, weight: grouped_linear(x, weight, ends)
+            return lambda x, weight: grouped_linear(x, weight, ends, sums_of(weight, self.config))
         if x.is_cuda:
             _warn_of_loop_once(x.dtype, tuple(self.fc1_weight.shape))
         counts = tokens_per_expert.tolist()

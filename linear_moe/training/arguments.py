@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="gather the tokens of experts again in the backward pass; 2 * top k * hidden bytes less a token and layer",
     )
     group.add_argument(
+        "--expert-gradients-in-place",
+        action="store_true",
+        help="add weight gradients of experts to the float32 sums in the grouped GEMM, without rounding them to bf16",
+    )
+    group.add_argument(
         "--output-chunk-size",
         type=int,
         default=None,

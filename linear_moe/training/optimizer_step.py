@@ -19,12 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.model.gradient_sums import STALE, WRITTEN
 from linear_moe.training import one_pass
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
-
-STALE = "main_grad_is_stale"
-"""Attribute of parameters with the hook below: whether ``main_grad`` is still the sum of an earlier step."""
 
 
 def norm_of_all(original: Callable) -> Callable:
@@ -119,21 +117,25 @@ def mark_stale(original: Callable) -> Callable:
 
 
 def overwrite_stale(original: Callable) -> Callable:
-    """``_make_backward_post_hook``: its hook finds the first gradient of a step in the sum already."""
+    """``_make_backward_post_hook``: its hook finds the first gradient of a step, and what is written, in the sum."""
 
     @functools.wraps(original)
     def make(self: Any, param: torch.nn.Parameter) -> Callable[..., None]:
         add = original(self, param)
         setattr(param, STALE, False)
+        setattr(param, WRITTEN, False)
 
         def hook(*unused: Any) -> None:
-            if param.grad is None or not getattr(param, STALE):
+            is_written = getattr(param, WRITTEN)
+            if param.grad is None or not (is_written or getattr(param, STALE)):
                 return add(*unused)
             if getattr(param, "zero_out_wgrad", False):  # added whatever is said of it: tied embeddings
                 _clear_stale([param])
                 return add(*unused)
+            if not is_written:
+                param.main_grad.copy_(param.grad.data)  # type: ignore[attr-defined]
             setattr(param, STALE, False)
-            param.main_grad.copy_(param.grad.data)  # type: ignore[attr-defined]
+            setattr(param, WRITTEN, False)
             param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
             try:
                 add(*unused)

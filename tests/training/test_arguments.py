@@ -31,6 +31,7 @@ FLAGS = {
     "--lsm-recompute",
     "--no-lsm-recompute",
     "--recompute-expert-inputs",
+    "--expert-gradients-in-place",
     "--output-chunk-size",
     "--sequential-experts",
     "--instruction-data",

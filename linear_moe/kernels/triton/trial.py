@@ -41,7 +41,8 @@ NUM_ELEMENTS = 2100
 """Of a parameter: two blocks and a part of one."""
 
 _INSTEAD = {
-    "adam_": "torch's own step: right, but clipping, Adam and the copy move 42 bytes an element and not 30"
+    "adam_": "torch's own step: right, but clipping, Adam and the copy move 42 bytes an element and not 30",
+    "grouped_weight_grad_": "torch's product: right, but rounded to half precision and added by another kernel",
 }
 """What runs where a kernel is not used, if it is not chunked torch, and what that costs."""
 
@@ -195,6 +196,8 @@ def _results(run: Run, call: inspect.BoundArguments, wanted: list[str]) -> dict[
         named = {f"result {i}": y for i, y in enumerate(found if isinstance(found, tuple) else (found,))}
     if "logits" in call.arguments:
         named["the gradient of logits"] = call.arguments["logits"]  # which has been written there
+    if "total" in call.arguments:
+        named["the sum"] = call.arguments["total"]
     if "exp_avg" in call.arguments:
         named |= {name: call.arguments.get(name) for name in ("param", "exp_avg", "exp_avg_sq", "half")}
     return {name: y for name, y in named.items() if y is not None}
@@ -223,6 +226,8 @@ def _sample(given: dict[str, Any], first: Tensor, noise: torch.Generator) -> dic
         return _sample_of_rows(given, noise)
     if "exp_avg" in given:
         return _sample_of_parameter(given, noise)
+    if "total" in given:
+        return _sample_of_experts(given, noise)
     is_packed = given.get("cu_seqlens") is not None
 
     def sample(name: str, x: Any) -> Any:
@@ -261,6 +266,17 @@ def _sample_of_rows(given: dict[str, Any], noise: torch.Generator) -> dict[str, 
     found["x"] = _random("x", x, (num_tokens * num_rows_each, *x.shape[1:]), noise)
     if weight is not None:
         found["weight"] = _random("weight", weight, (num_tokens, num_slots), noise)
+    return found
+
+
+def _sample_of_experts(given: dict[str, Any], noise: torch.Generator) -> dict[str, Any]:
+    """Documents' lengths for the numbers of their tokens; nobody's tokens are none of any expert."""
+    total, ends = given["total"], given["ends"]
+    num_experts, num_rows = min(len(total), len(LENGTHS)), NUM_TOKENS + 5
+    found = given | {"ends": ends.new_tensor(LENGTHS[:num_experts]).cumsum(0, dtype=ends.dtype)}
+    found["total"] = _random("total", total, (num_experts, *total.shape[1:]), noise)
+    for name in ("dy", "x"):
+        found[name] = _random(name, given[name], (num_rows, *given[name].shape[1:]), noise)
     return found
 
 

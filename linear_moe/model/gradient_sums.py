@@ -1,0 +1,48 @@
+"""Where Megatron sums a parameter's gradients over a step, and who has written there.
+
+A step begins with the sums of the last one (``linear_moe.training.optimizer_step``): what comes first overwrites them,
+and the rest is added. Usually that is done by the hook of a parameter, with a gradient in the parameter's dtype. A
+product that writes the float32 sum itself (``--expert-gradients-in-place``) tells the hook, which then adds nothing to
+it, and reduces gradients as ever.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from linear_moe.kernels.grouped_linear import Sums
+
+STALE = "main_grad_is_stale"
+"""Attribute of parameters with a hook of ours: whether ``main_grad`` is still the sum of an earlier step."""
+
+WRITTEN = "main_grad_has_gradient"
+"""Attribute of those: whether the gradient that autograd brings next is in ``main_grad`` already."""
+
+
+def sums_of(weight: Tensor, config: TransformerConfig) -> Sums | None:
+    """What products with ``weight`` that are computed now ask in their backward pass; the one place that decides.
+
+    Not where Megatron captures graphs of the backward pass: whether to add changes from step to step.
+    """
+    if not getattr(config, "expert_gradients_in_place", False) or config.cuda_graph_impl != "none":
+        return None
+    return partial(claim, weight)
+
+
+def claim(weight: Tensor) -> tuple[Tensor, bool] | None:
+    """The sum of the weight's gradients and whether to add to it, for who then writes there; ``None``: nobody may.
+
+    Only a parameter whose hook is ours: a stock one would add what autograd brings, too.
+    """
+    total = getattr(weight, "main_grad", None)
+    is_ours = weight.is_leaf and hasattr(weight, STALE) and not getattr(weight, "zero_out_wgrad", False)
+    if not is_ours or total is None or total.dtype != torch.float32 or not total.is_contiguous():
+        return None
+    add = not getattr(weight, STALE)
+    setattr(weight, STALE, False)
+    setattr(weight, WRITTEN, True)
+    return total, add
