@@ -79,6 +79,7 @@ def install(
         _assign(clip_grads, "l2_norm_impl", optimizer_step.norm_of_all)
         _assign(clip_grads, "multi_tensor_scale_impl", optimizer_step.scale_all)
         _assign(optimizer_module, "clip_grad_by_total_norm_fp32", one_pass.clip_later)
+        _assign(optimizer_module.ChainedOptimizer, "step_with_ready_grads", one_pass.large_first)
         _assign(ddp.DistributedDataParallel, "zero_grad_buffer", optimizer_step.leave_sums)
         _assign(ddp.DistributedDataParallel, "_make_backward_post_hook", optimizer_step.overwrite_stale)
         _assign(gradients._ParamAndGradBuffer, "reset", optimizer_step.mark_stale)
@@ -89,6 +90,8 @@ def install(
     _assign(training, "train_step", _note_learning_rate)
     _assign(training, "get_canonical_lr_for_logging", _learning_rate_of_step)
     _assign(training, "training_log", _log_first_iteration_once)
+    _assign(training, "logical_and_across_model_parallel_group", _and_over_one_rank)
+    _assign(training, "reduce_max_stat_across_model_parallel_group", _largest_of_one_rank)
     if training_log is not None:
         training.training_log = training_log(training.training_log)
     for name, replacement in (evaluation or {}).items():
@@ -368,6 +371,37 @@ def _learning_rate_of_step(original: Callable) -> Callable:
     return functools.wraps(original)(
         lambda param_groups: _used_rates[0] if _used_rates else original(param_groups)
     )
+
+
+# Over one rank there is nothing to reduce: the stock functions move a number to the GPU and back, for which the host
+# waits until the optimizer's step is done, and then does on an idle GPU what it could have done meanwhile.
+
+
+def _and_over_one_rank(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def reduced(input: bool, group: Any = None) -> bool:
+        return input is True if _is_one_rank(group) else original(input, group)
+
+    return reduced
+
+
+def _largest_of_one_rank(original: Callable) -> Callable:
+    """The same number, in float32, and None for -1."""
+
+    @functools.wraps(original)
+    def reduced(stat: float | None, group: Any = None) -> float | None:
+        if not _is_one_rank(group):
+            return original(stat, group)
+        found = torch.tensor(-1.0 if stat is None else stat, dtype=torch.float32, device="cpu").item()
+        return None if found == -1.0 else found
+
+    return reduced
+
+
+def _is_one_rank(group: Any) -> bool:
+    from megatron.core import parallel_state
+
+    return (parallel_state.get_model_parallel_group() if group is None else group).size() == 1
 
 
 def defaults_without_te() -> dict[str, Any]:

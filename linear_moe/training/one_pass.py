@@ -5,6 +5,9 @@ traffic an element. :func:`linear_moe.kernels.adam_` takes 30. So clipping waits
 of its gradient, which stays as it is, since nobody reads it between clipping and the step or after it, but
 ``--log-num-zeros-in-grad``, with which all is as in Megatron. Small parameters, a launch each, stay with torch's kernel
 over lists of them, and so does everything where the fused kernel cannot run.
+
+The host is slower than the GPU here, and waits for the gradients' norm first. So what does not depend on that is done
+before, anew in every step, and the large parameters of all optimizers are launched before anything else.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +36,9 @@ UNUSUAL = ("amsgrad", "maximize", "capturable", "differentiable")
 
 Copies = Callable[[Any], Iterator[tuple[Tensor, Tensor]]]
 
+Runs = dict[tuple[Any, ...], partial | None]
+"""Whether the kernel takes tensors of a kind, and the call that it was asked about; asking costs 0.1 ms."""
+
 
 def install(optimizer: Any) -> None:
     """Have one of Megatron's optimizers, over torch's Adam, step in one pass if a kernel can run there."""
@@ -42,6 +50,7 @@ def install(optimizer: Any) -> None:
     for param in params:
         setattr(param, FACTOR, 1.0)
     one_pass = _OnePass(optimizer, copies)
+    optimizer.one_pass, optimizer.prepare_grads = one_pass, one_pass.prepare
     optimizer.step_with_ready_grads = one_pass.step
     optimizer._copy_main_params_to_model_params = one_pass.copy_rest  # never called by Megatron's float32 one
 
@@ -53,58 +62,149 @@ def clip_later(original: Callable) -> Callable:
     def clip(parameters: Any, max_norm: float, total_norm: float, *args: Any, **kwargs: Any) -> None:
         every = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         factor = max_norm / (total_norm + 1e-6)  # as in the original; where the norm is NaN it does nothing
+        factor = factor if factor < 1.0 else 1.0
+        others = []
         for param in every:
             if hasattr(param, FACTOR):
-                setattr(param, FACTOR, factor if factor < 1.0 else 1.0)
-        others = [param for param in every if not hasattr(param, FACTOR)]
+                setattr(param, FACTOR, factor)
+            else:
+                others.append(param)
         if others:
             original(others, max_norm, total_norm, *args, **kwargs)
 
     return clip
 
 
+def large_first(original: Callable) -> Callable:
+    """``ChainedOptimizer.step_with_ready_grads`` begins with the large parameters of all its optimizers.
+
+    They keep the GPU busy while the host goes through the small ones, the copies and the gathers.
+    """
+
+    @functools.wraps(original)
+    def step(self: Any) -> Any:
+        is_gather_next = (
+            self.config.overlap_param_gather_with_optimizer_step
+        )  # of the first, beside the others
+        if not is_gather_next:
+            launch_large([one.one_pass for one in self.chained_optimizers if hasattr(one, "one_pass")])
+        return original(self)
+
+    return step
+
+
+@torch.no_grad()
+def launch_large(passes: list[_OnePass]) -> None:
+    """Of some optimizers, the largest first, unless it is done."""
+    plans = [plan for one in passes if not (plan := one.plan()).is_launched]
+    for plan in plans:
+        plan.is_launched = True
+    for large in sorted((large for plan in plans for large in plan.large), key=_Large.size, reverse=True):
+        large.launch()
+
+
 def _has_kernel(param: Tensor) -> bool:
     return dispatch.pick("adam_", param.device, param.dtype).name == "triton"
 
 
+@dataclass
+class _Large:
+    """A step of one large parameter by the kernel, of which only the factor of the gradient is still unknown."""
+
+    param: Tensor
+    half: Tensor | None
+    state: dict[str, Any]
+    step: Tensor
+    run: Callable[..., None]
+
+    def size(self) -> int:
+        return self.param.numel()
+
+    def launch(self) -> None:
+        """The factor is that of this step alone."""
+        self.run(factor=getattr(self.param, FACTOR))
+        setattr(self.param, FACTOR, 1.0)
+        self.state["step"] = self.step
+
+
+class _Plan:
+    """What one step of an optimizer launches: the ``large`` parameters, and ``rest``, which torch steps and copies."""
+
+    def __init__(self, optimizer: Any, copies: Copies) -> None:
+        inner, pairs = optimizer.optimizer, list(copies(optimizer))
+        halves = {id(main): half for main, half in pairs}
+        self.large: list[_Large] = []
+        self.rest: list[Tensor] = []
+        runs: Runs = {}
+        for group in inner.param_groups:
+            for param in group["params"]:
+                large = _prepare_large(inner, group, param, halves.get(id(param)), runs)
+                if large is None:
+                    self.rest.append(param)
+                else:
+                    self.large.append(large)
+        done = {id(large.param) for large in self.large}
+        self.pairs = [pair for pair in pairs if id(pair[0]) not in done]
+        self.is_launched = False
+
+
 class _OnePass:
-    """Stands in for two methods of one of Megatron's optimizers."""
+    """Stands in for three methods of one of Megatron's optimizers."""
 
     def __init__(self, optimizer: Any, copies: Copies) -> None:
         self.optimizer, self.copies = optimizer, copies
-        self.rest: list[tuple[Tensor, Tensor]] = []
-        self.stock_step = optimizer.step_with_ready_grads
+        self.stock_prepare, self.stock_step = optimizer.prepare_grads, optimizer.step_with_ready_grads
+        self.planned: _Plan | None = None
+        """Of this step. Never of an earlier one: a checkpoint or an offload may have exchanged any tensor since."""
+
+    @torch.no_grad()
+    def prepare(self) -> bool:
+        """``prepare_grads``, and all of the step that can be done before the host waits for the gradients' norm."""
+        self.planned = None
+        has_overflow = self.stock_prepare()
+        if not has_overflow and self._has_states():
+            self.planned = _Plan(self.optimizer, self.copies)
+        return has_overflow
+
+    def _has_states(self) -> bool:
+        """Of all parameters; before the first step there are none, and one that is skipped must not make them."""
+        inner = self.optimizer.optimizer
+        params = (param for group in inner.param_groups for param in group["params"])
+        return all(inner.state.get(param) for param in params if param.grad is not None)
+
+    def plan(self) -> _Plan:
+        """As prepared."""
+        if self.planned is None:
+            self.planned = _Plan(self.optimizer, self.copies)
+        return self.planned
 
     @torch.no_grad()
     def step(self) -> Any:
         """``step_with_ready_grads``: the large parameters, then the stock one for those that still have gradients."""
-        inner, pairs = self.optimizer.optimizer, list(self.copies(self.optimizer))
-        halves = {id(main): half for main, half in pairs}
-        done: dict[int, tuple[Tensor, Tensor | None]] = {}
+        launch_large([self])
+        plan = self.plan()
         scaled: dict[float, list[Tensor]] = defaultdict(list)
-        for group in inner.param_groups:
-            for param in group["params"]:
-                factor = getattr(param, FACTOR)
-                setattr(param, FACTOR, 1.0)
-                if param.grad is None:
-                    continue
-                if _is_large(param, group) and _step_one(inner, group, param, halves.get(id(param)), factor):
-                    done[id(param)], param.grad = (param, param.grad), None
-                elif factor != 1.0:
-                    scaled[factor].append(param.grad)
+        for param in plan.rest:
+            factor = getattr(param, FACTOR)
+            setattr(param, FACTOR, 1.0)
+            if factor != 1.0 and param.grad is not None:
+                scaled[factor].append(param.grad)
         for factor, grads in scaled.items():
             torch._foreach_mul_(grads, factor)
-        self.rest = [pair for pair in pairs if id(pair[0]) not in done]
+        stepped = [(large.param, large.param.grad) for large in plan.large]
+        for param, _ in stepped:
+            param.grad = None
         try:
             return self.stock_step()
         finally:
-            for param, grad in done.values():
+            self.planned = None
+            for param, grad in stepped:
                 param.grad = grad
 
     def copy_rest(self) -> None:
         """``_copy_main_params_to_model_params``, inside of the stock step: what the kernel has not written."""
-        if self.rest:
-            mains, halves = zip(*self.rest, strict=True)
+        if self.plan().pairs:
+            mains, halves = zip(*self.plan().pairs, strict=True)
             torch._foreach_copy_(halves, mains)
 
 
@@ -113,29 +213,31 @@ def _is_large(param: Tensor, group: dict[str, Any]) -> bool:
     return is_usual and param.numel() >= LARGE
 
 
-def _step_one(
-    inner: torch.optim.Optimizer, group: dict[str, Any], param: Tensor, half: Tensor | None, factor: float
-) -> bool:
-    """Whether the kernel took it; states are torch's, but steps are counted on the host, which needs them."""
+def _prepare_large(
+    inner: torch.optim.Optimizer, group: dict[str, Any], param: Tensor, half: Tensor | None, runs: Runs
+) -> _Large | None:
+    """``None``: not for the kernel. States are torch's, but steps are counted on the host, which needs them."""
+    if param.grad is None or not _is_large(param, group):
+        return None
     state = inner.state[param]
     if not state:
         zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
         state |= {"step": torch.tensor(0.0), **zeros}
+    tensors = [param, param.grad, state["exp_avg"], state["exp_avg_sq"], *([] if half is None else [half])]
+    if not all(x.is_contiguous() for x in tensors):
+        return None
     step = state["step"].cpu() + 1
     beta1, beta2 = group["betas"]
     options = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
-    tensors = [param, param.grad, state["exp_avg"], state["exp_avg_sq"], *([] if half is None else [half])]
-    if not all(x.is_contiguous() for x in tensors):
-        return False
-    run = dispatch.fused(
-        "adam_", *(x.view(-1) for x in tensors), step=step, beta1=beta1, beta2=beta2, **options,
-        decoupled=bool(group["decoupled_weight_decay"]), factor=factor,
-    )  # fmt: skip
-    if run is None:
-        return False
-    run()
-    state["step"] = step
-    return True
+    options |= dict(beta1=beta1, beta2=beta2, decoupled=bool(group["decoupled_weight_decay"]), step=step)
+    kind = (options["decoupled"], *((type(x), x.dtype, x.device) for x in tensors))
+    if kind not in runs:
+        flat = [x.view(-1) for x in tensors]  # one trial for parameters of any shape
+        runs[kind] = cast("partial | None", dispatch.fused("adam_", *flat, factor=1.0, **options))
+    picked = runs[kind]
+    if picked is None:
+        return None
+    return _Large(param, half, state, step, partial(picked.func, *tensors, **options))
 
 
 def _copies_of(optimizer: Any) -> Copies | None:

@@ -141,6 +141,36 @@ def test_a_checkpoint_has_the_states_of_padded_buckets(gloo, world_size: int) ->
     gloo(world_size, states_of_padded_buckets)
 
 
+def numbers_over_ranks(rank: int, world_size: int) -> list[Any]:
+    """Reduced by the stock functions and by ours: how often ours ask other ranks."""
+    import megatron.training.training as training
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    engine.install()
+    cases: dict[str, tuple[Any, ...]] = {
+        "logical_and_across_model_parallel_group": (True, False),
+        "reduce_max_stat_across_model_parallel_group": (None, 0.1, -1.0, 3e38, float("nan"), 7),
+    }
+    found = []
+    with with_model_parallel(tp=world_size):
+        for group in (None, parallel_state.get_model_parallel_group()):
+            for name, value in ((name, value) for name, values in cases.items() for value in values):
+                mine = value if rank == 0 or value is None else 0
+                expected = engine.stock(training, name)(mine, group=group)
+                with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+                    ours = getattr(training, name)(mine, group=group)
+                assert repr(ours) == repr(expected), (name, value)  # NaN, and which type
+                found.append(reduce.call_count)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_numbers_of_one_rank_are_not_reduced(gloo: Any, world_size: int) -> None:
+    """On a GPU the host would wait for the optimizer's kernels."""
+    assert gloo(world_size, numbers_over_ranks) == [[world_size - 1] * 16] * world_size
+
+
 def fused_adam(rank: int, world_size: int) -> None:
     """Continued from a checkpoint of the unfused one, whose choice must not come back with its states."""
     engine.install()

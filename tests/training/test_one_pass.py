@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -264,6 +265,68 @@ def test_who_steps_in_one_pass(gloo: Any) -> None:
     gloo(1, who_has_it)
 
 
+def exchanged(rank: int, world_size: int) -> None:
+    """Storage of what a step reads and writes, between two steps and after one that was prepared and skipped."""
+    engine.install()
+    case = KINDS["bf16, shards"]
+
+    def exchange(run: Run) -> None:
+        for group in (*run.model.bucket_groups, *run.model.expert_parallel_bucket_groups):
+            group.cached_param_buffer_shard_list = [None] * len(group.buckets)
+        for one in run.optimizer.chained_optimizers:
+            for buffer in one.buffers:
+                for bucket in buffer.buckets if buffer.param_dtype == torch.bfloat16 else ():
+                    bucket.param_data = bucket.param_data.clone()
+                    for param in bucket.params:
+                        start, end = (place - bucket.offset for place in buffer.param_index_map[param][:2])
+                        param.data = bucket.param_data[start:end].view(param.shape)
+            for main in itertools.chain.from_iterable(one.shard_fp32_from_float16_groups):
+                main.data = main.data.clone()
+            states = one.optimizer.state
+            for main, state in states.items():
+                states[main] = {name: x.clone() for name, x in state.items()}
+
+    with with_model_parallel(gloo_groups=True), kernel():
+        ours, straight = Run(**case), Run(**case)
+        for number, factor in enumerate((1.0, 1.0, 2.0, 1.0)):
+            assert ours.step(number, factor)[0] == straight.step(number, factor)[0] == (factor == 1.0)
+            for one, other in zip(ours.everything(), straight.everything(), strict=True):
+                assert torch.equal(one, other), number
+            exchange(ours)
+
+
+def test_nothing_is_kept_from_an_earlier_step(gloo: Any) -> None:
+    gloo(1, exchanged)
+
+
+def order(rank: int, world_size: int) -> None:
+    """Of a step that has states: when its parts are prepared, when the norm is read, and what is launched then."""
+    engine.install()
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    with with_model_parallel(gloo_groups=True), kernel() as sizes, pytest.MonkeyPatch.context() as patch:
+        run = Run(**KINDS["bf16, shards"])
+        run.step(0)
+        events: list[Any] = []
+        kinds = [
+            (one_pass, "_prepare_large"), (ChainedOptimizer, "get_grad_norm"), (one_pass._Large, "launch"),
+            (torch.optim.AdamW, "step"),
+        ]  # fmt: skip
+        for owner, name in kinds:
+            stock = getattr(owner, name)
+            patch.setattr(
+                owner, name, lambda *args, stock=stock, name=name: events.append(name) or stock(*args)
+            )
+        sizes.clear()
+        run.step(1)
+        expected = ["_prepare_large"] * 4 + ["get_grad_norm"] + ["launch"] * 3 + ["step"] * 2
+        assert events == expected and sizes == [1000, 200, 64], "those of both optimizers, the largest first"
+
+
+def test_the_host_prepares_and_launches_the_large_first(gloo: Any) -> None:
+    gloo(1, order)
+
+
 # A run's steps
 
 RUN_LARGE = 1000
@@ -284,20 +347,28 @@ PRECISIONS: dict[str, list[str]] = {
 def beside_torch() -> Iterator[list[tuple[int, bool, bool]]]:
     """Every step of a large parameter is compared with torch's on copies: its elements, if clipped, if copied."""
     found: list[tuple[int, bool, bool]] = []
-    step_one = one_pass._step_one
+    groups: dict[int, dict[str, Any]] = {}
+    prepare, launch = one_pass._prepare_large, one_pass._Large.launch
 
-    def both(inner: Any, group: Any, param: Tensor, half: Tensor | None, factor: float) -> bool:
+    def noted(inner: Any, group: Any, param: Tensor, *args: Any) -> Any:
+        groups[id(param)] = group
+        large = prepare(inner, group, param, *args)
+        assert large is not None or param.numel() < RUN_LARGE, "the kernel did not take it"
+        return large
+
+    def both(self: Any) -> None:
+        param, half, factor = self.param, self.half, getattr(self.param, one_pass.FACTOR)
+        group = groups[id(param)]
         theirs = torch.nn.Parameter(param.detach().clone())
         assert param.grad is not None
         theirs.grad = param.grad * factor
         options = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay")
         adam = torch.optim.Adam([theirs], fused=theirs.is_cuda, **{name: group[name] for name in options})
-        if inner.state[param]:
-            adam.state[theirs] = {name: x.clone() for name, x in inner.state[param].items()}
-            adam.state[theirs]["step"] = adam.state[theirs]["step"].to(theirs.device)
-        assert step_one(inner, group, param, half, factor), "the kernel did not take it"
+        adam.state[theirs] = {name: x.clone() for name, x in self.state.items()}
+        adam.state[theirs]["step"] = adam.state[theirs]["step"].to(theirs.device)
+        launch(self)
         adam.step()
-        state, its = inner.state[param], adam.state[theirs]
+        state, its = self.state, adam.state[theirs]
         assert float(state["step"]) == float(its["step"])
         for mine, torchs in [(param, theirs), *((state[n], its[n]) for n in ("exp_avg", "exp_avg_sq"))]:
             atol = 2e-7 * torchs.abs().max().item()  # of sums that cancel
@@ -307,9 +378,12 @@ def beside_torch() -> Iterator[list[tuple[int, bool, bool]]]:
         if half is not None:
             assert torch.equal(half, param.to(half.dtype)), "the model's copy"
         found.append((param.numel(), factor < 1.0, half is not None))
-        return True
 
-    with mock.patch.object(one_pass, "_step_one", both), mock.patch.object(one_pass, "LARGE", RUN_LARGE):
+    with (
+        mock.patch.object(one_pass, "_prepare_large", noted),
+        mock.patch.object(one_pass._Large, "launch", both),
+        mock.patch.object(one_pass, "LARGE", RUN_LARGE),
+    ):
         yield found
 
 
