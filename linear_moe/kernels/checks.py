@@ -32,11 +32,8 @@ def check_scan(
     log_decay: Tensor | None,
     state: State,
     cu_seqlens: Tensor | None,
-) -> State:
-    """What the recurrence families share; ``q`` is ``None`` for a segment.
-
-    Returns ``state``: one that is on its way is checked when it arrives.
-    """
+) -> None:
+    """What the recurrence families share; ``q`` is ``None`` for a segment. A ``state`` on its way: `on_arrival`."""
     _check_key_value(k, v)
     if q is not None:
         _check_float("q", q, v.device)
@@ -45,18 +42,24 @@ def check_scan(
             fail("q", f"is {q.dtype} but v is {v.dtype}", _ONE_DTYPE, f"q.to({v.dtype})")
     if log_decay is not None:
         _check_log_decay(log_decay, k, v)
-    num_documents = check_cu_seqlens(cu_seqlens, v.shape[0], v.shape[1], v.device)
-    shape = num_documents, v.shape[2], k.shape[3], v.shape[3]
+    check_cu_seqlens(cu_seqlens, v.shape[0], v.shape[1], v.device)
+    if isinstance(state, Tensor):
+        _check_state(state, k, v, cu_seqlens)
 
-    def check(state: Tensor) -> Tensor:
-        _check_float("state", state, v.device)
-        _check_shape("state", state, shape, "[N, H, K, V]")
+
+def on_arrival(state: State, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> State:
+    """``state``; one that is on its way is checked when it arrives."""
+    if not callable(state):
         return state
+    wait = state
+    return lambda: _check_state(wait(), k, v, cu_seqlens)
 
-    if callable(state):
-        wait = state
-        return lambda: check(wait())
-    return None if state is None else check(state)
+
+def _check_state(state: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    num_documents = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    _check_float("state", state, v.device)
+    _check_shape("state", state, (num_documents, v.shape[2], k.shape[3], v.shape[3]), "[N, H, K, V]")
+    return state
 
 
 def _check_key_value(k: Tensor, v: Tensor) -> None:
@@ -96,8 +99,18 @@ def _check_log_decay(log_decay: Tensor, k: Tensor, v: Tensor) -> None:
     check_decay("log_decay", log_decay)
 
 
-def check_diag_extras(k: Tensor, v: Tensor, log_decay_v: Tensor | None, bonus: Tensor | None = None) -> None:
-    """``log_decay_v`` and ``bonus``, after :func:`check_scan`."""
+def check_diag_decay(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: State,
+    cu_seqlens: Tensor | None,
+    log_decay_v: Tensor | None,
+    bonus: Tensor | None = None,
+) -> None:
+    """Everything :func:`linear_moe.kernels.diag_decay` takes."""
+    check_scan(q, k, v, log_decay, state, cu_seqlens)
     if log_decay_v is not None:
         _check_float("log_decay_v", log_decay_v, v.device)
         _check_shape("log_decay_v", log_decay_v, v.shape, "[B, T, H, V], as v")
@@ -118,14 +131,33 @@ def check_decay(name: str, log_decay: Tensor) -> None:
         )
 
 
-def check_beta(v: Tensor, beta: Tensor) -> None:
-    """``beta``, after :func:`check_scan`."""
+def check_delta_rule(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: State,
+    cu_seqlens: Tensor | None,
+    beta: Tensor,
+) -> None:
+    """Everything :func:`linear_moe.kernels.delta_rule` takes."""
+    check_scan(q, k, v, log_decay, state, cu_seqlens)
     _check_float("beta", beta, v.device)
     _check_shape("beta", beta, v.shape[:3], "[B, T, H]")
 
 
-def check_low_rank(k: Tensor, a: Tensor, b: Tensor) -> None:
-    """``a`` and ``b``, after :func:`check_scan`."""
+def check_dplr_delta_rule(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: State,
+    cu_seqlens: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+) -> None:
+    """Everything :func:`linear_moe.kernels.dplr_delta_rule` takes."""
+    check_scan(q, k, v, log_decay, state, cu_seqlens)
     for name, x in (("a", a), ("b", b)):
         _check_float(name, x, k.device)
         _check_shape(name, x, k.shape, "[B, T, Hqk, K], as k")
@@ -314,7 +346,9 @@ def check_weight_grad(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor) -> Non
     for name, rows in (("dy", dy), ("x", x)):
         _check_float(name, rows, total.device)
         if rows.ndim != 2:
-            fail(name, f"has shape {show(rows.shape)}", f"{name} has a row for each token", "x.flatten(0, -2)")
+            fail(
+                name, f"has shape {show(rows.shape)}", f"{name} has a row for each token", "x.flatten(0, -2)"
+            )
     if x.dtype != dy.dtype:
         fail("x", f"is {x.dtype} but dy is {dy.dtype}", "a product reads both", f"x.to({dy.dtype})")
     if len(x) != len(dy):

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from linear_moe.kernels import (
     adam,
@@ -188,8 +189,14 @@ def _takes_read(
 def _takes_sums(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool) -> bool:
     """16-bit operands, whose products are exact in float32, of whole words of 16 bytes; contiguous tensors."""
     tensors = (total, dy, x, ends)
-    fits = dy.element_size() == 2 and total.dtype == torch.float32 and all(n % 8 == 0 for n in total.shape[1:])
-    return fits and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors[:3]) and ends.is_contiguous()
+    fits = (
+        dy.element_size() == 2 and total.dtype == torch.float32 and all(n % 8 == 0 for n in total.shape[1:])
+    )
+    return (
+        fits
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors[:3])
+        and ends.is_contiguous()
+    )
 
 
 def _takes_flat(
@@ -293,22 +300,27 @@ def pick(
             f"  why: the backends are {', '.join(NAMES)}\n"
             f"  try: unset it, or {ENVIRONMENT_VARIABLE}={NAMES[0]}"
         )
-    for backend in sorted(BACKENDS[op], key=lambda backend: backend.name != asked):
+    table = BACKENDS[op]
+    if asked:
+        table = tuple(sorted(table, key=lambda backend: backend.name != asked))
+    for backend in table:
         if backend.obstacle(device, dtype) is None and takes(backend):
             return backend
     raise AssertionError(f"{op} has no backend that always runs")
 
 
-def tried(op: str, backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
-    """The backend that was picked, or, where a trial showed that its kernel is wrong on this device, the one in torch.
+def tried(op: str, backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Backend, bool]:
+    """The backend that was picked, or, where a trial showed that its kernel is wrong on this device, the one in torch;
+    and whether that holds for every such call, or this one could not be tried.
 
     A fused kernel that somebody asked for by name is not tried.
     """
     if backend.name != "triton" or is_asked():
-        return backend
+        return backend, True
     trial = importlib.import_module("linear_moe.kernels.triton.trial")
     in_torch = next(other for other in BACKENDS[op] if other.name == "chunked")
-    return backend if trial.passes(op, backend.run, in_torch.run, args, kwargs) else in_torch
+    passed = trial.passes(op, backend.run, in_torch.run, args, kwargs)
+    return in_torch if passed is False else backend, passed is not None
 
 
 def fused(op: str, *args: Any, **kwargs: Any) -> Callable[[], Any] | None:
@@ -318,7 +330,7 @@ def fused(op: str, *args: Any, **kwargs: Any) -> Callable[[], Any] | None:
     """
     like = args[0]
     backend = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
-    backend = tried(op, backend, args, kwargs)
+    backend, _ = tried(op, backend, args, kwargs)
     return partial(backend.run, *args, **kwargs) if backend.name == "triton" else None
 
 
@@ -366,15 +378,65 @@ def run(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _run_picked(op, like, *args, **kwargs)
 
 
+MOST_KNOWN = 4096
+"""Kinds of calls that are remembered: a few for each kind of layer, more where the number of rows is up to chance."""
+
+_known: dict[tuple[Any, ...], Backend] = {}
+
+
+def run_checked(op: str, check: Callable[[], Any], like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """:func:`run` of arguments that ``check`` has let through: now, or an earlier call with such arguments.
+
+    On a GPU, which waits for the host where operations are small, everything that ``check``, :func:`pick` and trials
+    go by is looked at once: shapes, strides, dtypes and devices, and options. On a CPU ``check`` looks at values, too.
+    """
+    kind = _kind(op, like, args, kwargs)
+    backend = None if kind is None else _known.get(kind)
+    if backend is None or backend not in BACKENDS[op]:
+        check()
+        if kind is None:
+            return run(op, like, *args, **kwargs)
+    with without_autocast(like.device):
+        if backend is None or backend not in BACKENDS[op]:
+            backend, lasts = _chosen(op, like, args, kwargs)
+            if len(_known) >= MOST_KNOWN:
+                _known.clear()
+            if lasts:
+                _known[kind] = backend
+        return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
+
+
+def _kind(op: str, like: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Equal for calls that are checked and picked alike; ``None`` where each one is to be looked at by itself."""
+    if like.is_cpu or torch.compiler.is_compiling() or (op in step.OPERATIONS and like.shape[1] == 1):
+        return None
+    kind: list[Any] = [op, _asked(), torch.is_grad_enabled()]
+    for x in (*args, *kwargs.values()):
+        if type(x) is Tensor or type(x) is Parameter:
+            kind += (x.dtype, x.device, x.shape, x.stride(), x.requires_grad)
+        elif x is None or type(x) in (bool, int, str, tuple):
+            kind += (type(x), x)
+        elif type(x) is float or callable(x):  # neither is looked at
+            kind.append(float if type(x) is float else callable)
+        else:  # a tensor that stands for others
+            return None
+    return tuple(kind)
+
+
 def _run_picked(op: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
     if op in step.OPERATIONS and like.shape[1] == 1:
         kwargs = _arrived(kwargs)  # of one token there is nothing worth starting
         if not is_asked() and step.takes(*args, **kwargs):
             return step.OPERATIONS[op](*args, **kwargs)
+    backend, _ = _chosen(op, like, args, kwargs)
+    return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
+
+
+def _chosen(op: str, like: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Backend, bool]:
+    """What runs a call, and whether it runs every such call."""
     backend = pick(op, like.device, like.dtype, lambda backend: backend.takes(*args, **kwargs))
     warn_if_unfused(op, backend, like.device, like.dtype)
-    backend = tried(op, backend, args, kwargs)
-    return backend.run(*args, **(kwargs if backend.begins else _arrived(kwargs)))
+    return tried(op, backend, args, kwargs)
 
 
 def _arrived(kwargs: dict[str, Any]) -> dict[str, Any]:

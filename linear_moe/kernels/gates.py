@@ -5,6 +5,7 @@ Letters: B batch, T tokens, H heads, K channels of a head's keys, V of its value
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 from torch import Tensor
@@ -38,8 +39,8 @@ def log_decay_of(
     Raises:
         ValueError: a shape, dtype, device or ``form`` does not fit.
     """
-    checks.check_log_decay_of(x, rate, bias, form)
-    return dispatch.run("log_decay_of", x, x, rate, bias, form=form, scale=scale)
+    check = partial(checks.check_log_decay_of, x, rate, bias, form)
+    return dispatch.run_checked("log_decay_of", check, x, x, rate, bias, form=form, scale=scale)
 
 
 def bounded_decay_of(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +59,8 @@ def bounded_decay_of(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_bounded_decay_of(x, bound)
-    return dispatch.run("bounded_decay_of", x, x, bound)
+    check = partial(checks.check_bounded_decay_of, x, bound)
+    return dispatch.run_checked("bounded_decay_of", check, x, x, bound)
 
 
 def lerp_tokens(
@@ -87,8 +88,8 @@ def lerp_tokens(
     Raises:
         ValueError: a shape, dtype, device or ``activation`` does not fit.
     """
-    checks.check_lerp_tokens(x, other, weight, logits, activation)
-    found = dispatch.run("lerp_tokens", x, x, other, weight, logits, activation=activation)
+    check = partial(checks.check_lerp_tokens, x, other, weight, logits, activation)
+    found = dispatch.run_checked("lerp_tokens", check, x, x, other, weight, logits, activation=activation)
     return cast(tuple[Tensor, ...], found)
 
 
@@ -111,8 +112,10 @@ def edit_keys(k: Tensor, logits: Tensor, scale: Tensor, strength: Tensor) -> tup
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_edit_keys(k, logits, scale, strength)
-    return cast(tuple[Tensor, Tensor, Tensor], dispatch.run("edit_keys", k, k, logits, scale, strength))
+    check = partial(checks.check_edit_keys, k, logits, scale, strength)
+    return cast(
+        tuple[Tensor, Tensor, Tensor], dispatch.run_checked("edit_keys", check, k, k, logits, scale, strength)
+    )
 
 
 def gated_group_norm(
@@ -151,7 +154,9 @@ def gated_group_norm(
     Raises:
         ValueError: a shape, dtype, device or ``activation`` does not fit.
     """
-    checks.check_gated_group_norm(x, weight, bias, gate, q, k, v, bonus, activation)
+    check = partial(checks.check_gated_group_norm, x, weight, bias, gate, q, k, v, bonus, activation)
     options = dict(activation=activation, eps=eps)
-    found = dispatch.run("gated_group_norm", x, x, weight, bias, gate, q, k, v, bonus, **options)
+    found = dispatch.run_checked(
+        "gated_group_norm", check, x, x, weight, bias, gate, q, k, v, bonus, **options
+    )
     return cast(Tensor, found)

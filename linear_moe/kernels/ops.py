@@ -10,6 +10,7 @@ V value dim, N documents (B when not packed), W convolution width, C channels (a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -62,10 +63,10 @@ def diag_decay(
         ValueError: a shape, dtype or device does not fit; on a CPU, where values can be looked at without waiting, a
             log decay is positive or documents run backwards.
     """
-    state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
-    checks.check_diag_extras(k, v, log_decay_v, bonus)
+    check = partial(checks.check_diag_decay, q, k, v, log_decay, state, cu_seqlens, log_decay_v, bonus)
+    state = checks.on_arrival(state, k, v, cu_seqlens)
     options = dict(log_decay_v=log_decay_v, bonus=bonus, scale=scale, state=state, cu_seqlens=cu_seqlens)
-    return dispatch.run("diag_decay", v, q, k, v, log_decay, **options)
+    return dispatch.run_checked("diag_decay", check, v, q, k, v, log_decay, **options)
 
 
 def delta_rule(
@@ -84,10 +85,10 @@ def delta_rule(
     As :func:`diag_decay`, with ``beta`` ``[B, T, H]``, the strength of erase and write, in any float dtype. The decay
     applies before the erase. Keys are used as they are: normalise them, or the memory can grow without bound.
     """
-    state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
-    checks.check_beta(v, beta)
-    return dispatch.run(
-        "delta_rule", v, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens
+    check = partial(checks.check_delta_rule, q, k, v, log_decay, state, cu_seqlens, beta)
+    state = checks.on_arrival(state, k, v, cu_seqlens)
+    return dispatch.run_checked(
+        "delta_rule", check, v, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens
     )
 
 
@@ -110,10 +111,10 @@ def dplr_delta_rule(
     ``a = -kappa_hat`` and ``b = kappa_hat * iclr``. They are used as they are: a transition that stretches makes the
     memory grow without bound.
     """
-    state = checks.check_scan(q, k, v, log_decay, state, cu_seqlens)
-    checks.check_low_rank(k, a, b)
+    check = partial(checks.check_dplr_delta_rule, q, k, v, log_decay, state, cu_seqlens, a, b)
+    state = checks.on_arrival(state, k, v, cu_seqlens)
     options = dict(scale=scale, state=state, cu_seqlens=cu_seqlens)
-    return dispatch.run("dplr_delta_rule", v, q, k, v, a, b, log_decay, **options)
+    return dispatch.run_checked("dplr_delta_rule", check, v, q, k, v, a, b, log_decay, **options)
 
 
 def diag_decay_segment(
@@ -130,10 +131,9 @@ def diag_decay_segment(
         ``state`` ``[N, H, K, V]`` and ``log_decay`` ``[N, H, K | 1, V | 1]`` (``None`` without any decay), such that
         ``carry(state)`` is the memory that :func:`diag_decay` would return. Empty documents give the identity.
     """
-    checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
-    checks.check_diag_extras(k, v, log_decay_v)
-    return dispatch.run(
-        "diag_decay_segment", v, k, v, log_decay, log_decay_v=log_decay_v, cu_seqlens=cu_seqlens
+    check = partial(checks.check_diag_decay, None, k, v, log_decay, None, cu_seqlens, log_decay_v)
+    return dispatch.run_checked(
+        "diag_decay_segment", check, v, k, v, log_decay, log_decay_v=log_decay_v, cu_seqlens=cu_seqlens
     )
 
 
@@ -146,9 +146,8 @@ def delta_rule_segment(
         ``state`` ``[N, H, K, V]`` and the dense ``decay`` ``[N, H, K, K]``, such that ``carry(state)`` is the memory
         that :func:`delta_rule` would return. Empty documents give the identity.
     """
-    checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
-    checks.check_beta(v, beta)
-    return dispatch.run("delta_rule_segment", v, k, v, beta, log_decay, cu_seqlens=cu_seqlens)
+    check = partial(checks.check_delta_rule, None, k, v, log_decay, None, cu_seqlens, beta)
+    return dispatch.run_checked("delta_rule_segment", check, v, k, v, beta, log_decay, cu_seqlens=cu_seqlens)
 
 
 def dplr_delta_rule_segment(
@@ -166,9 +165,10 @@ def dplr_delta_rule_segment(
         ``state`` ``[N, H, K, V]`` and the dense ``decay`` ``[N, H, K, K]``, such that ``carry(state)`` is the memory
         that :func:`dplr_delta_rule` would return. Empty documents give the identity.
     """
-    checks.check_scan(None, k, v, log_decay, None, cu_seqlens)
-    checks.check_low_rank(k, a, b)
-    return dispatch.run("dplr_delta_rule_segment", v, k, v, a, b, log_decay, cu_seqlens=cu_seqlens)
+    check = partial(checks.check_dplr_delta_rule, None, k, v, log_decay, None, cu_seqlens, a, b)
+    return dispatch.run_checked(
+        "dplr_delta_rule_segment", check, v, k, v, a, b, log_decay, cu_seqlens=cu_seqlens
+    )
 
 
 def short_conv(
@@ -197,9 +197,9 @@ def short_conv(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_conv(x, weight, bias, activation, state, cu_seqlens)
+    check = partial(checks.check_conv, x, weight, bias, activation, state, cu_seqlens)
     options = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
-    return dispatch.run("short_conv", x, x, weight, bias, **options)
+    return dispatch.run_checked("short_conv", check, x, x, weight, bias, **options)
 
 
 def conv_and_split(
@@ -231,13 +231,16 @@ def conv_and_split(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_conv_and_split(x, weight, bias, widths, activation, state, cu_seqlens)
+    check = partial(checks.check_conv_and_split, x, weight, bias, widths, activation, state, cu_seqlens)
     options: dict[str, Any] = dict(activation=activation, state=state, cu_seqlens=cu_seqlens)
     if torch.is_grad_enabled():
         return cast(
             tuple[Tensor, ...],
-            dispatch.run("conv_and_split", x, x, weight, bias, widths=tuple(widths), **options),
+            dispatch.run_checked(
+                "conv_and_split", check, x, x, weight, bias, widths=tuple(widths), **options
+            ),
         )
+    check()
     head, others = x.tensor_split([weight.shape[1]], dim=-1)
     y, final = short_conv(head, weight, bias, **options)
     return *cut(y, others, tuple(widths)), final
@@ -270,8 +273,10 @@ def gated_rms_norm(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_gated_norm(x, weight, gate, activation)
-    return dispatch.run("gated_rms_norm", x, x, weight, gate, activation=activation, eps=eps, scale=scale)
+    check = partial(checks.check_gated_norm, x, weight, gate, activation)
+    return dispatch.run_checked(
+        "gated_rms_norm", check, x, x, weight, gate, activation=activation, eps=eps, scale=scale
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -292,8 +297,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, T
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_norm(x, weight)
-    return cast(tuple[Tensor, Tensor], dispatch.run("rms_norm", x, x, weight, eps=eps))
+    check = partial(checks.check_norm, x, weight)
+    return cast(tuple[Tensor, Tensor], dispatch.run_checked("rms_norm", check, x, x, weight, eps=eps))
 
 
 def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
@@ -311,8 +316,8 @@ def scale_heads(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_scaled(x, weight)
-    return dispatch.run("scale_heads", x, x, weight)
+    check = partial(checks.check_scaled, x, weight)
+    return dispatch.run_checked("scale_heads", check, x, x, weight)
 
 
 def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -332,8 +337,8 @@ def rotate_heads(q: Tensor, k: Tensor, angles: Tensor, *, scale: float = 1.0) ->
     Raises:
         ValueError: a shape, dtype or device does not fit, or ``angles`` wants a gradient.
     """
-    checks.check_rotary(q, k, angles)
-    return dispatch.run("rotate_heads", q, q, k, angles, scale=scale)
+    check = partial(checks.check_rotary, q, k, angles)
+    return dispatch.run_checked("rotate_heads", check, q, q, k, angles, scale=scale)
 
 
 def skip_gate_norm(
@@ -367,6 +372,6 @@ def skip_gate_norm(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_skip_gate_norm(x, skip, skip_weight, weight, gate, num_groups, activation)
+    check = partial(checks.check_skip_gate_norm, x, skip, skip_weight, weight, gate, num_groups, activation)
     options = dict(num_groups=num_groups, activation=activation, eps=eps)
-    return dispatch.run("skip_gate_norm", x, x, skip, skip_weight, weight, gate, **options)
+    return dispatch.run_checked("skip_gate_norm", check, x, x, skip, skip_weight, weight, gate, **options)

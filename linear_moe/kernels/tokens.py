@@ -6,6 +6,7 @@ Letters: M tokens or experts' rows, V logits, S tokens, k slots of a token, F wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -36,8 +37,8 @@ def cross_entropy_(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_cross_entropy(logits, labels, weight)
-    return dispatch.run("cross_entropy_", logits, logits, labels, weight, combine=combine)
+    check = partial(checks.check_cross_entropy, logits, labels, weight)
+    return dispatch.run_checked("cross_entropy_", check, logits, logits, labels, weight, combine=combine)
 
 
 def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
@@ -54,8 +55,8 @@ def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_rows(x, order, place, of_slots=False)
-    return dispatch.run("spread_rows", x, x, order, place)
+    check = partial(checks.check_rows, x, order, place, of_slots=False)
+    return dispatch.run_checked("spread_rows", check, x, x, order, place)
 
 
 def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -73,8 +74,8 @@ def collect_rows(x: Tensor, order: Tensor, place: Tensor, weight: Tensor | None 
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_rows(x, order, place, of_slots=True, weight=weight)
-    return dispatch.run("collect_rows", x, x, order, place, weight)
+    check = partial(checks.check_rows, x, order, place, of_slots=True, weight=weight)
+    return dispatch.run_checked("collect_rows", check, x, x, order, place, weight)
 
 
 def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
@@ -92,5 +93,5 @@ def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    checks.check_swiglu(x, weight)
-    return dispatch.run("weighted_swiglu", x, x, weight)
+    check = partial(checks.check_swiglu, x, weight)
+    return dispatch.run_checked("weighted_swiglu", check, x, x, weight)

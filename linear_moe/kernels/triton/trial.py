@@ -61,8 +61,10 @@ Run = Callable[..., Any]
 _passed: dict[tuple[Any, ...], bool] = {}
 
 
-def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
     """Whether a fused kernel may run this call: tried once for each kind of call, in every process.
+
+    ``None``: it may, but cannot be tried now.
 
     Args:
         op: the operation's name.
@@ -85,7 +87,7 @@ def passes(op: str, fused: Run, exact: Run, args: tuple[Any, ...], kwargs: dict[
     if found is None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if _cannot_wait(tensors[0].device) or any(x.numel() == 0 for x in tensors):
-            return True
+            return None
         _passed[kind] = found = _try(op, fused, exact, args, kwargs)
     return found
 
