@@ -6,8 +6,9 @@
 
 loss      both passes of the cross entropy in one program a row, the second one backwards: what the first one read last
           may still be in the L2 cache. Shipped: two kernels, which read every logit from memory twice.
-gradient  weight gradients of experts, added to float32 sums by the GEMM itself. Shipped: ``grouped_mm`` writes
-          bfloat16, which is then read and added.
+gradient  weight gradients of experts, added to float32 sums by the GEMM itself: the package's kernel for it, which
+          runs with --expert-gradients-in-place only, and one that has the hardware copy tiles. Shipped: ``grouped_mm``
+          writes bfloat16, which is then read and added.
 runs      other runs, blocks and look-ahead of the short convolution, forward and backward, than those shipped.
 
 Times are the device's own: between two events around calls that take longer than their launch, and of the kernels in a
@@ -43,18 +44,22 @@ from triton.runtime.jit import JITFunction
 
 from linear_moe.bench.breakdown import device_times
 from linear_moe.kernels import assembler, conv_and_split, cross_entropy_, dispatch
-from linear_moe.kernels.triton import short_conv
+from linear_moe.kernels.triton import short_conv, weight_grad
 
 Run = Callable[[], object]
 Calls = dict[str, Run]
+Table = tuple[Callable[[], list[str]], Callable[[], Calls], Callable[[Run], float]]
+"""What of its kernels is wrong, its calls, and how they are timed."""
 
 LOSS = [
     dict(BLOCK=block, num_warps=warps) for block, warps in ((8192, 16), (16384, 32), (8192, 32), (4096, 8))
 ]
 GRADIENT = [
-    dict(BO=BO, BI=BI, BM=64, num_warps=warps, num_stages=stages)
+    dict(described=described, BO=BO, BI=BI, BM=64, num_warps=warps, num_stages=stages)
+    for described in (False, True)
     for BO, BI, warps, stages in ((128, 128, 4, 3), (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 4))
 ]
+"""By pointers, as in the package, or by descriptors of tensors."""
 SHIPPED = {name: getattr(short_conv, name) for name in ("RUN", "AHEAD", "BLOCK", "MOST_REGISTERS")}
 RUNS = [
     SHIPPED | change
@@ -98,36 +103,42 @@ def one_pass_kernel(logits, labels, weight, losses, num_logits, stride, BLOCK: t
 
 
 @triton.jit
-def gradient_kernel(
+def described_gradient_kernel(
     dy, x, ends, total, O: tl.constexpr, I: tl.constexpr,  # noqa: E741
-    BO: tl.constexpr, BI: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """``total`` ``[E, O, I]`` (+)= dy^T x over each expert's tokens. Grid: tiles, those of one expert together."""
+    """``total`` ``[E, O, I]`` (+)= dy^T x over each expert's tokens, by what Hopper has for copies of tiles.
+
+    It leaves out what is outside of a tensor, here an expert's rows, and adds to what is in memory (REDUCE; of each
+    element once, so in every run alike). Grid: tiles, those of one expert together.
+    """
     tiles_I: tl.constexpr = (I + BI - 1) // BI
     tiles: tl.constexpr = tiles_I * ((O + BO - 1) // BO)
     expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    last = tl.load(ends + expert)
-    i_O = tile // tiles_I * BO + tl.arange(0, BO)
-    i_I = tile % tiles_I * BI + tl.arange(0, BI)
-    i_M = tl.arange(0, BM)
-    m_O, m_I = (i_O < O) | (O % BO == 0), (i_I < I) | (I % BI == 0)
-    dy += (first + i_M).to(tl.int64)[:, None] * O + i_O[None, :]
-    x += (first + i_M).to(tl.int64)[:, None] * I + i_I[None, :]
-    total += expert.to(tl.int64) * (O * I) + i_O[:, None] * I + i_I[None, :]
-    m = m_O[:, None] & m_I[None, :]
-    if ADD:  # before the loop: after it, registers would be too few
-        b_sum = tl.load(total, mask=m, other=0.0)
+    number = tl.load(ends + expert) - first
+    at_O, at_I = tile // tiles_I * BO, tile % tiles_I * BI
+    dy += first.to(tl.int64) * O
+    x += first.to(tl.int64) * I
+    total += expert.to(tl.int64) * (O * I)
+    rows = tl.maximum(number, 1)
+    dys = tl.make_tensor_descriptor(dy, shape=[rows, O], strides=[O, 1], block_shape=[BM, BO])
+    xs = tl.make_tensor_descriptor(x, shape=[rows, I], strides=[I, 1], block_shape=[BM, BI])
+    sums = tl.make_tensor_descriptor(total, shape=[O, I], strides=[I, 1], block_shape=[BO, BI // 2])
+    b_sum = tl.zeros([BO, BI], tl.float32)
+    for block in range(tl.cdiv(number, BM)):
+        b_sum = tl.dot(tl.trans(dys.load([block * BM, at_O])), xs.load([block * BM, at_I]), b_sum)
+    b_left, b_right = tl.split(tl.permute(tl.reshape(b_sum, [BO, 2, BI // 2]), [0, 2, 1]))
+    at_right = at_I + BI // 2
+    if ADD and REDUCE:
+        sums.atomic_add([at_O, at_I], b_left)
+        sums.atomic_add([at_O, at_right], b_right)
+    elif ADD:  # as Triton's interpreter can
+        sums.store([at_O, at_I], sums.load([at_O, at_I]) + b_left)
+        sums.store([at_O, at_right], sums.load([at_O, at_right]) + b_right)
     else:
-        b_sum = tl.zeros([BO, BI], tl.float32)
-    for block in range(tl.cdiv(last - first, BM)):
-        m_M = (block * BM + i_M < last - first)[:, None]
-        b_dy = tl.load(dy, mask=m_M & m_O[None, :], other=0.0)
-        b_x = tl.load(x, mask=m_M & m_I[None, :], other=0.0)
-        b_sum = tl.dot(tl.trans(b_dy), b_x, b_sum)
-        dy += BM * O
-        x += BM * I
-    tl.store(total, b_sum, mask=m)
+        sums.store([at_O, at_I], b_left)
+        sums.store([at_O, at_right], b_right)
 
 
 def one_pass_(logits: Tensor, labels: Tensor, weight: Tensor, **how: Any) -> Tensor:
@@ -136,10 +147,19 @@ def one_pass_(logits: Tensor, labels: Tensor, weight: Tensor, **how: Any) -> Ten
     return losses
 
 
-def add_gradient_(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool, **how: Any) -> None:
+def add_gradient_(
+    total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool, *, described: bool, **how: Any
+) -> None:
+    """By the package's kernel, cut in another way, or by the one above."""
+    if not described:
+        with mock.patch.object(weight_grad, "launch_options", lambda *sizes: how):
+            weight_grad.grouped_weight_grad_(total, dy, x, ends, add)
+        return
     E, O, I = total.shape  # noqa: E741
+    # Where a program writes what it says of its tensors; for the thread that launches.
+    triton.set_allocator(lambda size, *others: torch.empty(size, dtype=torch.int8, device=total.device))
     tiles = triton.cdiv(O, how["BO"]) * triton.cdiv(I, how["BI"])
-    gradient_kernel[(E * tiles,)](dy, x, ends, total, O, I, ADD=add, **how)
+    described_gradient_kernel[(E * tiles,)](dy, x, ends, total, O, I, ADD=add, REDUCE=dy.is_cuda, **how)
 
 
 def loss_inputs(device: str, M: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +236,7 @@ def loss_calls(sizes: tuple[int, int]) -> Calls:
     return calls | {str(how): partial(one_pass_, logits, labels, weight, **how) for how in LOSS}
 
 
-def gradient_calls(sizes: tuple[int, ...]) -> Calls:
+def gradient_calls(sizes: tuple[int, ...], described: bool) -> Calls:
     total, dy, x, ends = gradient_inputs("cuda", *sizes)
 
     def shipped(add: bool) -> None:
@@ -227,7 +247,8 @@ def gradient_calls(sizes: tuple[int, ...]) -> Calls:
     for name, add in (("written", False), ("added", True)):
         calls[f"shipped, {name}"] = partial(shipped, add)
         for how in GRADIENT:
-            calls[f"{how}, {name}"] = partial(add_gradient_, total, dy, x, ends, add, **how)
+            if how["described"] == described:
+                calls[f"{how}, {name}"] = partial(add_gradient_, total, dy, x, ends, add, **how)
     return calls
 
 
@@ -283,40 +304,22 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and (why := assembler.obstacle()):  # these kernels do not go through the dispatch
         parser.error(why)
-    if wrong := wrong_ones(device):
-        print("wrong:", wrong)
     if asked.check:
-        parser.exit(bool(wrong))
-    os.environ[dispatch.ENVIRONMENT_VARIABLE] = (
-        "triton"  # without trials, which cannot be judged while nothing runs
-    )
+        wrong = wrong_losses(device) + wrong_gradients(device, False) + wrong_gradients(device, True)
+        parser.exit(bool(wrong), f"wrong: {wrong}\n" if wrong else "")
+    # Without trials, which cannot be judged while nothing runs.
+    os.environ[dispatch.ENVIRONMENT_VARIABLE] = "triton"
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "wrong": wrong,
         "milliseconds": {},
     }
-    tables: dict[str, tuple[Callable[[], Calls], Callable[[Run], float]]] = {
-        "loss of 4096 x 151936": (lambda: loss_calls((4096, 151936)), timed),
-        **{
-            f"gradient of 64 x {O} x {I} over 262144 tokens": (
-                partial(gradient_calls, (64, 262144, O, I)),
-                timed,
-            )
-            for O, I in ((1792, 1024), (1024, 896))  # noqa: E741
-        },
-        **{
-            f"short convolution of {model}, 32768 tokens": (
-                partial(convolution_calls, 32768, model),
-                timed_kernels,
-            )
-            for model in CONVOLVED
-        },
-    }
-    for name, (make, milliseconds) in tables.items():
+    for name, (check, make, milliseconds) in tables().items():
         times = found["milliseconds"][name] = {}
         try:
+            if wrong := check():
+                raise ArithmeticError(f"wrong: {wrong}")
             calls = make()
             compile_together(calls.values())
             for call, run in calls.items():
@@ -326,24 +329,49 @@ def main() -> None:
         print(json.dumps({name: times}, indent=1), flush=True)
         if asked.output:
             asked.output.write_text(json.dumps(found, indent=1) + "\n")
-    parser.exit(bool(wrong) or any("error" in times for times in found["milliseconds"].values()))
+    parser.exit(any("error" in times for times in found["milliseconds"].values()))
 
 
-def wrong_ones(device: str) -> list[str]:
+def tables() -> dict[str, Table]:
+    """By name; what has run on no GPU yet comes last, since it could end the process."""
+    found: dict[str, Table] = {
+        "loss of 4096 x 151936": (partial(wrong_losses, "cuda"), partial(loss_calls, (4096, 151936)), timed)
+    }
+    convolutions: dict[str, Table] = {
+        f"short convolution of {model}, 32768 tokens": (
+            list,
+            partial(convolution_calls, 32768, model),
+            timed_kernels,
+        )
+        for model in CONVOLVED
+    }
+    for described in (False, True):
+        check = partial(wrong_gradients, "cuda", described)
+        for O, I in ((1792, 1024), (1024, 896)):  # noqa: E741
+            name = f"gradient of 64 x {O} x {I} over 262144 tokens{', described' if described else ''}"
+            found[name] = check, partial(gradient_calls, (64, 262144, O, I), described), timed
+        found |= convolutions
+    return found
+
+
+def wrong_losses(device: str) -> list[str]:
     """Of small calls."""
-    sizes, gradients = (4, 250, 136, 264), GRADIENT if device == "cuda" else GRADIENT[:2]
+    if device == "cuda":
+        compile_together([partial(one_pass_, *loss_inputs(device, 5, 20011), **how) for how in LOSS])
+    return [x for how in LOSS for x in report("loss", how, loss_errors(device, (5, 20011), how), limit=5e-3)]
+
+
+def wrong_gradients(device: str, described: bool) -> list[str]:
+    """Of small calls."""
+    sizes, cuts = (4, 250, 136, 264), [how for how in GRADIENT if how["described"] == described][::2]
     if device == "cuda":
         given = gradient_inputs(device, *sizes)
         compile_together(
-            [partial(one_pass_, *loss_inputs(device, 5, 20011), **how) for how in LOSS]
-            + [partial(add_gradient_, *given, add, **how) for how in gradients for add in (False, True)]
+            [partial(add_gradient_, *given, add, **how) for how in cuts for add in (False, True)]
         )
-    wrong = []
-    for how in LOSS:
-        wrong += report("loss", how, loss_errors(device, (5, 20011), how), 5e-3)
-    for how in gradients:
-        wrong += report("gradient", how, gradient_errors(device, sizes, how), 1e-5)
-    return wrong
+    return [
+        x for how in cuts for x in report("gradient", how, gradient_errors(device, sizes, how), limit=1e-5)
+    ]
 
 
 def report(name: str, how: dict[str, int], errors: dict[str, float], limit: float) -> list[str]:
