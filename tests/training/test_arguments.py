@@ -88,9 +88,12 @@ def parse(*argv: str, num_layers: int = 2, **megatron: Any) -> argparse.Namespac
         "cross_entropy_loss_fusion",
         "logits_save_dir",
         "logits_load_dir",
+        "hidden_dropout",
+        "add_bias_linear",
     )
     for name in (*names, "bf16", "fp16"):
         setattr(args, name, megatron.get(name))
+    args.bias_dropout_fusion = True
     arguments.resolve(args)
     return args
 
@@ -361,6 +364,18 @@ def test_every_layer_has_its_own_checkpoint_keys(gloo):
         "decoder.layers.3.self_attention.in_proj.weight",
     ):
         assert key in keys
+
+
+def test_a_residual_addition_that_is_nothing_else_is_not_compiled() -> None:
+    kinds = ("--la-module", "gla")
+    assert not parse(*kinds).bias_dropout_fusion
+    assert not parse(*kinds, fp32_residual_connection=True).bias_dropout_fusion, "all of it is float32"
+    for more in (
+        {"hidden_dropout": 0.1},
+        {"add_bias_linear": True},
+        {"fp32_residual_connection": True, "bf16": True},
+    ):
+        assert parse(*kinds, **more).bias_dropout_fusion
 
 
 def test_logits_are_made_in_chunks_where_nobody_else_changes_them() -> None:
