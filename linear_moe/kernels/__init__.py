@@ -25,12 +25,20 @@ from linear_moe.kernels.ops import (
 )
 from linear_moe.kernels.optimizer import adam_
 from linear_moe.kernels.segment import Segment
-from linear_moe.kernels.tokens import collect_rows, cross_entropy_, spread_rows, weighted_swiglu
+from linear_moe.kernels.tokens import (
+    choose_experts,
+    collect_rows,
+    cross_entropy_,
+    sort_slots,
+    spread_rows,
+    weighted_swiglu,
+)
 
 __all__ = [
     "Segment",
     "adam_",
     "bounded_decay_of",
+    "choose_experts",
     "collect_rows",
     "conv_and_split",
     "cross_entropy_",
@@ -51,6 +59,7 @@ __all__ = [
     "scale_heads",
     "short_conv",
     "skip_gate_norm",
+    "sort_slots",
     "spread_rows",
     "weighted_swiglu",
 ]

@@ -332,6 +332,34 @@ def check_rows(
         _check_shape("weight", weight, place.shape, "[S, k], as place")
 
 
+def check_choice(x: Tensor, per_token: int, is_token: Tensor | None) -> None:
+    """Everything :func:`linear_moe.kernels.choose_experts` takes."""
+    _check_float("x", x, x.device)
+    _check_per_token("x", x, per_token)
+    if is_token is not None and (is_token.dtype, is_token.device) != (torch.bool, x.device):
+        found = f"is {is_token.dtype} on {is_token.device}"
+        fail("is_token", found, "it marks rows of x, next to them", f"bool on {x.device}")
+    if is_token is not None:
+        _check_shape("is_token", is_token, x.shape[:1], "[N], the rows of x")
+
+
+def check_slots(chosen: Tensor, probs: Tensor, per_token: int) -> None:
+    """Everything :func:`linear_moe.kernels.sort_slots` takes; values are not looked at."""
+    if chosen.dtype != torch.bool:
+        fail("chosen", f"is {chosen.dtype}", "it marks the experts of each token", "bool")
+    _check_per_token("chosen", chosen, per_token)
+    _check_float("probs", probs, chosen.device)
+    _check_shape("probs", probs, chosen.shape, "[N, E], as chosen")
+
+
+def _check_per_token(name: str, x: Tensor, per_token: int) -> None:
+    if x.ndim != 2:
+        fail(name, f"has shape {show(x.shape)}", "it is [N, E]", "a row for each token")
+    if not 1 <= per_token <= x.shape[1]:
+        why = f"a token has 1 to E experts, and {name} has shape {show(x.shape)}"
+        fail("per_token", f"is {per_token}", why, f"1 to {x.shape[1]}")
+
+
 def check_swiglu(x: Tensor, weight: Tensor) -> None:
     """Everything :func:`linear_moe.kernels.weighted_swiglu` takes."""
     _check_float("x", x, x.device)

@@ -35,6 +35,7 @@ from linear_moe.kernels import (
     reference,
     rms_norm,
     rotary,
+    routes,
     rows,
     scaled,
     skip_norm,
@@ -173,6 +174,11 @@ def _takes_mixes(
     return (weight if weight is not None else cast(Tensor, logits)[0, 0]).shape[0] <= 6
 
 
+def _takes_experts(x: Tensor, *others: Any, **options: Any) -> bool:
+    """Up to 1024 experts: a program has all of a token in registers."""
+    return x.shape[1] <= 1024
+
+
 def _takes_read(
     x: Tensor,
     weight: Tensor,
@@ -276,6 +282,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("rms_norm", rms_norm, "rms_norm", _takes_stream),
         _operation("skip_gate_norm", skip_norm, "skip_norm", _takes_group),
         _operation("cross_entropy_", cross_entropy, "cross_entropy"),
+        _operation("choose_experts", routes, "routes", _takes_experts),
+        _operation("sort_slots", routes, "routes", _takes_experts),
         _operation("spread_rows", rows, "rows"),
         _operation("collect_rows", rows, "rows"),
         _operation("weighted_swiglu", swiglu, "swiglu"),

@@ -31,8 +31,10 @@ from linear_moe.kernels.reference_gates import (  # noqa: F401
 )
 from linear_moe.kernels.reference_optimizer import adam_  # noqa: F401
 from linear_moe.kernels.reference_tokens import (  # noqa: F401
+    choose_experts,
     collect_rows,
     cross_entropy_,
+    sort_slots,
     spread_rows,
     weighted_swiglu,
 )

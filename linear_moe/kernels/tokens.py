@@ -1,6 +1,6 @@
 """The public kernels of tokens in any order, of the loss and of experts: checked, then handed on as in ``ops``.
 
-Letters: M tokens or experts' rows, V logits, S tokens, k slots of a token, F width of a gated unit.
+Letters: M tokens or experts' rows, V logits, S or N tokens, E experts, k slots of a token, F width of a gated unit.
 """
 
 from __future__ import annotations
@@ -39,6 +39,59 @@ def cross_entropy_(
     """
     check = partial(checks.check_cross_entropy, logits, labels, weight)
     return dispatch.run_checked("cross_entropy_", check, logits, logits, labels, weight, combine=combine)
+
+
+def choose_experts(
+    x: Tensor,
+    per_token: int,
+    *,
+    among_chosen: bool = False,
+    factor: float = 1.0,
+    is_token: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The experts of each token, with probabilities, and what a balance loss is made of, in one pass.
+
+        s = softmax(x),    p = factor * s, or factor * softmax of the chosen logits, where chosen; else 0
+
+    Args:
+        x: ``[N, E]``, logits; any float dtype, computed in float32 (float64 for float64).
+        per_token: k, the largest logits of each token. Of equal ones any may be chosen.
+        among_chosen: whether probabilities are the softmax over a token's chosen experts only.
+        factor: of probabilities.
+        is_token: ``[N]`` bool, False for padding, which does not count in the sums; ``None``: all do.
+
+    Returns:
+        Probabilities ``[N, E]`` in x's dtype, the choice ``[N, E]`` bool, the sum over tokens of s ``[E]``, and how
+        many tokens chose each expert ``[E]``, both float32 (float64 for float64). Gradients flow through the first and
+        the third.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    check = partial(checks.check_choice, x, per_token, is_token)
+    return dispatch.run_checked(  # type: ignore[no-any-return]
+        "choose_experts", check, x, x, per_token, among_chosen=among_chosen, factor=factor, is_token=is_token
+    )
+
+
+def sort_slots(chosen: Tensor, probs: Tensor, per_token: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slots sorted by expert, stably: what :func:`spread_rows` and :func:`collect_rows` need, without waiting.
+
+    Args:
+        chosen: ``[N, E]`` bool, the experts of each token. Where they are fewer than k (of padding), the first others
+            count, too; where they are more, the first k.
+        probs: ``[N, E]``, any float dtype.
+        per_token: k.
+
+    Returns:
+        ``order`` ``[N * k]`` and ``place`` ``[N, k]``, int64, the slots of a token in the order of its experts; how
+        many slots each expert has, ``[E]``, int32 or int64; ``probs`` of the sorted slots ``[N * k]``, with gradients.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    check = partial(checks.check_slots, chosen, probs, per_token)
+    return dispatch.run_checked("sort_slots", check, probs, chosen, probs, per_token)  # type: ignore[no-any-return]
 
 
 def spread_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Experts that are all on this rank: tokens are sorted by expert where they are, once, and nothing waits for a device.
 
 Megatron's dispatchers serve expert parallelism. Without it they still copy the tokens a second time, expert by expert,
-and read on the host how many each has. Here the sorted slots of MoM's routing do: one gather, and a sum back over each
-token's experts in the order of the experts, whatever the other tokens chose.
+and read on the host how many each has. Here slots are sorted by expert on the device: one gather, and a sum back over
+each token's experts in the order of the experts, whatever the other tokens chose.
 
 Letters: N tokens, E experts, k experts per token, M = N * k slots, D hidden.
 """
@@ -18,8 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from linear_moe.kernels import collect_rows, spread_rows
-from linear_moe.lsm.routing import Slots
+from linear_moe.kernels import collect_rows, sort_slots, spread_rows
 from linear_moe.model.experts import GroupedExperts
 
 
@@ -48,15 +47,12 @@ class LocalDispatcher:
     ) -> tuple[Tensor, Tensor]:
         """``[T, B, D]`` and ``[N, E]`` to the sorted slots ``[M, D]`` and their probabilities."""
         self.shape = hidden_states.shape
-        choice_Nk = chosen(routing_map, self.per_token)
-        run_N = torch.zeros(len(choice_Nk), dtype=choice_Nk.dtype, device=choice_Nk.device)
-        self.slots = Slots.sort(choice_Nk, run_N, routing_map.shape[1], 1)
-        self.place_Nk = self.slots.place.view(-1, self.per_token)
-        tokens_ND, order = hidden_states.reshape(-1, self.shape[-1]), self.slots.order
-        slots_MD = spread_rows(tokens_ND, order, self.place_Nk)
+        self.order_M, self.place_Nk, self.slots_E, probs_M = sort_slots(routing_map, probs, self.per_token)
+        tokens_ND = hidden_states.reshape(-1, self.shape[-1])
+        slots_MD = spread_rows(tokens_ND, self.order_M, self.place_Nk)
         if self.makes_again:
-            self.again = partial(spread_rows, tokens_ND.detach(), order, self.place_Nk)
-        return slots_MD, probs.gather(1, choice_Nk).flatten()[self.slots.order]
+            self.again = partial(spread_rows, tokens_ND.detach(), self.order_M, self.place_Nk)
+        return slots_MD, probs_M
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to send."""
@@ -64,7 +60,7 @@ class LocalDispatcher:
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The slots, how many each expert has, and the probabilities."""
-        return hidden_states, self.slots.cu_seqlens.diff(), probs
+        return hidden_states, self.slots_E, probs
 
     def get_expert_zero_copy_buffers(self) -> tuple[None, None]:
         """None."""
@@ -72,7 +68,7 @@ class LocalDispatcher:
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """The sum over each token's experts."""
-        return collect_rows(hidden_states, self.slots.order, self.place_Nk)
+        return collect_rows(hidden_states, self.order_M, self.place_Nk)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """The sum over the ranks' slices."""
@@ -82,7 +78,7 @@ class LocalDispatcher:
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """``[T, B, D]``, in the shape in which the tokens came."""
-        del self.slots, self.place_Nk
+        del self.order_M, self.place_Nk, self.slots_E
         return hidden_states.view(self.shape)
 
 
@@ -105,21 +101,6 @@ class MoE(MoELayer):
             )
         if again:
             self.experts.input_again = lambda: local.again
-
-
-def chosen(routing_map: Tensor, per_token: int) -> Tensor:
-    """``[N, E]`` bool, k true in a row, to the experts ``[N, k]`` int64 in rising order.
-
-    A row with fewer, of a padded token, gets others, whose probability is 0.
-    """
-    num_experts = routing_map.shape[1]
-    # A GPU reads a row once for every two bits of a key: of one byte, 4 times, of int64, 32 times.
-    dtype = torch.int8 if num_experts <= 127 else torch.int16
-    assert num_experts <= torch.iinfo(dtype).max
-    expert_E = torch.arange(num_experts, dtype=dtype, device=routing_map.device)
-    key_NE = torch.where(routing_map, num_experts - expert_E, -1 - expert_E)
-    key_Nk = key_NE.topk(per_token, dim=1).values.long()
-    return torch.where(key_Nk > 0, num_experts - key_Nk, -1 - key_Nk)
 
 
 def _is_local(config: TransformerConfig, ep_size: int, tp_size: int) -> bool:

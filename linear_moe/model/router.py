@@ -3,7 +3,8 @@
 A balance loss counts the experts that tokens chose. Megatron chooses them once more for it, of probabilities; here the
 first choice is counted where it is the same one: the softmax is monotonous, and of equal numbers torch takes those that
 it would take of any others in this order. (Two logits that differ may have one probability. Then Megatron may count
-another expert than the token goes to.)
+another expert than the token goes to.) On a GPU one kernel makes the choice, the probabilities and the sums over tokens
+that the loss is made of; Megatron's forty launches keep a host busy for longer than the GPU needs for the layer.
 
 Logits are float32, of bfloat16 tokens and weights: products of two bfloat16 are exact there, so tensor cores compute
 them as well as float32 copies would. Going back, a float32 gradient is two bfloat16, which differ from it by 2^-17:
@@ -23,9 +24,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from linear_moe.kernels import choose_experts, dispatch
 
 
 class Router(TopKRouter):
@@ -35,6 +40,8 @@ class Router(TopKRouter):
     """Such tokens of the micro-batch, over ranks that share it; ``None`` without padding."""
     _is_choosing = False
     """Whether the loss waits for the choice."""
+    tokens_E: Tensor | None = None
+    """How many tokens of the last call chose each expert, where that is known already."""
 
     def gating(self, input: Tensor) -> Tensor:
         """``[.., D]`` to logits ``[.., E]``, as Megatron's."""
@@ -51,8 +58,11 @@ class Router(TopKRouter):
             if self.tp_cp_group.size() > 1:
                 dist.all_reduce(self._mean_tokens, group=self.tp_cp_group)
             self._mean_tokens /= self.tp_cp_group.size()
+        self.tokens_E = None
         if not self._counts_its_choice():
             return super().routing(logits, padding_mask)
+        if self._is_fused(logits):
+            return self._route_fused(logits, padding_mask)
         self._is_choosing = True
         try:
             probs_NE, chosen_NE = super().routing(logits, padding_mask)
@@ -78,6 +88,44 @@ class Router(TopKRouter):
             and self.expert_bias is None
             and self.router_replay is None
         )
+
+    def _is_fused(self, logits: Tensor) -> bool:
+        """Whether one kernel does it all: on a GPU, with a loss that needs no more than sums over all tokens."""
+        types = self.routing_type if isinstance(self.routing_type, list) else [self.routing_type]
+        return {*types} <= {"aux_loss", "none"} and (
+            dispatch.pick("choose_experts", logits.device, logits.dtype).name == "triton"
+        )
+
+    def _route_fused(self, logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        config, group = self.config, self.tp_cp_group
+        is_padding_N = None if padding_mask is None else padding_mask.reshape(-1)
+        logits_NE = self.apply_z_loss(logits.reshape(-1, logits.shape[-1]), padding_mask=is_padding_N)
+        probs_NE, chosen_NE, scores_E, tokens_E = choose_experts(
+            logits_NE,
+            self.topk,
+            among_chosen=not config.moe_router_pre_softmax,
+            factor=config.moe_router_topk_scaling_factor or 1.0,
+            is_token=None if is_padding_N is None else ~is_padding_N,
+        )
+        if is_padding_N is None:
+            self.tokens_E = tokens_E
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            if group.size() > 1:  # in place
+                tokens_E = reduce_from_tensor_model_parallel_region(tokens_E.clone(), group)
+            local = len(logits_NE) if self._mean_tokens is None else self._mean_tokens
+            coefficient = self.get_aux_loss_coeff("aux_loss")
+            loss = switch_load_balancing_loss_func(
+                probs=scores_E[None],
+                tokens_per_expert=tokens_E,
+                total_num_tokens=local * group.size(),
+                topk=self.topk,
+                num_experts=config.num_moe_experts,
+                moe_aux_loss_coeff=coefficient,
+            )
+            probs_NE = self.attach_and_log_load_balancing_loss(
+                probs_NE, coefficient, loss, "load_balancing_loss", group, valid_token_count=local
+            )
+        return probs_NE, chosen_NE
 
     def _balanced(
         self, probs_NE: Tensor, chosen_NE: Tensor, logits: Tensor, padding_mask: Tensor | None

@@ -71,7 +71,10 @@ class ExpertLoad:
     def _count(self, router: Any, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
         # With recomputation the first forward pass runs without gradients: count the other one.
         if router.training and torch.is_grad_enabled():
-            self.tokens_LE[router.layer_number - 1] += outputs[1].detach().float().sum(0)
+            tokens_E = getattr(router, "tokens_E", None)
+            self.tokens_LE[router.layer_number - 1] += (
+                outputs[1].detach().float().sum(0) if tokens_E is None else tokens_E
+            )
 
     def take(self) -> dict[str, float]:
         """Balance over all ranks since the last call: a step's ``moe_load_*`` figures."""

@@ -116,13 +116,17 @@ def small(op: str, _: str, boundaries: tuple[int, ...]) -> None:
         both_ways([operation(*inputs, order, order.view(-1, 2))], inputs)
     elif op == "rms_norm":
         both_ways(operation(*inputs), inputs)
+    elif op == "choose_experts":
+        probs, chosen, scores, _ = kernels.choose_experts(logits := token(tokens, 16, dtype=torch.float32), 2)
+        *_, sorted_probs = kernels.sort_slots(chosen, probs, 2)
+        both_ways([sorted_probs, scores], [logits])
     else:
         both_ways([operation(*inputs)], inputs)
 
 
 SMALL = (
     "short_conv", "gated_rms_norm", "rms_norm", "rotate_heads", "weighted_swiglu", "spread_rows", "collect_rows",
-    "cross_entropy_",
+    "cross_entropy_", "choose_experts",
 )  # fmt: skip
 CALLS = [(scan, op, kind) for op, kinds in KINDS.items() for kind in kinds] + [
     (small, op, "") for op in SMALL

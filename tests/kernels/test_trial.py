@@ -153,6 +153,11 @@ def test_each_kind_is_tried_once() -> None:
             kernels.collect_rows(slots, order, order.view(-1, 2), torch.ones(num_rows, 2))
         assert len(ran) == 10
     with pretended() as ran:
+        for num_tokens, num_experts in ((5, 4), (900, 4), (5, 6)):
+            probs, chosen, *_ = kernels.choose_experts(torch.ones(num_tokens, num_experts), 2)
+            kernels.sort_slots(chosen, probs, 2)
+        assert len(ran) == 10
+    with pretended() as ran:
         for x in (torch.ones(2, 3, 4, 5), torch.ones(3, 2, 4, 5).transpose(0, 1)):  # strides are compiled in
             kernels.gated_rms_norm(x)
         assert len(ran) == 4

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from linear_moe.model import local_dispatcher
 from linear_moe.model.experts import made_again
-from linear_moe.model.local_dispatcher import LocalDispatcher, MoE, chosen
+from linear_moe.model.local_dispatcher import LocalDispatcher, MoE
 from tests.workers import with_model_parallel
 
 E, D = 6, 16
@@ -154,12 +154,3 @@ def test_inputs_that_cannot_be_made_again(gloo: Any, options: dict[str, Any]) ->
         ValueError, match=r"--recompute-expert-inputs needs all experts .*\n  why: .*\n  try: "
     ):
         gloo(1, local, options | {"recompute_expert_inputs": True}, not options)
-
-
-def test_experts_in_rising_order_and_others_where_too_few() -> None:
-    routing_map = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
-    assert chosen(routing_map, 2).tolist() == [[1, 3], [0, 3], [2, 0], [0, 1]]
-    for num_experts in (127, 128, 1000):
-        best_Nk = torch.rand(20, num_experts).topk(5).indices.sort().values
-        found = chosen(torch.zeros(20, num_experts, dtype=torch.bool).scatter(1, best_Nk, True), 5)
-        assert found.dtype == torch.int64 and torch.equal(found, best_Nk)

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from linear_moe.model import router
 from linear_moe.model.router import in_halves, logits
+from linear_moe.training.metrics import ExpertLoad
 from tests.workers import with_model_parallel
 
 
@@ -63,10 +64,12 @@ def test_a_loss_weighs_by_the_tokens_that_are_no_padding(
     assert one.attach_and_log_load_balancing_loss() == {}, "the next micro-batch has no padding"
 
 
-def routed(rank: int, world_size: int, options: dict[str, Any], is_padded: bool) -> list[list[Any]]:
+def routed(
+    rank: int, world_size: int, options: dict[str, Any], is_padded: bool, is_fused: bool = False
+) -> list[list[Any]]:
     """Probabilities, choice and gradient of Megatron's router and of ours, and how often each took a top-k.
 
-    Weights that are small integers, so that many logits of a token are equal.
+    Weights that are small integers, so that many logits of a token are equal; but none for a fused choice.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
@@ -81,17 +84,25 @@ def routed(rank: int, world_size: int, options: dict[str, Any], is_padded: bool)
     found, draw = [], torch.Generator().manual_seed(1)
     x_TBD, up = torch.randint(-1, 2, (30, 3, 6), generator=draw).float(), torch.randn(90, 64, generator=draw)
     weight_ED = torch.randint(-1, 2, (64, 6), generator=draw).float()
+    if is_fused:
+        x_TBD, weight_ED = torch.randn(30, 3, 6, generator=draw) + rank, torch.randn(64, 6, generator=draw)
     padding_TB = torch.arange(30)[:, None] >= torch.tensor([30, 20, 7]) if is_padded else None
-    with with_model_parallel(tp=1):
+    defaults |= dict(tensor_model_parallel_size=world_size, sequence_parallel=world_size > 1)
+    with with_model_parallel(tp=world_size):
         for kind in (TopKRouter, router.Router):
             config = TransformerConfig(**(defaults | options))
             one = kind(config, ProcessGroupCollection.use_mpu_process_groups())
             one.layer_number = 1
             one.weight.data.copy_(weight_ED)
-            with mock.patch.object(torch, "topk", wraps=torch.topk) as topk:
+            load = ExpertLoad(1, 64)
+            with (
+                mock.patch.object(torch, "topk", wraps=torch.topk) as topk,
+                mock.patch.object(router.Router, "_is_fused", lambda *_: is_fused),
+            ):
                 probs, chosen = one(x_TBD, padding_TB)
+            load._count(one, (x_TBD,), (probs, chosen))
             (probs * up).sum().backward()
-            found.append([probs.detach(), chosen, one.weight.grad, topk.call_count])
+            found.append([probs.detach(), chosen, one.weight.grad, topk.call_count, load.tokens_LE])
     return found
 
 
@@ -123,6 +134,56 @@ def test_routes_and_balances_as_megatron_with_one_choice(
             assert torch.equal(found, truth)
     once = not options.keys() & {"moe_router_score_function", "moe_expert_capacity_factor"}
     assert stock[3] - ours[3] == once and stock[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+        {
+            "moe_router_load_balancing_type": ["aux_loss"],
+            "moe_aux_loss_coeff": [0.2],
+            "moe_z_loss_coeff": 0.1,
+        },
+        {"moe_router_load_balancing_type": "none"},
+        {"calculate_per_token_loss": True},
+    ],
+    ids=["after", "before, scaled", "of logits too", "no loss", "per token"],
+)
+def test_routes_in_one_pass_as_megatron(
+    gloo: Any, options: dict[str, Any], is_padded: bool, world_size: int
+) -> None:
+    """The sums over tokens are those of a kernel; here it is the torch path that stands for it."""
+    if is_padded and world_size > 1 and "calculate_per_token_loss" in options:
+        pytest.skip("Megatron takes the tokens of both ranks for those of one: see the module's first lines")
+    for stock, ours in gloo(world_size, routed, options, is_padded, True):
+        torch.testing.assert_close(ours[0], stock[0], rtol=1e-5, atol=1e-7)
+        assert torch.equal(ours[1], stock[1]) and torch.equal(ours[4], stock[4])
+        torch.testing.assert_close(ours[2], stock[2], rtol=1e-4, atol=1e-5)
+        assert stock[3] and not ours[3] and stock[2].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("types", "name", "is_one_pass"),
+    [
+        ("aux_loss", "triton", True),
+        ("none", "triton", True),
+        (["aux_loss"], "triton", True),
+        (["aux_loss", "seq_aux_loss"], "triton", False),
+        ("seq_aux_loss", "triton", False),
+        ("aux_loss", "chunked", False),
+    ],
+)
+def test_when_one_pass_does(
+    types: Any, name: str, is_one_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router.dispatch, "pick", lambda *_: SimpleNamespace(name=name))
+    one = object.__new__(router.Router)
+    one.routing_type = types
+    assert one._is_fused(torch.zeros(2, 3)) == is_one_pass
 
 
 HALF, WHOLE = torch.bfloat16, torch.float32

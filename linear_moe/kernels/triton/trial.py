@@ -168,9 +168,13 @@ def _difference(fused: Run, exact: Run, call: inspect.BoundArguments) -> str:
     in_double = {name: _double(x) for name, x in call.arguments.items()}
     with configs.standing_for(*(*first.shape, 1, 1)[:2]):
         found = _results(fused, call, wanted)
-        incoming = {name: torch.empty_like(y).normal_(generator=noise) for name, y in found.items()}
+        real = {name: y for name, y in found.items() if y.is_floating_point()}
+        incoming = {name: torch.empty_like(y).normal_(generator=noise) for name, y in real.items()}
         found |= _gradients(found, call, wanted, incoming)
     call.arguments = in_double
+    tolerance = next(
+        TOLERANCE[x.dtype] for x in given.values() if isinstance(x, Tensor) and x.is_floating_point()
+    )
     expected = _results(exact, call, wanted)
     expected |= _gradients(expected, call, wanted, {name: y.double() for name, y in incoming.items()})
     overall = max((y.abs().max().item() for y in expected.values() if y.numel()), default=0.0)
@@ -182,7 +186,7 @@ def _difference(fused: Run, exact: Run, call: inspect.BoundArguments) -> str:
         largest = y.abs().max().item()
         difference = (found[name].double() - y).abs().max().item()
         # Of what is nothing, rounding is left: of the other results, and of numbers near 1. NaN is a difference.
-        if not difference <= TOLERANCE[first.dtype] * max(largest, overall / 100, 1e-3):
+        if not difference <= tolerance * max(largest, overall / 100, 1e-3):
             return f"{name} differs from float64 by {difference:.3g}, its largest element being {largest:.3g}"
     return ""
 
@@ -195,14 +199,15 @@ def _results(run: Run, call: inspect.BoundArguments, wanted: list[str]) -> dict[
     if isinstance(found, Segment):
         named = {"state": found.state, "log_decay": found.log_decay, "decay": found.decay}
     else:
-        named = {f"result {i}": y for i, y in enumerate(found if isinstance(found, tuple) else (found,))}
+        results = found if isinstance(found, tuple) else (found,)
+        named = {f"result {i}": y for i, y in enumerate(results)}
     if "logits" in call.arguments:
         named["the gradient of logits"] = call.arguments["logits"]  # which has been written there
     if "total" in call.arguments:
         named["the sum"] = call.arguments["total"]
     if "exp_avg" in call.arguments:
         named |= {name: call.arguments.get(name) for name in ("param", "exp_avg", "exp_avg_sq", "half")}
-    return {name: y for name, y in named.items() if y is not None}
+    return {name: y.byte() if y.dtype == torch.bool else y for name, y in named.items() if y is not None}
 
 
 def _gradients(
@@ -302,6 +307,8 @@ def _random(name: str, like: Tensor, size: tuple[int, ...], noise: torch.Generat
     memory = torch.empty(before + extent, dtype=like.dtype, device=like.device)
     if name.startswith("log_decay"):
         memory.uniform_(-6, 0, generator=noise)
+    elif like.dtype == torch.bool:
+        memory.random_(2, generator=noise)
     elif name == "beta":
         memory.uniform_(0, 1, generator=noise)
     else:
