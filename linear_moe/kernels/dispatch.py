@@ -400,12 +400,13 @@ def run_checked(op: str, check: Callable[[], Any], like: Tensor, *args: Any, **k
     """
     kind = _kind(op, like, args, kwargs)
     backend = None if kind is None else _known.get(kind)
-    if backend is None or backend not in BACKENDS[op]:
+    is_known = backend is not None and backend in BACKENDS[op]
+    if not is_known:
         check()
-        if kind is None:
-            return run(op, like, *args, **kwargs)
+    if kind is None:
+        return run(op, like, *args, **kwargs)
     with without_autocast(like.device):
-        if backend is None or backend not in BACKENDS[op]:
+        if backend is None or not is_known:
             backend, lasts = _chosen(op, like, args, kwargs)
             if len(_known) >= MOST_KNOWN:
                 _known.clear()
