@@ -43,9 +43,9 @@ class _RMSNorm(torch.autograd.Function):
         ctx.eps = eps
         x_MD, y = _tokens(x), torch.empty_like(x, memory_format=torch.contiguous_format)
         constants = _constants(x_MD.shape[1])
-        if len(x_MD):
-            rms_norm_forward_kernel[(cdiv(len(x_MD), constants["TILE"]),)](
-                x_MD, weight.contiguous(), y, len(x_MD), eps, x_MD.stride(0), **constants
+        if num_tokens := x_MD.shape[0]:
+            rms_norm_forward_kernel[(cdiv(num_tokens, constants["TILE"]),)](
+                x_MD, weight.contiguous(), y, num_tokens, eps, x_MD.stride(0), **constants
             )
         return y, x
 

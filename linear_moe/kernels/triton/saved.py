@@ -7,7 +7,8 @@ forward and backward gives wrong gradients, without an error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -38,27 +39,34 @@ def saved(ctx: Any) -> Any:
 
 
 def _take_out(plan: Any, found: list[Tensor | None]) -> Any:
-    changed: dict[str, Any] = {}
-    for name, x in _parts(plan):
-        if is_dataclass(x):
-            changed[name] = _take_out(x, found)
-        elif isinstance(x, Tensor):
+    kind: Any = type(plan)
+    values: dict[str, Any] = {}
+    for name in _names(kind):
+        x = getattr(plan, name)
+        if isinstance(x, Tensor):
             index = next((i for i, y in enumerate(found) if y is x), len(found))
             if index == len(found):
                 found.append(x)
-            changed[name] = _Place(index)
-    return replace(plan, **changed)
+            x = _Place(index)
+        elif is_dataclass(x):
+            x = _take_out(x, found)
+        values[name] = x
+    return kind(**values)
 
 
 def _put_back(plan: Any, found: tuple[Tensor | None, ...]) -> Any:
-    changed: dict[str, Any] = {}
-    for name, x in _parts(plan):
+    kind: Any = type(plan)
+    values: dict[str, Any] = {}
+    for name in _names(kind):
+        x = getattr(plan, name)
         if isinstance(x, _Place):
-            changed[name] = found[x.index]
+            x = found[x.index]
         elif is_dataclass(x):
-            changed[name] = _put_back(x, found)
-    return replace(plan, **changed)
+            x = _put_back(x, found)
+        values[name] = x
+    return kind(**values)
 
 
-def _parts(plan: Any) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(plan, field.name)) for field in fields(plan)]
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
