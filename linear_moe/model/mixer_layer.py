@@ -151,6 +151,12 @@ class MixerLayer(TableModule):
             gather_output=False,
             tp_group=self.tp_group,
         )
+        self.no_bias: Tensor
+        if self.biases_of_gemm:
+            # What the other channels get; made once, and in no checkpoint.
+            widest = max((p.width for p in table if not p.bias), default=0)
+            zeros = self.in_proj.weight.detach().new_zeros(self.place.num_heads, widest)
+            self.register_buffer("no_bias", zeros, persistent=False)
         low_rank = self.mixer.low_rank_projections(self.place.layer_of_kind)
         self.low_rank = torch.nn.ModuleDict(
             {p.name: LowRankLinear(config, p, heads, groups) for p in low_rank}
@@ -280,11 +286,11 @@ class MixerLayer(TableModule):
             out: Tensor = self.in_proj(hidden_TBD)[0]
             return out
         wait_for(self.in_proj)
+        biases = [
+            getattr(self, f"{p.name}_bias") if p.bias else self.no_bias[:, : p.width]
+            for p in self.mixer.fused_projections()
+        ]
         weight = self.in_proj.weight
-        zeros = weight.new_zeros(self.place.num_heads, self.mixer.fused_width)
-        table = self.mixer.fused_projections()
-        parts = zip(table, zeros.split([p.width for p in table], dim=1), strict=True)
-        biases = [getattr(self, f"{p.name}_bias") if p.bias else none for p, none in parts]
         return F.linear(hidden_TBD, weight, torch.cat(biases, dim=1).flatten().to(weight.dtype))
 
     def _heads(self, x_TBC: Tensor, num_heads: int | None = None) -> Tensor:
