@@ -40,7 +40,7 @@ ON_HOST = {"operation": 4e-6, "launch": 4e-6, "triton": 20e-6}
 """Seconds of the host for each operation of torch, each kernel, and on top of that for each of Triton's."""
 
 PARTS = {
-    "experts: grouped GEMM": r"grouped_linear|model/experts",
+    "experts: grouped GEMM": r"grouped_linear|weight_grad|model/experts",
     "experts: SwiGLU": r"swiglu",
     "experts: permutation": r"rows\.py|routing\.py|local_dispatcher",
     "router": r"moe/|model/router",
@@ -67,7 +67,8 @@ def part_of(caller: str) -> str:
 
 def seconds(op: Any) -> float:
     """On the device."""
-    rate = GROUPED if op.name == "_grouped_mm" else CHUNKS if op.is_triton else PRODUCTS
+    is_grouped = op.name in ("_grouped_mm", "grouped_weight_grad_kernel")
+    rate = GROUPED if is_grouped else CHUNKS if op.is_triton else PRODUCTS
     rate = ATTENTION if "attention" in op.name else rate
     if not op.is_triton and op.shapes.startswith("float32") and op.name in ("mm", "bmm"):
         rate = SINGLE

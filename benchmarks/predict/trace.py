@@ -44,8 +44,12 @@ WRITES_ONLY = ("copy_", "fill_", "zero_", "_like", "new_")
 """In-place operations, and makers of tensors, that do not read what they are given."""
 LAUNCHES = {"sort": 8, "topk": 3, "cumsum": 2}
 """Kernels of an operation that has several."""
-IN_PLACE = {"cross_entropy_write_kernel": ("logits",), "adam_kernel": ("param", "exp_avg", "exp_avg_sq")}
-"""What kernels of ours write where they read it."""
+IN_PLACE = {
+    "cross_entropy_write_kernel": ("logits",),
+    "adam_kernel": ("param", "exp_avg", "exp_avg_sq"),
+    "grouped_weight_grad_kernel": ("total",),
+}
+"""What kernels of ours write where they read it, unless they are told not to add to it."""
 CALLER = re.compile(r"/(linear_moe|megatron)/(.+\.py)$")
 PASSED_ON = re.compile(
     r"kernels/(ops|dispatch|autocast|arriving|recompute)\.py|triton/layout\.py|/core/(utils|timers)\.py"
@@ -138,7 +142,8 @@ class Recorder(TorchDispatchMode):
         bound = dict(zip([p.name for p in kernel.params], args)) | kwargs
         found = unique([x for x in bound.values() if isinstance(x, Tensor)])
         name, moved = kernel.fn.__name__, sum(map(size, found))
-        moved += sum(size(bound[written]) for written in IN_PLACE.get(name, ()))
+        if bound.get("ADD", True):
+            moved += sum(size(bound[written]) for written in IN_PLACE.get(name, ()))
         self._add(name, moved, triton_flops(bound), 1, found, True)
 
     def read(self, x: Tensor) -> float | int:
@@ -246,7 +251,9 @@ def flops_of(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def triton_flops(bound: dict[str, Any]) -> int:
-    """Of a scan: products of a chunk among its tokens, and with the memory."""
+    """Of a scan: products of a chunk among its tokens, and with the memory. Of experts' gradients."""
+    if {"dy", "x", "O", "I"} <= bound.keys():
+        return 2 * bound["dy"].numel() * int(bound["I"])
     if not {"DK", "DV", "C"} <= bound.keys():
         return 0
     k, v = bound["DK"], bound["DV"]

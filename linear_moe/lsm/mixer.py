@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -234,6 +235,11 @@ class Mixer:
 
     def all_projections(self) -> tuple[Projection, ...]:
         """The whole table, output gate included."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> tuple[Projection, ...]:
+        """Options do not change, and it is asked for several times in every layer and step."""
         return checked_names(type(self).__name__, self.projections(), self.output_projections())
 
     def all_parameters(self) -> tuple[Parameter, ...]:

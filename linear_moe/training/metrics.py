@@ -78,8 +78,10 @@ class ExpertLoad:
 
     def take(self) -> dict[str, float]:
         """Balance over all ranks since the last call: a step's ``moe_load_*`` figures."""
-        dist.all_reduce(self.tokens_LE)
-        counts = self.tokens_LE[self.tokens_LE.sum(1) > 0]
+        if dist.get_world_size() > 1:
+            dist.all_reduce(self.tokens_LE)
+        counts = self.tokens_LE.cpu()  # the GPU waits for the next step: one copy, and not a dozen launches
+        counts = counts[counts.sum(1) > 0]
         mean_L = counts.mean(1)
         figures = {
             "moe_load_max_over_mean": (counts.amax(1) / mean_L).mean(),
