@@ -29,12 +29,11 @@ LONG = {
 def _take_turns_on_gpus() -> None:
     """Each process of xdist sees one GPU, the next process the next."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-    if (
-        worker.isdigit()
-        and "CUDA_VISIBLE_DEVICES" not in os.environ
-        and (gpus := torch.cuda.device_count()) > 1
-    ):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(int(worker) % gpus)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(
+        ","
+    )
+    if worker.isdigit() and len(seen) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[int(worker) % len(seen)]
 
 
 _take_turns_on_gpus()
