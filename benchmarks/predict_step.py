@@ -43,7 +43,7 @@ PARTS = {
     "experts: grouped GEMM": r"grouped_linear|weight_grad|model/experts",
     "experts: SwiGLU": r"swiglu",
     "experts: permutation": r"rows\.py|routing\.py|local_dispatcher",
-    "router": r"moe/|model/router",
+    "router": r"moe/|model/router|routes\.py",
     "rotary positions": r"rope_utils|rotary",
     "softmax attention": r"attention|rope",
     "projections": r"tensor_parallel/layers|mixer_projections|mixer_layer|column_linear",
