@@ -30,8 +30,9 @@ from linear_moe.kernels.triton.short_conv_kernels import (
     conv_backward_kernel,
     conv_forward_kernel,
     conv_history_kernel,
+    conv_pass_kernel,
 )
-from linear_moe.kernels.triton.sizes import cdiv
+from linear_moe.kernels.triton.sizes import cdiv, next_power_of_2
 
 BLOCK, WIDE = 128, 4
 """Channels of a program, and at most of one load: as many as a lane has."""
@@ -127,7 +128,7 @@ class _ShortConv(torch.autograd.Function):
         for dy, width in zip(grads, ctx.widths, strict=True):
             x_here, dx_here = (t.narrow(-1, first, width) for t in (x, dx))
             if first >= call.group:
-                dx_here.zero_() if dy is None else dx_here.copy_(dy)
+                dx_here.zero_() if dy is None else _pass_on(rows_together(dy), dx_here)
             else:
                 dy = torch.zeros_like(x_here) if dy is None else dy
                 call.back(x_here, rows_together(dy), dx_here, sums, d_state, first)
@@ -222,6 +223,22 @@ class _Call:
             group=weight.numel() // width // groups,
             width=width,
         )
+
+
+def _pass_on(dy: Tensor, dx: Tensor) -> None:
+    """``dx.copy_(dy)``: groups of a projection may be any number of bytes apart, of which torch copies two at a time.
+
+    It looks for the place of each by several divisions, at a third of what the memory gives (H200: 5.2 ms of mamba2's
+    step, 2.6 of gated_deltanet's).
+    """
+    rows, num_tokens, groups, width = dx.shape
+    block = min(256, next_power_of_2(groups * width))
+    constants = dict(
+        DY_G=_groups(dy), DX_G=_groups(dx), D=width, ROWS=2048 // block, BLOCK=block, num_warps=4
+    )
+    conv_pass_kernel[(rows * cdiv(num_tokens, 2048 // block), cdiv(groups * width, block))](
+        dy, dx, num_tokens, groups, *_rows_and_tokens(dy), *_rows_and_tokens(dx), **constants
+    )
 
 
 def _document_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -298,6 +298,22 @@ def conv_backward_kernel(
         tl.store(parts + k * num_channels, sums[k], mask=m_D)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def conv_pass_kernel(
+    dy, dx, num_tokens, num_groups, dy_b, dy_t, dx_b, dx_t,
+    DY_G: tl.constexpr, DX_G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx = dy, of channels without filters. Grid: (B * blocks of tokens, blocks of channels)."""
+    blocks = tl.cdiv(num_tokens, ROWS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i_T = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    i_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    group, place = (i_D // D).to(tl.int64)[None, :], (i_D % D)[None, :]
+    m, i_T = (i_T < num_tokens)[:, None] & (i_D < num_groups * D)[None, :], i_T.to(tl.int64)[:, None]
+    b_dy = tl.load(dy + b * dy_b + i_T * dy_t + group * DY_G + place, mask=m, other=0.0)
+    tl.store(dx + b * dx_b + i_T * dx_t + group * DX_G + place, b_dy, mask=m)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_documents", "num_runs", "zero"])
 def conv_history_kernel(
     x, weight, bias, state, cu_seqlens, document, dy, d_state,
