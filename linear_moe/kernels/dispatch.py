@@ -127,6 +127,14 @@ def _fused_scan(device: torch.device, dtype: torch.dtype) -> str | None:
     return obstacle
 
 
+def _fused_sums(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As the others, but on GPUs that copy tiles by descriptors of tensors, and add them to memory."""
+    obstacle = _fused(device, dtype)
+    if obstacle is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "this one needs compute capability 9.0"
+    return obstacle
+
+
 def _takes_decay(
     q: Tensor,
     k: Tensor,
@@ -193,7 +201,9 @@ def _takes_read(
 
 
 def _takes_sums(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool) -> bool:
-    """16-bit operands, whose products are exact in float32, of whole words of 16 bytes; contiguous tensors."""
+    """16-bit operands, whose products are exact in float32; contiguous tensors whose places and rows, of every expert,
+    are multiples of 16 bytes, which descriptors ask for.
+    """
     tensors = (total, dy, x, ends)
     fits = (
         dy.element_size() == 2 and total.dtype == torch.float32 and all(n % 8 == 0 for n in total.shape[1:])
@@ -253,9 +263,11 @@ def _operation(
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
             return getattr(module, op)(*args, **kwargs)
 
-    is_scan = in_torch in (chunked_diag, chunked_delta, chunked_dplr)
+    obstacle = _fused_sums if in_torch is weight_grad else _fused
+    if in_torch in (chunked_diag, chunked_delta, chunked_dplr):
+        obstacle = _fused_scan
     return op, (
-        Backend("triton", run_fused, _fused_scan if is_scan else _fused, takes_plain, begins),
+        Backend("triton", run_fused, obstacle, takes_plain, begins),
         Backend("chunked", getattr(in_torch, op), _none, begins=True),
         Backend("reference", getattr(reference, op), _unless_asked),
     )

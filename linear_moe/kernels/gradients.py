@@ -30,3 +30,15 @@ def grouped_weight_grad_(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add
     checks.check_weight_grad(total, dy, x, ends)
     with torch.no_grad():
         dispatch.run("grouped_weight_grad_", dy, total, dy, x, ends, add)
+
+
+def has_fast_weight_grad(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool) -> bool:
+    """Whether :func:`grouped_weight_grad_` of these beats a product whose result is read and added.
+
+    Where a fused kernel runs, which is timed on Hopper only: on other GPUs its tiles are small. Nobody is told that
+    none does.
+    """
+    if total.is_cuda and torch.cuda.get_device_capability(total.device)[0] != 9:
+        return False
+    with torch.no_grad():
+        return dispatch.fused("grouped_weight_grad_", total, dy, x, ends, add) is not None

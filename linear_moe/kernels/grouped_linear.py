@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from linear_moe.kernels.gradients import grouped_weight_grad_
 from linear_moe.kernels.weight_grad import weight_grad
 
-Sums = Callable[[], tuple[Tensor, bool] | None]
-"""Asked in a backward pass that will write a weight's gradient: where it is summed, ``[E, O, I]``, and whether there is
-something to add it to. The gradient that autograd gets then has any values. ``None``: autograd gets the gradient."""
+Sums = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, bool] | None]
+"""Asked in a backward pass that will write a weight's gradient, with gradients of outputs ``[M, O]``, inputs and ends:
+where it is summed, ``[E, O, I]``, and whether there is something to add it to. The gradient that autograd gets then has
+any values. ``None``: autograd gets the gradient."""
 
 ROWS = 16
 """Rows of a tile of a GEMM, or a multiple of that."""
@@ -117,7 +118,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _weight_grad(dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor, sums: Sums | None) -> Tensor:
     """What autograd gets."""
-    place = None if sums is None else sums()
+    place = None if sums is None else sums(dy, x, ends)
     if place is not None:
         grouped_weight_grad_(place[0], dy, x, ends, add=place[1])
         return torch.empty_like(weight)

@@ -2,7 +2,8 @@
 
     total_e <- [total_e +] sum over the rows m of e of dy_m x_m^T
 
-On a GPU without a fused kernel for it, ``grouped_mm`` rounds the gradient to the operands' dtype before it is added.
+On a GPU without a fused kernel for it (before Hopper), ``grouped_mm`` rounds the gradient to the operands' dtype before
+it is added.
 
 Letters: M tokens, E experts, O and I sizes of outputs and inputs.
 """

@@ -24,8 +24,9 @@ class LinearMoEConfig(TransformerConfig):
     """Recompute everything between the projections of mixer layers in the backward pass."""
     recompute_expert_inputs: bool = False
     """Gather the tokens of the experts again in the backward pass: a copy for each that they chose is not kept."""
-    expert_gradients_in_place: bool = False
-    """Add the gradients of the experts' weights to their float32 sums in the product that computes them."""
+    expert_gradients_in_place: bool | None = None
+    """Add the gradients of the experts' weights to their float32 sums in the product that computes them; ``None``:
+    where a fused kernel does so faster, on Hopper."""
     has_cond_embedder: bool = False
     """Sum the gradients of tables that every pipeline stage has (Megatron's name for it)."""
     sequential_experts: bool = False

@@ -15,7 +15,7 @@ import torch
 AROUND = {
     **{"rotate_heads": 1, "log_decay_of": 4, "bounded_decay_of": 1, "conv_and_split": 1},
     **{"lerp_tokens": 3, "edit_keys": 1, "gated_group_norm": 2},
-    **{"rms_norm": 2, "skip_gate_norm": 3, "adam_": 1, "grouped_weight_grad_": 1},
+    **{"rms_norm": 2, "skip_gate_norm": 3, "adam_": 1},
 }
 """What stands around the recurrences, and how many kinds are looked at."""
 ROOT = Path(__file__).parents[2]

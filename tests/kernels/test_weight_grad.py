@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from gpu_checks import captured, never_waiting
 from run_interpreted import errors_of_picked
 from torch import Tensor
+from triton.runtime import _allocation
 from weight_grad_cases import CASES, errors, make
 
 from linear_moe.kernels import dispatch, grouped_weight_grad_, reference, weight_grad
+from linear_moe.kernels.gradients import has_fast_weight_grad
+from linear_moe.kernels.grouped_linear import grouped_linear
 from linear_moe.kernels.triton import trial
+from linear_moe.kernels.triton import weight_grad as fused_module
 from linear_moe.kernels.triton.weight_grad import launch_options
 
 EXACT, SINGLE = 1e-12, 1e-6
@@ -39,14 +48,14 @@ def test_fused_kernel(name: str, fused_errors: Callable[[str], list[float]]) -> 
 def test_tiles_compute_little_beside_the_sum() -> None:
     """Of the models' sizes, and of odd ones."""
     for sizes, tile in {
-        (1792, 1024): (128, 256),
-        (1024, 896): (256, 128),
-        (1408, 1152): (128, 128),
-        (8, 8): (128, 128),
-        (2816, 2048): (128, 256),
+        (1792, 1024): (128, 256, 3),
+        (1024, 896): (256, 128, 4),
+        (1408, 1152): (256, 128, 4),
+        (8, 8): (128, 256, 3),
+        (2816, 2048): (128, 256, 3),
     }.items():
         how = launch_options(*sizes)
-        assert (how["BO"], how["BI"]) == tile and how["num_warps"] == (4 if tile == (128, 128) else 8)
+        assert (how["BO"], how["BI"], how["num_stages"]) == tile
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -145,29 +154,133 @@ def test_a_wrong_kernel_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(given["total"].double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(64, 16384, 1792, 1024), (64, 16384, 1024, 896), (5, 1000, 136, 264)])
-def test_on_a_device(sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It passes its trial, nobody waits for it, and it has the same bits in every run."""
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    num_experts, num_tokens, num_outputs, num_inputs = sizes
-    draw = torch.Generator("cuda").manual_seed(1)
-    normal = lambda *shape: torch.randn(*shape, generator=draw, device="cuda")  # noqa: E731
-    dy, x = normal(num_tokens, num_outputs).to(dtype), normal(num_tokens, num_inputs).to(dtype)
-    ends = torch.rand(num_experts, generator=draw, device="cuda").sort().values.mul(num_tokens).int()
-    ends[1] = ends[0]
-    before = normal(num_experts, num_outputs, num_inputs)
+@pytest.mark.parametrize("capability, picked", [((8, 9), "chunked"), ((9, 0), "triton"), ((12, 0), "triton")])
+def test_where_it_runs(capability: tuple[int, int], picked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors of tensors need Hopper's hardware; older GPUs have the other kernels."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert dispatch.pick("grouped_weight_grad_", device, torch.bfloat16).name == picked
+    assert dispatch.pick("weighted_swiglu", device, torch.bfloat16).name == "triton"
+
+
+def test_is_better_where_a_fused_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU only on Hopper; nobody is told otherwise."""
+    given = make("even", torch.bfloat16) | {"add": True}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert not has_fast_weight_grad(**given)
+        pretend(monkeypatch, weight_grad.grouped_weight_grad_)
+        assert has_fast_weight_grad(**given)
+        assert not has_fast_weight_grad(**make("even", torch.float32), add=True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+        on_blackwell = mock.Mock(is_cuda=True, device=torch.device("cuda"))
+        assert not has_fast_weight_grad(**given | {"total": on_blackwell})
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "chunked")
+        assert not has_fast_weight_grad(**given)
+
+
+def test_the_callers_allocator_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors lie in memory of torch, in whichever thread; Triton asks an allocator of the context."""
+    seen: list[Tensor] = []
+
+    class Launches:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **how: seen.append(_allocation._allocator.get()(384, 128, None))
+
+    def launch() -> None:
+        _allocation._allocator.set(own)
+        fused_module.grouped_weight_grad_(**make("even", torch.float16), add=True)
+        assert _allocation._allocator.get() is own
+
+    own = mock.Mock(side_effect=AssertionError)
+    monkeypatch.setattr(fused_module, "grouped_weight_grad_kernel", Launches())
+    before = _allocation._allocator.get()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(launch).result()
+    fused_module.grouped_weight_grad_(**make("even", torch.float16), add=True)
+    assert _allocation._allocator.get() is before
+    assert len(seen) == 2 and all(x.nbytes == 384 for x in seen)
+
+
+# ---- on a GPU ----
+
+ON_A_DEVICE = {
+    "A0.3B, fc1": (64, 262144, 1792, 1024),
+    "A0.3B, fc2": (64, 262144, 1024, 896),
+    "parts of tiles": (5, 1000, 136, 264),
+}
+"""Experts, rows, outputs and inputs."""
+
+
+def on_a_device(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Uneven experts, one of them without rows, and rows of nobody."""
+    num_experts, num_rows, num_outputs, num_inputs = ON_A_DEVICE[name]
+    draw = torch.Generator("cuda").manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, device="cuda")  # noqa: E731
+    ends = torch.rand(num_experts, generator=draw, device="cuda").sort().values.mul(num_rows).int()
+    ends[1] = ends[0]
+    dy, x = normal(num_rows, num_outputs).to(dtype), normal(num_rows, num_inputs).to(dtype)
+    return {"total": normal(num_experts, num_outputs, num_inputs), "dy": dy, "x": x, "ends": ends}
+
+
+@contextmanager
+def fused_or_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A trial that fails, and what else has torch's product run, is a warning; nobody's choice is left."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a Hopper or later")
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    with warnings.catch_warnings():
+        # Not all: torch warns whoever forbids to wait for the device, of a "prototype feature".
+        warnings.filterwarnings("error", message=".*grouped_weight_grad_")
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_on_a_device(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes its trial, nobody waits for it, and it has the same bits in every run, thread and graph."""
+    given = on_a_device(name, dtype)
+    before, rows = given.pop("total"), {n: given[n].float() for n in ("dy", "x")}
+
+    def run(total: Tensor, add: bool) -> Tensor:
+        grouped_weight_grad_(total, **given, add=add)
+        return total
+
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    with fused_or_fails(monkeypatch), ThreadPoolExecutor(1) as other:
         for add in (False, True):
-            found, again, true = before.clone(), before.clone(), before.double()
-            grouped_weight_grad_(found, dy, x, ends, add)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                grouped_weight_grad_(again, dy, x, ends, add)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            weight_grad.grouped_weight_grad_(true, dy.double(), x.double(), ends, add)
-            assert ((found.double() - true).norm() / true.norm()).item() <= 1e-5
-            assert torch.equal(found, again) and (add or not found[1].any())
+            assert has_fast_weight_grad(before, **given, add=add) == is_hopper
+            assert dispatch.fused("grouped_weight_grad_", before, **given, add=add) is not None
+            true = before.clone()  # each expert's product in float32
+            weight_grad.grouped_weight_grad_(true, **rows, ends=given["ends"], add=add)
+            found = other.submit(run, before.clone(), add).result()
+            assert ((found - true).norm() / true.norm()).item() <= 1e-5
+            assert (found - true).abs().max() <= 1e-4 * true.abs().max()
+            assert add or not found[1].any()
+            again, in_a_graph = before.clone(), before.clone()
+            with never_waiting():
+                run(again, add)
+            captured(partial(lambda total, add: [run(total, add)], in_a_graph, add))
+            assert torch.equal(found, again) and torch.equal(found, in_a_graph)
+
+
+@pytest.mark.gpu
+def test_in_a_backward_pass_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In autograd's thread, on a stream that is not the default one."""
+    given = on_a_device("parts of tiles", torch.bfloat16)
+    given["ends"][-1] = len(given["x"])
+    weight = torch.empty_like(given["total"], dtype=torch.bfloat16, requires_grad=True)
+    found, expected = given["total"].clone(), given["total"].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with fused_or_fails(monkeypatch), torch.cuda.stream(stream):
+        y = grouped_linear(given["x"], weight, given["ends"], lambda *rows: (found, True))
+        y.backward(given["dy"])
+    torch.cuda.current_stream().wait_stream(stream)
+    weight_grad.grouped_weight_grad_(
+        expected, given["dy"].float(), given["x"].float(), given["ends"], add=True
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

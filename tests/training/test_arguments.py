@@ -32,6 +32,7 @@ FLAGS = {
     "--no-lsm-recompute",
     "--recompute-expert-inputs",
     "--expert-gradients-in-place",
+    "--no-expert-gradients-in-place",
     "--output-chunk-size",
     "--sequential-experts",
     "--instruction-data",

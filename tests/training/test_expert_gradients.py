@@ -1,7 +1,11 @@
-"""``--expert-gradients-in-place``: weight gradients of experts go into Megatron's sums, and a run stays what it was."""
+"""``--expert-gradients-in-place``: weight gradients of experts go into Megatron's sums, and a run stays what it was.
+
+By default they do where a fused kernel is, which a CPU has not.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +16,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from linear_moe.kernels import grouped_linear
+from linear_moe.kernels import dispatch, grouped_linear
 from linear_moe.model import experts, gradient_sums
 from linear_moe.training import engine
 from tests.training.parity import EP2, OVERLAP, PP2, RECOMPUTE_LAYERS, VPP2
@@ -26,14 +30,23 @@ from tests.training.tiny import (
 )
 from tests.workers import with_model_parallel
 
-FLAG = "--expert-gradients-in-place"
+FLAG, NOT = "--expert-gradients-in-place", "--no-expert-gradients-in-place"
 Change = Callable[[bool], bool]
 AS_IT_IS: Change = lambda add: add  # noqa: E731
 
 
 @contextmanager
 def on_the_cpu(change: str = "") -> Iterator[list[bool]]:
-    """Grouped products wherever there are experts; whether each gradient was added, as changed if it is to be wrong."""
+    """Grouped products wherever there are experts; whether each gradient was added, as changed if it is to be wrong, or
+    as a fused kernel of the CPU's does.
+    """
+    if change == "fused":
+        op = "grouped_weight_grad_"
+        _, in_torch, definition = dispatch.BACKENDS[op]
+        table = (dataclasses.replace(in_torch, name="triton"), in_torch, definition)
+        with mock.patch.dict(dispatch.BACKENDS, {op: table}), on_the_cpu() as added:
+            yield added
+        return
     changes: dict[str, Change] = {"": AS_IT_IS, "always": lambda add: True, "never": lambda add: False}
     added: list[bool] = []
     write = grouped_linear.grouped_weight_grad_
@@ -112,6 +125,12 @@ def test_a_run_in_bfloat16_is_almost_the_same(gloo: Any, tmp_path: Path) -> None
     (_, expected), (found, in_place) = both(gloo, tmp_path, "two micro-batches", "--bf16")
     assert found[0][0] and expected[0] == in_place[0]
     assert in_place == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("own", [[], [NOT]])
+def test_the_default_is_where_a_fused_kernel_is(gloo: Any, tmp_path: Path, own: list[str]) -> None:
+    ((added, _),) = gloo(1, trained, arguments("two micro-batches", tmp_path, *own), "fused")
+    assert len(added) == (0 if own else 2 * NUM_LAYERS * 2 * STEPS)
 
 
 @pytest.mark.parametrize("change", ["always", "never"])
@@ -210,22 +229,29 @@ def who_may_write(rank: int, world_size: int) -> None:
         assert gradient_sums.sums_of(weight, config) is not None
         config.cuda_graph_impl = "local"
         assert gradient_sums.sums_of(weight, config) is None
-        config.cuda_graph_impl, config.expert_gradients_in_place = "none", False
+        config.cuda_graph_impl, config.expert_gradients_in_place = "none", None
+        assert gradient_sums.sums_of(weight, config) is not None
+        config.expert_gradients_in_place = False
         assert gradient_sums.sums_of(weight, config) is None
 
-        assert gradient_sums.claim(weight) is not None and getattr(weight, gradient_sums.WRITTEN)
+        rows = torch.zeros(5, 8), torch.zeros(5, 16), torch.tensor([1, 1, 5], dtype=torch.int32)
+        claim = lambda param, only_fast=False: gradient_sums.claim(param, *rows, only_fast=only_fast)  # noqa: E731
+        stale = getattr(weight, gradient_sums.STALE)
+        assert claim(weight, only_fast=True) is None and not getattr(weight, gradient_sums.WRITTEN)
+        assert getattr(weight, gradient_sums.STALE) == stale
+        assert claim(weight) is not None and getattr(weight, gradient_sums.WRITTEN)
         _, tied, _ = weight_model(False, zero_out_wgrad=True)
         half = torch.nn.Parameter(torch.zeros(2))
         setattr(half, gradient_sums.STALE, False)
         nobody = [tied, weight * 1, torch.nn.Parameter(torch.zeros(2)), half]
         for dtype in (torch.bfloat16, torch.float64):
             half.main_grad = torch.zeros(2, dtype=dtype)
-            assert all(gradient_sums.claim(param) is None for param in nobody)
+            assert all(claim(param) is None for param in nobody)
         half.main_grad = torch.zeros(2)
-        total, add = gradient_sums.claim(half)
+        total, add = claim(half)
         assert total is half.main_grad and add
 
 
 def test_who_may_write(gloo: Any) -> None:
-    """A float32 sum, of a parameter whose hook is ours, with the flag; all others go by autograd."""
+    """A float32 sum, of a parameter whose hook is ours, with the flag or a fused kernel; others go by autograd."""
     gloo(1, who_may_write)
