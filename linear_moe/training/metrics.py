@@ -192,14 +192,17 @@ class RunLog:
         """Everything that needs all ranks."""
         args = get_args()
         peak = peak_flops()
-        seconds = get_timers()("interval-time").elapsed(barrier=True, reset=True)
+        is_alone = args.world_size == 1  # then there is nobody to wait for, and the GPU waits meanwhile
+        seconds = get_timers()("interval-time").elapsed(barrier=not is_alone, reset=True)
         samples = args.micro_batch_size * mpu.get_data_parallel_world_size() * get_num_microbatches()
         tokens = samples * args.seq_length if tokens is None else tokens
         per_gpu = self.flops.of_step(tokens, args.seq_length, squared_lengths) / seconds / args.world_size
         largest = [torch.cuda.max_memory_allocated() / 2**30, learning_rate or 0.0]
-        of_all = torch.tensor(largest, dtype=torch.float64, device=torch.cuda.current_device())
-        dist.all_reduce(of_all, dist.ReduceOp.MAX)
-        memory, lr = of_all.tolist()
+        if not is_alone:
+            of_all = torch.tensor(largest, dtype=torch.float64, device=torch.cuda.current_device())
+            dist.all_reduce(of_all, dist.ReduceOp.MAX)
+            largest = of_all.tolist()
+        memory, lr = largest
         step: dict[str, Any] = {
             "iteration": iteration,
             "grad_norm": None if grad_norm is None else float(grad_norm),
