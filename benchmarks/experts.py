@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,12 +51,16 @@ def median(run: Callable[[], object], calls: int = 10) -> float:
     return sorted(times)[calls // 2]
 
 
-def both_ways(product: Product, x: Tensor, fc1: Tensor, fc2: Tensor, probs: Tensor, with_unit: bool) -> None:
+def experts(product: Product, x: Tensor, weights: Sequence[Tensor], probs: Tensor) -> None:
     """One pass forward and one backward."""
-    inner = product(x, fc1)
-    unit = weighted_swiglu(inner, probs) if with_unit else inner[:, :WIDTH]
-    y = product(unit, fc2)
-    torch.autograd.grad(y, [x, fc1, fc2], torch.ones_like(y))
+    y = product(weighted_swiglu(product(x, weights[0]), probs), weights[1])
+    torch.autograd.grad(y, [x, *weights], x.detach())
+
+
+def products(product: Product, given: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Likewise, of products alone: of inputs, a weight, and gradients of the outputs."""
+    for x, weight, up in given:
+        torch.autograd.grad(product(x, weight), [x, weight], up)
 
 
 def main() -> None:
@@ -73,31 +78,30 @@ def main() -> None:
         x = torch.randn(*shape, device=device, generator=draw, dtype=torch.float32).mul_(0.02)
         return x.to(torch.bfloat16).requires_grad_()
 
-    x, fc1, fc2 = (
-        normal(asked.rows, HIDDEN),
-        normal(EXPERTS, 2 * WIDTH, HIDDEN),
-        normal(EXPERTS, HIDDEN, WIDTH),
-    )
+    x, inner, up = (normal(asked.rows, n) for n in (HIDDEN, WIDTH, 2 * WIDTH))
+    weights = normal(EXPERTS, 2 * WIDTH, HIDDEN), normal(EXPERTS, HIDDEN, WIDTH)
+    one = normal(2 * WIDTH, HIDDEN), normal(HIDDEN, WIDTH)
     probs = torch.rand(asked.rows, device=device, generator=draw)
     choice = torch.randn(EXPERTS, device=device, generator=draw).mul_(0.3).softmax(0)
     counts_E = torch.multinomial(choice, asked.rows, replacement=True, generator=draw).bincount(
         minlength=EXPERTS
     )
     ends, counts = counts_E.cumsum(0, dtype=torch.int32), counts_E.tolist()
-    whole: dict[str, Product] = {
-        "looped": lambda x, weight: looped_linear(x, weight, counts),
-        "dense": lambda x, weight: F.linear(x, weight[0]),
+    whole: dict[str, tuple[Product, Sequence[Tensor]]] = {
+        "looped": (lambda x, weight: looped_linear(x, weight, counts), weights),
+        "dense": (F.linear, one),
     }
-    if can_group(x, fc1, fc2):
-        whole = {"grouped": lambda x, weight: grouped_linear(x, weight, ends), **whole}
-    flops = 6 * asked.rows * 3 * HIDDEN * WIDTH
+    if can_group(x, *weights):
+        whole = {"grouped": (lambda x, weight: grouped_linear(x, weight, ends), weights), **whole}
     found: dict[str, dict[str, float]] = {}
-    for name, product in whole.items():
+    for name, (product, own) in whole.items():
+        pairs = [(x, own[0], up.detach()), (inner, own[1], x.detach())]
+        alone = median(partial(products, product, pairs))
         found[name] = {
-            what: median(lambda p=product, u=unit: both_ways(p, x, fc1, fc2, probs, u))  # type: ignore[misc]
-            for what, unit in (("experts", True), ("products", False))
+            "experts": median(partial(experts, product, x, own, probs)),
+            "products": alone,
+            "products, TFLOP/s": 6 * asked.rows * 3 * HIDDEN * WIDTH / alone / 1e9,
         }
-        found[name]["products, TFLOP/s"] = flops / found[name]["products"] / 1e9
     record = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "date": time.strftime("%Y-%m-%d"),
