@@ -6,9 +6,8 @@
 
 loss      both passes of the cross entropy in one program a row, the second one backwards: what the first one read last
           may still be in the L2 cache. Shipped: two kernels, which read every logit from memory twice.
-gradient  weight gradients of experts, added to float32 sums by the GEMM itself: the package's kernel for it, which
-          runs with --expert-gradients-in-place only, and one that has the hardware copy tiles. Shipped: ``grouped_mm``
-          writes bfloat16, which is then read and added.
+gradient  other tiles and stages of the kernel of experts' weight gradients than those shipped, beside what it took the
+          place of: ``grouped_mm`` writes bfloat16, which is then read and added.
 runs      other runs, blocks and look-ahead of the short convolution, forward and backward, than those shipped.
 
 Times are the device's own: between two events around calls that take longer than their launch, and of the kernels in a
@@ -55,11 +54,9 @@ LOSS = [
     dict(BLOCK=block, num_warps=warps) for block, warps in ((8192, 16), (16384, 32), (8192, 32), (4096, 8))
 ]
 GRADIENT = [
-    dict(described=described, BO=BO, BI=BI, BM=64, num_warps=warps, num_stages=stages)
-    for described in (False, True)
+    dict(BO=BO, BI=BI, BM=64, num_warps=warps, num_stages=stages)
     for BO, BI, warps, stages in ((128, 128, 4, 3), (128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 4))
 ]
-"""By pointers, as in the package, or by descriptors of tensors."""
 SHIPPED = {name: getattr(short_conv, name) for name in ("RUN", "AHEAD", "BLOCK", "MOST_REGISTERS")}
 RUNS = [
     SHIPPED | change
@@ -102,64 +99,16 @@ def one_pass_kernel(logits, labels, weight, losses, num_logits, stride, BLOCK: t
         tl.store(logits + i_V, b_x.to(logits.dtype.element_ty), mask=i_V < num_logits)
 
 
-@triton.jit
-def described_gradient_kernel(
-    dy, x, ends, total, O: tl.constexpr, I: tl.constexpr,  # noqa: E741
-    BO: tl.constexpr, BI: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr, REDUCE: tl.constexpr,
-):  # fmt: skip
-    """``total`` ``[E, O, I]`` (+)= dy^T x over each expert's tokens, by what Hopper has for copies of tiles.
-
-    It leaves out what is outside of a tensor, here an expert's rows, and adds to what is in memory (REDUCE; of each
-    element once, so in every run alike). Grid: tiles, those of one expert together.
-    """
-    tiles_I: tl.constexpr = (I + BI - 1) // BI
-    tiles: tl.constexpr = tiles_I * ((O + BO - 1) // BO)
-    expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    number = tl.load(ends + expert) - first
-    at_O, at_I = tile // tiles_I * BO, tile % tiles_I * BI
-    dy += first.to(tl.int64) * O
-    x += first.to(tl.int64) * I
-    total += expert.to(tl.int64) * (O * I)
-    rows = tl.maximum(number, 1)
-    dys = tl.make_tensor_descriptor(dy, shape=[rows, O], strides=[O, 1], block_shape=[BM, BO])
-    xs = tl.make_tensor_descriptor(x, shape=[rows, I], strides=[I, 1], block_shape=[BM, BI])
-    sums = tl.make_tensor_descriptor(total, shape=[O, I], strides=[I, 1], block_shape=[BO, BI // 2])
-    b_sum = tl.zeros([BO, BI], tl.float32)
-    for block in range(tl.cdiv(number, BM)):
-        b_sum = tl.dot(tl.trans(dys.load([block * BM, at_O])), xs.load([block * BM, at_I]), b_sum)
-    b_left, b_right = tl.split(tl.permute(tl.reshape(b_sum, [BO, 2, BI // 2]), [0, 2, 1]))
-    at_right = at_I + BI // 2
-    if ADD and REDUCE:
-        sums.atomic_add([at_O, at_I], b_left)
-        sums.atomic_add([at_O, at_right], b_right)
-    elif ADD:  # as Triton's interpreter can
-        sums.store([at_O, at_I], sums.load([at_O, at_I]) + b_left)
-        sums.store([at_O, at_right], sums.load([at_O, at_right]) + b_right)
-    else:
-        sums.store([at_O, at_I], b_left)
-        sums.store([at_O, at_right], b_right)
-
-
 def one_pass_(logits: Tensor, labels: Tensor, weight: Tensor, **how: Any) -> Tensor:
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     one_pass_kernel[(len(logits),)](logits, labels, weight, losses, logits.shape[1], logits.stride(0), **how)
     return losses
 
 
-def add_gradient_(
-    total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool, *, described: bool, **how: Any
-) -> None:
-    """By the package's kernel, cut in another way, or by the one above."""
-    if not described:
-        with mock.patch.object(weight_grad, "launch_options", lambda *sizes: how):
-            weight_grad.grouped_weight_grad_(total, dy, x, ends, add)
-        return
-    E, O, I = total.shape  # noqa: E741
-    # Where a program writes what it says of its tensors; for the thread that launches.
-    triton.set_allocator(lambda size, *others: torch.empty(size, dtype=torch.int8, device=total.device))
-    tiles = triton.cdiv(O, how["BO"]) * triton.cdiv(I, how["BI"])
-    described_gradient_kernel[(E * tiles,)](dy, x, ends, total, O, I, ADD=add, REDUCE=dy.is_cuda, **how)
+def add_gradient_(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add: bool, **how: Any) -> None:
+    """By the package's kernel, cut in another way."""
+    with mock.patch.object(weight_grad, "launch_options", lambda *sizes: how):
+        weight_grad.grouped_weight_grad_(total, dy, x, ends, add)
 
 
 def loss_inputs(device: str, M: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,19 +185,19 @@ def loss_calls(sizes: tuple[int, int]) -> Calls:
     return calls | {str(how): partial(one_pass_, logits, labels, weight, **how) for how in LOSS}
 
 
-def gradient_calls(sizes: tuple[int, ...], described: bool) -> Calls:
+def gradient_calls(sizes: tuple[int, ...]) -> Calls:
     total, dy, x, ends = gradient_inputs("cuda", *sizes)
 
-    def shipped(add: bool) -> None:
+    def in_torch(add: bool) -> None:
         grad = F.grouped_mm(dy.t(), x, offs=ends)
         total.add_(grad) if add else total.copy_(grad)
 
-    calls: Calls = {"of shipped, the product alone": lambda: F.grouped_mm(dy.t(), x, offs=ends)}
+    calls: Calls = {"torch, the product alone": lambda: F.grouped_mm(dy.t(), x, offs=ends)}
     for name, add in (("written", False), ("added", True)):
-        calls[f"shipped, {name}"] = partial(shipped, add)
+        calls[f"torch, {name}"] = partial(in_torch, add)
+        calls[f"shipped, {name}"] = partial(weight_grad.grouped_weight_grad_, total, dy, x, ends, add)
         for how in GRADIENT:
-            if how["described"] == described:
-                calls[f"{how}, {name}"] = partial(add_gradient_, total, dy, x, ends, add, **how)
+            calls[f"{how}, {name}"] = partial(add_gradient_, total, dy, x, ends, add, **how)
     return calls
 
 
@@ -305,7 +254,7 @@ def main() -> None:
     if device == "cuda" and (why := assembler.obstacle()):  # these kernels do not go through the dispatch
         parser.error(why)
     if asked.check:
-        wrong = wrong_losses(device) + wrong_gradients(device, False) + wrong_gradients(device, True)
+        wrong = wrong_losses(device) + wrong_gradients(device)
         parser.exit(bool(wrong), f"wrong: {wrong}\n" if wrong else "")
     # Without trials, which cannot be judged while nothing runs.
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = "triton"
@@ -333,7 +282,7 @@ def main() -> None:
 
 
 def tables() -> dict[str, Table]:
-    """By name; what has run on no GPU yet comes last, since it could end the process."""
+    """By name."""
     found: dict[str, Table] = {
         "loss of 4096 x 151936": (partial(wrong_losses, "cuda"), partial(loss_calls, (4096, 151936)), timed)
     }
@@ -345,13 +294,10 @@ def tables() -> dict[str, Table]:
         )
         for model in CONVOLVED
     }
-    for described in (False, True):
-        check = partial(wrong_gradients, "cuda", described)
-        for O, I in ((1792, 1024), (1024, 896)):  # noqa: E741
-            name = f"gradient of 64 x {O} x {I} over 262144 tokens{', described' if described else ''}"
-            found[name] = check, partial(gradient_calls, (64, 262144, O, I), described), timed
-        found |= convolutions
-    return found
+    for O, I in ((1792, 1024), (1024, 896)):  # noqa: E741
+        check, make = partial(wrong_gradients, "cuda"), partial(gradient_calls, (64, 262144, O, I))
+        found[f"gradient of 64 x {O} x {I} over 262144 tokens"] = check, make, timed
+    return found | convolutions
 
 
 def wrong_losses(device: str) -> list[str]:
@@ -361,9 +307,9 @@ def wrong_losses(device: str) -> list[str]:
     return [x for how in LOSS for x in report("loss", how, loss_errors(device, (5, 20011), how), limit=5e-3)]
 
 
-def wrong_gradients(device: str, described: bool) -> list[str]:
+def wrong_gradients(device: str) -> list[str]:
     """Of small calls."""
-    sizes, cuts = (4, 250, 136, 264), [how for how in GRADIENT if how["described"] == described][::2]
+    sizes, cuts = (4, 250, 136, 264), GRADIENT[::2]
     if device == "cuda":
         given = gradient_inputs(device, *sizes)
         compile_together(
