@@ -167,7 +167,7 @@ def test_where_it_runs(capability: tuple[int, int], picked: str, monkeypatch: py
 
 def test_is_better_where_a_fused_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU only on Hopper; nobody is told otherwise."""
-    given = make("even", torch.bfloat16) | {"add": True}
+    given: dict[str, Any] = make("even", torch.bfloat16) | {"add": True}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not has_fast_weight_grad(**given)
