@@ -257,7 +257,8 @@ def test_on_a_device(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
             true = before.clone()  # each expert's product in float32
             weight_grad.grouped_weight_grad_(true, **rows, ends=given["ends"], add=add)
             found = other.submit(run, before.clone(), add).result()
-            assert ((found - true).norm() / true.norm()).item() <= 1e-5
+            # Tensor cores cut sums off, by up to 2^-23 in each of some 300 turns; an H100 has 1.2e-5.
+            assert ((found - true).norm() / true.norm()).item() <= 3e-5
             assert (found - true).abs().max() <= 1e-4 * true.abs().max()
             assert add or not found[1].any()
             again, in_a_graph = before.clone(), before.clone()
