@@ -36,9 +36,13 @@ def has_fast_weight_grad(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor, add
     """Whether :func:`grouped_weight_grad_` of these beats a product whose result is read and added.
 
     Where a fused kernel runs, which is timed on Hopper only: on other GPUs its tiles are small. Nobody is told that
-    none does.
+    none does, or that there was no memory to try it: the next call is asked again.
     """
     if total.is_cuda and torch.cuda.get_device_capability(total.device)[0] != 9:
         return False
-    with torch.no_grad():
-        return dispatch.fused("grouped_weight_grad_", total, dy, x, ends, add) is not None
+    try:
+        with torch.no_grad():
+            return dispatch.fused("grouped_weight_grad_", total, dy, x, ends, add) is not None
+    except torch.OutOfMemoryError:  # of weights that may be large, in float64
+        torch.cuda.empty_cache()
+        return False

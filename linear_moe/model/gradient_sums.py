@@ -54,8 +54,8 @@ def claim(
     if not is_ours or total is None or total.dtype != torch.float32 or not total.is_contiguous():
         return None
     add = not getattr(weight, STALE)
-    if only_fast and not has_fast_weight_grad(total, dy, x, ends, add):
-        return None
+    if only_fast and not getattr(weight, WRITTEN) and not has_fast_weight_grad(total, dy, x, ends, add):
+        return None  # but not after another use of the weight: its gradient would be all that the hook sees
     setattr(weight, STALE, False)
     setattr(weight, WRITTEN, True)
     return total, add

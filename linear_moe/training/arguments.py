@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="add weight gradients of experts to the float32 sums in the grouped GEMM, without rounding them to bf16; "
-        "the default where a fused kernel does so faster than torch's product and an addition, on Hopper",
+        "the default where a fused kernel does so faster than torch's product and an addition, on Hopper; not with "
+        "Transformer Engine or Apex installed, whose optimizers have hooks of their own",
     )
     group.add_argument(
         "--output-chunk-size",

@@ -112,6 +112,7 @@ def mark_stale(original: Callable) -> Callable:
             return
         for param in self.params:
             setattr(param, STALE, True)
+            setattr(param, WRITTEN, False)  # by a backward pass that was broken off before the hook
 
     return reset
 

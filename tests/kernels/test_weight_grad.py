@@ -174,6 +174,9 @@ def test_is_better_where_a_fused_kernel_runs(monkeypatch: pytest.MonkeyPatch) ->
         pretend(monkeypatch, weight_grad.grouped_weight_grad_)
         assert has_fast_weight_grad(**given)
         assert not has_fast_weight_grad(**make("even", torch.float32), add=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "fused", mock.Mock(side_effect=torch.OutOfMemoryError))
+            assert not has_fast_weight_grad(**given), "no memory to try it"
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
         on_blackwell = mock.Mock(is_cuda=True, device=torch.device("cuda"))
         assert not has_fast_weight_grad(**given | {"total": on_blackwell})

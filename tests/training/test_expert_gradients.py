@@ -225,7 +225,8 @@ def test_sums_of_several_uses(gloo: Any, world_size: int, overlap: bool) -> None
 def who_may_write(rank: int, world_size: int) -> None:
     engine.install()
     with with_model_parallel(gloo_groups=True):
-        _, weight, config = weight_model(False)
+        ddp, weight, config = weight_model(False)
+        ddp.zero_grad_buffer()
         assert gradient_sums.sums_of(weight, config) is not None
         config.cuda_graph_impl = "local"
         assert gradient_sums.sums_of(weight, config) is None
@@ -240,6 +241,9 @@ def who_may_write(rank: int, world_size: int) -> None:
         assert claim(weight, only_fast=True) is None and not getattr(weight, gradient_sums.WRITTEN)
         assert getattr(weight, gradient_sums.STALE) == stale
         assert claim(weight) is not None and getattr(weight, gradient_sums.WRITTEN)
+        assert claim(weight, only_fast=True) is not None, "what comes second is not lost behind the first"
+        ddp.zero_grad_buffer()
+        assert not getattr(weight, gradient_sums.WRITTEN), "of a backward pass that was broken off"
         _, tied, _ = weight_model(False, zero_out_wgrad=True)
         half = torch.nn.Parameter(torch.zeros(2))
         setattr(half, gradient_sums.STALE, False)
