@@ -43,7 +43,7 @@ def check_scan(
     if log_decay is not None:
         _check_log_decay(log_decay, k, v)
     check_cu_seqlens(cu_seqlens, v.shape[0], v.shape[1], v.device)
-    if isinstance(state, Tensor):
+    if state is not None and not callable(state):
         _check_state(state, k, v, cu_seqlens)
 
 

@@ -187,6 +187,11 @@ def _takes_experts(x: Tensor, *others: Any, **options: Any) -> bool:
     return x.shape[1] <= 1024
 
 
+def _takes_choice(x: Tensor, per_token: int, **options: Any) -> bool:
+    """As many experts, and up to 64 of a token: the search for each is written out."""
+    return _takes_experts(x) and per_token <= 64
+
+
 def _takes_read(
     x: Tensor,
     weight: Tensor,
@@ -294,7 +299,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = dict(
         _operation("rms_norm", rms_norm, "rms_norm", _takes_stream),
         _operation("skip_gate_norm", skip_norm, "skip_norm", _takes_group),
         _operation("cross_entropy_", cross_entropy, "cross_entropy"),
-        _operation("choose_experts", routes, "routes", _takes_experts),
+        _operation("choose_experts", routes, "routes", _takes_choice),
         _operation("sort_slots", routes, "routes", _takes_experts),
         _operation("spread_rows", rows, "rows"),
         _operation("collect_rows", rows, "rows"),

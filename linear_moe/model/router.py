@@ -85,6 +85,7 @@ class Router(TopKRouter):
             and config.moe_router_num_groups is None
             and config.moe_expert_capacity_factor is None
             and not config.moe_router_fusion
+            and not config.moe_router_padding_for_quantization  # which writes into the choice
             and self.expert_bias is None
             and self.router_replay is None
         )

@@ -82,4 +82,14 @@ def results(module: Any, given: dict[str, Tensor], options: dict[str, Any]) -> l
 def fused(name: str) -> list[float]:
     from linear_moe.kernels.triton import routes
 
-    return errors(name, routes, torch.float32)  # type: ignore[arg-type]
+    return [*errors(name, routes, torch.float32), lost(name, routes)]  # type: ignore[arg-type]
+
+
+def lost(name: str, module: Any) -> float:
+    """1 where a logit that is no number, or minus infinity in all of a row, leaves no trace in its token's row."""
+    given, options = make(name, torch.float32)
+    x = given["x"]
+    x[0, -1], x[-1] = float("nan"), float("-inf")
+    probs = module.choose_experts(x, **options)[0]
+    others = probs[1:-1]
+    return 1.0 - float(probs[0].isnan().all() and probs[-1].isnan().all() and not others.isnan().any())

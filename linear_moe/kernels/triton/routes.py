@@ -95,12 +95,15 @@ class _Sort(torch.autograd.Function):
         )
         ctx.save_for_backward(chosen, place)
         ctx.mark_non_differentiable(order, place, total)
+        ctx.set_materialize_grads(False)  # those of numbers would be zeros, a launch each
         return order, place, total, sorted_probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None, None]:
         chosen, place = ctx.saved_tensors
+        if grads[3] is None:
+            return None, None, None
         grid, shape = _grid(chosen)
         d_probs = torch.empty_like(chosen, dtype=grads[3].dtype)
         slot_gradient_kernel[grid](
@@ -161,6 +164,9 @@ def choice_forward_kernel(
         b_left = tl.where(is_best, float("-inf"), b_left)
     b_s = _softmax(b_x, m)
     b_p = tl.where(b_c != 0, _softmax(b_x, b_c != 0) if AMONG else b_s, 0.0) * factor
+    # A logit that is no number may be passed over, and its token's experts be any: their probabilities show it.
+    is_wrong = (tl.max(((b_x != b_x) & m).to(tl.int32), 1) != 0) | (tl.max(b_x, 1) == float("-inf"))
+    b_p = tl.where(is_wrong[:, None], float("nan"), b_p)
     tl.store(probs + p, b_p.to(probs.dtype.element_ty), mask=m)
     tl.store(chosen + p, b_c.to(tl.uint8), mask=m)
     m_counted = m
