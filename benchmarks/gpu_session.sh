@@ -9,6 +9,7 @@
 #   step      tokens/s, MFU and memory over mixers and sequence lengths, with the profile; two micro-batches where
 #             64k tokens at once, 105 GiB, do not fit
 #   decode    time per token at ever later positions
+#   experts   those of one layer, grouped, in a loop and as if dense
 #   candidates  kernels that might take the place of shipped ones
 #   layouts   two or four GPUs: every kind of layout trains what one GPU does, in float32, over NCCL; MIXERS="rnns or
 #             linear" picks stacks, of which one call has time for one or two
@@ -52,6 +53,7 @@ step)
     # shellcheck disable=SC2086
     "$PYTHON" -m linear_moe.bench step $halves --profile --minutes 9 --output "$out/step" ;;
 decode) "$PYTHON" -m linear_moe.bench decode --minutes 8 --output "$out/decode" ;;
+experts) timeout 300 "$PYTHON" benchmarks/experts.py "$out/experts.json" ;;
 candidates) timeout 570 "$PYTHON" benchmarks/candidates.py "$out/candidates.json" ;;
 layouts)
     LINEAR_MOE_WORKERS=cuda timeout --foreground -s INT -k 20 560 "$PYTHON" -m pytest tests/training/test_layouts.py \

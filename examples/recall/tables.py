@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 class Store:
-    """``cells.jsonl``: a line for each cell, the last one counts."""
+    """``cells.jsonl``: a line for each cell, of which the last one counts, but none that was cut off earlier."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,13 +53,21 @@ class Store:
                 cell = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if cell["setup"] == fingerprint:
-                found[cell["model"], cell["size"], cell["seed"]] = cell
+            if cell["setup"] != fingerprint:
+                continue
+            key = cell["model"], cell["size"], cell["seed"]
+            if key not in found or _length(cell) >= _length(found[key]):
+                found[key] = cell
         return found
 
     def finished(self, fingerprint: str) -> set[tuple[str, str, int]]:
         """The cells that need not be trained: neither failed nor cut off."""
         return {key for key, cell in self.cells(fingerprint).items() if cell.get("complete")}
+
+
+def _length(cell: dict[str, Any]) -> tuple[bool, int]:
+    """How far a cell came."""
+    return bool(cell.get("complete")), cell.get("steps", 0)
 
 
 def write(store: Store, setups: list[Any]) -> list[Path]:
@@ -153,7 +161,7 @@ def interval(values: list[float]) -> list[float]:
 
 
 def claims(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[Row]:
-    """Every claim for which both sides were trained: the paired difference of the mean accuracy, and the verdict."""
+    """Every claim whose sides were trained to their ends: the paired difference of mean accuracies, and the verdict."""
     models = {model for model, _, _ in cells}
     sizes = sorted({size for _, size, _ in cells if size != "default"}, key=int)
     wanted = []
@@ -172,7 +180,7 @@ def claims(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[Row]:
     for claim, better, worse in wanted:
         seeds = [s for m, z, s in cells if (m, z) == better and (*worse, s) in cells]
         pairs = [(cells[(*better, s)], cells[(*worse, s)]) for s in seeds]
-        pairs = [(a, b) for a, b in pairs if not a.get("error") and not b.get("error")]
+        pairs = [pair for pair in pairs if not any(x.get("error") or x.get("short_of_time") for x in pair)]
         if pairs:
             mean, half = interval([score(a) - score(b) for a, b in pairs])
             found.append(

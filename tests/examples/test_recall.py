@@ -70,6 +70,27 @@ def test_claims_and_intervals_are_what_they_say() -> None:
             cells[model, "64", seed] = {"accuracy": {"4": accuracy, "8": accuracy}}
     found = {row["claim"]: row["verdict"] for row in tables.claims(cells)}
     assert found == {"delta rule over decay": "shown", "hybrid over pure": "not shown"}
+    for model in ("gated_deltanet", "gla+softmax"):  # cut off before they had learned anything
+        cells |= {
+            (model, "64", seed): cells[model, "64", seed] | {"short_of_time": True} for seed in range(3)
+        }
+    assert not tables.claims(cells)
+
+
+def test_what_was_cut_off_earlier_does_not_count(tmp_path: Path) -> None:
+    """A run of a minute goes on in a folder where others were cut off after ten."""
+    store, key = tables.Store(tmp_path), ("gla", "64", 0)
+    cell = dict(zip(("model", "size", "seed"), key)) | {"setup": "one"}
+    for found, counts in (
+        ({"error": "out of memory"}, True),
+        ({"steps": 900}, True),
+        ({"steps": 50}, False),
+        ({"error": "out of memory"}, False),
+        ({"steps": 300, "complete": True}, True),
+        ({"steps": 1500}, False),
+    ):
+        store.add([cell | found])
+        assert (store.cells("one")[key] == cell | found) == counts
 
 
 def test_a_row_is_of_the_start_that_did_best_over_all_seeds() -> None:
