@@ -37,9 +37,17 @@ def predict(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All of it."""
+    """All of it, with gradients of experts as those of other weights."""
     file = tmp_path_factory.mktemp("predicted") / "found.json"
-    run = predict("--set", "AC=none", "EXTRA_ARGS=--num-layers 2", "--ops", "9999", "--json", str(file))
+    run = predict(
+        "--set",
+        "AC=none",
+        "EXTRA_ARGS=--num-layers 2 --no-expert-gradients-in-place",
+        "--ops",
+        "9999",
+        "--json",
+        str(file),
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     (one,) = json.loads(file.read_text())
     assert f"| **step** | **{1e3 * one['seconds']:.0f}** |" in run.stdout
