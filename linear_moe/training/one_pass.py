@@ -83,10 +83,8 @@ def large_first(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def step(self: Any) -> Any:
-        is_gather_next = (
-            self.config.overlap_param_gather_with_optimizer_step
-        )  # of the first, beside the others
-        if not is_gather_next:
+        # With that option the first one's parameters are gathered beside the steps of the others.
+        if not self.config.overlap_param_gather_with_optimizer_step:
             launch_large([one.one_pass for one in self.chained_optimizers if hasattr(one, "one_pass")])
         return original(self)
 
