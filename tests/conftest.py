@@ -48,7 +48,7 @@ def _pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def gloo(_pool: Pool) -> Callable:
-    """``gloo(world_size, fn, *args, timeout=120)``: see ``tests/workers.py``."""
+    """``gloo(world_size, fn, *args, timeout=500)``: see ``tests/workers.py``."""
     return _pool.run
 
 
