@@ -35,7 +35,7 @@ LOG_TAIL = 3000  # characters of a worker's output shown with its error
 STACK = "Current thread"  # how faulthandler begins the stack of the thread that was interrupted
 GRACE = 5.0  # seconds that the other ranks get to finish after one has failed
 ON_GPUS = os.environ.get("LINEAR_MOE_WORKERS") == "cuda"
-PATIENCE = 500.0  # seconds for a task: on a GPU it may compile kernels first, and machines of CI are slow at times
+PATIENCE = 500.0  # seconds for a task: a GPU may compile kernels first, and machines of CI are slow at times
 
 
 class Pool:
@@ -129,7 +129,9 @@ class Pool:
         else:
             self.world = (0, self.world[1])  # a new world next time: this one may hold half a collective
         if not failed:
-            stacks = "".join(f"\n--- rank {rank} of {world_size}:\n{_end_of(printed[rank])}" for rank in stuck)
+            stacks = "".join(
+                f"\n--- rank {rank} of {world_size}:\n{_end_of(printed[rank])}" for rank in stuck
+            )
             raise TimeoutError(f"ranks {stuck} took longer than {timeout} s{stacks}")
         rank = failed[0]
         error, text = pickle.loads(replies[rank][1])
