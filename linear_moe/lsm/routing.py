@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import collect_rows, spread_rows
+from linear_moe.kernels.routes import stable_order
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,14 @@ class Slots:
         num_slots, per_token = choice_Sk.numel(), choice_Sk.shape[1]
         keys = torch.arange(num_memories * num_runs + 1, device=run_S.device)
         key_M = (choice_Sk * num_runs + run_S[:, None]).flatten()
-        dtype = _least_dtype(num_memories * num_runs)  # a GPU sorts a byte in one pass, int64 in eight
-        order = torch.argsort(key_M.to(dtype), stable=True)
+        order = stable_order(key_M, num_memories * num_runs)
         key_M = key_M[order]
         if limit_N is not None:
             starts = torch.searchsorted(key_M, keys)
             rank_M = torch.arange(num_slots, device=run_S.device) - starts[key_M]
             dropped = rank_M >= limit_N[key_M % num_runs]
             key_M = key_M.masked_fill(dropped, num_memories * num_runs)
-            kept_first = torch.argsort(key_M.to(dtype), stable=True)
+            kept_first = stable_order(key_M, num_memories * num_runs)
             order, key_M = order[kept_first], key_M[kept_first]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(num_slots, device=run_S.device))
         bounds = torch.searchsorted(key_M, keys)
@@ -84,12 +84,6 @@ class Slots:
     def scatter(self, x_MD: Tensor, weight_Sk: Tensor) -> Tensor:
         """``[M, ...]`` of sorted slots to ``[S, ...]``: the weighted sum of each token's slots."""
         return collect_rows(x_MD, self.order, self.place.view(-1, self.per_token), weight_Sk)
-
-
-def _least_dtype(largest: int) -> torch.dtype:
-    """Of integers from 0."""
-    dtypes = torch.uint8, torch.int16, torch.int32
-    return next((dtype for dtype in dtypes if largest <= torch.iinfo(dtype).max), torch.int64)
 
 
 def route(logits_BTE: Tensor, per_token: int) -> tuple[Tensor, Tensor, Tensor]:
