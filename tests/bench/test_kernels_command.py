@@ -22,12 +22,14 @@ from linear_moe.bench.record import Record
 ROOT = Path(__file__).parents[2]
 WITHOUT = "import runpy, sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(','))); "
 """Packages that are not installed."""
+QUICK = "import os; os.environ['TRITON_INTERPRET'] = '1'; from tests.kernels import quick_interpreter; "
+QUICK += "quick_interpreter.install(); "
 
 
 def run(
     out: Path, *options: str, without: str = "megatron"
 ) -> tuple[subprocess.CompletedProcess, list[dict]]:
-    code = WITHOUT + "runpy.run_module('linear_moe.bench', run_name='__main__', alter_sys=True)"
+    code = WITHOUT + QUICK + "runpy.run_module('linear_moe.bench', run_name='__main__', alter_sys=True)"
     argv = [sys.executable, "-c", code, without, "kernels", "--smoke", "--output", str(out), *options]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (out / "kernels.json").exists(), done.stdout + done.stderr

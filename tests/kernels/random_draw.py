@@ -88,9 +88,11 @@ def main() -> None:
     asked = parser.parse_args()
     size = Size(asked.tokens, asked.dim, SMALL.heads, SMALL.batch, SMALL.documents)
     import pytest
+    import quick_interpreter
 
     from linear_moe.kernels.triton import configs, delta_configs
 
+    quick_interpreter.install()
     torch.set_num_threads(1)
     poison_empty(pytest.MonkeyPatch())
     configs.MIN_CHUNKS = delta_configs.MIN_CHUNKS = 1

@@ -48,9 +48,11 @@ def main(module: str, *names: str) -> None:
     """Run cases; memory that is never written holds NaN."""
     os.environ.update(TRITON_INTERPRET="1", LINEAR_MOE_KERNELS="triton")
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    import quick_interpreter
     import torch
     from scan_cases import poison_empty
 
+    quick_interpreter.install(watch_overflow=module == "far_cases")
     torch.set_num_threads(1)
     cases: Any = importlib.import_module(module)
     poison_empty(pytest.MonkeyPatch())

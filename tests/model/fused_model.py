@@ -50,6 +50,7 @@ def losses_and_gradients(model: torch.nn.Module, backend: str) -> tuple[Tensor, 
 
 def main(kinds: list[str]) -> None:
     cpu.activate()
+    from tests.kernels import quick_interpreter
     from tests.regression.whole_models import build
     from tests.workers import free_port
 
@@ -63,6 +64,7 @@ def main(kinds: list[str]) -> None:
         dtype=torch.float32,
         noise=0.05,
     )
+    quick_interpreter.install()
     true_losses, true = losses_and_gradients(model, "chunked")
     losses, found = losses_and_gradients(model, "triton")
     assert found.keys() == true.keys()
