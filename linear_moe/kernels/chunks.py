@@ -153,37 +153,18 @@ class PackedChunks:
 Chunks = RowChunks | PackedChunks
 
 
-def chunk_size(k: Tensor, num_documents: int | None) -> int:
-    """How many tokens of ``k`` a chunk has, a power of two.
-
-    Scores cost T * C, states between chunks T / C * K * V: on a CPU small heads want short chunks (measured), and runs
-    shorter than a chunk a smaller one (decoding has one token).
-
-    Packed documents leave slots of their last chunks empty, and there are as many chunks as documents of any lengths
-    could need. Where chunks are not longer than documents on average, they are at most twice as many. 64 tokens of 20
-    documents had 736 slots in chunks of 32, and took up to four times as long. Below four tokens the loop over chunks
-    grows faster than slots shrink.
-    """
-    num_tokens, num_keys = k.shape[1], k.shape[-1]
-    size = 32 if k.device.type == "cpu" and num_keys <= 64 else 64
-    size = min(size, _power_of_two(num_tokens))
-    return (
-        size
-        if num_documents is None
-        else min(size, max(4, _power_of_two(num_tokens // max(1, num_documents))))
-    )
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not below ``number``, at least 1."""
-    return 1 << max(0, number - 1).bit_length()
+def preferred_chunk_size(device: torch.device, num_keys: int) -> int:
+    """Scores cost T * C, states between chunks T / C * K * V: on a CPU small heads want short chunks (measured)."""
+    return 32 if device.type == "cpu" and num_keys <= 64 else 64
 
 
 def cut(k: Tensor, cu_seqlens: Tensor | None) -> Chunks:
-    """Lay out the tokens of ``k``."""
+    """Lay out the tokens of ``k``; runs shorter than a chunk get a smaller one (decoding has one token)."""
+    num_tokens, num_keys = k.shape[1], k.shape[-1]
+    chunk_size = min(preferred_chunk_size(k.device, num_keys), 1 << (num_tokens - 1).bit_length())
     if cu_seqlens is None:
-        return RowChunks(k.shape[0], k.shape[1], chunk_size(k, None))
-    return PackedChunks.plan(cu_seqlens, k.shape[1], chunk_size(k, cu_seqlens.shape[0] - 1))
+        return RowChunks(k.shape[0], num_tokens, chunk_size)
+    return PackedChunks.plan(cu_seqlens, num_tokens, chunk_size)
 
 
 def carry_states(

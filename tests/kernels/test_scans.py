@@ -48,7 +48,7 @@ def test_any_length(op: str, decay: str, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 def test_any_chunk_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "chunk_size", lambda k, num_documents: size)
+    monkeypatch.setattr(chunks, "preferred_chunk_size", lambda device, num_keys: size)
     for op in OPS:
         check(make(op, "vector", num_tokens=PACKED[-1], cu_seqlens=PACKED), EXACT)
 
