@@ -174,6 +174,7 @@ def half_precision_keeps_what_must_be_float32(folder: Path) -> None:
 def a_new_model_starts(folder: Path) -> None:
     """From its config alone, with finite logits and a loss near that of guessing."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    torch.manual_seed(0)  # a router's 256 weights are far from zero on average in one start of a hundred
     model, ids = AutoModelForCausalLM.from_config(config, trust_remote_code=True), some_tokens(4, 30)
     loss = model(ids, labels=ids).loss.item()
     assert abs(loss - torch.tensor(128.0).log().item()) < 0.5, loss

@@ -56,7 +56,7 @@ def forget() -> None:
 
 def in_shell(command: str, folder: Path) -> subprocess.CompletedProcess:
     """A command of the document, with this interpreter and the folder on its path."""
-    path = f"{folder}:{REPOSITORY}"
+    path = f"{folder}:{REPOSITORY}:{os.environ['PYTHONPATH']}"
     environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = command.replace(".venv/bin/python", sys.executable)
     return subprocess.run(

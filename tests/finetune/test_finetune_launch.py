@@ -259,7 +259,7 @@ def test_the_script_from_the_first_line_to_the_last(files, tmp_path):
         "MODEL_SIZE": "tiny", "LA_MODULE": "gla", "LAYER_TYPE_LIST": "LN", "EXTRA_ARGS": "--num-layers 2",
         "DATASET_PATH": write_lines(tmp_path / "lines.jsonl", [*lines, EMPTY_ANSWER]), "SEQ_LEN": "128", "EPOCHS": "1",
         "VALID_DATASET_PATH": write_lines(tmp_path / "valid.jsonl", lines[:4]), "TOKENIZER": str(files / "bare"),
-        "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "2", "LR": "1e-2",
+        "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "2", "LR": "1e-2", "PYTHONPATH": os.environ["PYTHONPATH"],
     }  # fmt: skip
     script = EXAMPLES / "linear_llama3" / "run_finetune_mcore_llama_withGA.sh"
     done = subprocess.run(["sh", str(script)], env=environment, capture_output=True, text=True, timeout=300)

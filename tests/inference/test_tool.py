@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -71,7 +72,7 @@ def rows_of(gloo, world, run, file, *options):
 def test_as_a_process_of_its_own(run):
     tool = [sys.executable, "tools/generate.py", "--load", str(run), "--prompt", "import \u00e9"]
     draw = ["--temperature", "1", "--seed", "5", "--max-new-tokens", "12", "--ignore-eos"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    environment = {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}", "PATH": ""}
     done = subprocess.run([*tool, *draw], cwd=ROOT, capture_output=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stderr == b""

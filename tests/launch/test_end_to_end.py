@@ -31,6 +31,7 @@ def run(folder: Path, **variables: str) -> subprocess.CompletedProcess:
         "PYTHON": sys.executable,
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.environ["PYTHONPATH"],
         "OUTPUT_BASEPATH": str(folder),
         **TINY,
         **variables,

@@ -24,6 +24,7 @@ def command(family: str, folder: Path, **variables: str) -> list[str]:
         "PATH": os.environ["PATH"],
         "PYTHON": sys.executable,
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.environ["PYTHONPATH"],
         "LINEAR_MOE_DRY_RUN": "1",
         "OUTPUT_BASEPATH": str(folder),
         **{"MODEL_SIZE": "tiny", "SEQ_LEN": "64", "BATCH_SIZE": "1", "GLOBAL_BATCH_SIZE": "2", "PR": "fp32"},

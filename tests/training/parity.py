@@ -103,6 +103,11 @@ def impossible(layout: str, stack: str, packing: str) -> bool:
     return few or (layout == "recompute-layers" and "rwkv7" in STACKS[stack])
 
 
+def rows_of(layout: str, packing: str) -> int:
+    """Sequences of a micro-batch: with one, each of two data-parallel ranks has two micro-batches, too."""
+    return 1 if packing == "plain" and ("dp" in layout or "ep" in layout) else 2
+
+
 GRADIENT = [
     *("--adam-eps", "1", "--lr", "1000", "--min-lr", "1000", "--lr-warmup-iters", "0", "--clip-grad", "0"),
     *("--weight-decay", "0", "--train-iters", "1", "--no-save-optim"),
@@ -133,9 +138,10 @@ class Comparison:
         folder: for all runs.
         stack: name of the layers, or the layers.
         moe: with experts.
-        documents: prefix of token files to pack, two sequences a micro-batch; ``None``: not packed.
+        documents: prefix of token files to pack; ``None``: not packed.
         extra: more flags.
         model: command line in place of the usual one, without the layers.
+        rows: sequences of a micro-batch, of four in a step.
     """
 
     def __init__(
@@ -147,6 +153,7 @@ class Comparison:
         documents: str | None = None,
         extra: tuple[str, ...] = (),
         model: list[str] = ARGUMENTS,
+        rows: int = 2,
     ) -> None:
         kinds = STACKS[stack] if isinstance(stack, str) else stack
         self.pool, self.folder = pool, folder
@@ -155,11 +162,10 @@ class Comparison:
         for kind in {kind for kind in kinds if kind.startswith("mom_")}:
             self.argv += [f"--{kind.replace('_', '-')}-aux-loss-coeff", "0.1"]  # not lost in rounding
         # A memory's first token reads w / (w + eps), w a square: with the default its gradient shows how q . k rounds.
-        self.argv += ["--rebased-eps", "0.01", "--mom-rebased-eps", "0.01"]
+        self.argv += ["--rebased-eps", "0.01", "--mom-rebased-eps", "0.01", "--micro-batch-size", str(rows)]
         if documents is not None:
             self.argv.remove("--mock-data")
             self.argv += ["--data-path", documents, "--split", "1,0,0", "--dataloader-inter-document-masking"]
-            self.argv += ["--micro-batch-size", "2"]
         self.argv += extra
         start = folder / "start"
         self._train(1, "begin", *START, "--save", str(start))

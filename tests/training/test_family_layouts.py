@@ -1,12 +1,16 @@
 """Layouts train the same model of a family: what no other model here has is cut over ranks and stages."""
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 
 from linear_moe.model.families import FAMILIES, megatron_arguments
 from tests.model.family_models import shrunken
-from tests.training.parity import DENSE, LAYOUTS, Comparison
+from tests.training.parity import DENSE, LAYOUTS, Comparison, rows_of
 from tests.training.test_layouts import EVERY
 from tests.training.tiny import ARGUMENTS
+from tests.workers import Pool
 
 TRAINING = ARGUMENTS[ARGUMENTS.index("--seq-length") :]
 STACKS = {
@@ -45,21 +49,23 @@ CASES = ALL if EVERY else SELECTED
 
 
 @pytest.fixture(scope="module")
-def comparison(request, tmp_path_factory, _pool) -> Comparison:
-    family, size = request.param
-    kinds = STACKS[family, size]
-    model = [*megatron_arguments(FAMILIES[family], shrunken(FAMILIES[family].sizes[size])), *TRAINING]
-    if "--moe-layer-freq" in model:
-        model[model.index("--moe-layer-freq") + 1] = f"([0]+[1]*{len(kinds) - 1})"
-    if family == "qwen3_next":
-        model += ["--gated-deltanet-values-per-key", "2"]
-    model += ["--expert-tensor-parallel-size", "1"] if "--num-experts" in model else []
-    return Comparison(_pool, tmp_path_factory.mktemp("runs"), kinds, moe=False, model=model)
+def compared(tmp_path_factory: pytest.TempPathFactory, _pool: Pool) -> Callable[..., Comparison]:
+    """What layouts are compared with, by family, size and rows."""
+
+    @cache
+    def of(family: str, size: str, rows: int) -> Comparison:
+        kinds = STACKS[family, size]
+        model = [*megatron_arguments(FAMILIES[family], shrunken(FAMILIES[family].sizes[size])), *TRAINING]
+        if "--moe-layer-freq" in model:
+            model[model.index("--moe-layer-freq") + 1] = f"([0]+[1]*{len(kinds) - 1})"
+        if family == "qwen3_next":
+            model += ["--gated-deltanet-values-per-key", "2"]
+        model += ["--expert-tensor-parallel-size", "1"] if "--num-experts" in model else []
+        return Comparison(_pool, tmp_path_factory.mktemp("runs"), kinds, moe=False, model=model, rows=rows)
+
+    return of
 
 
-@pytest.mark.parametrize(
-    "comparison,layout", [(c[:2], c[2]) for c in CASES], indirect=["comparison"], scope="module",
-    ids=["-".join(c) for c in CASES],
-)  # fmt: skip
-def test_a_layout_trains_the_same_model(comparison: Comparison, layout: str):
-    comparison.check(*LAYOUTS[layout], layout)
+@pytest.mark.parametrize("family,size,layout", CASES, ids=["-".join(case) for case in CASES])
+def test_a_layout_trains_the_same_model(compared: Callable, family: str, size: str, layout: str):
+    compared(family, size, rows_of(layout, "plain")).check(*LAYOUTS[layout], layout)

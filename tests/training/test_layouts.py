@@ -4,11 +4,13 @@ Several mixers share a stack, so that a mixer's values and gradients also pass t
 """
 
 import os
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 
 from linear_moe import lsm
-from tests.training.parity import DENSE, LAYOUTS, STACKS, Comparison, impossible, write_documents
+from tests.training.parity import DENSE, LAYOUTS, STACKS, Comparison, impossible, rows_of, write_documents
 from tests.workers import Pool
 
 EVERY = os.environ.get("LINEAR_MOE_ALL_LAYOUTS") == "1"
@@ -49,7 +51,6 @@ CASES = [
     for layout in LAYOUTS
     if (EVERY or packing in SELECTED.get((layout, stack), [])) and not impossible(layout, stack, packing)
 ]
-# Cases of one comparison one after the other: only one is kept.
 CASES.sort(key=lambda case: (list(STACKS).index(case[0]), case[1], case[2]))
 
 
@@ -65,20 +66,26 @@ def documents(tmp_path_factory: pytest.TempPathFactory, _pool: Pool) -> str:
 
 
 @pytest.fixture(scope="module")
-def comparison(
-    request: pytest.FixtureRequest, documents: str, tmp_path_factory: pytest.TempPathFactory, _pool: Pool
-) -> Comparison:
-    stack, moe, packing = request.param
-    folder = tmp_path_factory.mktemp("comparison")
-    return Comparison(_pool, folder, stack, moe, documents if packing == "packed" else None)
+def compared(
+    documents: str, tmp_path_factory: pytest.TempPathFactory, _pool: Pool
+) -> Callable[..., Comparison]:
+    """What layouts are compared with, by stack, experts, packing and rows.
+
+    No parametrised fixture: pytest keeps one value of it, and orders cases such that most are made several times.
+    """
+
+    @cache
+    def of(stack: str, moe: bool, packing: str, rows: int) -> Comparison:
+        folder = tmp_path_factory.mktemp("comparison")
+        return Comparison(_pool, folder, stack, moe, documents if packing == "packed" else None, rows=rows)
+
+    return of
 
 
 @pytest.mark.parametrize(
-    "comparison,layout",
-    [(case[:3], case[3]) for case in CASES],
+    "stack,moe,packing,layout",
+    CASES,
     ids=[f"{layout}-{stack}-{'moe' if moe else 'dense'}-{packing}" for stack, moe, packing, layout in CASES],
-    indirect=["comparison"],
-    scope="module",
 )
-def test_a_layout_trains_the_same_model(comparison: Comparison, layout: str):
-    comparison.check(*LAYOUTS[layout], layout)
+def test_a_layout_trains_the_same_model(compared: Callable, stack: str, moe: bool, packing: str, layout: str):
+    compared(stack, moe, packing, rows_of(layout, packing)).check(*LAYOUTS[layout], layout)

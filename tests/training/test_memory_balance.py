@@ -77,7 +77,7 @@ def test_the_router_learns_the_balance_of_its_definition(gloo, tmp_path, moe):
 def dense(tmp_path_factory: pytest.TempPathFactory, _pool: Any) -> Comparison:
     """Without experts Megatron would not scale auxiliary losses; large, so that they are most of the gradient."""
     large = tuple(x for flag in COEFFICIENTS for x in (flag, "1.0"))
-    return Comparison(_pool, tmp_path_factory.mktemp("dense"), KINDS, False, extra=large)
+    return Comparison(_pool, tmp_path_factory.mktemp("dense"), KINDS, False, extra=large, rows=1)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp4", "cp2", "pp2", "tp2-sp", "tp2-no-sp"])

@@ -3,6 +3,9 @@
 import argparse
 import itertools
 import math
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +15,7 @@ import torch
 
 from linear_moe.training import engine
 from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, checkpoint, losses, records, train
+from tests.workers import Pool
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
@@ -32,7 +36,16 @@ def arguments(run: Path, *extra: str, kinds: str = KINDS) -> list[str]:
         *ARGUMENTS,
         *EXPERTS,
         *("--layer-kinds", kinds, "--num-layers", str(kinds.count(",") + 1)),
-        *("--train-iters", "10", "--save-interval", "5", "--hidden-dropout", "0.1"),
+        *(
+            "--train-iters",
+            "10",
+            "--save-interval",
+            "5",
+            "--hidden-dropout",
+            "0.1",
+            "--micro-batch-size",
+            "2",
+        ),
         *("--run-dir", str(run), "--save", folder, "--load", folder),
         *extra,
     ]
@@ -222,16 +235,32 @@ TP2_PP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeli
 ELSEWHERE = [(KINDS, (4, TP2_PP2), target) for target in ("one process", "cp2", "ep2")]
 ELSEWHERE += [(SHARING, LAYOUTS["pp2"], target) for target in ("one process", "tp2")]
 ELSEWHERE += [(SHARING, LAYOUTS["tp2"], "pp2"), (KINDS, (2, BUCKETS), "one process")]
+NO_CHANCE = [*DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0"]
+"""Every layout draws its own random numbers."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, _pool: Pool) -> Callable[..., Path]:
+    """A run that saved after steps 5 and 10, by its mixers and layout."""
+
+    @cache
+    def of(kinds: str, world: int, *flags: str) -> Path:
+        run = tmp_path_factory.mktemp("saved")
+        _pool.run(world, train, arguments(run, *flags, *NO_CHANCE, kinds=kinds))
+        return run
+
+    return of
 
 
 @pytest.mark.parametrize("kinds,source,target", ELSEWHERE)
-def test_a_checkpoint_opens_elsewhere(kinds, source, target, gloo, tmp_path):
+def test_a_checkpoint_opens_elsewhere(kinds, source, target, gloo, saved, tmp_path):
     """The optimizer comes along: step 6 there is step 6 of the run that saved, to rounding."""
     run = tmp_path / "run"
-    same = [*DISTRIBUTED_OPTIMIZER, "--hidden-dropout", "0"]
-    gloo(source[0], train, arguments(run, *source[1], *same, kinds=kinds))
-    expected = losses(run)
+    shutil.copytree(saved(kinds, source[0], *source[1]), run)
+    expected, before = losses(run), records(run)
     (run / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("5")
     world, flags = LAYOUTS[target]
-    gloo(world, train, arguments(run, *flags, *same, "--no-load-rng", kinds=kinds))
+    gloo(world, train, arguments(run, *flags, *NO_CHANCE, "--no-load-rng", kinds=kinds))
+    assert len(expected) == 10 and records(run)[:5] == before[:5]
+    assert all(step != earlier for step, earlier in zip(records(run)[5:], before[5:], strict=True)), "seconds"
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(expected), rtol=1e-5, atol=0)
