@@ -65,6 +65,42 @@ def device_times(profiler: profile, on_cpu: bool) -> list[tuple[str, float, int]
     return found
 
 
+def device_spans(profiler: profile) -> list[tuple[str, float, float]]:
+    """Name, begin and end in seconds of all that ran on a GPU."""
+    return [
+        (event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
+        for event in profiler.events() or ()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+
+
+PAUSES = {"under 5 us": 5e-6, "5 to 50 us": 5e-5, "50 to 500 us": 5e-4, "longer": float("inf")}
+"""Upper ends, in seconds. Under 5 us is what lies between any two kernels; longer ones wait for the host."""
+
+
+def pauses(spans: Iterable[tuple[str, float, float]], steps: int, top: int = 30) -> dict[str, Any]:
+    """When nothing ran on any stream between the first and the last span: of one step, by length and by place."""
+    lengths = {name: [0.0, 0.0] for name in PAUSES}
+    places: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    last, busy_until = "", float("inf")
+    for name, begin, end in sorted(spans, key=lambda span: span[1]):
+        if (pause := begin - busy_until) > 0:
+            length = next(name for name, limit in PAUSES.items() if pause < limit)
+            for sums in (lengths[length], places[last, name]):
+                sums[0] += pause / steps
+                sums[1] += 1 / steps
+        if busy_until == float("inf") or end > busy_until:
+            last, busy_until = name, end
+    longest = sorted(places.items(), key=lambda item: -item[1][0])[:top]
+    return {
+        "lengths": {name: {"seconds": s, "times": n} for name, (s, n) in lengths.items()},
+        "places": [
+            {"after": after[:200], "before": before[:200], "seconds": s, "times": n}
+            for (after, before), (s, n) in longest
+        ],
+    }
+
+
 def breakdown(times: Iterable[tuple[str, float, int]], steps: int, top: int = 30) -> dict[str, Any]:
     """Seconds and launches of one step by kind of kernel, and its longest kernels, from those of several steps."""
     kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])

@@ -20,7 +20,9 @@ WATCH = "LINEAR_MOE_WATCH"
 """Variable that tells a run how it is watched."""
 TRACE = "trace.json.gz"
 """File of a profile's events, for Perfetto or chrome://tracing."""
-PROFILED_STEPS = 2
+PROFILED_STEPS = 4
+TRACED_STEPS = 1
+"""Behind those: with operators and shapes of the host, which slow it down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +32,17 @@ class Watch:
     folder: str
     """Where ``start.json``, ``profile.json`` and the trace go."""
     profile_after: int | None = None
-    """Profile the steps behind this one. None: no profile."""
+    """Profile the steps behind this one, and trace one more. None: no profile."""
 
     @property
-    def profile_until(self) -> int:
+    def trace_after(self) -> int:
         """Last step that is profiled, or 0."""
         return 0 if self.profile_after is None else self.profile_after + PROFILED_STEPS
+
+    @property
+    def trace_until(self) -> int:
+        """Last step that is traced, or 0."""
+        return self.trace_after and self.trace_after + TRACED_STEPS
 
     def environment(self) -> dict[str, str]:
         """What the run is told."""
@@ -220,7 +227,8 @@ def assignments(words: list[str], flag: str) -> dict[str, str]:
 
 def plan_of(configuration: Configuration, cuda_devices: int, **more: str) -> RunPlan:
     """The run as the launcher plans it, checked; ``more`` are variables of data and output."""
-    iterations = configuration.warm_up + configuration.steps + PROFILED_STEPS * configuration.is_profiled
+    more_steps = (PROFILED_STEPS + TRACED_STEPS) * configuration.is_profiled
+    iterations = configuration.warm_up + configuration.steps + more_steps
     known = {"TRAIN_ITERS": str(iterations), **configuration.variables, **more}
     plan = plan_run(read_environment(known, configuration.family), cuda_devices)
     preflight(plan)

@@ -150,7 +150,24 @@ def _profile(row: Row) -> str:
     title = f"## Where the time goes: {row['label']} at {row['seq_len']}, {1e3 * step:.1f} ms a step\n\n"
     tables = [table(["kind of kernel", "ms", "% of the step", "launches"], body)]
     tables.append(table(["kernel", "ms", "launches", "kind"], longest))
+    if (pauses := row["profile"].get("pauses")) is not None:
+        tables += _pauses(pauses)
     return title + "\n\n".join(tables)
+
+
+def _pauses(pauses: Row) -> list[str]:
+    """When nothing ran, by length and by place."""
+    lengths = [
+        [name, f"{1e3 * p['seconds']:.1f}", f"{p['times']:.0f}"] for name, p in pauses["lengths"].items()
+    ]
+    places = [
+        [f"`{p['after'][:60]}`", f"`{p['before'][:60]}`", f"{1e3 * p['seconds']:.2f}", f"{p['times']:.1f}"]
+        for p in pauses["places"][:12]
+    ]
+    return [
+        table(["nothing runs for", "ms", "times"], lengths),
+        table(["nothing runs after", "and before", "ms", "times"], places),
+    ]
 
 
 def _draw(rows: list[Row], path: Path) -> bool:

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--profile",
         action="store_true",
-        help="then profile two more steps: time by kind of kernel, and a trace",
+        help="then profile more steps: time by kind of kernel, when nothing runs, and a trace",
     )
     add("--minutes", type=float, help="begin nothing after so long, and stop what runs; default: no limit")
     folder = Path("benchmarks", f"step_{time.strftime('%Y-%m-%d')}")

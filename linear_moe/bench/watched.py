@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from linear_moe.bench.breakdown import breakdown, device_times
+from linear_moe.bench.breakdown import breakdown, device_spans, device_times, pauses
 from linear_moe.bench.configurations import PROFILED_STEPS, TRACE, WATCH, Watch
 from linear_moe.bench.record import versions, write_text
 from linear_moe.training import cpu
@@ -43,19 +43,25 @@ class WatchedLog(RunLog):
             if iteration == 1:
                 self._write_file("start.json", {"end_of_first_step": time.time(), **_machine()})
             if iteration == self.watch.profile_after:
+                self._profiler = profile(activities=CUDA or [ProfilerActivity.CPU])
+                self._profiler.start()
+            elif iteration == self.watch.trace_after:
+                profiler = self._stopped()
+                found = breakdown(device_times(profiler, on_cpu=not CUDA), PROFILED_STEPS)
+                if CUDA:
+                    found["pauses"] = pauses(device_spans(profiler), PROFILED_STEPS)
+                self._write_file("profile.json", found)
                 self._profiler = profile(activities=[ProfilerActivity.CPU, *CUDA], record_shapes=True)
                 self._profiler.start()
-            if iteration == self.watch.profile_until:
-                self._finish_profile()
+            elif iteration == self.watch.trace_until:
+                self._stopped().export_chrome_trace(str(Path(self.watch.folder, TRACE)))
         return step
 
-    def _finish_profile(self) -> None:
+    def _stopped(self) -> profile:
         assert self._profiler is not None
         torch.cuda.synchronize()
         self._profiler.stop()
-        found = breakdown(device_times(self._profiler, on_cpu=cpu.is_active()), PROFILED_STEPS)
-        self._write_file("profile.json", found)
-        self._profiler.export_chrome_trace(str(Path(self.watch.folder, TRACE)))
+        return self._profiler
 
     def _write_file(self, name: str, content: dict[str, Any]) -> None:
         write_text(Path(self.watch.folder, name), json.dumps(content, indent=1) + "\n")

@@ -103,6 +103,52 @@ def test_what_ran_on_a_device():
     assert breakdown.device_times(profiler, on_cpu=True) == [("gemm", 1.0, 6), ("aten::mm", 2.0, 6)]
 
 
+def test_when_nothing_ran():
+    """On any stream: what another stream does meanwhile is no pause, nor is what comes before the first kernel."""
+    us = 1e-6
+    spans = [
+        ("a", 100 * us, 110 * us),
+        ("b", 112 * us, 200 * us),
+        ("side", 120 * us, 130 * us),
+        ("a", 200 * us, 210 * us),
+        ("c", 1210 * us, 1300 * us),
+        ("a", 1400 * us, 1410 * us),
+        ("b", 1412 * us, 1450 * us),
+    ]
+    found = breakdown.pauses(reversed(spans), steps=2, top=2)
+    lengths = {name: (round(p["seconds"] / us), p["times"]) for name, p in found["lengths"].items()}
+    assert lengths == {
+        "under 5 us": (2, 1.0),
+        "5 to 50 us": (0, 0.0),
+        "50 to 500 us": (50, 0.5),
+        "longer": (500, 0.5),
+    }
+    assert [(p["after"], p["before"], p["times"]) for p in found["places"]] == [
+        ("a", "c", 0.5),
+        ("c", "a", 0.5),
+    ]
+    shown = "\n".join(report._pauses(found))
+    assert "| longer | 0.5 | 0 |" in shown and "| `a` | `c` | 0.50 | 0.5 |" in shown
+    nothing = breakdown.pauses([], steps=2)
+    assert nothing["places"] == [] and len(report._pauses(nothing)) == 2
+
+
+def test_spans_of_a_device():
+    """Seconds, and only what the device did."""
+
+    def event(name: str, kind: DeviceType, start: float, is_range: bool = False) -> Any:
+        place = SimpleNamespace(start=start, end=start + 5e5)
+        return SimpleNamespace(name=name, device_type=kind, time_range=place, is_user_annotation=is_range)
+
+    events = [
+        event("gemm", DeviceType.CUDA, 1e6),
+        event("aten::mm", DeviceType.CPU, 2e6),
+        event("step", DeviceType.CUDA, 0.0, is_range=True),
+    ]
+    profiler: Any = SimpleNamespace(events=lambda: events)
+    assert breakdown.device_spans(profiler) == [("gemm", 1.0, 1.5)]
+
+
 def test_kernels_of_a_step_by_kind():
     times = [("nccl_all_reduce", 0.4, 4), ("gemm_a", 1.0, 8), ("gemm_b", 3.0, 2), ("what", 0.2, 2)]
     found = breakdown.breakdown(times, steps=2, top=3)
