@@ -15,7 +15,7 @@ from typing import Any
 from linear_moe.bench.configurations import Configuration, plan_of
 from linear_moe.inference.quiet import no_messages
 from linear_moe.launch.cluster import cuda_device_count
-from linear_moe.launch.header import default_threads
+from linear_moe.launch.header import default_variables
 from linear_moe.launch.megatron_args import torchrun_command
 from linear_moe.launch.plan import RunPlan
 from linear_moe.launch.relay import ended_by_signal
@@ -69,8 +69,12 @@ def write_random_tokens(configuration: Configuration, folder: Path) -> Path:
 
 
 def _environment(plan: RunPlan, configuration: Configuration, folder: Path) -> dict[str, str]:
-    defaults = {"OMP_NUM_THREADS": str(default_threads(plan)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return {**defaults, **os.environ, **configuration.watch(folder).environment(), "PYTHONUNBUFFERED": "1"}
+    return {
+        **default_variables(plan),
+        **os.environ,
+        **configuration.watch(folder).environment(),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def _run(command: list[str], folder: Path, environment: dict[str, str], seconds: float) -> int | None:

@@ -31,7 +31,7 @@ from linear_moe.launch.environment import (
 )
 from linear_moe.launch.errors import PreflightError
 from linear_moe.launch.finetune import DEFAULTS, plan_finetune
-from linear_moe.launch.header import default_threads, header
+from linear_moe.launch.header import default_variables, header
 from linear_moe.launch.hugging_face import convert
 from linear_moe.launch.instructions import FinetuneSettings, keep_tokenizer
 from linear_moe.launch.lock import hold_run
@@ -196,9 +196,8 @@ def _report_failure(plan: RunPlan, log: Path, code: int, received: list[signal.S
 
 def _child_environment(plan: RunPlan, environment: Mapping[str, str]) -> dict[str, str]:
     defaults = {
-        "OMP_NUM_THREADS": str(default_threads(plan)),
+        **default_variables(plan),
         "PYTHONUNBUFFERED": "1",  # the progress line, when it happens
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it with TP or CP, before Blackwell
         "HF_HUB_OFFLINE": "1",  # a tokenizer is a local folder here, never a download
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -194,3 +194,13 @@ def _count(number: int) -> str:
 def default_threads(plan: RunPlan) -> int:
     """CPU threads of each process: the cores this launcher may use, shared out."""
     return max(1, cpu_cores() // plan.processes_per_node) if plan.on_cpu else 1
+
+
+def default_variables(plan: RunPlan) -> dict[str, str]:
+    """Of each process, where a person sets no others.
+
+    One queue of kernels for all streams is what Megatron asks for with TP or CP, before Blackwell; without them several
+    let a step's figures be read while the optimizer runs (``linear_moe/training/figures_stream.py``).
+    """
+    of_queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if plan.settings.tp > 1 or plan.settings.cp > 1 else {}
+    return {"OMP_NUM_THREADS": str(default_threads(plan)), **of_queues}

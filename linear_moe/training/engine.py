@@ -1,9 +1,10 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
-``install`` makes eight kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
+``install`` makes nine kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
 Engine and Apex and with expert parallelism; gradient norm, clipping and Adam's step are a few kernels then, too, and
-the first gradient of a step is written where others are added; the first loss of a run is logged once; a step is
-logged with the learning rate that it used, and the schedule ends with the run; FLOPs and metrics are ours.
+the first gradient of a step is written where others are added; a step's figures are read while the optimizer runs; the
+first loss of a run is logged once; a step is logged with the learning rate that it used, and the schedule ends with the
+run; FLOPs and metrics are ours.
 ``defaults_without_te`` is the other half: the flags that a run must set where Transformer Engine or a CUDA device is
 missing.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from linear_moe.training import cpu, one_pass, optimizer_step
+from linear_moe.training import cpu, figures_stream, one_pass, optimizer_step
 from linear_moe.training.optimizer_step import ADAM
 
 SUPPORTED = (0, 19)
@@ -87,13 +88,15 @@ def install(
     _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
     _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
     _assign(training, "load_checkpoint", _end_the_schedule_with_the_run)
-    _assign(training, "train_step", _note_learning_rate)
+    _assign(training, "train_step", lambda o: figures_stream.open_after_optimizer(_note_learning_rate(o)))
+    for name in figures_stream.READ_WEIGHTS:
+        _assign(training, name, figures_stream.close_before)
     _assign(training, "get_canonical_lr_for_logging", _learning_rate_of_step)
     _assign(training, "training_log", _log_first_iteration_once)
     _assign(training, "logical_and_across_model_parallel_group", _and_over_one_rank)
     _assign(training, "reduce_max_stat_across_model_parallel_group", _largest_of_one_rank)
-    if training_log is not None:
-        training.training_log = training_log(training.training_log)
+    log = training.training_log if training_log is None else training_log(training.training_log)
+    training.training_log = figures_stream.close_after(log)
     for name, replacement in (evaluation or {}).items():
         _assign(training, name, replacement)
     if flops is not None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from linear_moe.training import cpu
 from linear_moe.training.damage import not_a_number
+from linear_moe.training.figures_stream import lap
 from linear_moe.training.flops import FlopsPerToken
 from linear_moe.training.memory_load import MemoryLoad
 
@@ -192,13 +193,12 @@ class RunLog:
         """Everything that needs all ranks."""
         args = get_args()
         peak = peak_flops()
-        is_alone = args.world_size == 1  # then there is nobody to wait for, and the GPU waits meanwhile
-        seconds = get_timers()("interval-time").elapsed(barrier=not is_alone, reset=True)
+        seconds = lap(get_timers()("interval-time"))
         samples = args.micro_batch_size * mpu.get_data_parallel_world_size() * get_num_microbatches()
         tokens = samples * args.seq_length if tokens is None else tokens
         per_gpu = self.flops.of_step(tokens, args.seq_length, squared_lengths) / seconds / args.world_size
         largest = [torch.cuda.max_memory_allocated() / 2**30, learning_rate or 0.0]
-        if not is_alone:
+        if args.world_size > 1:
             of_all = torch.tensor(largest, dtype=torch.float64, device=torch.cuda.current_device())
             dist.all_reduce(of_all, dist.ReduceOp.MAX)
             largest = of_all.tolist()
