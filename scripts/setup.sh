@@ -57,7 +57,9 @@ python=$(find_python) || exit 2
 echo "environment: .venv with $("$python" --version) of $python"
 echo "installing the pinned requirements (torch brings its CUDA libraries: a few GB the first time)"
 "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+# pip would do that with one core, which takes a minute longer; templates among the files are no Python
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 echo "$wanted" >"$stamp"
 echo "environment: ready"
