@@ -1,7 +1,7 @@
 """Cases in Triton's interpreter, in a process of their own: Triton decides when it is imported whether it interprets.
 
-``python run_interpreted.py MODULE NAME ...`` prints a JSON line for each of a module's cases, all if none is named:
-the name, and what ``MODULE.fused(name)`` returns, the errors of the case's results, or how it failed.
+``python run_interpreted.py [--plain] MODULE NAME ...`` prints a JSON line for each of a module's cases, all if none is
+named: the name, and what ``MODULE.fused(name)`` returns, the errors of the case's results, or how it failed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def errors_of_picked(request: pytest.FixtureRequest, module: str) -> Callable[[s
     return get
 
 
-def main(module: str, *names: str) -> None:
+def main(module: str, *names: str, is_quick: bool = True) -> None:
     """Run cases; memory that is never written holds NaN."""
     os.environ.update(TRITON_INTERPRET="1", LINEAR_MOE_KERNELS="triton")
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -52,7 +52,8 @@ def main(module: str, *names: str) -> None:
     import torch
     from scan_cases import poison_empty
 
-    quick_interpreter.install(watch_overflow=module == "far_cases")
+    if is_quick:
+        quick_interpreter.install(watch_overflow=module == "far_cases")
     torch.set_num_threads(1)
     cases: Any = importlib.import_module(module)
     poison_empty(pytest.MonkeyPatch())
@@ -65,4 +66,5 @@ def main(module: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    plain = sys.argv[1:2] == ["--plain"]
+    main(*sys.argv[1 + plain :], is_quick=not plain)
