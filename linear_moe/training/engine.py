@@ -1,10 +1,10 @@
 """The few assignments into Megatron-Core 0.19, made where it has no hook; each with its reason, all in this file.
 
-``install`` makes nine kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
-Engine and Apex and with expert parallelism; gradient norm, clipping and Adam's step are a few kernels then, too, and
-the first gradient of a step is written where others are added; a step's figures are read while the optimizer runs; the
-first loss of a run is logged once; a step is logged with the learning rate that it used, and the schedule ends with the
-run; FLOPs and metrics are ours.
+``install`` makes ten kinds: a wheel without its Makefile may start; a run resumes bit-exactly, without Transformer
+Engine and Apex and with expert parallelism; its saves start no process; gradient norm, clipping and Adam's step are a
+few kernels then, too, and the first gradient of a step is written where others are added; a step's figures are read
+while the optimizer runs; the first loss of a run is logged once; a step is logged with the learning rate that it used,
+and the schedule ends with the run; FLOPs and metrics are ours.
 ``defaults_without_te`` is the other half: the flags that a run must set where Transformer Engine or a CUDA device is
 missing.
 """
@@ -12,6 +12,7 @@ missing.
 import functools
 import importlib
 import importlib.util
+import queue
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def install(
         ValueError: another version of Megatron-Core, or a wheel without the compiled dataset helpers.
     """
     import megatron.core.datasets.utils as datasets
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writers
     import megatron.core.distributed.distributed_data_parallel as ddp
     import megatron.core.distributed.param_and_grad_buffer as gradients
     import megatron.core.optimizer as optimizers
@@ -85,6 +87,7 @@ def install(
         _assign(ddp.DistributedDataParallel, "_make_backward_post_hook", optimizer_step.overwrite_stale)
         _assign(gradients._ParamAndGradBuffer, "reset", optimizer_step.mark_stale)
         _assign(gradients._ParamAndGradBucketGroup, "start_grad_sync", optimizer_step.clear_stale)
+    _assign(writers, "get_write_results_queue", _queue_of_one_process)
     _assign(checkpointing, "get_rng_state", _save_rng_of_experts)
     _assign(checkpointing, "_load_base_checkpoint", _load_rng_of_experts)
     _assign(training, "load_checkpoint", _end_the_schedule_with_the_run)
@@ -165,6 +168,24 @@ def _number_float32_parameters_first(original: Callable) -> Any:
         return numbers, group_ranges
 
     return staticmethod(build)
+
+
+def _queue_of_one_process(original: Callable) -> Callable:
+    """``get_write_results_queue`` starts a process to hold a queue, which only asynchronous saves share with another.
+
+    It would import this run's main module again, and torch for the first result: every rank waits for that in its first
+    save, 5 s and more, and it stays in the host's memory.
+    """
+    results: queue.Queue = queue.Queue()
+
+    @functools.wraps(original)
+    def get_write_results_queue(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import global_vars
+
+        of_run = global_vars._GLOBAL_ARGS
+        return original(*args, **kwargs) if getattr(of_run, "async_save", False) else results
+
+    return get_write_results_queue
 
 
 # Resuming with DistributedOptimizer over torch.optim.Adam: Apex and Transformer Engine keep one `step` in the parameter

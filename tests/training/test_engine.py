@@ -359,6 +359,28 @@ def test_the_wheel_without_a_makefile_starts(gloo) -> None:
     gloo(1, no_makefile)
 
 
+def queues_of_saves(rank: int, world_size: int) -> list[Any]:
+    import multiprocessing
+
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writers
+    from megatron.training import global_vars
+
+    engine.install()
+    found = []
+    stock = mock.Mock(return_value="of several processes")
+    ours = engine._queue_of_one_process(stock)
+    for args in (None, argparse.Namespace(async_save=False), argparse.Namespace(async_save=True)):
+        with mock.patch.object(global_vars, "_GLOBAL_ARGS", args):
+            found.append(ours())
+    assert writers.get_write_results_queue() is writers.get_write_results_queue() is not found[0]
+    return [type(found[0]).__name__, found[0] is found[1], found[2], len(multiprocessing.active_children())]
+
+
+def test_a_save_starts_no_process(gloo) -> None:
+    """But an asynchronous one, which another process writes."""
+    assert gloo(1, queues_of_saves)[0] == ["Queue", True, "of several processes", 0]
+
+
 def other_version(rank: int, world_size: int) -> None:
     from megatron.core import package_info
 
