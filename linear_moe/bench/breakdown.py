@@ -79,16 +79,21 @@ PAUSES = {"under 5 us": 5e-6, "5 to 50 us": 5e-5, "50 to 500 us": 5e-4, "longer"
 
 
 def pauses(spans: Iterable[tuple[str, float, float]], steps: int, top: int = 30) -> dict[str, Any]:
-    """When nothing ran on any stream between the first and the last span: of one step, by length and by place."""
+    """When nothing ran on any stream between two spans: of one step, by length and by place.
+
+    The first step begins on an idle device and is left out: as many spans as a step has.
+    """
     lengths = {name: [0.0, 0.0] for name in PAUSES}
     places: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     last, busy_until = "", float("inf")
-    for name, begin, end in sorted(spans, key=lambda span: span[1]):
+    in_order = sorted(spans, key=lambda span: span[1])
+    counted = max(1, steps - 1)
+    for name, begin, end in in_order[len(in_order) - len(in_order) * counted // steps :]:
         if (pause := begin - busy_until) > 0:
             length = next(name for name, limit in PAUSES.items() if pause < limit)
             for sums in (lengths[length], places[last, name]):
-                sums[0] += pause / steps
-                sums[1] += 1 / steps
+                sums[0] += pause / counted
+                sums[1] += 1 / counted
         if busy_until == float("inf") or end > busy_until:
             last, busy_until = name, end
     longest = sorted(places.items(), key=lambda item: -item[1][0])[:top]

@@ -43,19 +43,23 @@ class WatchedLog(RunLog):
             if iteration == 1:
                 self._write_file("start.json", {"end_of_first_step": time.time(), **_machine()})
             if iteration == self.watch.profile_after:
-                self._profiler = profile(activities=CUDA or [ProfilerActivity.CPU])
-                self._profiler.start()
+                self._profiler = self._started(activities=CUDA or [ProfilerActivity.CPU])
             elif iteration == self.watch.trace_after:
                 profiler = self._stopped()
                 found = breakdown(device_times(profiler, on_cpu=not CUDA), PROFILED_STEPS)
                 if CUDA:
                     found["pauses"] = pauses(device_spans(profiler), PROFILED_STEPS)
                 self._write_file("profile.json", found)
-                self._profiler = profile(activities=[ProfilerActivity.CPU, *CUDA], record_shapes=True)
-                self._profiler.start()
+                self._profiler = self._started(activities=[ProfilerActivity.CPU, *CUDA], record_shapes=True)
             elif iteration == self.watch.trace_until:
                 self._stopped().export_chrome_trace(str(Path(self.watch.folder, TRACE)))
         return step
+
+    def _started(self, **options: Any) -> profile:
+        torch.cuda.synchronize()  # the step before this one is still at its optimizer
+        profiler = profile(**options)
+        profiler.start()
+        return profiler
 
     def _stopped(self) -> profile:
         assert self._profiler is not None

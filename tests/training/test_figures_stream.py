@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -45,13 +46,18 @@ class FakeDevice:
         self.stream = FakeStream("main", self.said)
         monkeypatch.setattr(figures_stream, "_figures", FiguresStream())
         monkeypatch.setattr(figures_stream.cpu, "is_active", lambda: False)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda priority: FakeStream("own", self.said))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
-        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
-        monkeypatch.setattr("megatron.training.get_args", lambda: SimpleNamespace(**args))
+        device = SimpleNamespace(
+            is_available=lambda: True,
+            Stream=lambda priority: FakeStream("own", self.said),
+            current_stream=lambda: self.stream,
+            set_stream=lambda stream: setattr(self, "stream", stream),
+        )
+        monkeypatch.setattr(figures_stream, "torch", SimpleNamespace(cuda=device, Tensor=torch.Tensor))
+        megatron = SimpleNamespace(get_args=lambda: SimpleNamespace(**args))
+        monkeypatch.setitem(sys.modules, "megatron.training", cast(Any, megatron))
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-        self.optimizer = SimpleNamespace(step=lambda: self.does("optimizer", "its norm"))
+        self.found: tuple[Any, Any, Any] = (True, 0.5, None)
+        self.optimizer = SimpleNamespace(step=lambda: self.does("optimizer", self.found))
         self.train_step = open_after_optimizer(self._train_step)
         self.log = close_after(lambda: self.does("log"))
 
@@ -73,7 +79,7 @@ def test_when_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = device.optimizer.step
     for _ in range(2):
         device.said.clear()
-        assert device.train_step(None, None, None, device.optimizer, last="losses") == "its norm"
+        assert device.train_step(None, None, None, device.optimizer, last="losses") == device.found
         assert device.optimizer.step is stock
         device.log()
         device.does("next step")
@@ -99,6 +105,23 @@ def test_what_ends_it_early(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="of the step"):
         device.train_step(None, None, None, device.optimizer, last="error")
     assert device.stream.name == "main" and device.said[-1] == "main waits for own"
+
+
+@pytest.mark.parametrize("found", [(True, torch.ones(1), None), (False, None, None)], ids=["norm", "skipped"])
+def test_what_the_optimizer_has_not_waited_for(monkeypatch: pytest.MonkeyPatch, found: tuple) -> None:
+    """A norm on the device, as with Transformer Engine; a loss scale that has just been lowered."""
+    device = FakeDevice(monkeypatch)
+    device.found = found
+    assert device.train_step(None, None, None, device.optimizer, last="losses") is found
+    device.log()
+    assert device.said[-3:] == ["optimizer on main", "losses on main", "log on main"]
+
+
+def test_a_step_whose_log_never_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(monkeypatch)
+    for _ in range(2):
+        device.train_step(None, None, None, device.optimizer, last="losses")
+    assert device.said.count("forward and backward on main") == 2
 
 
 @pytest.mark.parametrize("reason", ["one queue", "weights", "CPU"])
