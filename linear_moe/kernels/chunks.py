@@ -155,7 +155,9 @@ Chunks = RowChunks | PackedChunks
 
 def preferred_chunk_size(device: torch.device, num_keys: int) -> int:
     """Scores cost T * C, states between chunks T / C * K * V: on a CPU small heads want short chunks (measured)."""
-    return 32 if device.type == "cpu" and num_keys <= 64 else 64
+    if device.type != "cpu":
+        return 64
+    return 16 if num_keys <= 16 else 32 if num_keys <= 64 else 64
 
 
 def cut(k: Tensor, cu_seqlens: Tensor | None) -> Chunks:
