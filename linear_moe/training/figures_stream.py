@@ -62,11 +62,8 @@ _figures = FiguresStream()
 def _is_useful() -> bool:
     from megatron.training import get_args
 
-    if (
-        cpu.is_active()
-        or not torch.cuda.is_available()
-        or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
-    ):
+    has_one_queue = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    if cpu.is_active() or not torch.cuda.is_available() or has_one_queue:
         return False
     return not any(getattr(get_args(), name, None) for name in WRITE_WEIGHTS)
 
@@ -133,11 +130,8 @@ def lap(timer: Any) -> float:
 
     The host waits for the gradients' norm in every step, so that laps are as long as steps.
     """
-    running = timer._started
-    seconds = timer._elapsed
-    if running:
-        before, timer._start_time = timer._start_time, time.time()
-        seconds += timer._start_time - before
-        timer._active_time += timer._start_time - before
-    timer._elapsed = 0.0
+    before, timer._start_time = timer._start_time, time.time()
+    running = timer._start_time - before
+    seconds, timer._elapsed = timer._elapsed + running, 0.0
+    timer._active_time += running
     return seconds

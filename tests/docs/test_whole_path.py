@@ -46,10 +46,8 @@ def execute(command: list[str], folder: Path, packages: str = "") -> str:
     """What it writes, on a CPU, with ``packages`` on Python's path and an environment that is empty otherwise."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    settings |= {
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "PYTHONPATH": packages + os.environ["PYTHONPATH"],
-    }
+    path = ":".join(filter(None, [packages, os.environ["PYTHONPATH"]]))
+    settings |= {"HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": path}
     done = subprocess.run(
         command,
         cwd=folder,
@@ -66,7 +64,7 @@ def execute(command: list[str], folder: Path, packages: str = "") -> str:
 @pytest.mark.slow
 def test_every_command_works(folder: Path):
     (commands,) = blocks("sh")
-    shown = execute(["sh", "-euc", commands], folder, f"{folder}:{folder / 'packages'}:")
+    shown = execute(["sh", "-euc", commands], folder, f"{folder}:{folder / 'packages'}")
     assert "step      4/4" in shown and shown.count("\ndef main():") == 1, shown
     for run in ("mine", "mine-chat"):
         assert {"config.json", "metrics.jsonl", "checkpoint"} <= {

@@ -1,4 +1,4 @@
-"""Triton's interpreter in about half the time, for tests of kernels: what it computes is not touched.
+"""Triton's interpreter in a third to a half of the time, for tests of kernels: what it computes is not touched.
 
 Most of its time is bookkeeping that it does again for every call. It looks through its language for what to replace on
 every call of a device function; it builds a table of dtypes for every cast, and a type with its name for every shape.

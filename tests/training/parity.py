@@ -103,9 +103,9 @@ def impossible(layout: str, stack: str, packing: str) -> bool:
     return few or (layout == "recompute-layers" and "rwkv7" in STACKS[stack])
 
 
-def rows_of(layout: str, packing: str) -> int:
-    """Sequences of a micro-batch: with one, each of two data-parallel ranks has two micro-batches, too."""
-    return 1 if packing == "plain" and ("dp" in layout or "ep" in layout) else 2
+def rows_of(layout: str, packing: str = "plain") -> int:
+    """Sequences of a micro-batch: with one, two data-parallel ranks have two such each, and a pipeline four."""
+    return 1 if packing == "plain" and any(axis in layout for axis in ("dp", "ep", "pp")) else 2
 
 
 GRADIENT = [

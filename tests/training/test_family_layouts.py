@@ -68,4 +68,4 @@ def compared(tmp_path_factory: pytest.TempPathFactory, _pool: Pool) -> Callable[
 
 @pytest.mark.parametrize("family,size,layout", CASES, ids=["-".join(case) for case in CASES])
 def test_a_layout_trains_the_same_model(compared: Callable, family: str, size: str, layout: str):
-    compared(family, size, rows_of(layout, "plain")).check(*LAYOUTS[layout], layout)
+    compared(family, size, rows_of(layout)).check(*LAYOUTS[layout], layout)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from linear_moe.training import engine
+from tests.training.parity import rows_of
 from tests.training.tiny import ARGUMENTS, DISTRIBUTED_OPTIMIZER, EXPERTS, checkpoint, losses, records, train
 from tests.workers import Pool
 
@@ -36,16 +37,7 @@ def arguments(run: Path, *extra: str, kinds: str = KINDS) -> list[str]:
         *ARGUMENTS,
         *EXPERTS,
         *("--layer-kinds", kinds, "--num-layers", str(kinds.count(",") + 1)),
-        *(
-            "--train-iters",
-            "10",
-            "--save-interval",
-            "5",
-            "--hidden-dropout",
-            "0.1",
-            "--micro-batch-size",
-            "2",
-        ),
+        *("--train-iters", "10", "--save-interval", "5", "--hidden-dropout", "0.1"),
         *("--run-dir", str(run), "--save", folder, "--load", folder),
         *extra,
     ]
@@ -73,7 +65,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("layout,optimizer,kinds", CASES)
 def test_a_resumed_run_is_the_uninterrupted_one(layout, optimizer, kinds, gloo, tmp_path):
     world, flags = LAYOUTS[layout]
-    flags = flags + OPTIMIZERS[optimizer]
+    flags = [*flags, *OPTIMIZERS[optimizer], "--micro-batch-size", str(rows_of(layout))]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     uninterrupted = gloo(world, train, arguments(whole, *flags, kinds=kinds))
     gloo(world, train, arguments(parts, *flags, "--exit-interval", "5", kinds=kinds))
