@@ -213,11 +213,8 @@ class Pool:
             outcome, value = "failed", f"the process ended with exit code {process.exitcode}"
         if outcome == "done":
             self.idle.append((connection, process))
-            store.add(value)
-            scores = " | ".join(" ".join(f"{x:.2f}" for x in cell["accuracy"].values()) for cell in value)
-            say(
-                f"{job.model} {job.size}: done in {value[0]['seconds']} s, {value[0]['steps']} steps: {scores}"
-            )
+            self.recorded += any(cell["graph"] for cell in value)
+            save(store, value)
             return
         process.join(10)
         if outcome == "unrecorded":

@@ -110,17 +110,20 @@ def test_experts_are_their_formula(gloo, kind, grouped):
         gloo(1, against_the_loop, kind, counts, grouped)
 
 
+@pytest.mark.parametrize("form", [grouped_linear.grouped_linear, grouped_linear.masked_linear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", COUNTS)
-def test_grouped_linear_is_the_loop(dtype, counts):
+def test_other_forms_are_the_loop(dtype, counts, form):
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
     x = torch.randn(sum(counts), D).to(dtype).requires_grad_()
     weight = torch.randn(E, FFN, D).to(dtype).requires_grad_()
     pair = [
-        grouped_linear.grouped_linear(x, weight, ends),
+        form(x, weight, ends),
         grouped_linear.looped_linear(x, weight, counts),
     ]
     torch.testing.assert_close(*pair)
+    with torch.no_grad():
+        torch.testing.assert_close(form(x, weight, ends), pair[1])
     direction = torch.randn(1, FFN).to(dtype).expand(sum(counts), -1)  # a gradient that is not dense
     grads = [torch.autograd.grad(y, (x, weight), direction) for y in pair]
     for got, expected in zip(*grads, strict=True):
@@ -167,15 +170,27 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
-def test_groups_that_run_in_a_loop_on_a_gpu_say_so_once():
-    x, weight, ends = torch.ones(4, 8), torch.ones(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32)
+@pytest.mark.parametrize(
+    "groups, cost",
+    [(2, "for every token"), (grouped_linear.FEW + 1, "one after the other, with a device sync per product")],
+)
+def test_groups_that_cannot_be_grouped_on_a_gpu_say_what_it_costs_once(groups, cost):
+    x, weight = torch.ones(12, 8), torch.rand(groups, 8, 8)
+    ends = torch.tensor([1, *range(4, 2 + groups), 12], dtype=torch.int32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [grouped_linear.linear_by_group(y, weight, ends) for y in (x, *[x.as_subclass(OnCuda)] * 2)]
-    assert torch.equal(found[0], found[1].as_subclass(torch.Tensor))
-    assert len(caught) == 1 and "one after the other, with a device sync per product" in str(
-        caught[0].message
-    )
+    torch.testing.assert_close(found[0], found[1].as_subclass(torch.Tensor))
+    assert len(caught) == 1 and f"the {groups} experts, or memories" in str(caught[0].message)
+    assert cost in str(caught[0].message)
+
+
+def test_few_groups_are_not_waited_for_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(grouped_linear, "looped_linear", None)
+    x = torch.ones(12, 8).as_subclass(OnCuda)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        grouped_linear.linear_by_group(x, torch.rand(2, 8, 8), torch.tensor([4, 12], dtype=torch.int32))
 
 
 # ---- inside Megatron's MoE layer, over ranks ----
