@@ -80,11 +80,12 @@ class _OutputLoss(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad[:2])
         d_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
         d_weight_VD = torch.empty_like(weight_VD, dtype=mask_N.dtype) if needs_gradient else None
+        every_chunk_MV = hidden_ND.new_empty(min(chunk, len(label_N)), weight_VD.shape[0])
         losses = []
         for x_MD, label_M, mask_M, rows in zip(
             hidden_ND.split(chunk), label_N.split(chunk), mask_N.split(chunk), _rows(len(label_N), chunk), strict=True
         ):  # fmt: skip
-            logits_MV = x_MD @ weight_VD.t()
+            logits_MV = torch.mm(x_MD, weight_VD.t(), out=every_chunk_MV[: len(x_MD)])
             losses.append(cross_entropy_(logits_MV, label_M, mask_M, combine=_over(group)))
             if d_hidden_ND is not None and d_weight_VD is not None:
                 torch.mm(logits_MV, weight_VD, out=d_hidden_ND[rows])

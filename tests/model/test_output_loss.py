@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_moe.model.output_loss import loss_in_chunks
 
@@ -187,3 +188,25 @@ def test_two_slices_of_the_vocabulary_are_the_whole(gloo: Any, sequence_parallel
         own = d_hidden.chunk(2)[rank] if sequence_parallel else d_hidden
         for got, wanted in zip(found, [losses.detach(), own, d_weight.chunk(2)[rank]], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the storage of every matrix product, so that none is given out twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.seen[out.untyped_storage().data_ptr()] = out.untyped_storage()
+        return out
+
+
+def test_one_chunk_of_logits_exists_at_a_time(inputs: dict[str, Tensor]) -> None:
+    with Products() as products:
+        run(inputs, 7, inputs["mask"])
+    bytes_of_chunk = 7 * 37 * 8
+    sizes = [storage.nbytes() for storage in products.seen.values()]
+    assert sizes.count(bytes_of_chunk) == 1 and max(sizes) == bytes_of_chunk, sizes

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from linear_moe.training import cpu, engine, optimizer_step
 from tests.training.stock_gpt import MOE, pretrain_tiny
 from tests.workers import with_model_parallel
+
+ROOT = Path(__file__).parents[2]
 
 # Resuming
 
@@ -379,6 +382,81 @@ def queues_of_saves(rank: int, world_size: int) -> list[Any]:
 def test_a_save_starts_no_process(gloo) -> None:
     """But an asynchronous one, which another process writes."""
     assert gloo(1, queues_of_saves)[0] == ["Queue", True, "of several processes", 0]
+
+
+def stream_of_gradients(rank: int, world_size: int, graphs: str, on_cpu: bool) -> str:
+    """The stream on which a DDP wrapper is made, where Megatron makes it on one of its own."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    current = ["the wrapper's"]
+
+    class On:
+        def __init__(self, stream: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            current.append(self.stream)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    def init(self: Any, config: Any, ddp_config: Any, module: Any, *, pg_collection: Any) -> None:
+        found.append((current[-1], ddp_config, module, pg_collection))
+
+    found: list[Any] = []
+    engine.install()
+    assert engine.stock(DistributedDataParallel, "__init__") is not DistributedDataParallel.__init__
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "default_stream", lambda: "the backward pass's"),
+        mock.patch.object(torch.cuda, "stream", On),
+        mock.patch.object(cpu, "is_active", lambda: on_cpu),
+    ):
+        config = argparse.Namespace(cuda_graph_impl=graphs)
+        engine._sum_gradients_where_they_are_made(init)(None, config, 1, 2, pg_collection=3)
+    assert found[0][1:] == (1, 2, 3) and len(current) == 1
+    return found[0][0]
+
+
+def test_gradients_are_summed_on_the_stream_that_makes_them(gloo) -> None:
+    assert gloo(1, stream_of_gradients, "none", False) == ["the backward pass's"]
+    assert gloo(1, stream_of_gradients, "full_iteration", False) == ["the wrapper's"]
+    assert gloo(1, stream_of_gradients, "none", True) == ["the wrapper's"]
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gradient_is_free_when_it_is_summed() -> None:
+    """And not after an event of another stream, while the host goes on."""
+    code = """
+import torch
+from linear_moe.inference.load import join_single_process
+from linear_moe.training import engine
+engine.install()
+join_single_process(0)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer import TransformerConfig
+
+def pending(init):
+    DistributedDataParallel.__init__ = init
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    module = torch.nn.Linear(2048, 2048, bias=False, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        model = DistributedDataParallel(config, DistributedDataParallelConfig(), module)
+    torch.cuda.synchronize()
+    for _ in range(2):
+        loss = model(torch.ones(8, 2048, device="cuda")).sum()
+        torch.cuda._sleep(200_000_000)
+        loss.backward()
+    stats = torch.cuda.memory_stats()
+    torch.cuda.synchronize()
+    return stats["active_bytes.all.current"] - stats["allocated_bytes.all.current"]
+
+ours, stock = DistributedDataParallel.__init__, engine.stock(DistributedDataParallel, "__init__")
+found = [pending(stock), pending(ours)]
+print(found)
+assert found[0] >= 2**24 and found[1] == 0, found
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 def other_version(rank: int, world_size: int) -> None:
