@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def recall(
     mixture: MixtureOfMemories,
+    x: Tensor,
     packed: dict[str, Tensor],
     others: dict[str, Tensor],
     w: dict[str, Tensor],
@@ -35,7 +36,8 @@ def recall(
 
     Args:
         mixture: whose memories these are.
-        packed: projections ``[1, N + N * k, H, width]``, all tokens first if there is a shared memory, then the slots.
+        x: fused projections ``[1, N + N * k, H, W]``, all tokens first if there is a shared memory, then the slots.
+        packed: the others by name, in the same way.
         others: the routing, as in ``recall`` of the mixture.
         w: parameters by name.
         place: the heads and the layer.
@@ -51,10 +53,10 @@ def recall(
     if first:
         slot_R = torch.cat([row_N, slot_R])
         is_read_R = torch.cat([torch.ones_like(row_N, dtype=torch.bool), is_read_R])
-    chosen = {name: x[0].index_select(0, slot_R).unsqueeze(1) for name, x in packed.items()}
-    x = torch.cat([chosen.pop(p.name) for p in mixture.core.fused_projections()], dim=-1)
+    chosen = {name: found[0].index_select(0, slot_R).unsqueeze(1) for name, found in packed.items()}
+    x_R1HW = x[0].index_select(0, slot_R).unsqueeze(1)
     state = copies.split(before)
-    o_R1HV, _, after = mixture.core.recall(x, chosen, w, place, state=state)
+    o_R1HV, _, after = mixture.core.recall(x_R1HW, chosen, w, place, state=state)
     memory = state.memory or tuple(map(torch.zeros_like, after.memory))
     kept = MixerState(
         tuple(_where(is_read_R, new, old) for new, old in zip(after.memory, memory, strict=True)),

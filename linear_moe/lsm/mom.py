@@ -18,6 +18,7 @@ Source: arXiv:2502.13685, sections 3.1 to 3.3.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -197,19 +198,18 @@ class MixtureOfMemories(Mixer):
         batch, tokens = x_BTHW.shape[:2]
         rows = memories.Rows.of(batch, tokens, cu_seqlens, x_BTHW.device)
         before = state or MixerState(())
-        named, length = self._named(x_BTHW, others, w, before, cu_seqlens)
+        x_BTHC, named, length = self._named(x_BTHW, others, w, before, cu_seqlens)
         choice_Sk = others["memory_index"].flatten(0, 1)
         slots = Slots.sort(choice_Sk, rows.run_S, self.cfg.num_memories, rows.num_runs, self._limit(rows))
         cu_packed = slots.cu_seqlens
         if self.cfg.shared_memory:
             cu_packed = torch.cat([rows.cu_seqlens, slots.cu_seqlens[1:] + batch * tokens])
-        packed = self._pack(named, others["hidden"], w, slots, place)
+        x, packed = self._pack(x_BTHC, named, others["hidden"], w, slots, place)
         copies = memories.Copies(self.num_copies, rows.num_runs)
         if tokens == 1 and cu_seqlens is None and memory_from is None and not torch.is_grad_enabled():
-            total, after = memories_step.recall(self, packed, others, w, place, slots, copies, before)
+            total, after = memories_step.recall(self, x, packed, others, w, place, slots, copies, before)
             after = dataclasses.replace(copies.join(after), length=length)
             return total.unsqueeze(1), named, after
-        x = torch.cat([packed.pop(p.name) for p in self.core.fused_projections()], dim=-1)
         o, _, after = self.core.recall(
             x,
             packed,
@@ -219,10 +219,12 @@ class MixtureOfMemories(Mixer):
             memory_from=copies.through(memory_from),
             cu_seqlens=cu_packed,
         )
-        shared = batch * tokens if self.cfg.shared_memory else 0
-        total = slots.scatter(o[0, shared:], others["memory_weight"].flatten(0, 1))
-        if shared:
-            total = total + o[0, :shared]
+        *shared, o_MHV = o[0].split(
+            [batch * tokens, len(slots.order)] if self.cfg.shared_memory else len(o[0])
+        )
+        total = slots.scatter(o_MHV, others["memory_weight"].flatten(0, 1))
+        for o_SHV in shared:
+            total = total + o_SHV
         after = dataclasses.replace(copies.join(after), length=length)
         return total.unflatten(0, (batch, tokens)), named, after
 
@@ -233,43 +235,55 @@ class MixtureOfMemories(Mixer):
         w: dict[str, Tensor],
         before: MixerState,
         cu_seqlens: Tensor | None,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Projections for all tokens by name, biased, not convolved; positions; and the new lengths."""
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """What memories get of all tokens, ``[B, T, H, C]``; all by name, biased, not convolved; the new lengths."""
         table = self.fused_projections()
-        named = dict(
-            zip([p.name for p in table], x_BTHW.split([p.width for p in table], dim=-1), strict=True)
-        )
-        for p in table:
-            if p.bias:
-                named[p.name] = named[p.name] + w[f"{p.name}_bias"]
+        x_BTHW = split.biased(table, x_BTHW, w)
+        gates = [p for p in table if p.name in {gate.name for gate in self.output_projections()}]
+        widths = [p.width for p in gates]
+        x_BTHC, *parts = split.cut(x_BTHW, [x_BTHW.shape[-1] - sum(widths), *widths]) if gates else [x_BTHW]
+        named = {p.name: part for p, part in zip(gates, parts, strict=True)}
+        inside = [p for p in table if p not in gates]
+        named |= dict(zip([p.name for p in inside], x_BTHC.split([p.width for p in inside], -1), strict=True))
         low_rank = {p.name for p in self.low_rank_projections()}
         named |= {name: x for name, x in others.items() if name in low_rank}
         length = None
         if self.uses_positions:
             named["positions"], length = split.positions(x_BTHW, before.length, cu_seqlens)
-        return named, length
+        return x_BTHC, named, length
 
     def _pack(
         self,
+        x_BTHC: Tensor,
         named: dict[str, Tensor],
         hidden_BTD: Tensor,
         w: dict[str, Tensor],
         slots: Slots,
         place: Placement,
-    ) -> dict[str, Tensor]:
-        """Each projection of the core, ``[1, S + M, H, width]``: all tokens, then the slots of every memory."""
-        core = {p.name: p for p in self.core.all_projections()}
-        own = {}
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Fused and other projections of the core, ``[1, S + M, H, width]``: all tokens, then every memory's slots."""
+        fused: Tensor | None = None
+        own: dict[str, Tensor] = {}
         if self._own:
             x_MD = slots.gather(hidden_BTD.flatten(0, 1))
-            own = memories.project(self._own, x_MD, w, slots, place.num_heads)
+            fused, own = memories.project(self._own, x_MD, w, slots, place.num_heads)
+        of_tokens = self.cfg.shared_memory
+
+        def beside(table: Sequence[Projection], x_BTHC: Tensor, own_MHC: Tensor | None) -> Tensor:
+            widths = {p.name: p.width for p in table}
+            return memories.side_by_side(widths, x_BTHC, own_MHC, theirs, slots, of_tokens=of_tokens)
+
+        theirs = {p.name for p in self._own}
+        x = beside(self.core.fused_projections(), x_BTHC, fused)
         packed = {}
-        for name in [*core, *(["positions"] if self.uses_positions else [])]:
-            rows = own[name] if name in own else slots.gather(named[name].flatten(0, 1))
-            if self.cfg.shared_memory:
-                rows = torch.cat([named[name].flatten(0, 1), rows])
-            packed[name] = rows[None]
-        return packed
+        for p in self.core.low_rank_projections():
+            is_alone = p.name in own and not of_tokens
+            packed[p.name] = own[p.name][None] if is_alone else beside([p], named[p.name], own.get(p.name))
+        if self.uses_positions:
+            of_all = named["positions"].flatten()
+            of_slots = slots.gather(of_all)
+            packed["positions"] = torch.cat([of_all, of_slots] if of_tokens else [of_slots])[None]
+        return x, packed
 
     def _limit(self, rows: memories.Rows) -> Tensor | None:
         """Slots that a memory takes of each run, ``[N]``."""

@@ -85,6 +85,10 @@ class Slots:
         """``[M, ...]`` of sorted slots to ``[S, ...]``: the weighted sum of each token's slots."""
         return collect_rows(x_MD, self.order, self.place.view(-1, self.per_token), weight_Sk)
 
+    def add_up(self, x_MD: Tensor) -> Tensor:
+        """``[M, ...]`` of sorted slots to ``[S, ...]``: the sum of each token's slots."""
+        return collect_rows(x_MD, self.order, self.place.view(-1, self.per_token))
+
 
 def route(logits_BTE: Tensor, per_token: int) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities ``[B, T, E]``, and each token's memories with their weights, ``[B, T, k]``, which sum to 1.

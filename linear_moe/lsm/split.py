@@ -50,11 +50,11 @@ def split(
 
 def conv_input(table: Sequence[Projection], head_BTHC: Tensor, w: dict[str, Tensor]) -> Tensor:
     """The channels of the convolution with their projections' biases, unless whoever made them has added those."""
-    return _biased([p for p in table if p.conv], head_BTHC, w)
+    return biased([p for p in table if p.conv], head_BTHC, w)
 
 
-def _biased(table: Sequence[Projection], x_BTHW: Tensor, w: dict[str, Tensor]) -> Tensor:
-    """One addition for all projections."""
+def biased(table: Sequence[Projection], x_BTHW: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """Fused projections with those of their biases that ``w`` has, in one addition."""
     if not any(_has_bias(p, w) for p in table):
         return x_BTHW
     zeros = x_BTHW.new_zeros(())
@@ -78,17 +78,22 @@ def _convolved(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Named parts of one fused tensor, the first ones through the convolution, and its tail."""
     weight, bias = taps
-    x_BTHW, widths, tail = _biased(table, x_BTHW, w), tuple(p.width for p in table), None
+    x_BTHW, widths, tail = biased(table, x_BTHW, w), tuple(p.width for p in table), None
     if weight is None:
-        # Time first, as Megatron has it in memory, so that their gradients, laid side by side, need no copy.
-        x_TBHW = x_BTHW.transpose(0, 1)
-        found = _Parts.apply(widths, x_TBHW) if x_TBHW.requires_grad else x_TBHW.split(widths, dim=-1)
-        parts = [part.transpose(0, 1) for part in found]
+        parts = cut(x_BTHW, widths)
     else:
         *parts, tail = conv_and_split(
             x_BTHW, weight, bias, widths=widths, activation=activation, state=state, cu_seqlens=cu_seqlens
         )
     return dict(zip([p.name for p in table], parts, strict=True)), tail
+
+
+def cut(x_BTHW: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """``x.split(widths, dim=-1)``, whose gradients are laid side by side in one pass."""
+    # Time first, as Megatron has it in memory, so that these need no copy.
+    x_TBHW = x_BTHW.transpose(0, 1)
+    found = _Parts.apply(tuple(widths), x_TBHW) if x_TBHW.requires_grad else x_TBHW.split(widths, dim=-1)
+    return [part.transpose(0, 1) for part in found]
 
 
 class _Parts(torch.autograd.Function):

@@ -137,7 +137,6 @@ class MixerLayer(TableModule):
         heads = self.mixer.cfg.num_heads
         table = self.mixer.fused_projections()
         is_plain = self.tp_group.size() == 1 and not config.gradient_accumulation_fusion
-        is_plain = is_plain and not isinstance(self.mixer, MixtureOfMemories)
         self.biases_of_gemm: list[str] = []
         """Biases that the GEMM adds: elsewhere they are an operation over all tokens, and another before it."""
         if is_plain or self.mixer.token_shift:
