@@ -6,8 +6,10 @@ import json
 import math
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -240,3 +242,23 @@ def test_gated_deltanet_learns_to_recall() -> None:
         cells.Job("gated_deltanet", "default", (0,)), setup, record=False, limits=gang.Limits(seconds=60)
     )
     assert min(cell.accuracy.values()) > 0.9, cell
+
+
+def test_one_recorded_model_is_enough_to_go_on_recording(tmp_path: Path) -> None:
+    """Three that cannot be recorded spare the others the attempt, unless another one could."""
+    import cells
+    import run
+
+    class Answer:
+        def __init__(self, outcome: str, value: Any) -> None:
+            self.recv = lambda: (outcome, value)
+
+    job = cells.Job("gla", "1024", (0,))
+    found = {"model": "gla", "size": "1024", "seed": 0, "setup": "a", "accuracy": {"4": 1.0}, "steps": 1}
+    recorded = Answer("done", [found | {"seconds": 1.0, "graph": True}])
+    for first, still in ((), False), ((recorded,), True):
+        pool, work = run.Pool(None, None, 1), deque([(job, True)])
+        for answer in (*first, *[Answer("unrecorded", "no")] * 3):
+            pool.busy[answer] = (mock.Mock(), (job, True))
+            pool._take(answer, work, tables.Store(tmp_path))
+        assert [is_recorded for _, is_recorded in work] == [False, False, False, still]
