@@ -44,7 +44,13 @@ def line(row: Row) -> str:
         return f"{row['status']}: {row['error']}"
     mfu = "" if row["mfu"] is None else f", {100 * row['mfu']:.1f} % MFU"
     text = f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s, {row['tflops_per_gpu']:.3g} TFLOP/s{mfu}"
-    return f"{text}, {row['peak_memory_gib']:.1f} GiB ({row['steps']} steps)"
+    return f"{text}, {row['peak_memory_gib']:.1f} GiB ({row['steps']} steps)" + _full(row)
+
+
+def _full(row: Row) -> str:
+    """What a device that is all but full costs; older rows do not say."""
+    retries = row.get("allocator_retries", 0)
+    return f", the allocator emptied its cache {retries} times in them" if retries else ""
 
 
 def write(results: Results) -> list[Path]:
@@ -70,6 +76,9 @@ def markdown(results: Results) -> str:
             "## From launch to the end of step 1, seconds\n\n" + _pivot(measured, _start),
         ]
     parts += [_profile(row) for row in measured if "profile" in row]
+    full = [f"* {row['label']} at {row['seq_len']}{_full(row)}" for row in measured if _full(row)]
+    if full:
+        parts.append("## Where memory was all but full\n\n" + "\n".join(full))
     failed = [row for row in results.rows if row["status"] != "ok"]
     if failed:
         lines = [f"* {row['label']} at {row['seq_len']}: {row['status']}: {row['error']}" for row in failed]

@@ -125,6 +125,7 @@ def row(
     if found["status"] != "failed":
         found |= {name: _median([step[name] for step in counted]) for name in FIGURES}
         found["peak_memory_gib"] = max(step["peak_memory_gib"] for step in steps)
+        found["allocator_retries"] = sum(step["allocator_retries"] for step in counted)
         found["losses"] = [steps[0].get("lm_loss"), counted[-1].get("lm_loss")]
     if (start := _read(folder / "start.json")) is not None:
         found["first_step_seconds"] = start.pop("end_of_first_step") - began

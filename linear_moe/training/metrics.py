@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -94,6 +95,10 @@ class ExpertLoad:
         return dict(zip(figures, values))
 
 
+FULL_STEPS = 3
+"""Steps in which the allocator emptied its cache, before a person is told."""
+
+
 class RunLog:
     """Replaces Megatron's ``training_log`` and listens to its evaluations: see the module's first line."""
 
@@ -103,6 +108,7 @@ class RunLog:
         self.run_dir, self.flops, self.loads = run_dir, flops, loads
         self._file: TextIO | None = None
         self._evaluated = (-1, "validation")
+        self._retries, self._full_steps = 0, 0
 
     def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's hook: the replacement, given the stock function."""
@@ -197,12 +203,13 @@ class RunLog:
         samples = args.micro_batch_size * mpu.get_data_parallel_world_size() * get_num_microbatches()
         tokens = samples * args.seq_length if tokens is None else tokens
         per_gpu = self.flops.of_step(tokens, args.seq_length, squared_lengths) / seconds / args.world_size
-        largest = [torch.cuda.max_memory_allocated() / 2**30, learning_rate or 0.0]
+        before, self._retries = self._retries, torch.cuda.memory_stats().get("num_alloc_retries", 0)
+        largest = [torch.cuda.max_memory_allocated() / 2**30, learning_rate or 0.0, self._retries - before]
         if args.world_size > 1:
             of_all = torch.tensor(largest, dtype=torch.float64, device=torch.cuda.current_device())
             dist.all_reduce(of_all, dist.ReduceOp.MAX)
             largest = of_all.tolist()
-        memory, lr = largest
+        memory, lr, retries = largest
         step: dict[str, Any] = {
             "iteration": iteration,
             "grad_norm": None if grad_norm is None else float(grad_norm),
@@ -213,6 +220,7 @@ class RunLog:
             "tflops_per_gpu": per_gpu / 1e12,
             "mfu": per_gpu / peak if peak else None,
             "peak_memory_gib": memory,
+            "allocator_retries": int(retries),
         }
         for load in self.loads:
             step |= load.take()
@@ -221,9 +229,22 @@ class RunLog:
     def _write(self, step: dict[str, Any]) -> None:
         args = get_args()
         self._append(step)
+        self._warn_of_full_memory(step)
         if step["iteration"] % args.progress_interval == 0 or step["iteration"] in (1, args.train_iters):
             sys.stdout.write(progress_line(step, args.train_iters, args.world_size) + "\n")
             sys.stdout.flush()
+
+    def _warn_of_full_memory(self, step: dict[str, Any]) -> None:
+        """Once, in the third step of this process in which it happened: a first one may find its way."""
+        self._full_steps += step["allocator_retries"] > 0
+        if step["allocator_retries"] and self._full_steps == FULL_STEPS:
+            warnings.warn(
+                f"step {step['iteration']}: GPU memory is so full that PyTorch empties its cache, and the GPU waits for it "
+                f"(allocator_retries in metrics.jsonl: {step['allocator_retries']}, milliseconds each)\n"
+                f"  try: a smaller BATCH_SIZE, AC=full, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; with "
+                f"experts EXTRA_ARGS=--recompute-expert-inputs",
+                stacklevel=2,
+            )
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.run_dir is not None:

@@ -18,7 +18,13 @@ def steps(*seconds: float) -> list[dict[str, Any]]:
     """Other figures follow from the seconds; memory falls, and the loss is the number of the step."""
     return [
         {name: 10 * value for name in running.FIGURES}
-        | {"seconds": value, "peak_memory_gib": 9.0 - i, "lm_loss": float(i), "mfu": None}
+        | {
+            "seconds": value,
+            "peak_memory_gib": 9.0 - i,
+            "lm_loss": float(i),
+            "mfu": None,
+            "allocator_retries": i,
+        }
         for i, value in enumerate(seconds)
     ]
 
@@ -39,6 +45,8 @@ def test_the_median_of_the_steps_after_the_warm_up(tmp_path: Path):
     assert found["status"] == "ok" and found["steps"] == 3 and found["micro_batch"] == 7
     assert found["seconds"] == 2 and found["tflops_per_gpu"] == 20 and found["mfu"] is None
     assert found["peak_memory_gib"] == 9.0 and found["losses"] == [0.0, 4.0]
+    assert found["allocator_retries"] == 2 + 3 + 4 and "emptied its cache 9 times" in report._full(found)
+    assert report._full({}) == report._full({"allocator_retries": 0}) == ""
     assert (
         found["first_step_seconds"] == 30.5 and found["device"] == "X" and found["profile"] == {"kinds": {}}
     )

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 from argparse import Namespace
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_the_record_of_a_step(gloo, tmp_path: Path):
         "tflops_per_gpu": pytest.approx(flops / 0.5 / 2 / 1e12),
         "mfu": pytest.approx(flops / 0.5 / 2 / PEAK),
         "peak_memory_gib": 1.0,
+        "allocator_retries": 0,
         "moe_load": 1.25,
         "lm_loss": 3.0,
         "moe_load_balancing_loss": 1.5,
@@ -103,6 +105,29 @@ def test_the_record_of_a_step(gloo, tmp_path: Path):
     assert skipped["skipped"] is True and math.isnan(skipped["lm_loss"]) and "skipped" not in plain
     assert silent == "" and [line.split()[1] for line in printed.splitlines()] == ["1/10", "4/10"]
     assert "SKIPPED" in printed.splitlines()[1]
+
+
+def full_memory(rank: int, world: int, folder: str) -> tuple[list[str], list[int]]:
+    """The counter of the first rank rises in all steps but the third and the last."""
+    log, stop = run_log(rank, folder)
+    totals = iter([1, 3, 3, 4, 6, 6]) if rank == 0 else iter([0] * 6)
+    with (
+        with_model_parallel(),
+        warnings.catch_warnings(record=True) as told,
+        patch.object(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": next(totals)}),
+    ):
+        warnings.simplefilter("always")
+        write = log.wrap(lambda *args, **kwargs: None)
+        for step in range(1, 7):
+            write({}, {}, 0.1, step, 1.0, False, 0, None, None, None)
+    stop()
+    return [str(w.message) for w in told], [r["allocator_retries"] for r in records(folder)] if rank else []
+
+
+def test_memory_that_is_all_but_full_is_said_once(gloo, tmp_path: Path):
+    (silent, _), (told, counts) = gloo(2, full_memory, str(tmp_path))
+    assert counts == [1, 2, 0, 1, 2, 0] and silent == []
+    assert len(told) == 1 and "step 4: GPU memory is so full" in told[0] and "metrics.jsonl: 1," in told[0]
 
 
 def spoiled(rank: int, world: int, folder: str) -> list[str]:
