@@ -239,7 +239,7 @@ class RunLog:
         self._full_steps += step["allocator_retries"] > 0
         if step["allocator_retries"] and self._full_steps == FULL_STEPS:
             warnings.warn(
-                f"step {step['iteration']}: GPU memory is so full that PyTorch empties its cache, and the GPU waits for it "
+                f"step {step['iteration']}: GPU memory is so full that PyTorch empties its cache, and the GPU waits "
                 f"(allocator_retries in metrics.jsonl: {step['allocator_retries']}, milliseconds each)\n"
                 f"  try: a smaller BATCH_SIZE, AC=full, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; with "
                 f"experts EXTRA_ARGS=--recompute-expert-inputs",
