@@ -68,7 +68,7 @@ def results(tmp_path_factory, _pool):
     cases["options"] = of_mixers(kinds, *OPTIONS)
     cases |= {f"hybrid {i}": of_mixers([*lsm.names()[i::HYBRIDS], "softmax"]) for i in range(HYBRIDS)}
     cases["behaviours"] = of_mixers(BEHAVIOUR_KINDS, "--num-query-groups", "2", moe=True)
-    _pool.run(1, write_folders, root, cases, timeout=200)
+    _pool.run(1, write_folders, root, cases, timeout=280)
     run = root / "run"
     saving = ["--run-dir", str(run), "--save", str(run / "checkpoint"), "--train-iters", "1"]
     flags = ["--lr-warmup-iters", "0", "--hidden-size", "64", "--lr", "0.1"]
@@ -78,7 +78,7 @@ def results(tmp_path_factory, _pool):
     environment = os.environ | folders | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, str(Path(__file__).with_name("remote_reader.py")), str(root)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     configs = [json.loads((root / name / "config.json").read_text()) for name in cases]
     written = sorted({name for config in configs for name in config})
