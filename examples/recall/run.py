@@ -201,7 +201,9 @@ class Pool:
             process = self.context.Process(target=worker, args=(theirs, self.setup, self.limits), daemon=True)
             process.start()
             theirs.close()
-        connection.send(item)
+        job, may_record = item
+        # After three that could not be recorded, and while none could, it may not be the mixer: no more attempts.
+        connection.send((job, may_record and (self.recorded > 0 or self.unrecorded < 3)))
         self.busy[connection] = (process, item)
 
     def _take(self, connection: Any, work: deque[tuple[Any, bool]], store: tables.Store) -> None:
@@ -221,11 +223,6 @@ class Pool:
             say(f"{job.model} {job.size}: no graph ({value}); trained again without, several times slower")
             work.appendleft((job, False))
             self.unrecorded += 1
-            if (
-                self.unrecorded == 3 and not self.recorded
-            ):  # it is not the mixer: spare the others the attempt
-                for i, (other, _) in enumerate(work):
-                    work[i] = (other, False)
             return
         say(f"{job.model} {job.size}: FAILED\n{value}")
         last = value.strip().splitlines()[-1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from linear_moe.kernels.grouped_linear import can_group
+from linear_moe.kernels.grouped_linear import FEW, can_group
 from linear_moe.lsm.mom import MixtureOfMemories
 from linear_moe.model.experts import GroupedExperts
 from linear_moe.model.local_dispatcher import LocalDispatcher
@@ -41,6 +41,8 @@ def waits_for_host(model: GPTModel) -> str | None:
                 return f"experts in {weight.dtype} run one after the other and read their tokens' number"
         if isinstance(module, MixerLayer) and isinstance(module.mixer, MixtureOfMemories):
             weights = [w for name, w in module.weights().items() if name.endswith(PRODUCTS)]
-            if not all(can_group(w.new_empty(1, w.shape[-1])) for w in weights):
-                return f"memories in {weights[0].dtype} run one after the other and read their tokens' number"
+            is_many = module.mixer.cfg.num_memories > FEW
+            if is_many and not all(can_group(w.new_empty(1, w.shape[-1])) for w in weights):
+                dtype = weights[0].dtype
+                return f"more than {FEW} memories in {dtype} run one after the other and read their tokens' number"
     return None

@@ -36,7 +36,7 @@ any values. ``None``: autograd gets the gradient."""
 ROWS = 16
 """Rows of a tile of a GEMM, or a multiple of that."""
 FEW = 8
-"""So many groups at most are all computed for every row, where they cannot be grouped, rather than waited for."""
+"""So many groups at most are all computed for every row in a CUDA graph that cannot group them."""
 
 
 def can_group(x: Tensor, *weights: Tensor) -> bool:
@@ -79,22 +79,23 @@ def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
 def masked_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """:func:`grouped_linear` for any device, dtype and size: every row times all weights, of which its own is kept.
 
-    As many times the work as there are experts, and nothing that the host would wait for, or that a CUDA graph could
-    not record. Rows are padded as in :func:`looped_linear`.
+    As many times the work as there are experts, and nothing that a CUDA graph could not record. Rows are padded as in
+    :func:`looped_linear`.
     """
     num_rows = x.shape[0]
     if not torch.is_grad_enabled():
         x = F.pad(x, (0, 0, 0, -num_rows % ROWS))
     row_M1 = torch.arange(len(x), device=x.device)[:, None]
-    out = F.linear(x, weight[0])
-    for weight_e, start in zip(weight[1:], ends, strict=False):
+    first, *others = weight.unbind()
+    out = F.linear(x, first)
+    for weight_e, start in zip(others, ends, strict=False):
         out = torch.where(row_M1 < start, out, F.linear(x, weight_e))
     return out[:num_rows]
 
 
 def linear_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """:func:`grouped_linear` where it runs; else :func:`masked_linear` of few groups on a GPU, or
-    :func:`looped_linear`, which reads ``ends`` on the host.
+    """:func:`grouped_linear` where it runs; else :func:`looped_linear`, which reads ``ends`` on the host, or, of few
+    groups while a CUDA graph is captured, :func:`masked_linear`.
     """
     width = weight.shape[1]
     if x.is_cuda and width % 8:
@@ -102,17 +103,17 @@ def linear_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if can_group(x, weight):
         return grouped_linear(x, weight, ends)[:, :width]
     if x.is_cuda:
-        _warn_of_cost_once(x.dtype, x.shape[1], len(weight))
-        if len(weight) <= FEW:
+        _warn_of_loop_once(x.dtype, x.shape[1])
+        if len(weight) <= FEW and torch.cuda.is_current_stream_capturing():
             return masked_linear(x, weight, ends)[:, :width]
     return looped_linear(x, weight, F.pad(ends, (1, 0)).diff().tolist())[:, :width]
 
 
 @cache
-def _warn_of_cost_once(dtype: torch.dtype, width: int, count: int) -> None:
-    how = "for every token" if count <= FEW else "one after the other, with a device sync per product"
+def _warn_of_loop_once(dtype: torch.dtype, width: int) -> None:
     warnings.warn(
-        f"the {count} experts, or memories of a mixture, are computed {how}: grouped GEMM needs bf16 and rows that are "
+        f"experts, or the memories of a mixture, run one after the other, with a device sync per product (in a CUDA "
+        f"graph up to {FEW} of them are all computed for every token): grouped GEMM needs bf16 and rows that are "
         f"multiples of 8, got {dtype} and {width}",
         stacklevel=3,
     )

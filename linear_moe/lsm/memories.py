@@ -1,7 +1,7 @@
 """The memories of a mixture beside each other: their projections, their runs in one packed row, their states.
 
-Letters: S tokens of all rows, N runs, E routed memories, F memories with the shared one, M slots, H heads here, C
-convolution channels, W width of the convolution, D hidden, K key dim, V value dim.
+Letters: B rows, T tokens, S = B * T, N runs, E routed memories, F memories with the shared one, M slots, H heads here,
+W fused width per head, C channels of one of two parts of it, D hidden, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels import Segment
 from linear_moe.kernels.arriving import Arriving
@@ -168,7 +167,6 @@ class _SideBySide(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_out, slots = grads[0][0], ctx.slots
         batch, tokens, heads, channels = ctx.shape
@@ -182,7 +180,8 @@ class _SideBySide(torch.autograd.Function):
             for piece in ctx.pieces:
                 if not piece.is_own:
                     total = slots.add_up(d_out[first:, :, piece.here]).unflatten(0, (batch, tokens))
-                    d_x[..., piece.there] = d_x[..., piece.there] + total if ctx.of_tokens else total
+                    here = d_x[..., piece.there]
+                    here.copy_(here + total if ctx.of_tokens else total)
         if ctx.needs_input_grad[1]:
             d_own = torch.cat([d_out[first:, :, piece.here] for piece in ctx.pieces if piece.is_own], dim=-1)
         return d_x, d_own, None, None, None

@@ -239,7 +239,8 @@ class MixtureOfMemories(Mixer):
         """What memories get of all tokens, ``[B, T, H, C]``; all by name, biased, not convolved; the new lengths."""
         table = self.fused_projections()
         x_BTHW = split.biased(table, x_BTHW, w)
-        gates = [p for p in table if p.name in {gate.name for gate in self.output_projections()}]
+        core = {p.name for p in self.core.fused_projections()}
+        gates = [p for p in table if p.name not in core]
         widths = [p.width for p in gates]
         x_BTHC, *parts = split.cut(x_BTHW, [x_BTHW.shape[-1] - sum(widths), *widths]) if gates else [x_BTHW]
         named = {p.name: part for p, part in zip(gates, parts, strict=True)}
@@ -267,13 +268,12 @@ class MixtureOfMemories(Mixer):
         if self._own:
             x_MD = slots.gather(hidden_BTD.flatten(0, 1))
             fused, own = memories.project(self._own, x_MD, w, slots, place.num_heads)
-        of_tokens = self.cfg.shared_memory
+        of_tokens, names = self.cfg.shared_memory, {p.name for p in self._own}
 
         def beside(table: Sequence[Projection], x_BTHC: Tensor, own_MHC: Tensor | None) -> Tensor:
             widths = {p.name: p.width for p in table}
-            return memories.side_by_side(widths, x_BTHC, own_MHC, theirs, slots, of_tokens=of_tokens)
+            return memories.side_by_side(widths, x_BTHC, own_MHC, names, slots, of_tokens=of_tokens)
 
-        theirs = {p.name for p in self._own}
         x = beside(self.core.fused_projections(), x_BTHC, fused)
         packed = {}
         for p in self.core.low_rank_projections():

@@ -244,21 +244,29 @@ def test_gated_deltanet_learns_to_recall() -> None:
     assert min(cell.accuracy.values()) > 0.9, cell
 
 
-def test_one_recorded_model_is_enough_to_go_on_recording(tmp_path: Path) -> None:
-    """Three that cannot be recorded spare the others the attempt, unless another one could."""
+def test_one_recorded_model_is_enough_to_go_on_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three that cannot be recorded spare the others the attempt, until another one could."""
     import cells
     import run
 
-    class Answer:
-        def __init__(self, outcome: str, value: Any) -> None:
-            self.recv = lambda: (outcome, value)
+    class Process:
+        def __init__(self, outcome: str = "", value: Any = None) -> None:
+            self.recv, self.sent = lambda: (outcome, value), []
+            self.send = self.sent.append
 
+    monkeypatch.setenv("PYTHONWARNINGS", "default")  # which a pool changes
     job = cells.Job("gla", "1024", (0,))
     found = {"model": "gla", "size": "1024", "seed": 0, "setup": "a", "accuracy": {"4": 1.0}, "steps": 1}
-    recorded = Answer("done", [found | {"seconds": 1.0, "graph": True}])
-    for first, still in ((), False), ((recorded,), True):
-        pool, work = run.Pool(None, None, 1), deque([(job, True)])
-        for answer in (*first, *[Answer("unrecorded", "no")] * 3):
-            pool.busy[answer] = (mock.Mock(), (job, True))
-            pool._take(answer, work, tables.Store(tmp_path))
-        assert [is_recorded for _, is_recorded in work] == [False, False, False, still]
+    recorded = ("done", [found | {"seconds": 1.0, "graph": True}])
+    unrecorded, pool = ("unrecorded", "no"), run.Pool(None, None, 1)
+    for answer, still in ((unrecorded, True), (unrecorded, True), (unrecorded, False), (recorded, True)):
+        process, work, idle = Process(*answer), deque([(job, True)]), Process()
+        pool.busy[process] = (mock.Mock(), (job, True))
+        pool._take(process, work, tables.Store(tmp_path))
+        pool.idle = [(idle, mock.Mock())]
+        pool._give(work.pop())
+        assert idle.sent == [(job, still)]
+        if answer is unrecorded:
+            assert list(work) == [(job, False)], "that one is not tried again"

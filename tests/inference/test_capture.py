@@ -193,13 +193,19 @@ def test_nothing_is_compiled_by_torch_for_every_shape(gloo):
 
 
 def reasons(rank, world):
-    from linear_moe.inference.experts import waits_for_host
+    from linear_moe.inference import experts
 
     kinds = {"dense": (["gla"], False), "experts": (["gla"], True), "memories": (["mom_gla"], False)}
-    return {name: waits_for_host(random_model(case[0], moe=case[1]).model) for name, case in kinds.items()}
+    models = {name: random_model(case[0], moe=case[1]).model for name, case in kinds.items()}
+    found = {name: experts.waits_for_host(model) for name, model in models.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "FEW", 3)
+        found["many memories"] = experts.waits_for_host(models["memories"])
+    return found
 
 
 def test_what_runs_one_after_the_other_is_not_captured(gloo):
     found = gloo(1, reasons)[0]
-    assert found["dense"] is None
-    assert "experts in torch.float64" in found["experts"] and "memories in torch.float64" in found["memories"]
+    assert found["dense"] is None and found["memories"] is None
+    assert "experts in torch.float64" in found["experts"]
+    assert "more than 3 memories in torch.float64" in found["many memories"]

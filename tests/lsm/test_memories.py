@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.lsm import memories
+from linear_moe import lsm
+from linear_moe.lsm import memories, mom, registry
 from linear_moe.lsm.routing import Slots
 from linear_moe.lsm.tables import Projection
+from tests.contract.cases import make
 
 B, T, E, K, H = 2, 5, 3, 2, 2
 WIDTHS = {"k": 3, "q": 2, "v": 4, "w": 1}
@@ -62,6 +64,21 @@ def test_tokens_and_slots_side_by_side(own: set[str], of_tokens: bool) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
 
 
+def test_gradients_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference's moves of rows, which have: a wrong second derivative would be silent."""
+    monkeypatch.setenv("LINEAR_MOE_KERNELS", "reference")
+    slots, generator = slots_of(), torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    leaves, found = [draw(B, T, H, 10).requires_grad_(), draw(B * T * K, H, 4).requires_grad_()], []
+    for function in (
+        lambda x, own: memories.side_by_side(WIDTHS, x, own, {"v"}, slots, of_tokens=True),
+        lambda x, own: plain(x, own, {"v"}, slots, True),
+    ):
+        first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     slots = slots_of()
     x, own = torch.randn(B, T, H, 10), torch.randn(B * T * K, H, 4)
@@ -97,3 +114,24 @@ def test_biases_of_each_slots_memory(limit: int | None) -> None:
         assert (slots.memory == E).any(), "none was dropped"
     else:
         assert memories._biased([Projection("w", 1)], x_MHW[..., :1], w, slots).shape == (B * T * K, H, 1)
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_mixer_that_is_gated_whatever_its_options_say(shared_memory: bool) -> None:
+    """Its gate is one of what a memory gets, too: outputs are those of the definition."""
+
+    class AlwaysGated(lsm.get("gla")):  # type: ignore[misc]
+        def output_projections(self) -> tuple[Projection, ...]:
+            return (Projection("g", self.cfg.head_v_dim),)
+
+    registry._MIXERS["mom_always_gated"] = mom.mixture(AlwaysGated)
+    try:
+        inputs = make("mom_always_gated", {"shared_memory": shared_memory}, tokens=12)
+        whole, _ = inputs.mix()
+        parts, state = [], None
+        for start in range(12):
+            o, state = inputs.tokens(start, start + 1).mix(state=state)
+            parts.append(o)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
+    finally:
+        del registry._MIXERS["mom_always_gated"]

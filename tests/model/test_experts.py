@@ -170,27 +170,42 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize(
-    "groups, cost",
-    [(2, "for every token"), (grouped_linear.FEW + 1, "one after the other, with a device sync per product")],
-)
-def test_groups_that_cannot_be_grouped_on_a_gpu_say_what_it_costs_once(groups, cost):
-    x, weight = torch.ones(12, 8), torch.rand(groups, 8, 8)
-    ends = torch.tensor([1, *range(4, 2 + groups), 12], dtype=torch.int32)
+def test_groups_that_run_in_a_loop_on_a_gpu_say_so_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x, weight, ends = torch.ones(4, 8), torch.ones(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [grouped_linear.linear_by_group(y, weight, ends) for y in (x, *[x.as_subclass(OnCuda)] * 2)]
-    torch.testing.assert_close(found[0], found[1].as_subclass(torch.Tensor))
-    assert len(caught) == 1 and f"the {groups} experts, or memories" in str(caught[0].message)
-    assert cost in str(caught[0].message)
+    assert torch.equal(found[0], found[1].as_subclass(torch.Tensor))
+    assert len(caught) == 1 and "one after the other, with a device sync per product" in str(
+        caught[0].message
+    )
 
 
-def test_few_groups_are_not_waited_for_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("groups", [2, grouped_linear.FEW + 1])
+def test_few_groups_are_not_waited_for_in_a_graph(monkeypatch, groups):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(grouped_linear, "_warn_of_loop_once", lambda *told: None)
+    x, weight = torch.randn(12, 8), torch.randn(groups, 8, 8)
+    ends = torch.tensor([1, *range(4, 2 + groups), 12], dtype=torch.int32)
+    expected = grouped_linear.linear_by_group(x, weight, ends)
     monkeypatch.setattr(grouped_linear, "looped_linear", None)
-    x = torch.ones(12, 8).as_subclass(OnCuda)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        grouped_linear.linear_by_group(x, torch.rand(2, 8, 8), torch.tensor([4, 12], dtype=torch.int32))
+    if groups > grouped_linear.FEW:
+        with pytest.raises(TypeError):
+            grouped_linear.linear_by_group(x.as_subclass(OnCuda), weight, ends)
+        return
+    found = grouped_linear.linear_by_group(x.as_subclass(OnCuda), weight, ends)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+
+
+def test_rows_of_masked_products_fill_their_tiles_without_gradients(monkeypatch):
+    seen = []
+    monkeypatch.setattr(F, "linear", lambda x, weight: seen.append(len(x)) or x @ weight.t())
+    x, weight, ends = torch.ones(17, 8), torch.ones(2, 8, 8), torch.tensor([4, 17], dtype=torch.int32)
+    assert len(grouped_linear.masked_linear(x, weight, ends)) == 17
+    with torch.no_grad():
+        assert len(grouped_linear.masked_linear(x, weight, ends)) == 17
+    assert seen == [17, 17, 32, 32]
 
 
 # ---- inside Megatron's MoE layer, over ranks ----
