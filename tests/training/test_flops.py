@@ -90,7 +90,7 @@ def measure(rank: int, world: int, kinds: list[str], extra: list[str]) -> dict[s
 def with_products() -> Iterator[None]:
     """Replace what multiplies element by element, or more than its definition does."""
     from linear_moe import kernels
-    from linear_moe.lsm import quadratic, split
+    from linear_moe.lsm import memories, quadratic, split
     from linear_moe.model.attention import CoreAttention
 
     with (
@@ -98,10 +98,21 @@ def with_products() -> Iterator[None]:
             kernels, diag_decay=diag_decay, delta_rule=delta_rule, dplr_delta_rule=dplr_delta_rule
         ),
         mock.patch.object(split, "conv_and_split", convolution),
+        mock.patch.object(memories, "_biased", biased),
         mock.patch.object(quadratic.QuadraticAttention, "scan", quadratic_attention),
         mock.patch.object(CoreAttention, "forward", softmax),
     ):
         yield
+
+
+def biased(table: Any, x_MHW: Tensor, w: dict[str, Tensor], slots: Any) -> Tensor:
+    """Biases of a slot's memory, which are added."""
+    parts = list(x_MHW.split([p.width for p in table], -1))
+    for i, p in enumerate(table):
+        if p.bias:
+            bias_EHw = w[f"memory_{p.name}_bias"].transpose(0, 1)
+            parts[i] = parts[i] + bias_EHw[slots.memory.clamp(max=len(bias_EHw) - 1)]
+    return torch.cat(parts, -1)
 
 
 def diag_decay(
