@@ -179,7 +179,7 @@ class _SideBySide(torch.autograd.Function):
                 d_x.copy_(d_out[:first].unflatten(0, (batch, tokens)))
             for piece in ctx.pieces:
                 if not piece.is_own:
-                    total = slots.add_up(d_out[first:, :, piece.here]).unflatten(0, (batch, tokens))
+                    total = slots.scatter(d_out[first:, :, piece.here]).unflatten(0, (batch, tokens))
                     here = d_x[..., piece.there]
                     here.copy_(here + total if ctx.of_tokens else total)
         if ctx.needs_input_grad[1]:

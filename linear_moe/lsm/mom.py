@@ -219,9 +219,8 @@ class MixtureOfMemories(Mixer):
             memory_from=copies.through(memory_from),
             cu_seqlens=cu_packed,
         )
-        *shared, o_MHV = o[0].split(
-            [batch * tokens, len(slots.order)] if self.cfg.shared_memory else len(o[0])
-        )
+        rows_of = [batch * tokens] * self.cfg.shared_memory + [len(slots.order)]
+        *shared, o_MHV = o.flatten(0, 1).split(rows_of)  # o[0] has a gradient that is filled with zeros first
         total = slots.scatter(o_MHV, others["memory_weight"].flatten(0, 1))
         for o_SHV in shared:
             total = total + o_SHV

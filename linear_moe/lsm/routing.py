@@ -81,13 +81,9 @@ class Slots:
         """``[S, ...]`` of tokens to ``[M, ...]`` of sorted slots."""
         return spread_rows(x_SD, self.order, self.place.view(-1, self.per_token))
 
-    def scatter(self, x_MD: Tensor, weight_Sk: Tensor) -> Tensor:
-        """``[M, ...]`` of sorted slots to ``[S, ...]``: the weighted sum of each token's slots."""
+    def scatter(self, x_MD: Tensor, weight_Sk: Tensor | None = None) -> Tensor:
+        """``[M, ...]`` of sorted slots to ``[S, ...]``: the sum of each token's slots, weighted if asked for."""
         return collect_rows(x_MD, self.order, self.place.view(-1, self.per_token), weight_Sk)
-
-    def add_up(self, x_MD: Tensor) -> Tensor:
-        """``[M, ...]`` of sorted slots to ``[S, ...]``: the sum of each token's slots."""
-        return collect_rows(x_MD, self.order, self.place.view(-1, self.per_token))
 
 
 def route(logits_BTE: Tensor, per_token: int) -> tuple[Tensor, Tensor, Tensor]:

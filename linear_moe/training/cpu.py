@@ -127,12 +127,16 @@ def _stream_patches() -> list[Patch]:
 
 def _memory_patches() -> list[Patch]:
     rows = [
-        ("max_memory_allocated", standin.peak_memory, "the peak-memory metric: resident memory"),
+        ("max_memory_allocated", standin.peak_memory, "for what asks as on a GPU: resident memory"),
         ("max_memory_reserved", standin.peak_memory, "the same"),
         ("memory_allocated", standin.zero, "the memory report"),
         ("memory_reserved", standin.zero, "the memory report"),
         ("device_memory_used", standin.zero, "the memory report"),
-        ("memory_stats", standin.memory_stats, "--log-memory-to-tensorboard indexes it"),
+        (
+            "memory_stats",
+            standin.memory_stats,
+            "the peak-memory metric; --log-memory-to-tensorboard indexes it",
+        ),
         ("mem_get_info", standin.memory_info, "free and total memory"),
         ("reset_peak_memory_stats", standin.nothing, "there is no such counter"),
     ]

@@ -177,7 +177,7 @@ def _sum_gradients_where_they_are_made(original: Callable) -> Callable:
     Autograd runs a node on the stream on which it was made, which for these is one that Megatron made for this call
     alone. A gradient that comes from another stream is waited for, parameter by parameter, and its memory cannot be
     used again before an event behind its sum has passed: 5 GiB of gradients were pending in a step of
-    ``MODEL_SIZE=A0.3B``, since the host is ahead, and PyTorch's allocator emptied its cache twice a step, 5 to 18 ms.
+    ``MODEL_SIZE=A0.3B``, since the host is ahead, and PyTorch's allocator emptied its cache about once a step.
     CUDA graphs keep what Megatron chose for them.
     """
 

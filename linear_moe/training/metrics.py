@@ -203,8 +203,10 @@ class RunLog:
         samples = args.micro_batch_size * mpu.get_data_parallel_world_size() * get_num_microbatches()
         tokens = samples * args.seq_length if tokens is None else tokens
         per_gpu = self.flops.of_step(tokens, args.seq_length, squared_lengths) / seconds / args.world_size
-        before, self._retries = self._retries, torch.cuda.memory_stats().get("num_alloc_retries", 0)
-        largest = [torch.cuda.max_memory_allocated() / 2**30, learning_rate or 0.0, self._retries - before]
+        allocator = torch.cuda.memory_stats()
+        before, self._retries = self._retries, allocator["num_alloc_retries"]
+        peak_gib = allocator["allocated_bytes.all.peak"] / 2**30
+        largest = [peak_gib, learning_rate or 0.0, self._retries - before]
         if args.world_size > 1:
             of_all = torch.tensor(largest, dtype=torch.float64, device=torch.cuda.current_device())
             dist.all_reduce(of_all, dist.ReduceOp.MAX)

@@ -26,6 +26,11 @@ def lap(timer: str) -> float:
     return 0.5
 
 
+def allocator(rank: int, retries: int) -> dict[str, int]:
+    """What PyTorch says of it."""
+    return {"allocated_bytes.all.peak": (rank + 1) * 2**29, "num_alloc_retries": retries}
+
+
 def run_log(rank: int, folder: str, peak: float | None = PEAK) -> tuple[Any, Any]:
     """A log of a model of round numbers; around it four micro-batches, and more memory on later ranks."""
     from linear_moe.training import metrics
@@ -39,7 +44,7 @@ def run_log(rank: int, folder: str, peak: float | None = PEAK) -> tuple[Any, Any
         get_num_microbatches=lambda: 4,
         peak_flops=lambda: peak,
     )
-    memory = patch.object(torch.cuda, "max_memory_allocated", lambda: (rank + 1) * 2**29)
+    memory = patch.object(torch.cuda, "memory_stats", lambda: allocator(rank, 0))
     around.start(), memory.start()
     flops = FlopsPerToken(mixers=10, feed_forward=20, head=5, per_pair=4)
     log = metrics.RunLog(Path(folder), flops, [SimpleNamespace(take=lambda: {"moe_load": 1.25})])  # type: ignore
@@ -114,7 +119,7 @@ def full_memory(rank: int, world: int, folder: str) -> tuple[list[str], list[int
     with (
         with_model_parallel(),
         warnings.catch_warnings(record=True) as told,
-        patch.object(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": next(totals)}),
+        patch.object(torch.cuda, "memory_stats", lambda: allocator(rank, next(totals))),
     ):
         warnings.simplefilter("always")
         write = log.wrap(lambda *args, **kwargs: None)
